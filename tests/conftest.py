@@ -1,0 +1,51 @@
+"""Choose where kernels run: the GPU when there is one, Triton's interpreter when there is none."""
+
+import os
+import sys
+from pathlib import Path
+
+assert "triton" not in sys.modules, "TRITON_INTERPRET must be set before triton is first imported"
+# CUDA_VISIBLE_DEVICES and friends are torch's business; asking torch does not import triton
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# no test may reach for the network, or for telemetry
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data sets and models beside the repository."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip("needs the data sets of the folder `shared` beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories(shared: Path) -> Path:
+    """A real language model of 260 thousand parameters."""
+    return shared / "models" / "stories260K"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

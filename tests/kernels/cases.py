@@ -1,0 +1,185 @@
+"""The loss by its definition, inputs to try it on, and how far from it a backend may be.
+
+Two rules decide, and neither holds a number that was tuned:
+
+1. Against eager. The error against float64, on the same (already rounded) inputs, is at most twice that of
+   `definition` in the accumulator's dtype, plus two roundings of the largest value in the dtype returned.
+2. At the floor. Rounding to nearest moves a number in [2^e, 2^(e+1)) by a uniform error of at most eps 2^e / 2,
+   hence by eps 2^e / sqrt(12) in the mean square: a rounded tensor is off by at most eps / sqrt(12) in the
+   Frobenius norm (bfloat16: 2.26e-3; 1.66e-3 when its mantissas are spread as those of normal numbers, since
+   few are near 1). What is returned in 16 bits must be no further off than that *altogether*: whatever the
+   arithmetic inside adds has to fit into the gap between 1.66e-3 and 2.26e-3. Twice the error of logits in
+   bfloat16 would let 2e-2 pass.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float64, torch.float32, *HALVES]
+
+
+def definition(
+    input: Tensor,
+    target: Tensor,
+    *,
+    label_smoothing: float | Tensor = 0.0,
+    sample_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    smoothing_over: str = "all",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """H(q, softmax(z)) with q written out, for legal arguments; nothing here is shared with the package."""
+
+    def per_token(value: float | Tensor) -> Tensor:
+        value = torch.as_tensor(value, device=target.device).to(dtype)
+        return value.reshape(value.shape + (1,) * (target.ndim - value.ndim)).expand(target.shape)
+
+    live = target != ignore_index
+    z = input.to(dtype)[live] * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    y, vocab = target[live].long(), z.shape[-1]
+    s = per_token(label_smoothing)[live][:, None]
+    w = per_token(1.0 if sample_weight is None else sample_weight)[live]
+    c = z.new_ones(vocab) if weight is None else weight.to(dtype)
+    hit = torch.nn.functional.one_hot(y, vocab).to(dtype)
+    spread = torch.full_like(hit, 1 / vocab) if smoothing_over == "all" else (1 - hit) / max(vocab - 1, 1)
+    q = (1 - s) * hit + s * spread
+    lse = torch.logsumexp(z, -1)
+    loss = w * ((c * q * (lse[:, None] - z)).sum(-1) + z_loss * lse**2)
+    if reduction == "none":
+        return z.new_zeros(target.shape).masked_scatter(live, loss)
+    if reduction == "sum" or not live.any():
+        return loss.sum()
+    return loss.sum() / ((w * c[y]).sum() if num_items is None else torch.as_tensor(num_items).to(dtype))
+
+
+# One flag at a time, then all that go together. `weight` is filled in by `options`, which knows V.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "items": {"num_items": 7},
+    "items-tensor": {"num_items": torch.tensor(7.0)},
+    "others": {"smoothing_over": "others"},
+    "softcap": {"softcap": 3.0},
+    "scaled": {"logit_scale": 0.25},
+    "z-loss": {"z_loss": 1e-2},
+    "classes": {"weight": None},
+    "all": {"reduction": "none", "smoothing_over": "others", "softcap": 4.0, "logit_scale": 1.5,
+            "z_loss": 1e-3, "weight": None},
+}  # fmt: skip
+
+
+def options(name: str, vocab: int, device: torch.device) -> dict[str, Any]:
+    """The flags of a name, ready to pass."""
+    chosen = dict(OPTIONS[name])
+    if "weight" in chosen:
+        chosen["weight"] = torch.linspace(0.0, 2.0, vocab, device=device)
+    return chosen
+
+
+def logits_case(
+    rows: int, vocab: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Leaves to differentiate (input, label_smoothing, sample_weight) and targets, the second row ignored."""
+    acc = torch.promote_types(dtype, torch.float32)
+    target = torch.randint(vocab, (rows,), device=device)
+    target[1:2] = -100
+    leaves = {
+        "input": (torch.randn(rows, vocab, device=device, dtype=torch.float64) * scale).to(dtype),
+        "label_smoothing": torch.rand(rows, device=device, dtype=acc),
+        "sample_weight": torch.rand(rows, device=device, dtype=acc) + 0.5,
+    }
+    return {name: leaf.requires_grad_() for name, leaf in leaves.items()}, target
+
+
+def linear_case(
+    rows: int, vocab: int, features: int, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Leaves as above, with hidden states and a head whose logits have a standard deviation of about 3."""
+    leaves, target = logits_case(rows, vocab, dtype, device)
+    wide = {"device": device, "dtype": torch.float64}
+    leaves["input"] = torch.randn(rows, features, **wide).to(dtype)
+    leaves["linear_weight"] = (torch.randn(vocab, features, **wide) * 3 / math.sqrt(features)).to(dtype)
+    leaves["linear_bias"] = torch.randn(vocab, **wide).to(dtype)
+    return {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}, target
+
+
+def linear_definition(
+    input: Tensor,
+    target: Tensor,
+    *,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+    **rest: Any,
+) -> Tensor:
+    """`definition` of the product."""
+    bias = None if linear_bias is None else linear_bias.to(dtype)
+    logits = torch.nn.functional.linear(input.to(dtype), linear_weight.to(dtype), bias)
+    return definition(logits, target, dtype=dtype, **rest)
+
+
+def measure(
+    loss: Callable[..., Tensor], leaves: dict[str, Tensor], target: Tensor, **chosen: Any
+) -> dict[str, Tensor]:
+    """The loss, and its gradient by every leaf that requires one, for an upstream that is not 1."""
+    leaves = {name: leaf.detach().requires_grad_(leaf.requires_grad) for name, leaf in leaves.items()}
+    value = loss(
+        leaves["input"], target=target, **{k: v for k, v in leaves.items() if k != "input"}, **chosen
+    )
+    upstream = torch.linspace(0.5, 2.0, value.numel(), device=value.device).reshape(value.shape).to(value)
+    wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
+    gradients = torch.autograd.grad(value, [leaves[name] for name in wanted], upstream)
+    return {"loss": value.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+
+def as_float64(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same numbers, wider."""
+    return {name: leaf.detach().double().requires_grad_(leaf.requires_grad) for name, leaf in leaves.items()}
+
+
+def assert_as_accurate_as_eager(
+    actual: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]
+) -> None:
+    """Rule 1. In float64 eager is the measuring stick itself, and 64 roundings stand for its error."""
+    for name, truth in exact.items():
+        ours, theirs = actual[name], eager[name]
+        assert ours.dtype == theirs.dtype, f"{name}: {ours.dtype} instead of {theirs.dtype}"
+        assert torch.isfinite(ours).all(), f"{name}: not finite"
+        rounding = torch.finfo(ours.dtype).eps * (truth.abs().max().item() if truth.numel() else 0.0)
+        budget = 2 * _worst(theirs, truth) + (64 if ours.dtype == torch.float64 else 2) * rounding
+        error = _worst(ours, truth)
+        assert error <= budget, f"{name}: error {error:.3e} over budget {budget:.3e}"
+
+
+def assert_at_the_floor(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Rule 2 for what is returned in 16 bits; float32 sums of exact products are good to 64 roundings."""
+    for name, truth in exact.items():
+        ours = actual[name].double()
+        eps = torch.finfo(actual[name].dtype).eps
+        budget = eps / math.sqrt(12) if actual[name].dtype in HALVES else 64 * eps
+        error = ((ours - truth).norm() / truth.norm()).item()
+        assert error <= budget, f"{name}: relative error {error:.3e} over the floor {budget:.3e}"
+
+
+def _worst(a: Tensor, truth: Tensor) -> float:
+    return (a.double() - truth).abs().max().item() if truth.numel() else 0.0
+
+
+def names(dtypes: list[torch.dtype]) -> list[Any]:
+    """Dtypes as parameters with readable names."""
+    return [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in dtypes]

@@ -1,0 +1,515 @@
+"""Rows in: every form, every fault with its file, line and field, and the held-out share."""
+
+import gzip
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from ual.data import hold_out, load
+from ual.errors import UserError
+from ual.records import Message, Sample
+
+GOOD = {"prompt": "2 + 2?", "completion": "4"}
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+def write(path: Path, rows: list[object]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def contents(sample: Sample) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in sample.messages]
+
+
+def refusal(path: str, **arguments: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        load(path, **arguments)
+    return caught.value
+
+
+class TestForms:
+    @pytest.mark.parametrize(
+        ("row", "form", "expected"),
+        [
+            (GOOD, "prompt_completion", [("user", "2 + 2?"), ("assistant", "4")]),
+            (
+                {"question": "2 + 2?", "answer": " 4"},
+                "prompt_completion",
+                [("user", "2 + 2?"), ("assistant", " 4")],
+            ),
+            (
+                {"prompt": CHAT[:1], "completion": CHAT[1:]},
+                "prompt_completion",
+                [("user", "hi"), ("assistant", "hello")],
+            ),
+            ({"messages": CHAT}, "messages", [("user", "hi"), ("assistant", "hello")]),
+            (
+                {
+                    "conversations": [
+                        {"from": "system", "value": "be kind"},
+                        {"from": "human", "value": "hi"},
+                        {"from": "gpt", "value": "hello"},
+                    ]
+                },
+                "messages",
+                [("system", "be kind"), ("user", "hi"), ("assistant", "hello")],
+            ),
+            (
+                {"messages": [*CHAT, {"role": "tool", "content": "7"}, CHAT[1]]},
+                "messages",
+                [("user", "hi"), ("assistant", "hello"), ("tool", "7"), ("assistant", "hello")],
+            ),
+            (
+                {"instruction": "Add.", "input": "2, 2", "output": "4"},
+                "alpaca",
+                [("user", "Add.\n\n2, 2"), ("assistant", "4")],
+            ),
+            ({"instruction": "Go.", "output": "4"}, "alpaca", [("user", "Go."), ("assistant", "4")]),
+            (
+                {"instruction": "Go.", "input": "", "output": "4"},
+                "alpaca",
+                [("user", "Go."), ("assistant", "4")],
+            ),
+            (
+                {"instruction": "And 3?", "output": "6", "history": [["2 + 2?", "4"]]},
+                "alpaca",
+                [("user", "2 + 2?"), ("assistant", "4"), ("user", "And 3?"), ("assistant", "6")],
+            ),
+        ],
+    )
+    def test_each_form_is_found_by_its_columns_and_said(self, tmp_path, caplog, row, form, expected):
+        path = write(tmp_path / "rows.jsonl", [row])
+        with caplog.at_level(logging.INFO):
+            (sample,) = load(path)
+        assert contents(sample) == expected
+        assert f"1 rows, read as {form} by the columns" in caplog.text
+        assert load(path, format=form) == [sample]
+
+    def test_a_form_asked_for_wins_over_the_columns(self, tmp_path):
+        path = write(tmp_path / "rows.jsonl", [{"messages": CHAT, **GOOD}])
+        assert contents(load(path)[0])[0] == ("user", "hi")
+        assert contents(load(path, format="prompt_completion")[0])[0] == ("user", "2 + 2?")
+
+    def test_optional_columns(self, tmp_path):
+        extra = {
+            "id": 7,
+            "source": "sums",
+            "uncertainty": -3,
+            "label_smoothing": 0.1,
+            "sample_weight": 0,
+            "topic": "ignored",
+        }
+        nothing = dict.fromkeys(["id", "source", "uncertainty", "label_smoothing", "sample_weight"])
+        path = write(tmp_path / "rows.jsonl", [GOOD | extra, GOOD | nothing])
+        given_all, given_none = load(path)
+        assert given_all == Sample("7", given_all.messages, "sums", -3.0, 0.1, 0.0, f"{path}, line 1")
+        assert given_none == Sample(given_none.id, given_all.messages, place=f"{path}, line 2")
+
+    def test_missing_ids_are_hashes_of_the_conversation(self, tmp_path):
+        other = {"prompt": "2 + 3?", "completion": "5"}
+        first = load(write(tmp_path / "a.jsonl", [GOOD, other, GOOD]))
+        second = load(write(tmp_path / "b.jsonl", [other, GOOD | {"uncertainty": 1}]))
+        assert first[2].id == first[0].id + "-2"
+        assert [s.id for s in second] == [first[1].id, first[0].id]
+        assert len({s.id for s in first}) == 3
+
+
+class TestFiles:
+    def test_every_container_holds_the_same_rows(self, tmp_path):
+        rows = [{"messages": CHAT, "uncertainty": 0.5}, {"messages": [*CHAT, *CHAT], "uncertainty": None}]
+        lines = "".join(json.dumps(row) + "\r\n\n" for row in rows).encode()
+        (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines))
+        parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+        kinds = {
+            "jsonl": ["line 1", "line 3"],
+            "jsonl.gz": ["line 1", "line 3"],
+            "json": ["index 0", "index 1"],
+            "parquet": ["row 0", "row 1"],
+        }
+        for suffix, places in kinds.items():
+            path = str(tmp_path / f"rows.{suffix}")
+            samples = load(path)
+            assert [s.place for s in samples] == [f"{path}, {place}" for place in places]
+            assert [contents(s) for s in samples] == [
+                [(m["role"], m["content"]) for m in row["messages"]] for row in rows
+            ]
+            assert [s.uncertainty for s in samples] == [0.5, None]
+
+    def test_a_line_separator_inside_a_string_ends_no_line(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(GOOD | {"completion": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
+        assert load(str(path))[0].response == "a\u2028b"
+
+    def test_a_folder_is_read_by_datasets(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        folder = tmp_path / "set"
+        folder.mkdir()
+        write(folder / "train.jsonl", [GOOD, GOOD])
+        write(folder / "test.jsonl", [GOOD | {"completion": ""}])
+        assert [s.place for s in load(str(folder))] == [f"{folder}, row 0", f"{folder}, row 1"]
+        assert refusal(str(folder), split="test").place == f'{folder}, row 0, field "completion"'
+        error = refusal(str(folder), split="dev")
+        assert "datasets cannot read this folder" in error.problem
+        assert "dev" in error.problem
+
+    def test_a_name_that_is_neither_file_nor_data_set(self, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        error = refusal("nobody/no-such-set:main")
+        assert error.place == "nobody/no-such-set:main"
+        assert "As a file: no such file." in error.problem
+        assert "As a hub data set, split 'train': ConnectionError: Couldn't reach 'nobody/no-such-set'" in (
+            error.problem
+        )
+        assert ".jsonl" in error.remedy
+
+    @pytest.mark.parametrize(("name", "module"), [("rows.parquet", "pyarrow"), ("some/set", "datasets")])
+    def test_a_missing_library_is_named(self, tmp_path, monkeypatch, name, module):
+        monkeypatch.setitem(sys.modules, module, None)
+        (tmp_path / "rows.parquet").touch()
+        path = str(tmp_path / name) if "." in name else name
+        error = refusal(path)
+        assert module in error.problem
+        assert "pip install" in error.remedy
+
+    def test_a_missing_file_and_its_neighbours(self, tmp_path, monkeypatch):
+        write(tmp_path / "train.jsonl", [GOOD])
+        (tmp_path / "notes.txt").touch()
+        error = refusal(str(tmp_path / "trian.jsonl"))
+        assert (error.problem, error.place) == ("no such file", str(tmp_path / "trian.jsonl"))
+        assert error.remedy == f"nearest names in {tmp_path}: train.jsonl"
+        assert refusal(str(tmp_path / "zzzz.parquet")).remedy == f"data files in {tmp_path}: train.jsonl"
+        assert "there is no folder" in refusal(str(tmp_path / "nowhere" / "x.json")).remedy
+        monkeypatch.chdir(tmp_path)
+        for name in ("./x", "../x", "~/no-such-x", "x.jsonl"):
+            assert refusal(name).problem == "no such file"
+
+    @pytest.mark.parametrize(
+        ("name", "content", "place", "problem"),
+        [
+            ("a.jsonl", b"", "", "no rows"),
+            ("a.jsonl", b"\n\n", "", "no rows"),
+            ("a.json", b"", ", line 1", "the file is empty"),
+            ("a.json", b"[]", "", "no rows"),
+            ("a.json", b'{"data": []}', "", "want an array of objects, got dict {'data': []}"),
+            ("a.json", b'{"a": 1}\n{"a": 2}\n', ", line 2", "invalid JSON: Extra data, column 1"),
+            ("a.json", b'[{"prompt":\n"\xff"}]', ", line 2", "not UTF-8: invalid start byte"),
+            ("a.json", b"[3]", ", index 0", "want an object, got 3"),
+            ("a.jsonl", b'{"prompt": ', ", line 1", "invalid JSON: Expecting value, column 12"),
+            ("a.jsonl", b'\n{"prompt": "\xff"}', ", line 2", "not UTF-8: invalid start byte at byte 12"),
+            ("a.jsonl", b'"text"', ", line 1", "want an object, got str 'text'"),
+            ("a.jsonl.gz", b"not gzip", "", "cannot read the file: Not a gzipped file (b'no')"),
+            ("a.jsonl.gz", gzip.compress(b"{}")[:-9], "", "cannot read the file: Compressed file ended"),
+            ("a.parquet", b"not parquet", "", "not a parquet file: "),
+            ("a.csv", b"prompt,completion", "", "cannot tell how to read a file named 'a.csv'"),
+        ],
+    )
+    def test_broken_files(self, tmp_path, name, content, place, problem):
+        path = tmp_path / name
+        path.write_bytes(content)
+        error = refusal(str(path))
+        assert error.problem.startswith(problem)
+        assert error.place == f"{path}{place}"
+
+
+class TestRows:
+    @pytest.mark.parametrize(
+        ("row", "field", "problem"),
+        [
+            (GOOD | {"completion": 4}, "completion", "want a string, got 4"),
+            (GOOD | {"completion": " \n"}, "completion", "the response is empty"),
+            (GOOD | {"prompt": ""}, "prompt", "the prompt is empty"),
+            (GOOD | {"completion": "\ud83d"}, "completion", "half of a surrogate pair at character 0"),
+            (GOOD | {"prompt": []}, "prompt", "want a list of messages, got list []"),
+            (
+                GOOD | {"completion": CHAT[:1]},
+                "prompt",
+                "the conversation must end with an assistant turn, it ends with user",
+            ),
+            (
+                {"prompt": [CHAT[1]], "completion": "x"},
+                "prompt",
+                "the conversation needs a user turn before its first assistant turn",
+            ),
+            (GOOD | {"uncertainty": math.nan}, "uncertainty", "want a finite number, got nan"),
+            (GOOD | {"uncertainty": -math.inf}, "uncertainty", "want a finite number, got -inf"),
+            (GOOD | {"uncertainty": 10**400}, "uncertainty", "want a finite number, got 10000"),
+            (GOOD | {"uncertainty": "0.5"}, "uncertainty", "want a finite number, got str '0.5'"),
+            (GOOD | {"uncertainty": True}, "uncertainty", "want a finite number, got True"),
+            (GOOD | {"label_smoothing": 1.5}, "label_smoothing", "want a finite number in [0, 1], got 1.5"),
+            (GOOD | {"label_smoothing": -0.1}, "label_smoothing", "want a finite number in [0, 1], got -0.1"),
+            (GOOD | {"sample_weight": -1}, "sample_weight", "want a finite number >= 0, got -1"),
+            (GOOD | {"sample_weight": math.nan}, "sample_weight", "want a finite number >= 0, got nan"),
+            (GOOD | {"sample_weight": math.inf}, "sample_weight", "want a finite number >= 0, got inf"),
+            (GOOD | {"id": ""}, "id", "want a non-empty string or an integer, got str ''"),
+            (GOOD | {"id": 1.5}, "id", "want a non-empty string or an integer, got 1.5"),
+            (GOOD | {"id": True}, "id", "want a non-empty string or an integer, got True"),
+            (GOOD | {"source": 3}, "source", "want a string, got 3"),
+            (GOOD | {"tools": [{"name": "f"}]}, "tools", "is not supported"),
+        ],
+    )
+    def test_faults_of_a_value(self, tmp_path, row, field, problem):
+        path = write(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "a"}, row])
+        error = refusal(path)
+        assert error.place == f'{path}, line 2, field "{field}"'
+        assert error.problem.startswith(problem)
+        assert error.remedy == (
+            'correct or remove this row; the file is read as "prompt_completion", data.format chooses another'
+        )
+
+    @pytest.mark.parametrize(
+        ("messages", "field", "problem"),
+        [
+            ("hi", "messages", "want a list of messages, got str 'hi'"),
+            ([], "messages", "want a list of messages, got list []"),
+            (["hi", "hello"], "messages[0]", 'want {"role": ..., "content": ...}, got str \'hi\''),
+            (CHAT[:1], "messages", "the conversation must end with an assistant turn, it ends with user"),
+            (
+                [CHAT[1]],
+                "messages",
+                "the conversation needs a user turn before its first assistant turn",
+            ),
+            (
+                [{"role": "robot", "content": "x"}],
+                "messages[0].role",
+                "unknown role str 'robot'; valid: system",
+            ),
+            ([{"content": "x"}], "messages[0].role", "unknown role None; valid: system"),
+            ([CHAT[0], {"from": "bing", "value": "x"}], "messages[1].from", "unknown role str 'bing'"),
+            (
+                [CHAT[0], {"role": "assistant", "content": None}],
+                "messages[1].content",
+                "want a string, got None",
+            ),
+            (
+                [CHAT[0], {"role": "assistant", "content": ""}, *CHAT],
+                "messages[1].content",
+                "the response is empty",
+            ),
+            (
+                [CHAT[0], {"role": "assistant", "content": "x", "tool_calls": [{}]}],
+                "messages[1].tool_calls",
+                "is not supported",
+            ),
+            ([CHAT[0], CHAT[1] | {"weight": 0}], "messages[1].weight", "is not supported"),
+        ],
+    )
+    def test_faults_of_a_conversation(self, tmp_path, messages, field, problem):
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps([{"messages": CHAT}, {"messages": messages}]))
+        error = refusal(str(path))
+        assert error.place == f'{path}, index 1, field "{field}"'
+        assert error.problem.startswith(problem)
+
+    @pytest.mark.parametrize(
+        ("row", "field", "problem"),
+        [
+            ({"instruction": 3, "output": "x"}, "instruction", "want a string, got 3"),
+            ({"instruction": "x", "input": ["y"], "output": "x"}, "input", "want a string, got list ['y']"),
+            ({"instruction": "x", "output": ""}, "output", "the response is empty"),
+            (
+                {"instruction": "x", "output": "y", "history": "z"},
+                "history",
+                "want a list of [question, answer]",
+            ),
+            (
+                {"instruction": "x", "output": "y", "history": [["z"]]},
+                "history[0]",
+                "want a [question, answer]",
+            ),
+            (
+                {"instruction": "x", "output": "y", "history": [["z", None]]},
+                "history[0][1]",
+                "want a string, got None",
+            ),
+        ],
+    )
+    def test_faults_of_alpaca(self, tmp_path, row, field, problem):
+        path = write(tmp_path / "rows.jsonl", [row])
+        error = refusal(path)
+        assert error.place == f'{path}, line 1, field "{field}"'
+        assert error.problem.startswith(problem)
+
+    def test_mixed_rows(self, tmp_path):
+        path = write(tmp_path / "rows.jsonl", [GOOD, {"question": "2 + 2?", "answer": "4"}])
+        error = refusal(path)
+        assert str(error) == (
+            f'{path}, line 2, field "prompt": is missing, got question, answer\n'
+            'correct or remove this row; the file is read as "prompt_completion", data.format chooses another'
+        )
+
+    def test_no_known_columns(self, tmp_path):
+        path = write(tmp_path / "rows.jsonl", [{"text": "x", "messages": None}])
+        error = refusal(path)
+        assert error.place == f"{path}, line 1"
+        assert error.problem == (
+            "no columns to make a conversation of: want messages or conversations (messages); "
+            "prompt + completion or question + answer (prompt_completion); instruction + output (alpaca); "
+            "got text, messages"
+        )
+        path = write(tmp_path / "rows.jsonl", [GOOD])
+        error = refusal(path, format="alpaca")
+        assert "want instruction + output (alpaca); got prompt, completion" in error.problem
+        assert "set data.format to auto" in error.remedy
+        assert "unknown format 'csv'; valid: auto, messages" in refusal(path, format="csv").problem
+
+    def test_duplicate_ids(self, tmp_path):
+        path = write(tmp_path / "rows.jsonl", [GOOD | {"id": "a"}, GOOD, GOOD | {"id": "a"}])
+        error = refusal(path)
+        assert (error.place, error.problem) == (
+            f'{path}, line 3, field "id"',
+            "'a' is already the id of line 1",
+        )
+
+    def test_the_first_five_faults_come_together(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        bad = [json.dumps(GOOD | {"uncertainty": i, "completion": ""}) for i in range(6)]
+        path.write_text("\n".join(["{", json.dumps(GOOD), *bad]))
+        lines = str(refusal(str(path))).splitlines()
+        assert lines[0] == f"{path}: 7 wrong rows; the first 5:"
+        assert (
+            lines[1] == "  line 1: invalid JSON: Expecting property name enclosed in double quotes, column 2"
+        )
+        assert lines[2:6] == [f'  line {n}, field "completion": the response is empty' for n in (3, 4, 5, 6)]
+        assert lines[6].startswith("correct or remove these rows")
+        assert len(lines) == 7
+
+    def test_a_file_of_only_broken_lines_claims_no_form(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("{\n{\n")
+        error = refusal(str(path))
+        assert error.problem.startswith("2 wrong rows:\n  line 1: invalid JSON")
+        assert error.remedy == "correct or remove these rows"
+
+    @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=4))
+    def test_whatever_stands_in_a_field_is_taken_or_refused(self, tmp_path_factory, value):
+        path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+        for field in ("prompt", "completion", "id", "source", "uncertainty", "label_smoothing", "tools"):
+            write(path, [GOOD, {"prompt": "q", "completion": "a"} | {field: value}])
+            try:
+                outcome = str(len(load(str(path))))
+            except UserError as error:
+                outcome = error.place
+            assert outcome == "2" or outcome.startswith(f"{path}, line 2")
+
+
+class TestRealData:
+    def test_gsm8k(self, shared):
+        path = shared / "data/gsm8k/train.jsonl"
+        samples = load(str(path))
+        assert len(samples) == 7473
+        assert len({s.id for s in samples}) == 7473
+        assert samples[0].messages[0].content.startswith("Natalia sold clips")
+        assert samples[0].response.endswith("#### 72")
+        assert samples[-1].place == f"{path}, line 7473"
+
+    def test_alpaca_names_its_four_empty_responses(self, shared, tmp_path):
+        path = shared / "data/alpaca/random_9k.json"
+        lines = str(refusal(str(path))).splitlines()
+        assert lines[0] == f"{path}: 4 wrong rows:"
+        assert len(lines) == 6
+        rows = json.loads(path.read_text())
+        for line in lines[1:5]:
+            index = int(line.split("index ")[1].split(",")[0])
+            assert line.endswith('field "output": the response is empty')
+            assert rows[index]["output"] == ""
+        kept = [row for row in rows if row["output"].strip()]
+        samples = load(write(tmp_path / "kept.jsonl", kept))
+        assert len(samples) == 9225
+        with_input = next(i for i, row in enumerate(kept) if row["input"])
+        assert samples[with_input].messages == (
+            Message("user", f"{kept[with_input]['instruction']}\n\n{kept[with_input]['input']}"),
+            Message("assistant", kept[with_input]["output"]),
+        )
+
+    def test_lima_has_conversations(self, shared):
+        samples = load(str(shared / "data/lima/lima.json"))
+        assert len(samples) == 1029
+        longer = [s for s in samples if len(s.messages) > 2]
+        assert len(longer) == 29
+        assert all([m.role for m in s.messages[:3]] == ["user", "assistant", "user"] for s in longer)
+
+    def test_truthfulqa(self, shared):
+        samples = load(str(shared / "data/truthfulqa/finetune_truth.jsonl"))
+        assert len(samples) == 22434
+        assert Counter(s.response for s in samples).keys() == {" yes", " no"}
+        assert len({s.id for s in samples}) == 22434
+
+
+def rows_of(prompts: list[str]) -> list[Sample]:
+    return [
+        Sample(str(i), (Message("user", prompt), Message("assistant", str(i))))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+class TestHoldOut:
+    def test_share_order_and_stability(self):
+        rows = rows_of([f"question {i}" for i in range(200)])
+        train, held = hold_out(rows, 0.1)
+        assert len(held) == 20
+        assert sorted(train + held, key=lambda s: int(s.id)) == rows
+        assert [int(s.id) for s in train] == sorted(int(s.id) for s in train)
+        again_train, again_held = hold_out(rows[::-1], 0.1)
+        assert (again_train[::-1], again_held[::-1]) == (train, held)
+        larger = {s.id for s in hold_out([*rows, *rows_of(["a new question"])[:1]], 0.1)[1]}
+        assert len({s.id for s in held} - larger) <= 1
+
+    def test_zero_holds_out_nothing(self):
+        rows = rows_of(["a", "b"])
+        assert hold_out(rows, 0) == (rows, [])
+
+    @given(
+        st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=30),
+        st.floats(0, 1, exclude_min=True, exclude_max=True),
+    )
+    def test_laws(self, prompts, fraction):
+        rows = rows_of(prompts)
+        if len(set(prompts)) == 1:
+            with pytest.raises(UserError, match=r"1 different prompt"):
+                hold_out(rows, fraction)
+            return
+        train, held = hold_out(rows, fraction)
+        assert train
+        assert held
+        assert not {s.prompt for s in train} & {s.prompt for s in held}
+        assert Counter(s.id for s in train + held) == Counter(s.id for s in rows)
+        groups = len({s.prompt for s in train})
+        assert len(held) >= round(fraction * len(rows)) or groups == 1
+
+    @pytest.mark.parametrize("fraction", [-0.1, 1.0, math.nan])
+    def test_a_fraction_outside_the_range(self, fraction):
+        with pytest.raises(ValueError, match="eval_fraction"):
+            hold_out(rows_of(["a", "b"]), fraction)
+
+    def test_real_rows(self, shared):
+        train, held = hold_out(load(str(shared / "data/truthfulqa/finetune_truth.jsonl")), 0.05)
+        assert len(held) == pytest.approx(0.05 * 22434, abs=30)
+        assert not {s.prompt for s in train} & {s.prompt for s in held}
+
+
+def test_the_package_needs_neither_torch_nor_transformers():
+    code = (
+        "import sys, ual.data; assert callable(ual.data.load) and callable(ual.data.Renderer);"
+        "loaded = {'torch', 'transformers', 'datasets', 'pyarrow', 'jinja2'} & set(sys.modules);"
+        "assert not loaded, loaded;"
+        "assert ual.data.Collator(0).pad_token_id == 0 and 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    import ual.data
+
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ual.data.nothing

@@ -1,0 +1,5 @@
+"""`python -m ual` is `ual`."""
+
+from ual.cli import main
+
+main()

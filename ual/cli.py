@@ -1,0 +1,237 @@
+"""The command line: the only reader of arguments and environment, and the only printer."""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+except ModuleNotFoundError as missing:  # the loss alone was installed
+    sys.exit(f"`ual` needs {missing.name}: pip install 'ual-kernels[train]'")
+
+from ual import __version__
+from ual.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Uncertainty-aware fine-tuning: every sample carries its own label smoothing.",
+)
+out = Console()
+err = Console(stderr=True)
+
+_EXAMPLE = """\b
+[bold]A configuration[/bold]
+  model: HuggingFaceTB/SmolLM2-135M-Instruct   # a folder, or a name on the hub
+  data:
+    train: rows.jsonl                          # messages, prompt/completion or instruction/output
+    eval_fraction: 0.1
+  uncertainty: white_box                       # or column: the rows bring "uncertainty"
+  smoothing: {min: 0.0, max: 0.2}              # the most uncertain row gets 0.2
+  training: {num_train_epochs: 2, learning_rate: 2.0e-4}
+
+\b
+[bold]Examples[/bold]
+  ual train config.yaml
+  ual train config.yaml loss=sft output_dir=runs/sft          plain fine-tuning, same rows
+  ual train config.yaml loss=uniform output_dir=runs/uniform  one smoothing for all
+  ual train config.yaml --resume                              go on after a stop
+"""
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a user error.")]
+
+
+@app.command(epilog=_EXAMPLE)
+def train(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example training.max_steps=10.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune with per-sample label smoothing; write adapter, figures and report to the run folder."""
+    with _errors(debug):
+        from ual.config import load
+
+        resolved = load(config, overrides or [])
+        _quiet(Path(resolved.output_dir) / "tensorboard")
+        from ual.run import run
+
+        result = run(
+            resolved,
+            command=["ual", *sys.argv[1:]],
+            resume=resume,
+            trust_remote_code=trust_remote_code,
+            console=err,
+        )
+        _summary([result.metrics])
+        out.print(f"report   {result.report}", highlight=False, soft_wrap=True)
+        if result.stopped_by is not None:
+            err.print(
+                f"stopped by a signal after step {result.metrics['steps']}; --resume goes on from there"
+            )
+            raise typer.Exit(128 + result.stopped_by)
+
+
+@app.command(
+    epilog="\b\n[bold]Examples[/bold]\n  ual report runs/ual\n"
+    "  ual report runs/sft runs/uniform runs/ual -o comparison.html"
+)
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders; the first is the baseline.", show_default=False)
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page to write.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the HTML page of a run, or of several side by side."""
+    with _errors(debug):
+        from ual.report import write
+
+        out.print(str(write(runs, output)), highlight=False, soft_wrap=True)
+
+
+@app.command(
+    epilog="\b\n[bold]Examples[/bold]\n  ual reliability answers.jsonl -o rows.jsonl\n"
+    "  ual reliability answers.jsonl -o rows.jsonl --method reweight --temperature 0.2\n"
+    "  ual reliability answers.jsonl -o rows.jsonl --rule quantile --value 0.25"
+)
+def reliability(
+    answers: Annotated[
+        Path, typer.Argument(help="Several answers per question (JSONL, may be .gz).", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Training rows for `ual train`.")],
+    method: Annotated[
+        Literal["filter", "reweight", "majority"], typer.Option(help="What becomes of disagreeing answers.")
+    ] = "filter",
+    rule: Annotated[
+        Literal["median", "quantile", "absolute"], typer.Option(help="Which questions a filter keeps.")
+    ] = "median",
+    value: Annotated[float | None, typer.Option(help="The quantile, or the entropy in nats.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of the softmax over answer shares.")] = 0.2,
+    unparsed: Annotated[
+        Literal["class", "drop_question"], typer.Option(help="What an answer without a value counts as.")
+    ] = "class",
+    debug: Debug = False,
+) -> None:
+    """Filter or re-weight a weak supervisor's labels by how well its answers agree (arXiv 2406.19032)."""
+    with _errors(debug):
+        from ual.data import answers as reading
+
+        rows, summary = reading.process(
+            answers, method=method, rule=rule, value=value, temperature=temperature, unparsed=unparsed
+        )
+        reading.write(rows, output)
+        out.print(summary.table() if hasattr(summary, "table") else summary)
+        out.print(f"{len(rows)} rows in {output}", highlight=False, soft_wrap=True)
+
+
+@app.command(
+    epilog="\b\n[bold]Examples[/bold]\n  ual quickstart\n  ual quickstart --steps 4 --output /tmp/quick"
+)
+def quickstart(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A new folder for data, runs and report.")
+    ] = Path("quickstart-run"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each arm.")] = 40,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a real 135M-parameter model three ways on a CPU: plain, uniform smoothing, UAL."""
+    with _errors(debug):
+        _quiet(output / "tensorboard")
+        from ual.quickstart.run import run
+
+        result = run(output, steps=steps, cache=_cache(), command=["ual", *sys.argv[1:]], console=err)
+        _summary(result.metrics)
+        out.print(
+            f"\n{result.verdict}\n\nopen     {result.report.resolve()}\nnext     {result.next_command}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if version:
+        out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the `ual` script."""
+    app()
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """Turn a user's mistake into one screen of text and exit code 2, Ctrl-C into 130."""
+    try:
+        yield
+    except UserError as error:
+        if debug:
+            raise
+        place = f"[bold]{escape(error.place)}[/bold]\n" if error.place else ""
+        remedy = f"\n[green]{escape(error.remedy)}[/green]" if error.remedy else ""
+        err.print(f"[bold red]error[/bold red] {place}{escape(error.problem)}{remedy}", highlight=False)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        err.print("interrupted")
+        raise typer.Exit(130) from error
+
+
+def _quiet(tensorboard: Path) -> None:
+    """Keep third parties off the terminal: their words go to the log file of the run."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(tensorboard))
+    warnings.simplefilter("ignore")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ual"
+
+
+def _summary(arms: list[dict[str, Any]]) -> None:
+    """Print the figures of one run, or of several side by side."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("run", "steps", "mean smoothing", "train loss", "NLL", "accuracy", "ECE", "Brier"):
+        table.add_column(name, justify="left" if name == "run" else "right")
+    for arm in arms:
+        before, after = arm.get("eval_before"), arm.get("eval")
+        if before and arm is arms[0]:
+            table.add_row("base model", "0", "", "", *_figures(before))
+        table.add_row(
+            escape(arm["name"]),
+            str(arm["steps"]),
+            f"{arm['mean_smoothing']:.3f}",
+            _number(arm["train_loss_last"]),
+            *(_figures(after) if after else ["not measured", "", "", ""]),
+        )
+    out.print(table)
+
+
+def _figures(evaluation: dict[str, float]) -> list[str]:
+    return [_number(evaluation[name]) for name in ("nll", "accuracy", "ece", "brier")]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

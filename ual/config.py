@@ -1,0 +1,219 @@
+"""The configuration of a run: YAML in, unknown keys refused with the nearest name, a resolved dump out."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ual.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(_Section):
+    """The base model: a folder in transformers' format, or a name on the Hugging Face hub."""
+
+    path: str
+    revision: str | None = None
+    tokenizer: str | None = Field(None, description="defaults to `path`")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: str | None = None
+
+
+class DataConfig(_Section):
+    """Where the rows come from and how they become tokens."""
+
+    train: str = Field(description="JSONL, JSON or parquet file, or a data set on the hub")
+    eval: str | None = Field(None, description="held-out rows; or take a share of `train` by `eval_fraction`")
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    train_split: str = "train"
+    eval_split: str = "test"
+    format: Literal["auto", "messages", "prompt_completion", "alpaca"] = "auto"
+    max_length: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="tokens; None: min(context, 2048)"
+    )
+    overlong: Literal["refuse", "truncate", "drop"] = "refuse"
+    chat_template: str | None = Field(
+        None, description="'chatml', 'plain', or a Jinja file; None: the model's"
+    )
+
+
+class UncertaintyConfig(_Section):
+    """Where each sample's uncertainty comes from."""
+
+    estimator: Literal["column", "white_box"] = "column"
+    missing: Literal["median", "drop", "refuse"] = "median"
+    batch_size: Annotated[int, Field(ge=1)] = 8
+
+
+class SmoothingConfig(_Section):
+    """Uncertainty to label smoothing: first a scale to u in [0, 1], then a map to s (see `ual.smoothing`)."""
+
+    scale: Literal["rank", "min_max", "absolute"] = "rank"
+    map: Literal["linear", "power", "step", "constant"] = "linear"
+    min: Fraction = 0.0
+    max: Fraction = 0.2
+    power: Annotated[float, Field(gt=0)] = 2.0
+    threshold: Fraction = 0.5
+    match_mean: Fraction | None = None
+    over: Literal["all", "others"] = "all"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min must not exceed max, got min={self.min} and max={self.max}")
+        return self
+
+
+class LoraConfig(_Section):
+    """The adapter, in PEFT's terms."""
+
+    r: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: list[str] = []
+
+
+class LossConfig(_Section):
+    """What is minimised.
+
+    ual: each sample's own smoothing. sft: no smoothing, no uncertainty asked. uniform: one smoothing for all,
+    `smoothing.match_mean`, or where that is null (min + max) / 2: the mean of the linear map of ranks.
+    """
+
+    kind: Literal["ual", "sft", "uniform"] = "ual"
+    average: Literal["weights", "tokens", "samples"] = "weights"
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+
+
+class EvaluationConfig(_Section):
+    """What is measured on the held-out rows, before and after training."""
+
+    before: bool = True
+    bins: Annotated[int, Field(ge=2)] = 15
+    batch_size: Annotated[int, Field(ge=1)] = 8
+
+
+def _from_name(key: str) -> BeforeValidator:
+    """Let `model: path` stand for `model: {path: path}`."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+class RunConfig(_Section):
+    """One training run."""
+
+    model: Annotated[ModelConfig, _from_name("path")]
+    data: Annotated[DataConfig, _from_name("train")]
+    output_dir: str
+    name: str | None = Field(None, description="label in reports; defaults to the folder's name")
+    loss: Annotated[LossConfig, _from_name("kind")] = LossConfig()
+    uncertainty: Annotated[UncertaintyConfig, _from_name("estimator")] = UncertaintyConfig()
+    smoothing: SmoothingConfig = SmoothingConfig()
+    lora: LoraConfig | None = LoraConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    training: dict[str, Any] = Field({}, description="transformers.TrainingArguments, by their own names")
+
+    @property
+    def label(self) -> str:
+        return self.name or Path(self.output_dir).name
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply ``section.key=value`` overrides, validate.
+
+    Args:
+        path: the file; `output_dir` defaults to ``runs/<its stem>``.
+        overrides: dotted keys with YAML values, applied in order.
+
+    Raises:
+        UserError: the file is missing or is not a mapping, a key is unknown (the nearest valid one is
+            named), or a value does not fit.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration: {error.strerror}", place=str(path)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"not valid YAML: {error}", place=str(path)) from error
+    if not isinstance(raw, dict):
+        raise UserError(
+            "the configuration must be a mapping of sections",
+            place=str(path),
+            remedy="start from:  model: PATH / data: FILE.jsonl",
+        )
+    for override in overrides:
+        _apply(raw, override)
+    raw.setdefault("output_dir", str(Path("runs") / path.stem))
+    return parse(raw, place=str(path))
+
+
+def parse(raw: Mapping[str, Any], *, place: str = "configuration") -> RunConfig:
+    """Validate a mapping; see `load` for the errors."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(
+            "\n  ".join(_explain(e) for e in error.errors()),
+            place=place,
+            remedy="`ual train --help` shows an example; every key is described in `ual.config`",
+        ) from error
+
+
+def dump(config: RunConfig) -> str:
+    """Return the resolved configuration as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """Return ``did you mean "x"?`` for the valid name closest to `name`, or the valid names."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f'did you mean "{close[0]}"?' if close else f"valid: {', '.join(sorted(valid))}"
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    where = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        return f'unknown key "{where}"; {nearest(location[-1], _valid_keys(location[:-1]))}'
+    if error["type"] == "missing":
+        return f'"{where}" is required'
+    return f"{where or 'configuration'}: {error['msg']}, got {error['input']!r}"
+
+
+def _valid_keys(location: Sequence[str]) -> list[str]:
+    section: Any = RunConfig
+    for name in location:
+        annotation = section.model_fields[name].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(section.model_fields)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not (key and equals):
+        raise UserError(f"an override must read section.key=value, got {override!r}")
+    *sections, last = key.split(".")
+    for name in sections:
+        inner = raw.setdefault(name, {})
+        if isinstance(inner, str):  # the short form, model: path
+            short = {"model": "path", "data": "train", "loss": "kind", "uncertainty": "estimator"}
+            inner = raw[name] = {short[name]: inner} if name in short else {}
+        if inner is None:
+            inner = raw[name] = {}
+        raw = inner
+    try:
+        raw[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of override {key!r} is not valid YAML: {value!r}") from error

@@ -1,0 +1,324 @@
+"""Conversations to tokens, and to the labels of exactly those that the assistant wrote.
+
+A conversation is rendered to text, the text tokenised once, and a token is trained when its characters belong
+to an assistant turn. Which characters those are comes from one of two sources:
+
+- the template's own ``{% generation %}`` blocks, where it has them;
+- else prefixes. With P_k the rendering of the messages before turn k and its generation prompt, and T_k that
+  of the messages through turn k, the turn is T_k without P_k: what the model itself must write when it is
+  prompted by this template, up to and including its end-of-turn marker. That holds only while P_k, and T_k up
+  to the marker, are prefixes of the whole; a template for which they are not is refused.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ual.errors import UserError
+from ual.records import Message, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+
+_BUILT_IN = {
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message.role + '\n' }}"
+        "{% if message.role == 'assistant' %}"
+        "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}"
+        "{{ '\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    # The space after "Assistant:" is the response's, since tokenizers join it to the word that follows.
+    "plain": (
+        "{% for message in messages %}"
+        "{{ message.role.capitalize() + ':' }}"
+        "{% if message.role == 'assistant' %}"
+        "{% generation %}{{ ' ' + message.content + eos_token }}{% endgeneration %}"
+        "{% else %}{{ ' ' + message.content + '\n' }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    ),
+}
+_DEFAULT_LENGTH = 2048
+_PROBE = "probe-5a1f"
+
+_Span = tuple[int, int]  # characters [start, end)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenised:
+    """A rendered sample; `labels` are `input_ids` with -100 outside the assistant's tokens."""
+
+    id: str
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def live_tokens(self) -> int:
+        """The number of tokens with a loss: token t is predicted from those before it, so never the first."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+class Renderer:
+    """Render samples through one chat template.
+
+    Every assistant turn is trained, with its end-of-turn marker. The last turn ends with the tokenizer's EOS,
+    which is trained and appended where the template has none there. White space that a template writes after
+    the end of the last turn is left out: nothing after it could learn from it.
+
+    A token that holds characters on both sides of a turn's border is the assistant's where it holds more of
+    the turn than white space; so the response's first word is trained after a prompt that ends with a space.
+
+    Args:
+        tokenizer: a fast one, which knows the characters of each token.
+        chat_template: None for the tokenizer's own; ``chatml``; ``plain``, which is ``User: ...``,
+            ``Assistant: ...`` and EOS, for base models; or the path of a Jinja file. The built-in ones begin
+            with BOS where the tokenizer adds one itself.
+        max_length: tokens a sample may have; None for min(context, 2048).
+        context_length: tokens the model can see; None for what the tokenizer says, if anything.
+        overlong: ``refuse``; ``truncate`` to the first `max_length` tokens, without EOS, and drop the sample
+            if none of those is the assistant's; or ``drop``.
+
+    Attributes:
+        max_length: the limit in force.
+        counts: how many samples were "rendered" (whole), "truncated" and "dropped" so far.
+
+    Raises:
+        UserError: the tokenizer has no offsets, no EOS or no template; the template is unknown or broken;
+            `max_length` is beyond the context.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        chat_template: str | None = None,
+        max_length: int | None = None,
+        context_length: int | None = None,
+        overlong: Literal["refuse", "truncate", "drop"] = "refuse",
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"{type(tokenizer).__name__} cannot tell the characters of its tokens",
+                place="model.tokenizer",
+                remedy="name a model whose folder has a tokenizer.json",
+            )
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has no EOS token, so a model could not learn to stop",
+                place="model.tokenizer",
+                remedy='set "eos_token" in its tokenizer_config.json',
+            )
+        self._tokenizer = tokenizer
+        self._template = _resolve(tokenizer, chat_template)
+        self._place = f"chat template {chat_template!r}" if chat_template else "the model's chat template"
+        self._marks_turns = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self._template))
+        self._closing = self._probe()
+        self._context_length = _context_length(tokenizer, context_length)
+        self.max_length = _max_length(max_length, self._context_length)
+        self._overlong = overlong
+        self.counts: Counter[str] = Counter()
+
+    def render(self, sample: Sample) -> Tokenised | None:
+        """Return the sample's tokens and labels, or None where it was dropped for its length.
+
+        Raises:
+            UserError: the template refuses the conversation, does not say exactly which characters are the
+                assistant's, or yields none; or the sample is too long and is to be refused.
+        """
+        text, spans = self._turns(sample)
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        end = max([len(text.rstrip()), *(b for _, b in spans)])
+        tokens = [
+            (token, _belongs(text, offset, spans))
+            for token, offset in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+            if offset[0] < end
+        ]
+        if not any(trained for _, trained in tokens):
+            raise UserError(
+                f"{self._place} yields no assistant tokens, so there is nothing to train",
+                place=sample.place,
+                remedy="give data.chat_template one that renders the assistant's turns",
+            )
+        eos = self._tokenizer.eos_token_id
+        if tokens[-1][0] == eos:
+            tokens.pop()
+        tokens.append((eos, True))
+        return self._fit(
+            sample,
+            Tokenised(
+                id=sample.id,
+                input_ids=[token for token, _ in tokens],
+                labels=[token if trained else IGNORE_INDEX for token, trained in tokens],
+            ),
+        )
+
+    def render_prompt(self, sample: Sample) -> str:
+        """Return the text that prompts the final response, through the generation prompt."""
+        return self._text(sample.prompt, place=sample.place, generation_prompt=True)
+
+    def _fit(self, sample: Sample, tokenised: Tokenised) -> Tokenised | None:
+        n = len(tokenised.input_ids)
+        if n <= self.max_length:
+            self.counts["rendered"] += 1
+            return tokenised
+        if self._overlong == "refuse":
+            room = "" if self._context_length is None else f" (the model's context is {self._context_length})"
+            raise UserError(
+                f"{n} tokens, data.max_length is {self.max_length}",
+                place=sample.place,
+                remedy=f'raise data.max_length{room}, or set data.overlong to "truncate" or "drop"',
+            )
+        if self._overlong == "truncate":
+            cut = Tokenised(
+                tokenised.id, tokenised.input_ids[: self.max_length], tokenised.labels[: self.max_length]
+            )
+            if cut.live_tokens:
+                self.counts["truncated"] += 1
+                return cut
+        self.counts["dropped"] += 1
+        return None
+
+    def _turns(self, sample: Sample) -> tuple[str, list[_Span]]:
+        if self._marks_turns:
+            return self._render(sample.messages, sample.place, marks=True)
+        text = self._text(sample.messages, place=sample.place)
+        return text, list(self._prefix_spans(sample, text))
+
+    def _prefix_spans(self, sample: Sample, text: str) -> Iterator[_Span]:
+        for k, message in enumerate(sample.messages):
+            if message.role != "assistant":
+                continue
+            before = self._text(sample.messages[:k], place=sample.place, generation_prompt=True)
+            through = self._text(sample.messages[: k + 1], place=sample.place)
+            body = through.removesuffix(self._closing)
+            if not (through.endswith(self._closing) and text.startswith(body) and body.startswith(before)):
+                raise self._inexact(sample, k, "renders the turn differently once other turns surround it")
+            if _squeeze(message.content) not in _squeeze(body[len(before) :]):
+                raise self._inexact(sample, k, "changes its text")
+            yield len(before), len(body) + len(self._closing_within(text[len(body) :]))
+
+    def _closing_within(self, rest: str) -> str:
+        """Return as much of the end-of-turn marker as `rest` begins with, in whole added tokens.
+
+        A template may write more at the end of the conversation than between turns.
+        """
+        added = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(re.escape, added))})", self._closing) if added else [self._closing]
+        matched = ""
+        for piece in pieces:
+            if not rest.startswith(matched + piece):
+                break
+            matched += piece
+        return matched.rstrip()
+
+    def _inexact(self, sample: Sample, k: int, why: str) -> UserError:
+        return UserError(
+            f"{self._place} does not show which tokens are assistant turn {k} (counted from 0): it {why}",
+            place=sample.place,
+            remedy='set data.chat_template to "chatml" or to a Jinja file with {% generation %} around the '
+            "assistant's text, or make a row of each assistant turn",
+        )
+
+    def _probe(self) -> str:
+        """Render a short conversation, to fail early, and return what follows its last response."""
+        turns = (Message("user", "question"), Message("assistant", _PROBE))
+        self._text(turns[:1], place="", generation_prompt=True)
+        _, found, closing = self._text(turns, place="").rpartition(_PROBE)
+        if not found:
+            raise UserError(
+                f"{self._place} leaves out the assistant's text",
+                remedy="give data.chat_template one that renders the assistant's turns",
+            )
+        return closing
+
+    def _text(self, messages: Sequence[Message], *, place: str, generation_prompt: bool = False) -> str:
+        return self._render(messages, place, generation_prompt=generation_prompt)[0]
+
+    def _render(
+        self, messages: Sequence[Message], place: str, *, generation_prompt: bool = False, marks: bool = False
+    ) -> tuple[str, list[_Span]]:
+        from jinja2 import TemplateError
+
+        # What apply_chat_template renders with. Its own mask (return_assistant_tokens_mask) goes by the first
+        # token of a span's first and last character: it loses half an emoji at the end, and the whole span
+        # where the first character has no token. Seen with transformers 5.23.
+        from transformers.utils import chat_template_utils
+
+        render: Any = chat_template_utils.render_jinja_template  # annotated -> str, returns a pair of lists
+        try:
+            texts, spans = render(
+                conversations=[[{"role": m.role, "content": m.content} for m in messages]],
+                chat_template=self._template,
+                add_generation_prompt=generation_prompt,
+                return_assistant_tokens_mask=marks,
+                **self._tokenizer.special_tokens_map,
+            )
+        except TemplateError as error:
+            raise UserError(f"{self._place} refuses the conversation: {error}", place=place) from error
+        return texts[0], spans[0] if marks else []
+
+
+def _resolve(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> str:
+    valid = f"valid: {', '.join(_BUILT_IN)}, or the path of a Jinja file"
+    if chat_template is None:
+        try:
+            return tokenizer.get_chat_template()
+        except ValueError as error:
+            raise UserError(
+                "the tokenizer has no chat template of its own", place="data.chat_template", remedy=valid
+            ) from error
+    if chat_template in _BUILT_IN:
+        adds_bos = tokenizer.bos_token_id in tokenizer("").input_ids
+        return ("{{ bos_token }}" if adds_bos else "") + _BUILT_IN[chat_template]
+    try:
+        return Path(chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"unknown chat template {chat_template!r}, and as a file: {error}",
+            place="data.chat_template",
+            remedy=valid,
+        ) from error
+
+
+def _context_length(tokenizer: "PreTrainedTokenizerBase", context_length: int | None) -> int | None:
+    if context_length is not None:
+        return context_length
+    stated = tokenizer.model_max_length
+    return None if stated > 1e9 else stated  # transformers writes 1e30 for "unknown"
+
+
+def _max_length(max_length: int | None, context_length: int | None) -> int:
+    if max_length is None:
+        return min(context_length or _DEFAULT_LENGTH, _DEFAULT_LENGTH)
+    if context_length is not None and max_length > context_length:
+        raise UserError(
+            f"{max_length} is beyond the model's context of {context_length} tokens",
+            place="data.max_length",
+            remedy=f"set it to at most {context_length}",
+        )
+    return max_length
+
+
+def _belongs(text: str, offset: _Span, spans: Sequence[_Span]) -> bool:
+    start, end = offset
+    for a, b in spans:
+        if start == end:  # a byte-level tokenizer that trims offsets reports white space as empty, at its end
+            inside = a < end <= b
+        else:
+            inside = (a <= start and end <= b) or bool(text[max(start, a) : min(end, b)].strip())
+        if inside:
+            return True
+    return False
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())

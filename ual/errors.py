@@ -1,0 +1,19 @@
+"""The one exception that a user's mistake raises: the command line prints it without a traceback."""
+
+
+class UserError(Exception):
+    """What was wrong, where, and what to do about it.
+
+    Args:
+        problem: one sentence that names the argument, file or field, what was wanted and what came.
+        place: where it was found, such as ``train.jsonl, line 7, field "messages"``; may be empty.
+        remedy: the next step, such as ``set data.overlong to "truncate"``; may be empty.
+
+    >>> print(UserError("uncertainty is nan", place="train.jsonl, line 7", remedy="remove the row"))
+    train.jsonl, line 7: uncertainty is nan
+    remove the row
+    """
+
+    def __init__(self, problem: str, *, place: str = "", remedy: str = "") -> None:
+        self.problem, self.place, self.remedy = problem, place, remedy
+        super().__init__((f"{place}: " if place else "") + problem + (f"\n{remedy}" if remedy else ""))

@@ -1,0 +1,278 @@
+"""Swap the loss of a causal language model: `fuse(model)`, and it never computes logits while training.
+
+The patched `forward` runs the body of the model, then hands hidden states and lm_head to
+`ual_kernels.linear_cross_entropy`. The lm_head is reached by calling the module itself, so hooks that gather
+a partitioned weight (DeepSpeed ZeRO-3, FSDP) run as they do for logits.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ual.errors import UserError
+from ual_kernels import IGNORE_INDEX, TokenStatistics, linear_cross_entropy
+
+Model = TypeVar("Model", bound=nn.Module)
+_ADDED = ("label_smoothing", "sample_weight", "num_items_in_batch", "return_statistics")
+
+
+@dataclass
+class FusedOutput(CausalLMOutputWithPast):
+    """What a fused model returns when it is given labels: a loss, no logits, and statistics if asked.
+
+    `statistics` fields are [B, T], aligned with `labels` shifted left: position t speaks of token t + 1, and
+    holds NaN where that token is ignored.
+    """
+
+    statistics: TokenStatistics | None = None
+
+
+def fuse(
+    model: Model,
+    *,
+    smoothing_over: str = "all",
+    z_loss: float = 0.0,
+    backend: str = "auto",
+    verify: bool = True,
+) -> Model:
+    """Give a causal LM of transformers the fused loss, in place; `unfuse` takes it back.
+
+    Afterwards ``model(input_ids=..., labels=..., label_smoothing=..., sample_weight=...)`` returns a
+    `FusedOutput` whose `loss` is the mean over live tokens (or divided by `num_items_in_batch`, as
+    transformers' Trainer passes it) and whose `logits` is None. Without `labels` the model is as before, so
+    generation works. Any trainer that calls the model with labels gains the loss; per-sample columns reach it
+    as tensors [B] (or [B, T]).
+
+    Args:
+        model: a `PreTrainedModel` with an lm_head, or a `PeftModel` around one (wrap before or after).
+        smoothing_over, z_loss, backend: as in `ual_kernels.linear_cross_entropy`.
+        verify: run four tokens through the unpatched model and compare with lm_head(hidden states) under
+            the softcap and scale read from the config. Turn it off only for weights that are not there yet.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UserError: the model has no lm_head, computes its logits in a way this cannot follow, adds a loss of
+            its own (MoE router losses), or wraps its head in an adapter other than plain LoRA.
+    """
+    base = _causal_lm(model)
+    if hasattr(base, "_ual_unfused_forward"):
+        raise UserError(
+            "fuse() was called on a model that is fused already", remedy="call unfuse(model) first"
+        )
+    if base.get_output_embeddings() is None:
+        raise UserError(f"{type(base).__name__} has no lm_head, so there is no loss to fuse")
+    if getattr(base.config, "output_router_logits", False):
+        raise UserError(
+            f"{type(base).__name__} adds a router loss, which the fused loss would drop",
+            remedy="set output_router_logits=False in the model's config",
+        )
+    softcap, logit_scale = _logit_transform(base)
+    if verify:
+        _verify(base, softcap, logit_scale)
+    unfused = base.forward
+    options = {
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "smoothing_over": smoothing_over,
+        "z_loss": z_loss,
+        "backend": backend,
+    }
+
+    @functools.wraps(unfused)
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        label_smoothing: float | Tensor = 0.0,
+        sample_weight: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        return_statistics: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is None and shift_labels is None:
+            return unfused(*args, **kwargs)
+        kwargs.pop("logits_to_keep", None)
+        kwargs.pop("return_dict", None)
+        body = self.base_model(*args, **kwargs)
+        if shift_labels is None:
+            assert labels is not None
+            # the last position predicts nothing; its row leaves with the other ignored ones, uncopied
+            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+        loss, statistics = _call_head(
+            self.get_output_embeddings(),  # type: ignore[no-untyped-call]
+            body.last_hidden_state,
+            functools.partial(
+                linear_cross_entropy,
+                target=shift_labels,
+                label_smoothing=label_smoothing,
+                sample_weight=sample_weight,
+                num_items=num_items_in_batch,
+                return_statistics=True,
+                **options,
+            )
+            if return_statistics
+            else functools.partial(
+                _without_statistics,
+                target=shift_labels,
+                label_smoothing=label_smoothing,
+                sample_weight=sample_weight,
+                num_items=num_items_in_batch,
+                **options,
+            ),
+        )
+        return FusedOutput(
+            loss=loss,
+            past_key_values=getattr(body, "past_key_values", None),
+            hidden_states=body.hidden_states,
+            attentions=body.attentions,
+            statistics=statistics,
+        )
+
+    forward.__signature__ = _signature(unfused)  # type: ignore[attr-defined]
+    base._ual_unfused_forward = unfused
+    base.forward = MethodType(forward, base)
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Undo `fuse`."""
+    base = _causal_lm(model)
+    if hasattr(base, "_ual_unfused_forward"):
+        del base._ual_unfused_forward
+        del base.forward
+    return model
+
+
+def _without_statistics(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    return linear_cross_entropy(*args, **kwargs), None
+
+
+def _causal_lm(model: nn.Module) -> Any:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise UserError(f"fuse() takes a transformers model or a PeftModel, got {type(base).__name__}")
+    return base
+
+
+def _signature(unfused: Callable[..., Any]) -> inspect.Signature:
+    """The original parameters and ours: trainers drop data columns that `forward` does not name."""
+    signature = inspect.signature(unfused)
+    parameters = list(signature.parameters.values())
+    rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    present = {p.name for p in named}
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in _ADDED
+        if name not in present
+    ]
+    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return signature.replace(parameters=[self, *named, *added, *rest])
+
+
+# ---- the head ----
+
+
+def _call_head(head: nn.Module, hidden: Tensor, loss: Callable[..., Any]) -> Any:
+    """Compute the loss inside the head module's own `__call__`, wherever its weight is."""
+    if isinstance(head, ModulesToSaveWrapper):
+        adapter = head.active_adapters[0]
+        trained = not head.disable_adapters and adapter in head.modules_to_save
+        return _call_head(head.modules_to_save[adapter] if trained else head.original_module, hidden, loss)
+    if isinstance(head, LoraLayer):
+        return _lora_head(head, hidden, loss)
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"the lm_head is a {type(head).__name__}, which the fused loss does not know",
+            remedy="use plain LoRA, modules_to_save, or no adapter on the lm_head",
+        )
+    own = vars(head).get("forward")
+    head.forward = lambda hidden: loss(hidden, head.weight, linear_bias=head.bias)  # type: ignore[assignment]
+    try:
+        return head(hidden)
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own  # type: ignore[method-assign]
+
+
+def _lora_head(head: Any, hidden: Tensor, loss: Callable[..., Any]) -> Any:
+    """Add the adapters' products to the frozen weight: exact, at the cost of one [V, D] sum a step."""
+    active = [] if head.disable_adapters or head.merged else list(head.active_adapters)
+    for adapter in active:
+        dropout = head.lora_dropout[adapter]
+        if not hasattr(head, "get_delta_weight") or head.use_dora.get(adapter):
+            raise UserError(
+                "the lm_head wears an adapter other than plain LoRA", remedy="leave lm_head out of it"
+            )
+        if isinstance(dropout, nn.Dropout) and dropout.p and head.training:
+            raise UserError(
+                f"LoRA dropout {dropout.p} on the lm_head cannot be fused",
+                remedy="set lora.dropout to 0, or leave lm_head out of target_modules",
+            )
+    base = head.get_base_layer()
+    weight = base.weight
+    if weight.numel() == 0:
+        raise UserError("a LoRA-wrapped lm_head cannot be fused under ZeRO-3", remedy="use ZeRO-2")
+    for adapter in active:
+        weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
+    return loss(hidden, weight, linear_bias=base.bias)
+
+
+# ---- how a model turns the head's output into logits ----
+
+
+def _logit_transform(base: PreTrainedModel) -> tuple[float | None, float]:
+    """Softcap and scale, by the names that transformers' configs use for them."""
+    config = base.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = 1.0
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        scale /= divisor
+    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        scale *= factor
+    return softcap, scale
+
+
+@torch.no_grad()
+def _verify(base: Any, softcap: float | None, logit_scale: float) -> None:
+    """Compare lm_head(hidden) under softcap and scale with the model's own logits on four tokens."""
+    device = base.get_input_embeddings().weight.device
+    if device.type == "meta" or base.get_input_embeddings().weight.numel() == 0:
+        raise UserError(
+            "fuse() cannot check a model whose weights are not in memory",
+            remedy="fuse before sharding, or pass verify=False",
+        )
+    was_training = base.training
+    base.eval()
+    try:
+        probe = torch.arange(4, device=device)[None] % base.get_input_embeddings().weight.shape[0]
+        theirs = base(input_ids=probe).logits.double()
+        hidden = base.base_model(input_ids=probe).last_hidden_state
+        raw = base.get_output_embeddings()(hidden).double() * logit_scale
+    finally:
+        base.train(was_training)
+    ours = softcap * torch.tanh(raw / softcap) if softcap else raw
+    # two roundings of the dtype in which the model keeps logits
+    bound = 4 * torch.finfo(hidden.dtype).eps * max(1.0, theirs.abs().max().item())
+    if ours.shape != theirs.shape or not (ours - theirs).abs().max().item() <= bound:
+        raise UserError(
+            f"{type(base).__name__} does not compute its logits as softcap(scale * lm_head(hidden)) with the "
+            f"softcap ({softcap}) and scale ({logit_scale:g}) of its config, so its loss cannot be fused",
+            remedy="please report the architecture; train it without fuse() meanwhile",
+        )

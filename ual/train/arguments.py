@@ -1,0 +1,77 @@
+"""The `training:` section: transformers' TrainingArguments by their own names, with our defaults."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ual.config import RunConfig, nearest
+from ual.errors import UserError
+
+_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": ["tensorboard"],
+}
+# what ual decides, and why a configuration may not
+_OWNED = {
+    "output_dir": "set output_dir at the top of the configuration",
+    "label_smoothing_factor": "set the `smoothing` section, which gives every sample its own",
+    "remove_unused_columns": "the per-sample columns must reach the model",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run instead of being hidden",
+    "disable_tqdm": "ual draws its own progress",
+    "use_liger_kernel": "the loss is fused already",
+    "use_cpu": "ual uses a GPU where there is one; hide it with CUDA_VISIBLE_DEVICES",
+}
+
+
+def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArguments:
+    """Build the TrainingArguments of a run.
+
+    Args:
+        config: its `training` section holds transformers' names; everything else has our default or theirs.
+        checkpoints: the folder for `checkpoint-N`.
+
+    Raises:
+        UserError: an unknown name (the nearest valid one is given), a name that `ual` owns, or a value that
+            transformers refuses.
+    """
+    place = "configuration, training"
+    valid = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+    for name in config.training:
+        if name in _OWNED:
+            raise UserError(f'"{name}" cannot be set', place=place, remedy=_OWNED[name])
+        if name not in valid:
+            raise UserError(
+                f'unknown key "{name}"; {_suggest(name, valid)}',
+                place=place,
+                remedy="the names are those of transformers.TrainingArguments",
+            )
+    cuda = torch.cuda.is_available()
+    values = _DEFAULTS | {"bf16": cuda and torch.cuda.is_bf16_supported()} | config.training
+    try:
+        return TrainingArguments(
+            output_dir=str(checkpoints),
+            remove_unused_columns=False,
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+            use_cpu=not cuda,
+            label_names=["labels"],
+            **values,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(str(error).strip().splitlines()[0], place=place) from error
+
+
+def _suggest(name: str, valid: list[str]) -> str:
+    suggestion = nearest(name, valid)
+    return suggestion if suggestion.startswith("did you mean") else "nothing there is called like it"

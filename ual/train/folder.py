@@ -1,0 +1,193 @@
+"""A run is a folder that explains itself: configuration, versions, hashes, history, checkpoints, report."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ual import config as configuration
+from ual.config import RunConfig
+from ual.errors import UserError
+
+_PACKAGES = (
+    "ual-kernels", "torch", "triton", "transformers", "peft", "accelerate", "deepspeed", "datasets", "numpy",
+)  # fmt: skip
+
+
+class RunFolder:
+    """The files of one run. Every file is written aside and renamed, so a reader never sees half of one.
+
+    config.yaml, environment.json, uncertainty.jsonl, samples.jsonl, history.jsonl, evaluation.json,
+    metrics.json, train.log, adapter/ (or model/), checkpoints/checkpoint-N, tensorboard/, plots/, report.html
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.log = self.path / "train.log"
+        self.history = self.path / "history.jsonl"
+
+    def create(self, config: RunConfig, *, resume: bool) -> None:
+        """Make the folder, or open it again to resume.
+
+        Raises:
+            UserError: it holds a run and `resume` is False; it holds another configuration's run and
+                `resume` is True; it cannot be written.
+        """
+        existing = self.path / "config.yaml"
+        text = configuration.dump(config)
+        if existing.exists():
+            if not resume:
+                raise UserError(
+                    f"{self.path} already holds a run",
+                    remedy="pass --resume to go on with it, or choose another output_dir",
+                )
+            if _what_must_match(configuration.load(existing)) != _what_must_match(config):
+                raise UserError(
+                    f"{existing} differs from this configuration, so its checkpoints do not fit",
+                    remedy="resume with the configuration of the run, or choose another output_dir",
+                )
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.write("config.yaml", text)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.path}: {error.strerror}", place="configuration, output_dir"
+            ) from error
+
+    def write(self, name: str, content: str) -> Path:
+        """Write a text file whole or not at all."""
+        target = self.path / name
+        with _aside(target) as scratch:
+            scratch.write_text(content, encoding="utf-8")
+        return target
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write indented JSON whole or not at all; NaN becomes null."""
+        return self.write(name, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n")
+
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Write JSON lines whole or not at all."""
+        target = self.path / name
+        with _aside(target) as scratch, scratch.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+        return target
+
+    def read_rows(self, name: str) -> list[dict[str, Any]]:
+        """Read JSON lines; an absent file has none."""
+        path = self.path / name
+        if not path.exists():
+            return []
+        with path.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def append_history(self, row: Mapping[str, Any]) -> None:
+        """Add one step to history.jsonl."""
+        with self.history.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(row)) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the history of steps that a resumed run will make again."""
+        self.write_rows(
+            "history.jsonl", [row for row in self.read_rows("history.jsonl") if row["step"] <= step]
+        )
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest whole checkpoint: one that was renamed into place."""
+        found = [p for p in self.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+        return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+def environment(
+    config: RunConfig, command: Sequence[str], data_files: Sequence[Path], **facts: Any
+) -> dict[str, Any]:
+    """Describe the machine, the versions, the code and the data of a run, for environment.json."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": list(command),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "git_commit": _git_commit(),
+        "seed": config.training.get("seed", 42),
+        "data_sha256": {str(path): sha256(path) for path in data_files},
+        **facts,
+    }
+
+
+def sha256(path: Path) -> str:
+    """Return the hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield scratch
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _what_must_match(config: RunConfig) -> dict[str, Any]:
+    """Everything but the length of the run and what is only watched or reported."""
+    values = config.model_dump(exclude={"name", "output_dir", "evaluation"})
+    free = {"max_steps", "num_train_epochs", "report_to", "logging_steps", "save_steps", "save_total_limit"}
+    values["training"] = {k: v for k, v in values["training"].items() if k not in free}
+    return values
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Return the commit of this package's checkout; None for an installed package."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    done = subprocess.run(  # noqa: S603
+        ["git", "-C", str(here), "rev-parse", "HEAD"],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or None

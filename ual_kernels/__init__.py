@@ -1,0 +1,10 @@
+"""Fused cross entropy with a label smoothing and a weight of its own for every sample or token."""
+
+from ual_kernels._types import IGNORE_INDEX as IGNORE_INDEX
+from ual_kernels._types import UnsupportedError as UnsupportedError
+from ual_kernels.functional import cross_entropy as cross_entropy
+from ual_kernels.functional import linear_cross_entropy as linear_cross_entropy
+from ual_kernels.statistics import TokenStatistics as TokenStatistics
+
+__version__ = "0.1.0"
+__all__ = ["IGNORE_INDEX", "TokenStatistics", "UnsupportedError", "cross_entropy", "linear_cross_entropy"]

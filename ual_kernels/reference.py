@@ -1,0 +1,85 @@
+"""The oracle: the loss as its definition reads, in eager PyTorch, in the dtype it is given.
+
+    z    = softcap tanh(logit_scale x / softcap)           (z = logit_scale x without a softcap)
+    q    = (1 - s) onehot(y) + s / V
+    loss = - sum_v c_v q_v log softmax(z)_v  +  z_loss lse(z)^2
+
+s is one number per row; c are class weights (1 without them). It allocates [N, V] several times and is
+right; every other backend is measured against it in float64. Differentiable twice.
+"""
+
+import torch
+from torch import Tensor
+
+from ual_kernels._types import IGNORE_INDEX
+
+
+def cross_entropy(
+    input: Tensor,  # [N, V] floating
+    target: Tensor,  # [N] int
+    label_smoothing: Tensor,  # [N], in [0, 1]
+    *,
+    weight: Tensor | None = None,  # [V]
+    ignore_index: int = IGNORE_INDEX,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+) -> Tensor:  # [N]
+    """Per-row loss: 0 where ignored, whatever the row holds; NaN where the target or smoothing is illegal."""
+    vocab = input.shape[-1]
+    live = target != ignore_index
+    legal = (target >= 0) & (target < vocab)
+    y = torch.where(live & legal, target, 0).long()[:, None]
+    z = final_logits(input.where(live[:, None], 0.0), softcap=softcap, logit_scale=logit_scale)
+    log_p = torch.log_softmax(z, dim=-1)
+    nll = -log_p.gather(-1, y).squeeze(-1)
+    if weight is None:
+        uniform = -log_p.mean(dim=-1)
+    else:
+        nll = nll * weight.to(nll.dtype)[y.squeeze(-1)]
+        uniform = -(log_p * weight.to(nll.dtype)).mean(dim=-1)
+    # a logit of -inf makes `uniform` infinite, which a row that does not smooth must not see (0 inf = nan)
+    uniform = torch.where((label_smoothing == 0) & uniform.isinf(), 0.0, uniform)
+    loss = (1 - label_smoothing) * nll + label_smoothing * uniform
+    if z_loss:
+        loss = loss + z_loss * torch.logsumexp(z, dim=-1).square()
+    loss = loss * torch.where(legal, 1.0, torch.nan).to(loss.dtype)
+    return loss.where(live, 0.0)
+
+
+def statistics(
+    input: Tensor,  # [N, V]
+    target: Tensor,  # [N]
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:  # [7, N], the fields of TokenStatistics
+    """Per-token statistics by their definitions; NaN where ignored (0 in the last row)."""
+    with torch.no_grad():
+        vocab = input.shape[-1]
+        live = (target != ignore_index) & (target >= 0) & (target < vocab)
+        y = torch.where(live, target, 0).long()[:, None]
+        z = final_logits(input, softcap=softcap, logit_scale=logit_scale)
+        log_p = torch.log_softmax(z, dim=-1)
+        z_y = z.gather(-1, y).squeeze(-1)
+        top = z.topk(min(2, vocab), dim=-1).values
+        rows = torch.stack(
+            [
+                torch.logsumexp(z, dim=-1),
+                log_p.gather(-1, y).squeeze(-1),
+                torch.special.entr(log_p.exp()).sum(-1),
+                log_p.max(dim=-1).values.exp(),
+                top[:, 0] - top[:, 1] if vocab > 1 else torch.full_like(z_y, torch.inf),
+                z.mean(dim=-1),
+                (z_y >= top[:, 0]).to(z.dtype),
+            ]
+        )
+        dead = rows.new_tensor([torch.nan] * 6 + [0.0])[:, None]
+        return torch.where(live, rows, dead)
+
+
+def final_logits(input: Tensor, *, softcap: float | None = None, logit_scale: float = 1.0) -> Tensor:
+    """Raw logits, scaled, then capped: softcap * tanh(logit_scale * x / softcap)."""
+    z = input * logit_scale if logit_scale != 1.0 else input
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
