@@ -4,9 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-assert "triton" not in sys.modules, "TRITON_INTERPRET must be set before triton is first imported"
+assert "triton" not in sys.modules or "TRITON_INTERPRET" in os.environ, "too late to choose the interpreter"
 # CUDA_VISIBLE_DEVICES and friends are torch's business; asking torch does not import triton
-import torch
+import torch  # noqa: E402
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -15,7 +15,7 @@ if not GPU:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
-import pytest
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 try:
     import typer
@@ -18,6 +18,9 @@ except ModuleNotFoundError as missing:  # the loss alone was installed
 
 from ual import __version__
 from ual.errors import UserError
+
+if TYPE_CHECKING:
+    from ual.data.answers import Group, Summary
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -121,8 +124,12 @@ def reliability(
     rule: Annotated[
         Literal["median", "quantile", "absolute"], typer.Option(help="Which questions a filter keeps.")
     ] = "median",
-    value: Annotated[float | None, typer.Option(help="The quantile, or the entropy in nats.")] = None,
-    temperature: Annotated[float, typer.Option(help="Of the softmax over answer shares.")] = 0.2,
+    value: Annotated[
+        float | None, typer.Option(help="The quantile, or the entropy in nats (.5004 for 4 of 5 alike).")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Of the softmax over answer shares; 0.2 is for 5 answers.")
+    ] = 0.2,
     unparsed: Annotated[
         Literal["class", "drop_question"], typer.Option(help="What an answer without a value counts as.")
     ] = "class",
@@ -132,12 +139,14 @@ def reliability(
     with _errors(debug):
         from ual.data import answers as reading
 
+        if output.exists() and output.samefile(answers):
+            raise UserError("--output is the answers' own file", remedy="name another file")
         rows, summary = reading.process(
             answers, method=method, rule=rule, value=value, temperature=temperature, unparsed=unparsed
         )
         reading.write(rows, output)
-        out.print(summary.table() if hasattr(summary, "table") else summary)
-        out.print(f"{len(rows)} rows in {output}", highlight=False, soft_wrap=True)
+        _levels(summary)
+        out.print(f"{summary.rows} rows of {summary.questions} questions in {output}", highlight=False)
 
 
 @app.command(
@@ -147,7 +156,7 @@ def quickstart(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="A new folder for data, runs and report.")
     ] = Path("quickstart-run"),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each arm.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each arm.")] = 36,
     debug: Debug = False,
 ) -> None:
     """Fine-tune a real 135M-parameter model three ways on a CPU: plain, uniform smoothing, UAL."""
@@ -197,9 +206,14 @@ def _quiet(tensorboard: Path) -> None:
     """Keep third parties off the terminal: their words go to the log file of the run."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(tensorboard))
     warnings.simplefilter("ignore")
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed warns on stdout while it looks for one
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -226,6 +240,24 @@ def _summary(arms: list[dict[str, Any]]) -> None:
             _number(arm["train_loss_last"]),
             *(_figures(after) if after else ["not measured", "", "", ""]),
         )
+    out.print(table)
+
+
+def _levels(summary: "Summary") -> None:
+    """Print how often answers are right at each level of disagreement, and what was dropped."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("entropy, nats", "questions", "kept", "answers right", "majority right"):
+        table.add_column(name, justify="right")
+
+    def row(name: str, kept: str, group: "Group") -> None:
+        right = (_number(group.answer_accuracy), _number(group.label_accuracy))
+        table.add_row(name, str(group.questions), kept, *right)
+
+    for level in summary.levels:
+        span = f"{level.low:.3f}" if level.low == level.high else f"{level.low:.3f} to {level.high:.3f}"
+        row(span, str(level.kept), level.group)
+    row("all kept", str(summary.kept.questions), summary.kept)
+    row("all dropped", "0", summary.dropped)
     out.print(table)
 
 

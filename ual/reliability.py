@@ -52,11 +52,7 @@ def entropy(answers: Sequence[str | None], *, unparsed: Unparsed = "class") -> f
     return sum(count / n * math.log(n / count) for count in sorted(counts.values()))
 
 
-def keep(
-    entropies: ArrayLike,
-    rule: Rule = "median",
-    value: float | None = None,
-) -> NDArray[np.bool_]:
+def keep(entropies: ArrayLike, rule: Rule = "median", value: float | None = None) -> NDArray[np.bool_]:
     """Say which questions are certain enough to train on.
 
     Args:

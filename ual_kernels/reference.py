@@ -43,8 +43,8 @@ def cross_entropy(
     loss = (1 - label_smoothing) * nll + label_smoothing * uniform
     if z_loss:
         loss = loss + z_loss * torch.logsumexp(z, dim=-1).square()
-    loss = loss * torch.where(legal, 1.0, torch.nan).to(loss.dtype)
-    return loss.where(live, 0.0)
+    poison = torch.where(live & ~legal, torch.nan, 1.0).to(loss.dtype)
+    return (loss * poison).where(live, 0.0)
 
 
 def statistics(

@@ -399,6 +399,14 @@ class TestWrite:
         write([{"prompt": "\ud800 …"}], tmp_path / "out.jsonl")
         assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8")) == {"prompt": "\ud800 …"}
 
+    def test_who_reads_the_old_file_reads_it_whole(self, tmp_path: Path) -> None:
+        path = tmp_path / "out.jsonl"
+        write([{"id": "old"}], path)
+        with path.open() as reader:
+            write([{"id": "new"}], path)
+            assert reader.read() == '{"id": "old"}\n'
+        assert path.read_text() == '{"id": "new"}\n'
+
     def test_a_missing_folder_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"absent.*: cannot write the rows: No such file"):
             write([{"id": "q"}], tmp_path / "absent" / "out.jsonl")

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -162,7 +162,13 @@ class TestFiles:
         write(folder / "test.jsonl", [GOOD | {"completion": ""}])
         assert [s.place for s in load(str(folder))] == [f"{folder}, row 0", f"{folder}, row 1"]
         assert refusal(str(folder), split="test").place == f'{folder}, row 0, field "completion"'
-        error = refusal(str(folder), split="dev")
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: one\n  data_files: train.jsonl\n- config_name: two\n"
+            "  data_files: test.jsonl\n---\n"
+        )
+        assert len(load(f"{folder}:one")) == 2
+        assert refusal(f"{folder}:two").place == f'{folder}:two, row 0, field "completion"'
+        error = refusal(f"{folder}:one", split="dev")
         assert "datasets cannot read this folder" in error.problem
         assert "dev" in error.problem
 
@@ -196,6 +202,7 @@ class TestFiles:
         monkeypatch.chdir(tmp_path)
         for name in ("./x", "../x", "~/no-such-x", "x.jsonl"):
             assert refusal(name).problem == "no such file"
+        assert "cannot tell how to read" in refusal("").problem
 
     @pytest.mark.parametrize(
         ("name", "content", "place", "problem"),
@@ -278,7 +285,7 @@ class TestRows:
             (["hi", "hello"], "messages[0]", 'want {"role": ..., "content": ...}, got str \'hi\''),
             (CHAT[:1], "messages", "the conversation must end with an assistant turn, it ends with user"),
             (
-                [CHAT[1]],
+                [CHAT[1], *CHAT],
                 "messages",
                 "the conversation needs a user turn before its first assistant turn",
             ),
@@ -394,6 +401,7 @@ class TestRows:
         assert error.problem.startswith("2 wrong rows:\n  line 1: invalid JSON")
         assert error.remedy == "correct or remove these rows"
 
+    @settings(deadline=None)
     @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=4))
     def test_whatever_stands_in_a_field_is_taken_or_refused(self, tmp_path_factory, value):
         path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
@@ -472,6 +480,7 @@ class TestHoldOut:
         rows = rows_of(["a", "b"])
         assert hold_out(rows, 0) == (rows, [])
 
+    @settings(deadline=None)
     @given(
         st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=30),
         st.floats(0, 1, exclude_min=True, exclude_max=True),

@@ -5,7 +5,7 @@ import importlib.metadata
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
@@ -183,7 +183,7 @@ class TestExactness:
         @given(conversations)
         def check(contents):
             # Theirs counts a token shared with the prompt, and skips a turn whose first character has none.
-            assume(all(not c[0].isspace() and known(smollm2, c) == c for c in contents))
+            contents = [f"a{c}" if c[0].isspace() or known(smollm2, c[0]) != c[0] else c for c in contents]
             theirs = smollm2.apply_chat_template(
                 [{"role": m.role, "content": m.content} for m in chat(*contents).messages],
                 chat_template=own._template,
@@ -216,6 +216,18 @@ class TestExactness:
         )
         rendered = Renderer(smollm2, chat_template=path).render(chat("q", "abc😀", "q", "d"))
         assert trained_runs(smollm2, rendered) == ["abc😀", "d<|im_end|>"]
+
+    @pytest.mark.parametrize("tokenizer", ["smollm2", "trimming"])
+    def test_white_space_at_the_border_belongs_to_its_side(self, tokenizer, request, tmp_path):
+        tokenizer = request.getfixturevalue(tokenizer)
+        path = template(
+            tmp_path,
+            "{% for m in messages %}{{ '<|im_start|>' + m.role + ': ' }}{% if m.role == 'assistant' %}"
+            "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+            "{% endfor %}",
+        )
+        rendered = Renderer(tokenizer, chat_template=path).render(chat("q", "<|im_end|>a  ", "r", "b   "))
+        assert trained_runs(tokenizer, rendered) == ["<|im_end|>a  ", " b   <|im_end|>"]
 
     def test_a_response_that_shares_a_token_with_its_prompt(self, smollm2, tmp_path):
         path = template(tmp_path, COLON_SPACE)
@@ -316,6 +328,20 @@ class TestTemplates:
             assert "assistant turn 1" in caught.value.problem
             assert 'set data.chat_template to "chatml"' in caught.value.remedy
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            # prompts with the opening of a reasoning that the response may not have
+            CHATML.replace("assistant\n'", "assistant\n<think>\n'"),
+            # closes some responses otherwise
+            CHATML.replace("<|im_end|>\n'", "' + ('<|endoftext|>' if m.content == 'a' else '<|im_end|>')"),
+        ],
+    )
+    def test_a_template_whose_turns_are_not_uniform(self, smollm2, tmp_path, text):
+        renderer = Renderer(smollm2, chat_template=template(tmp_path, text))
+        with pytest.raises(UserError, match="it renders the turn differently"):
+            renderer.render(chat("q", "a", system="x"))
+
     def test_a_template_that_changes_the_text(self, smollm2, tmp_path):
         path = template(tmp_path, CHATML.replace("m.content", "m.content.split('</think>')[-1]"))
         renderer = Renderer(smollm2, chat_template=path)
@@ -385,6 +411,7 @@ class TestTemplates:
         with_bos = Renderer(adds, chat_template=name).render(chat("q", "a"))
         without = Renderer(stories_tokenizer, chat_template=name).render(chat("q", "a"))
         assert (with_bos.input_ids[0], with_bos.labels[0]) == (1, -100)
+        assert with_bos.input_ids.count(1) == 1
         assert 1 not in without.input_ids
 
     def test_the_prompt_alone(self, smollm2, stories_tokenizer):
@@ -411,9 +438,11 @@ class TestLength:
             Renderer(smollm2, max_length=n - 1, **limit).render(self.SAMPLE)
         assert str(caught.value) == (
             f"rows.jsonl, line 3: {n} tokens, data.max_length is {n - 1}\n"
-            "raise data.max_length (the model's context is 8192), "
+            "raise data.max_length to at most 8192, the model's context, "
             'or set data.overlong to "truncate" or "drop"'
         )
+        with pytest.raises(UserError, match=r'\nset data\.overlong to "truncate" or "drop"$'):
+            Renderer(smollm2, chat_template="plain", context_length=n - 1).render(self.SAMPLE)
         with pytest.raises(UserError, match=r"raise data\.max_length, or set"):
             Renderer(smollm2, chat_template="plain", max_length=n - 1).render(self.SAMPLE)
 

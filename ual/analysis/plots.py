@@ -8,8 +8,10 @@ apart under colour blindness and in grey print.
 import base64
 import io
 import math
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -18,7 +20,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 
@@ -57,20 +60,21 @@ DARK = Theme(
 )
 
 _SIZE = (5.0, 3.75)
-_LONGEST_LABEL = 28
+_LONGEST_LABEL = 22
 _RASTER_ABOVE = 2000
 
 
 def loss_curves(arms: Mapping[str, Sequence[tuple[float, float]]], *, theme: Theme = LIGHT) -> Figure:
     """Draw training loss against step: every logged value faint, its running mean on top.
 
-    The mean is centred and spans a tenth of the logged steps, less at the ends.
+    The mean is centred and spans a tenth of the logged steps, half of that at the ends.
 
     Args:
-        arms: name -> (step, loss) pairs by rising step; pairs whose loss is not finite leave a gap.
+        arms: name -> (step, loss) pairs by rising step; pairs whose loss is not finite leave a gap. An arm
+            without a finite loss is not drawn, but keeps its colour, here and in the other figures.
 
     Raises:
-        ValueError: no arm, or an arm without a finite loss.
+        ValueError: nothing to draw.
     """
     figure = _figure(theme)
     axes = figure.subplots()
@@ -80,7 +84,7 @@ def loss_curves(arms: Mapping[str, Sequence[tuple[float, float]]], *, theme: The
         points = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
         finite = points[np.isfinite(points[:, 1])]
         if not len(finite):
-            raise ValueError(f"arm {name!r} has no finite loss")
+            continue
         mean = running_mean(finite[:, 1], len(finite) // 10)
         axes.plot(
             points[:, 0],
@@ -96,7 +100,7 @@ def loss_curves(arms: Mapping[str, Sequence[tuple[float, float]]], *, theme: The
         ends.append((float(finite[-1, 0]), float(mean[-1]), label(name), colour))
         first_last = float(mean[0]), float(mean[-1])
     if not ends:
-        raise ValueError("loss_curves needs at least one arm")
+        raise ValueError("loss_curves needs at least one arm with a finite loss")
     last_step = max(end[0] for end in ends)
     if len(ends) == 1:
         title = (
@@ -114,35 +118,37 @@ def loss_curves(arms: Mapping[str, Sequence[tuple[float, float]]], *, theme: The
 def distribution(
     groups: Mapping[str, ArrayLike], *, quantity: str, title: str, unit: str = "rows", theme: Theme = LIGHT
 ) -> Figure:
-    """Draw one histogram under another, on shared axes, with each group's size and median.
+    """Draw one histogram under another, on one x axis, with each group's size and median.
 
     Args:
-        groups: name -> values [n], n > 0, finite.
+        groups: name -> values [n], finite; an empty group is not drawn, but keeps its colour.
         quantity: the x axis' label.
         title: what is seen.
         unit: what a value belongs to.
 
     Raises:
-        ValueError: no group, or a group that is empty or not finite.
+        ValueError: nothing to draw, or a value that is not finite.
     """
     values = {name: np.asarray(v, dtype=np.float64).ravel() for name, v in groups.items()}
-    if not values or any(not v.size or not np.isfinite(v).all() for v in values.values()):
-        raise ValueError("distribution needs at least one group, each with finite values")
+    colours = _colours(values, theme)
+    drawn = [(name, v, colour) for (name, v), colour in zip(values.items(), colours, strict=True) if v.size]
+    if not drawn or any(not np.isfinite(v).all() for _, v, _ in drawn):
+        raise ValueError("distribution needs at least one group with values, all of them finite")
     figure = _figure(theme)
-    panels = figure.subplots(len(values), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    edges = _edges(np.concatenate(list(values.values())))
-    for axes, (name, v), colour in zip(panels, values.items(), _colours(values, theme), strict=True):
+    panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
+    edges = _edges(np.concatenate([v for _, v, _ in drawn]))
+    for axes, (name, v, colour) in zip(panels, drawn, strict=True):
         count, _ = np.histogram(v, edges)
         axes.stairs(count / v.size, edges, fill=True, color=colour, alpha=0.85)
         median = float(np.median(v))
         axes.axvline(median, color=theme.ink, linewidth=1.1)
-        if len(values) > 1 or name:
+        if len(drawn) > 1 or name:
             axes.set_title(label(name), loc="left", fontsize=8.5, color=theme.ink, pad=3)
         axes.set_title(
             f"{v.size:,} {unit}, median {median:.3g}", loc="right", fontsize=8.5, color=theme.muted, pad=3
         )
-        axes.yaxis.set_major_locator(MaxNLocator(4 if len(values) == 1 else 2, min_n_ticks=1))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axes.yaxis.set_major_locator(MaxNLocator(4 if len(drawn) == 1 else 2, min_n_ticks=1))
+        axes.yaxis.set_major_formatter(_percent)
         _dress(axes, theme)
     panels[-1].set_xlabel(quantity, fontsize=9, color=theme.muted)
     figure.supylabel(f"share of {unit}", fontsize=9, color=theme.muted)
@@ -154,18 +160,21 @@ def reliability_diagram(arms: Mapping[str, Sequence[Bin]], *, theme: Theme = LIG
     """Draw accuracy against confidence per bin, and below it where the tokens lie.
 
     Args:
-        arms: name -> bins by rising confidence, at least one each.
+        arms: name -> bins by rising confidence; an arm without bins is not drawn, but keeps its colour.
 
     Raises:
-        ValueError: no arm, or an arm without bins.
+        ValueError: nothing to draw.
     """
-    if not arms or any(not bins for bins in arms.values()):
-        raise ValueError("reliability_diagram needs at least one arm, each with at least one bin")
+    drawn = [name for name, bins in arms.items() if bins]
+    if not drawn:
+        raise ValueError("reliability_diagram needs at least one arm with bins")
     figure = _figure(theme)
     axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
     axes.plot([0, 1], [0, 1], color=theme.muted, linewidth=1, linestyle=(0, (4, 3)), label="perfect")
     gap = math.nan
     for index, ((name, bins), colour) in enumerate(zip(arms.items(), _colours(arms, theme), strict=True)):
+        if not bins:
+            continue
         confidence = np.array([b["confidence"] for b in bins])
         accuracy = np.array([b["accuracy"] for b in bins])
         share = np.array([b["count"] for b in bins]) / sum(b["count"] for b in bins)
@@ -184,17 +193,24 @@ def reliability_diagram(arms: Mapping[str, Sequence[Bin]], *, theme: Theme = LIG
         )
         shift = (index - (len(arms) - 1) / 2) * 0.006
         strip.vlines(confidence + shift, 0, share, color=colour, linewidth=1.8)
-    legend = axes.legend(loc="upper left", fontsize=8.5, frameon=False, labelcolor=theme.ink)
-    legend.set_zorder(0)
-    if len(arms) == 1:
+    axes.legend(
+        loc="upper left",
+        fontsize=8.5,
+        labelcolor=theme.ink,
+        facecolor=theme.background,
+        edgecolor="none",
+        framealpha=0.9,
+        borderpad=0.2,
+    )
+    if len(drawn) == 1:
         tendency = "above" if gap > 0 else "below"
         title = f"Confidence lies {abs(gap) * 100:.1f} points {tendency} accuracy"
     else:
-        title = f"Confidence against accuracy: {_joined([label(name) for name in arms])}"
+        title = f"Confidence against accuracy: {_joined([label(name) for name in drawn])}"
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     strip.set_ylim(bottom=0)
     strip.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=1))
-    strip.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    strip.yaxis.set_major_formatter(_percent)
     _dress(axes, theme, ylabel="accuracy")
     _dress(strip, theme, xlabel="confidence (top-1 probability)", ylabel="tokens")
     _title(figure, title, theme)
@@ -202,16 +218,16 @@ def reliability_diagram(arms: Mapping[str, Sequence[Bin]], *, theme: Theme = LIG
 
 
 def running_mean(values: ArrayLike, window: int) -> NDArray[np.float64]:
-    """Return the mean over a centred window, [n] -> [n], narrowed symmetrically at the ends.
+    """Return the mean over a centred window, [n] -> [n], cut off at the ends.
 
     >>> running_mean([0.0, 3.0, 6.0, 0.0], 3).tolist()
-    [0.0, 3.0, 3.0, 0.0]
+    [1.5, 3.0, 3.0, 3.0]
     """
     v = np.asarray(values, dtype=np.float64)
     i = np.arange(v.size)
-    half = np.minimum(max(window, 1) // 2, np.minimum(i, v.size - 1 - i))
+    first, last = np.maximum(i - window // 2, 0), np.minimum(i + window // 2, v.size - 1)
     total = np.concatenate([[0.0], np.cumsum(v)])
-    mean: NDArray[np.float64] = (total[i + half + 1] - total[i - half]) / (2 * half + 1)
+    mean: NDArray[np.float64] = (total[last + 1] - total[first]) / (last + 1 - first)
     return mean
 
 
@@ -220,10 +236,30 @@ def write_png(figure: Figure, path: Path, *, dpi: int = 200) -> None:
     write_atomically(path, _rendered(figure, "png", dpi))
 
 
-def data_uri(figure: Figure, *, format: Literal["svg", "png"] = "svg") -> str:
-    """Return the figure as a ``data:`` URI for an ``<img>``; equal figures give equal text."""
+def data_uri(
+    figure: Figure, *, format: Literal["svg", "png"] = "svg", recolour: tuple[Theme, Theme] | None = None
+) -> str:
+    """Return the figure as a ``data:`` URI for an ``<img>``; equal figures give equal text.
+
+    Args:
+        figure: as the functions of this module draw it.
+        format: SVG stays sharp at every size.
+        recolour: (the theme it was drawn in, another one), which spares drawing it again; SVG only.
+    """
+    content = _rendered(figure, format, 200)
+    if recolour is not None:
+        drawn, wanted = (_colours_of(theme) for theme in recolour)
+        replacement = {old.encode(): new.encode() for old, new in zip(drawn, wanted, strict=True)}
+        content = re.sub(b"#[0-9a-f]{6}", lambda found: replacement.get(found[0], found[0]), content)
     kind = {"svg": "image/svg+xml", "png": "image/png"}[format]
-    return f"data:{kind};base64,{base64.b64encode(_rendered(figure, format, 200)).decode('ascii')}"
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def settle(figure: Figure) -> None:
+    """Lay the figure out once and for all, so that writing it several times costs less."""
+    with _quietly():
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -250,11 +286,16 @@ def label(text: str) -> str:
 
 
 def _figure(theme: Theme) -> Figure:
-    return Figure(figsize=_SIZE, layout="constrained", facecolor=theme.background)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+    return Figure(figsize=_SIZE, layout=layout, facecolor=theme.background)
 
 
 def _colours(names: Mapping[str, object], theme: Theme) -> list[str]:
     return [theme.palette[i % len(theme.palette)] for i in range(len(names))]
+
+
+def _colours_of(theme: Theme) -> tuple[str, ...]:
+    return (theme.ink, theme.muted, theme.grid, theme.background, *theme.palette)
 
 
 def _title(figure: Figure, text: str, theme: Theme) -> None:
@@ -320,12 +361,18 @@ def _centre(cluster: Sequence[float]) -> float:
 
 
 def _edges(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the edges of 21 bins; an extreme that may be a spike, such as smoothing 0, is a bin's centre."""
     low, high = float(values.min()), float(values.max())
-    if 0 <= low < high / 2:
-        low = 0.0
     if high - low < 1e-9 * max(1.0, abs(high)):
-        low, high = low - 0.05, high + 0.05
-    return np.linspace(low, high, 25)
+        return np.linspace(low - 0.05, high + 0.05, 22)
+    if 0 < low < high / 2:
+        return np.linspace(0.0, high, 22)
+    half = (high - low) / 40
+    return np.linspace(low - half, high + half, 22)
+
+
+def _percent(share: float, position: int | None = None) -> str:
+    return f"{100 * share:g}%"
 
 
 def _joined(names: Sequence[str]) -> str:
@@ -337,7 +384,14 @@ def _joined(names: Sequence[str]) -> str:
 def _rendered(figure: Figure, format: Literal["svg", "png"], dpi: int) -> bytes:
     buffer = io.BytesIO()
     metadata = {"Date": None, "Creator": None} if format == "svg" else {"Software": None}
-    with warnings.catch_warnings(), mpl.rc_context({"svg.hashsalt": "ual", "svg.fonttype": "path"}):
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    with _quietly(), mpl.rc_context({"svg.hashsalt": "ual", "svg.fonttype": "path"}):
         figure.savefig(buffer, format=format, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """A character that the font lacks is drawn as a box, and no news to whoever wants a report."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield

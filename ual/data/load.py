@@ -55,7 +55,7 @@ def load(path_or_name: str, *, format: Format = "auto", split: str = "train") ->
     Args:
         path_or_name: a ``.jsonl``, ``.json`` (one array) or ``.parquet`` file, the first two also with
             ``.gz``; else a folder or a hub name that `datasets.load_dataset` understands, where
-            ``name:config`` chooses one of the configurations of a hub data set.
+            ``name:config`` chooses one of its configurations.
         format: how a row becomes a conversation. ``auto`` decides by the columns of the first row and
             logs its choice; every row must then fit.
 
@@ -80,8 +80,13 @@ def load(path_or_name: str, *, format: Format = "auto", split: str = "train") ->
             first assistant turn, and an assistant turn at its end.
     """
     file = Path(path_or_name).expanduser()
-    if file.is_dir() or not (_names_a_file(path_or_name) or file.exists()):
-        rows: Iterable[tuple[str, Any]] = _hub_rows(path_or_name, split, is_folder=file.is_dir())
+    repository, _, config = (path_or_name, "", "") if file.is_dir() else path_or_name.partition(":")
+    folder = Path(repository).expanduser()
+    is_folder = repository != "" and folder.is_dir()
+    if is_folder or not (file.exists() or _names_a_file(path_or_name)):
+        rows: Iterable[tuple[str, Any]] = _hub_rows(
+            path_or_name, str(folder) if is_folder else repository, config or None, split, is_folder=is_folder
+        )
     else:
         rows = _file_rows(file)
     return _samples(path_or_name, rows, format)
@@ -159,26 +164,27 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     return ((f"row {i}", row) for i, row in enumerate(table.to_pylist()))
 
 
-def _hub_rows(name: str, split: str, *, is_folder: bool) -> Iterator[tuple[str, Any]]:
+def _hub_rows(
+    place: str, name: str, config: str | None, split: str, *, is_folder: bool
+) -> Iterator[tuple[str, Any]]:
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
         raise UserError(
             "no such file, and hub data sets need `datasets`",
-            place=name,
+            place=place,
             remedy="correct the path, or pip install 'ual-kernels[train]'",
         ) from error
-    repository, _, config = (name, "", "") if is_folder else name.partition(":")
     try:
-        dataset = datasets.load_dataset(repository, config or None, split=split)
+        dataset = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the hub client raises whatever its transport does
         first_line = next(iter(str(error).splitlines()), "")
         said = f"{type(error).__name__}: {first_line}"
         if is_folder:
-            raise UserError(f"datasets cannot read this folder: {said}", place=name) from error
+            raise UserError(f"datasets cannot read this folder: {said}", place=place) from error
         raise UserError(
             f"neither reading worked. As a file: no such file. As a hub data set, split {split!r}: {said}",
-            place=name,
+            place=place,
             remedy=f"give a path that ends in {', '.join(_SUFFIXES)}, or check the name and the network",
         ) from error
     return ((f"row {i}", row) for i, row in enumerate(dataset))

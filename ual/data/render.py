@@ -140,7 +140,7 @@ class Renderer:
         tokens = [
             (token, _belongs(text, offset, spans))
             for token, offset in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-            if offset[0] < end
+            if offset[0] < end or offset[1] == end
         ]
         if not any(trained for _, trained in tokens):
             raise UserError(
@@ -171,11 +171,13 @@ class Renderer:
             self.counts["rendered"] += 1
             return tokenised
         if self._overlong == "refuse":
-            room = "" if self._context_length is None else f" (the model's context is {self._context_length})"
+            context = self._context_length
+            room = "" if context is None else f" to at most {context}, the model's context"
+            longer = "" if self.max_length == context else f"raise data.max_length{room}, or "
             raise UserError(
                 f"{n} tokens, data.max_length is {self.max_length}",
                 place=sample.place,
-                remedy=f'raise data.max_length{room}, or set data.overlong to "truncate" or "drop"',
+                remedy=f'{longer}set data.overlong to "truncate" or "drop"',
             )
         if self._overlong == "truncate":
             cut = Tokenised(
@@ -211,7 +213,7 @@ class Renderer:
 
         A template may write more at the end of the conversation than between turns.
         """
-        added = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
+        added = self._tokenizer.get_added_vocab()
         pieces = re.split(f"({'|'.join(map(re.escape, added))})", self._closing) if added else [self._closing]
         matched = ""
         for piece in pieces:

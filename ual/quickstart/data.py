@@ -43,7 +43,7 @@ TASKS = (
     ),
     Task("lcm", "The least common multiple of {numbers[0]} and {numbers[1]} is {answer}.", {"max_value": 20}),
     Task(
-        "gcd", "The greatest common divisor of {numbers[0]} and {numbers[1]} is {answer}.", {"max_value": 60}
+        "gcd", "The greatest common divisor of {numbers[0]} and {numbers[1]} is {answer}.", {"max_value": 50}
     ),
     Task("prime_factorization", "The prime factorization of {number} is {answer}.", {"max_value": 200}),
     Task(
@@ -87,10 +87,8 @@ def write(folder: Path, *, train_rows: int = 288, eval_rows: int = 96, seed: int
 
 def open_ended() -> list[tuple[str, list[str]]]:
     """Return the open-ended prompts, each with its three to five good responses."""
-    text = (
-        importlib.resources.files("ual.quickstart").joinpath("open_ended.jsonl").read_text(encoding="utf-8")
-    )
-    items = [json.loads(line) for line in text.splitlines()]
+    source = importlib.resources.files("ual.quickstart") / "open_ended.jsonl"
+    items = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     return [(item["prompt"], item["responses"]) for item in items]
 
 

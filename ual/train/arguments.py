@@ -2,9 +2,10 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from ual.config import RunConfig, nearest
@@ -56,8 +57,9 @@ def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArgument
                 place=place,
                 remedy="the names are those of transformers.TrainingArguments",
             )
+    given = {name: _checked(name, value, place) for name, value in config.training.items()}
     cuda = torch.cuda.is_available()
-    values = _DEFAULTS | {"bf16": cuda and torch.cuda.is_bf16_supported()} | config.training
+    values = _DEFAULTS | {"bf16": cuda and torch.cuda.is_bf16_supported()} | given
     try:
         return TrainingArguments(
             output_dir=str(checkpoints),
@@ -70,6 +72,14 @@ def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArgument
         )
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error).strip().splitlines()[0], place=place) from error
+
+
+def _checked(name: str, value: Any, place: str) -> Any:
+    """Hold a value to the annotation that transformers gives the field but does not check itself."""
+    try:
+        return TypeAdapter(get_type_hints(TrainingArguments)[name]).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}", place=place) from error
 
 
 def _suggest(name: str, valid: list[str]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
@@ -114,6 +115,16 @@ class UALTrainer(Trainer):
                 for folder in self._partial.glob("checkpoint-*"):
                     shutil.rmtree(checkpoints / folder.name, ignore_errors=True)
                     folder.rename(checkpoints / folder.name)
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors wrap what the disk said
+            raise UserError(
+                f"the checkpoint of step {self.state.global_step} could not be written: {error}",
+                place=str(checkpoints),
+                remedy="free some space, then pass --resume to go on from the last whole checkpoint",
+            ) from error
         finally:
             if self.is_world_process_zero():
                 shutil.rmtree(self._partial, ignore_errors=True)

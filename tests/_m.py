@@ -1,0 +1,438 @@
+"""Break the code on purpose, one line at a time, and see that the tests notice.
+
+    python tests/mutants.py            every mutant
+    python tests/mutants.py chunked    those of files whose path contains a word
+
+The unbroken code must pass first. Each mutant is tried in a copy of the tree, with the tests named beside it:
+they must fail (or the interpreter crash: an address out of bounds does that), not merely refuse to run.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from multiprocessing import connection, get_context
+from pathlib import Path
+from typing import NamedTuple
+
+# On the CPU, where a wild address ends a process and not a driver. Imports are made once: every mutant is
+# tried in a fork, which finds them done.
+os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+sys.dont_write_bytecode = True
+
+import pytest  # noqa: E402
+import torch._dynamo  # noqa: E402, F401
+import triton  # noqa: E402, F401
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKERS = 2
+
+LOGITS = "tests/kernels/test_cross_entropy.py"
+LINEAR = "tests/kernels/test_linear_cross_entropy.py"
+
+
+class Mutant(NamedTuple):
+    file: str
+    good: str
+    bad: str
+    tests: tuple[str, ...]
+
+
+def mutants(file: str, tests: str, *changes: tuple[str, ...]) -> list[Mutant]:
+    """Changes are (good, bad, names of tests in the file `tests`, ...)."""
+    return [
+        Mutant(file, good, bad, tuple(f"{tests}::{name}" for name in names)) for good, bad, *names in changes
+    ]
+
+
+MUTANTS = [
+    *mutants(
+        "ual_kernels/_triton/cross_entropy.py",
+        LOGITS,
+        ("rescale = tl.exp(high - base)", "rescale = tl.exp(base - base)", "test_every_width"),
+        (
+            'base = tl.where(new_high == float("-inf"), 0.0, new_high)',
+            "base = new_high",
+            "test_forbidden_classes_cost_nothing_without_smoothing",
+        ),
+        (
+            "            gap += tl.sum(tl.where(inside, z - z_y, 0.0)",
+            "            gap += tl.sum(z - z_y",
+            "test_every_width",
+        ),
+        (
+            "loss = k * nll - tl.where(s == 0.0, 0.0, s * gap)",
+            "loss = k * nll - s * gap",
+            "test_forbidden_classes_cost_nothing_without_smoothing",
+        ),
+        ("k += 2.0 * Z_LOSS * lse", "k += Z_LOSS * lse", "test_every_flag"),
+        (
+            "    loss += poison\n    k += poison",
+            "    loss += poison",
+            "test_out_of_range_poisons_its_own_row_only",
+        ),
+        ("(c_mean - c_y) * nll - gap + poison", "poison - gap", "test_every_flag"),
+        (
+            "legal = (target >= 0) & (target < V)\n    s = ",
+            "legal = (target >= 0) & (target <= V)\n    s = ",
+            "test_out_of_range_poisons_its_own_row_only",
+        ),
+        (
+            "tl.store(loss_ptr + row, tl.where(live, loss, 0.0))",
+            "tl.store(loss_ptr + row, loss)",
+            "test_what_an_ignored_row_holds_does_not_matter",
+        ),
+        (
+            "row * stride_n\n    x_y",
+            "(row * stride_n).to(tl.int32)\n    x_y",
+            "test_offsets_past_two_to_the_31",
+        ),
+        (
+            "logits_ptr + row * stride_n,\n",
+            "logits_ptr + (row * stride_n).to(tl.int32),\n",
+            "test_offsets_past_two_to_the_31",
+        ),
+        (
+            "tl.maximum(tl.minimum(high, block_high), tl.maximum(second, block_second))",
+            "tl.maximum(second, block_second)",
+            "test_statistics",
+        ),
+        (
+            "rest = tl.where(tl.arange(0, BLOCK_V) == first,",
+            "rest = tl.where(z == block_high,",
+            "test_statistics_of_a_tie",
+        ),
+        (
+            "weighted_sum = rescale * (weighted_sum + moved)",
+            "weighted_sum = rescale * weighted_sum",
+            "test_statistics",
+        ),
+        (
+            "tl.load(row_scale_ptr + row) * LOGIT_SCALE, live",
+            "tl.load(row_scale_ptr + row), live",
+            "test_the_gradient_in_place",
+        ),
+        (
+            "dlogits_ptr + row * V",
+            "dlogits_ptr + row * stride_n",
+            "test_a_row_stride_reads_and_writes_only_its_view",
+        ),
+        (
+            "dloss_ptr + row * stride_g",
+            "dloss_ptr + row",
+            "test_the_operator_takes_any_upstream",
+        ),
+        ("on_target = (1.0 - s) * c_y", "on_target = c_y", "test_every_flag"),
+        ("spread = s / V", "spread = s", "test_every_flag"),
+        ("p = tl.exp(z - high - log_sum)", "p = tl.exp(z - (high + log_sum))", "test_tiny_and_huge_logits"),
+        ("dx *= 1.0 - (z / SOFTCAP) * (z / SOFTCAP)", "dx *= 1.0 - z / SOFTCAP", "test_every_flag"),
+        (
+            "tl.store(out_ptr + column, tl.where(live, dx, 0.0), mask=inside)",
+            "tl.store(out_ptr + column, dx, mask=inside)",
+            "test_what_an_ignored_row_holds_does_not_matter",
+        ),
+        (
+            "stop = tl.where(scale == 1.0, 0, V)",
+            "stop = tl.where(scale == 1.0, 0, 0)",
+            "test_the_gradient_in_place",
+        ),
+    ),
+    *mutants(
+        "ual_kernels/_triton/math.py",
+        LOGITS,
+        ("z = SOFTCAP * tanh(z / SOFTCAP)", "z = SOFTCAP * tanh(x / SOFTCAP)", "test_every_flag"),
+    ),
+    *mutants(
+        "ual_kernels/chunked.py",
+        LINEAR,
+        (
+            "kept = (target != ignore_index).nonzero().squeeze(1)",
+            "kept = torch.arange(rows, device=target.device)",
+            "test_dead_rows_leave_before_the_first_product",
+        ),
+        (
+            "raw = _matmul(e, operand.T, acc, rounds)",
+            "raw = _matmul(e, operand.T, acc, rounds).bfloat16().to(acc)",
+            "test_sixteen_bits_are_rounded_once",
+        ),
+        (
+            "mean = (e.to(acc) @ column_mean + bias_mean) * logit_scale",
+            "mean = e.to(acc) @ column_mean + bias_mean",
+            "test_every_flag",
+        ),
+        (
+            "        z.scatter_(1, y[:, None], 0.0)\n        if slope is not None",
+            "        if slope is not None",
+            "test_every_flag",
+        ),
+        (
+            "            z *= slope\n            z.scatter_(1, y[:, None], 0.0)",
+            "            z.scatter_(1, y[:, None], 0.0)",
+            "test_every_flag",
+        ),
+        (
+            "at_target = (at_target - s * c_y / vocab) * slope",
+            "at_target = at_target * slope",
+            "test_every_flag",
+        ),
+        ("de.addcmul_(spread[:, None], column_mean, value=-1)", "pass", "test_every_flag"),
+        (
+            "dhead.addr_(over, smoothed_rows, alpha=-1.0 / vocab)",
+            "dhead.addr_(over, smoothed_rows, alpha=-1.0)",
+            "test_every_flag",
+        ),
+        ("dbias -= over * (smoothed_count / vocab)", "pass", "test_every_flag"),
+        ("a = a * logit_scale", "pass", "test_every_flag"),
+        (
+            "dtype if dtype == torch.bfloat16 and not per_row",
+            "dtype if dtype == torch.bfloat16",
+            "test_sixteen_bits_are_rounded_once",
+        ),
+        (
+            "dtype if dtype == torch.bfloat16 and not per_row",
+            "dtype if not per_row",
+            "test_float16_waits_for_the_loss_scale_in_float32",
+        ),
+        (
+            "yield slice(rows * i // pieces, rows * (i + 1) // pieces)",
+            "yield slice(i * most, min(rows, (i + 1) * most))",
+            "test_chunks_are_even",
+        ),
+        (
+            "        settings.fp32_precision = before",
+            "        pass",
+            "test_the_precision_of_other_products_is_left_as_it_was",
+        ),
+        ("out.index_add_(0, y, rows)", "out[y] += rows", "test_every_flag"),
+        (
+            "a = row_scale[index] + poison",
+            "a = row_scale[index]",
+            "test_out_of_range_poisons_its_own_row_only",
+        ),
+    ),
+    *mutants(
+        "ual_kernels/chunked.py",
+        LOGITS,
+        ("logits[chunk].to(acc, copy=True)", "logits[chunk].to(acc)", "test_every_flag"),
+        ("p -= (s / p.shape[1])[:, None]", "p -= s[:, None]", "test_every_flag"),
+        ("k + 2 * z_loss * lse", "k + z_loss * lse", "test_every_flag"),
+        ("buffer.is_cpu and bool((scale == 1).all())", "buffer.is_cpu", "test_the_gradient_in_place"),
+        (
+            "return p.masked_fill_(~live[:, None], 0.0)",
+            "return p",
+            "test_what_an_ignored_row_holds_does_not_matter",
+        ),
+        (
+            "torch.where(s == 0, 0.0, s * gap)",
+            "s * gap",
+            "test_forbidden_classes_cost_nothing_without_smoothing",
+        ),
+    ),
+    *mutants(
+        "ual_kernels/ops.py",
+        LOGITS,
+        ("if not torch.is_grad_enabled():", "if True:", "test_a_second_derivative_is_refused"),
+        ("ctx.buffer, dloss), None", "ctx.buffer, dloss), ctx.buffer", "test_in_place_backward_runs_once"),
+        (
+            "dloss * row_scale * state[3], dloss * loss",
+            "dloss * state[3], dloss * loss",
+            "test_the_gradient_in_place",
+        ),
+    ),
+    *mutants(
+        "ual_kernels/ops.py",
+        LINEAR,
+        (
+            "    with _as_given(input):\n",
+            "    if True:\n",
+            "test_autocast_casts_the_operands_and_nothing_inside",
+        ),
+        ("            dloss * row_scale,\n", "            row_scale,\n", "test_every_flag"),
+        ("upstream = torch.ones_like(dloss)", "pass", "test_every_flag"),
+        ("scalar = upstream[:1].sum()", "scalar = upstream.sum()", "test_every_flag"),
+        ("dloss * row_scale * state[1]", "dloss * state[1]", "test_every_flag"),
+    ),
+    *mutants(
+        "ual_kernels/functional.py",
+        LOGITS,
+        ("smoothing * (vocab / (vocab - 1))", "smoothing", "test_every_flag"),
+        (
+            "torch.where((smoothing >= 0) & (smoothing <= 1), smoothing",
+            "torch.where(smoothing <= 1, smoothing",
+            "test_out_of_range_poisons_its_own_row_only",
+        ),
+        ("torch.where(scale >= 0, scale, torch.nan)", "scale", "test_out_of_range_poisons_its_own_row_only"),
+        (
+            "labels = torch.where(scale == 0, ignore_index, labels)",
+            "pass",
+            "test_a_row_of_weight_zero_counts_for_nothing",
+        ),
+        (
+            "total = row_scale.nansum()",
+            "total = row_scale.sum()",
+            "test_out_of_range_poisons_its_own_row_only",
+        ),
+        (
+            "return torch.where(total == 0, 1.0, total)",
+            "return total",
+            "test_all_rows_ignored_is_zero_with_a_connected_graph",
+        ),
+        (
+            "row_scale * weight[labels.clamp(0, vocab - 1).long()]",
+            "row_scale",
+            "test_equals_pytorch_where_pytorch_can",
+        ),
+        ("target.reshape(-1).contiguous()", "target.reshape(-1)", "test_any_strides"),
+        ("weight.to(acc).contiguous()", "weight.to(acc)", "test_any_strides"),
+        ("owner = input if input._base is None else input._base", "owner = input", "test_in_place_refusals"),
+        (
+            "value.reshape(value.shape + missing)",
+            "value.reshape(missing + value.shape)",
+            "test_numbers_per_leading_index_are_spread_over_the_rest",
+        ),
+    ),
+    *mutants(
+        "ual_kernels/functional.py",
+        LINEAR,
+        ("head_grad and not per_row,", "grad and not per_row,", "test_a_frozen_head_gets_no_gradient"),
+        (
+            "rows.to(acc).masked_fill(dead, 0.0)",
+            "rows.to(acc)",
+            "test_what_an_ignored_row_holds_does_not_matter",
+        ),
+        ("chunk_tokens or 0,", "0,", "test_a_chunk_bounds_the_logits"),
+    ),
+    *mutants(
+        "ual_kernels/reference.py",
+        LOGITS,
+        ("input.where(live[:, None], 0.0)", "input", "test_what_an_ignored_row_holds_does_not_matter"),
+        (
+            "torch.where((label_smoothing == 0) & uniform.isinf(), 0.0, uniform)",
+            "uniform",
+            "test_forbidden_classes_cost_nothing_without_smoothing",
+        ),
+        (
+            "uniform = -(log_p * weight.to(nll.dtype)).mean(dim=-1)",
+            "uniform = -log_p.mean(dim=-1)",
+            "test_the_oracle",
+        ),
+        (
+            "z_loss * torch.logsumexp(z, dim=-1).square()",
+            "z_loss * torch.logsumexp(z, dim=-1)",
+            "test_the_oracle",
+        ),
+        (
+            "torch.where(live & ~legal, torch.nan, 1.0)",
+            "torch.where(live & ~legal, 1.0, 1.0)",
+            "test_out_of_range_poisons_its_own_row_only",
+        ),
+        ("softcap * torch.tanh(z / softcap)", "softcap * torch.tanh(input / softcap)", "test_the_oracle"),
+    ),
+    *mutants(
+        "ual/smoothing.py",
+        "tests/ual/test_smoothing.py",
+        ("np.cumsum(count) - (count + 1) / 2", "np.cumsum(count) - 1", "TestScale"),
+        (
+            "minimum + (maximum - minimum) * values, minimum",
+            "maximum - (maximum - minimum) * values, minimum",
+            "TestSmooth",
+        ),
+        ("values = values**power", "values = values * power", "TestSmooth"),
+        (
+            "((maximum - target) / (maximum - mean))",
+            "((maximum - mean) / (maximum - target))",
+            "TestMatchMean",
+        ),
+        ("np.median(values[~missing])", "np.mean(values[~missing])", "TestFillMissing"),
+    ),
+    *mutants(
+        "ual/reliability.py",
+        "tests/ual/test_reliability.py",
+        ("math.log(n / count)", "math.log2(n / count)", "TestEntropy"),
+        ("for count in sorted(counts.values())", "for count in counts.values()", "TestEntropy"),
+        ("h <= limit", "h < limit", "TestKeep"),
+        (
+            "(count - highest) / (len(answers) * temperature)",
+            "(count - highest) / temperature",
+            "TestAnswerWeights",
+        ),
+        ("(counts[answer], answer is not None)", "(counts[answer], True)", "TestMajority"),
+    ),
+]
+
+
+def copy_of_the_tree(tree: Path) -> Path:
+    for name in ("ual", "ual_kernels", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    return tree
+
+
+def run(tree: Path, mutant: Mutant) -> None:
+    """In a process of its own: break the copy, run the tests there, and leave with their exit code."""
+    code = 99
+    try:
+        os.chdir(tree)
+        sys.path.insert(0, str(tree))
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        source = tree / mutant.file
+        source.write_text(source.read_text().replace(mutant.good, mutant.bad))
+        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *mutant.tests])
+    finally:
+        os._exit(code)
+
+
+def attempts(chosen: list[Mutant], folder: Path) -> Iterator[tuple[Mutant, int]]:
+    """Each mutant with the exit code of its tests, as they end."""
+    fork = get_context("fork")
+    waiting, running = deque(enumerate(chosen)), {}
+    while waiting or running:
+        while waiting and len(running) < WORKERS:
+            number, mutant = waiting.popleft()
+            process = fork.Process(target=run, args=(copy_of_the_tree(folder / str(number)), mutant))
+            process.start()
+            running[process.sentinel] = process, mutant
+        for sentinel in connection.wait(list(running)):
+            process, mutant = running.pop(sentinel)
+            process.join()
+            yield mutant, process.exitcode
+
+
+def verdict(code: int) -> str:
+    """pytest says 1 when tests fail; a signal is negative; everything else ran no test."""
+    return {0: "survived", 1: "killed"}.get(code, "killed" if code < 0 else f"ran no test (exit code {code})")
+
+
+def main(word: str) -> int:
+    chosen = [m for m in MUTANTS if any(k in m.good for k in ("rescale = tl","p = tl.exp(z","total == 0","value.shape + missing"))]
+    problems = [
+        f"{mutant.file}: not one place to break: {mutant.good!r}"
+        for mutant in chosen
+        if (ROOT / mutant.file).read_text().count(mutant.good) != 1
+    ]
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        needed = sorted({test for mutant in chosen for test in mutant.tests})
+        parts = [tuple(needed[i::WORKERS]) for i in range(WORKERS)]
+        unbroken = [Mutant("pyproject.toml", "", "", part) for part in parts if part]
+        if any(code for _, code in attempts(unbroken, Path(folder, "unbroken"))):
+            print("the unbroken code fails: nothing below would mean anything")
+            return 1
+        for mutant, code in attempts(chosen, Path(folder, "broken")):
+            print(f"{verdict(code):9} {mutant.file}: {mutant.good.splitlines()[-1].strip()}", flush=True)
+            if verdict(code) != "killed":
+                problems.append(f"{mutant.file}: {verdict(code)}: {mutant.good!r} -> {mutant.bad!r}")
+    print(
+        f"{len(chosen) - len(problems)} of {len(chosen)} mutants killed in {time.monotonic() - start:.0f} s"
+    )
+    print(*problems, sep="\n")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else ""))

@@ -1,0 +1,223 @@
+"""What must not change: plain fine-tuning is transformers' own; a resumed run is the uninterrupted one."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+from tests.ual.runs import configure, gsm8k, history, start, ual
+from ual.config import load
+from ual.data import Collator, Renderer
+from ual.data import load as load_rows
+from ual.models import fuse
+from ual.run import run
+from ual.train import UALTrainer
+from ual.train.trainer import Features
+
+pytestmark = [
+    # the trainer's own import of tensorboard and torch.distributed, on a CPU
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def features(shared: Path, stories: Path) -> list[dict[str, Any]]:
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    renderer = Renderer(
+        tokenizer, chat_template="plain", max_length=192, context_length=512, overlong="truncate"
+    )
+    rows = [renderer.render(s) for s in load_rows(str(shared / "data" / "gsm8k" / "train.jsonl"))[:120]]
+    return [
+        {
+            "id": r.id,
+            "input_ids": r.input_ids,
+            "labels": r.labels,
+            "label_smoothing": 0.0,
+            "sample_weight": 1.0,
+        }
+        for r in rows
+        if r is not None
+    ]
+
+
+def trajectory(
+    features: list[dict[str, Any]],
+    stories: Path,
+    folder: Path,
+    *,
+    fused: bool,
+    nudge: float = 0.0,
+    smoothing: float = 0.0,
+    **arguments: Any,
+) -> list[float]:
+    """Thirty steps of LoRA on real rows; the losses as the trainer logs them."""
+    set_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(stories)
+    if fused:
+        fuse(model)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_A" in name:
+                p.mul_(1 + nudge)
+    options = {
+        "max_steps": 30,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 2e-3,
+    } | arguments
+    args = TrainingArguments(
+        output_dir=str(folder), logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
+        remove_unused_columns=False, disable_tqdm=True, lr_scheduler_type="constant", label_names=["labels"],
+        logging_nan_inf_filter=False, **options,
+    )  # fmt: skip
+    collate = Collator(0)
+
+    def plain(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = collate(rows)
+        return {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+
+    rows = [row | {"label_smoothing": smoothing} for row in features]
+    kind = UALTrainer if fused else Trainer
+    trainer = kind(
+        model=model, args=args, train_dataset=Features(rows), data_collator=collate if fused else plain
+    )
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_without_smoothing_it_is_transformers_own_training(
+    features: list[dict[str, Any]], stories: Path, tmp_path: Path, accumulation: int
+) -> None:
+    """Step by step, within four times what one ulp on the initial adapter does to transformers' own curve.
+
+    Two correct fp32 computations of one gradient differ by roundings, and training amplifies any such
+    difference; the twin shows by how much, so the bound is measured in the same run.
+    """
+    options = {"gradient_accumulation_steps": accumulation}
+    theirs = trajectory(features, stories, tmp_path, fused=False, **options)
+    twin = trajectory(features, stories, tmp_path, fused=False, nudge=2**-23, **options)
+    ours = trajectory(features, stories, tmp_path, fused=True, **options)
+    assert len(ours) == 30
+    assert sum(ours[-5:]) < 0.9 * sum(ours[:5]), "the loss does not fall"
+    spread = max(abs(a - b) for a, b in zip(theirs, twin, strict=True))
+    rounding = 8 * torch.finfo(torch.float32).eps * max(theirs)
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert abs(a - b) <= 4 * spread + rounding, f"step {step}: {a} against {b}, twin spread {spread}"
+
+
+def test_a_smoothed_run_is_another_run(features: list[dict[str, Any]], stories: Path, tmp_path: Path) -> None:
+    """The check above can fail: a smoothing of 1e-3 is far outside its bound."""
+    theirs = trajectory(features, stories, tmp_path, fused=False, max_steps=3)
+    ours = trajectory(features, stories, tmp_path, fused=True, smoothing=1e-3, max_steps=3)
+    assert max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) > 1e-3
+
+
+def test_micro_batches_do_not_change_the_loss(
+    features: list[dict[str, Any]], stories: Path, tmp_path: Path
+) -> None:
+    """Four rows at once, or one by one: one mean over all live tokens of the step."""
+    curves = [
+        trajectory(
+            features, stories, tmp_path, fused=True, smoothing=0.1, max_steps=4,
+            per_device_train_batch_size=size, gradient_accumulation_steps=4 // size,
+        )
+        for size in (4, 2, 1)
+    ]  # fmt: skip
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("average", ["weights", "tokens", "samples"])
+def test_averages(features: list[dict[str, Any]], stories: Path, tmp_path: Path, average: str) -> None:
+    """The first logged loss, against its definition on the unfused model's logits."""
+    rows = [f | {"sample_weight": w} for f, w in zip(features[:4], (0.5, 1.0, 2.0, 0.0), strict=True)]
+    model = AutoModelForCausalLM.from_pretrained(stories).eval()
+    sums, counts = [], []
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        counts.append(int((labels[:, 1:] != -100).sum()))
+        sums.append(model(input_ids=ids, labels=labels).loss.item() * counts[-1])
+    weights = [row["sample_weight"] for row in rows]
+    weighted = sum(w * s for w, s in zip(weights, sums, strict=True))
+    expected = {
+        "weights": weighted / sum(w * n for w, n in zip(weights, counts, strict=True)),
+        "tokens": weighted / sum(counts),
+        "samples": sum(w * s / n for w, s, n in zip(weights, sums, counts, strict=True)) / sum(weights),
+    }[average]
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, remove_unused_columns=False,
+        disable_tqdm=True, label_names=["labels"],
+    )  # fmt: skip
+    trainer = UALTrainer(
+        model=fuse(model), args=args, train_dataset=Features(rows), average=average,
+        data_collator=Collator(0, average=average),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_thirty_steps_of_the_main_job_on_real_rows(shared: Path, stories: Path, tmp_path: Path) -> None:
+    config = configure(
+        tmp_path, stories, gsm8k(shared, 60), training={"max_steps": 30}, data={"eval_fraction": 0.2}
+    )
+    result = run(load(config, ["data.eval_fraction=0.2"]))
+    losses = [row["loss"] for row in history(result.folder)]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert result.metrics["eval"]["nll"] < result.metrics["eval_before"]["nll"]
+    assert result.metrics["status"] == "completed"
+    samples = [json.loads(line) for line in (result.folder / "samples.jsonl").read_text().splitlines()]
+    ordered = sorted(samples, key=lambda s: s["uncertainty"])
+    smoothings = [s["label_smoothing"] for s in ordered]
+    assert smoothings == sorted(smoothings)
+    assert (smoothings[0], smoothings[-1]) == (0.0, pytest.approx(0.2))
+    assert result.report.is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(
+    shared: Path, stories: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Stop a real process at the end of some step, resume it in another: adapter and history bit for bit."""
+    rows = gsm8k(shared, 40)
+    folders = [tmp_path / "whole", tmp_path / "stopped"]
+    for folder in folders:
+        folder.mkdir()
+    training = {"max_steps": 24, "save_steps": 50, "gradient_accumulation_steps": 2}
+    whole, stopped = (configure(folder, stories, rows, training=training) for folder in folders)
+    assert ual("train", whole).returncode == 0
+
+    process = start("train", stopped)
+    run_folder = folders[1] / "run"
+    deadline = time.monotonic() + 90
+    while not (run_folder / "history.jsonl").exists() or len(history(run_folder)) < 5:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert "--resume" in errors
+    steps = json.loads((run_folder / "metrics.json").read_text())["steps"]
+    assert 5 <= steps < 24
+    assert (run_folder / "checkpoints" / f"checkpoint-{steps}").is_dir()
+
+    resumed = ual("train", stopped, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    adapters = [load_file(folder / "run" / "adapter" / "adapter_model.safetensors") for folder in folders]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        assert torch.equal(tensor, adapters[1][name]), name
+    curves = [[(row["step"], row["loss"]) for row in history(folder / "run")] for folder in folders]
+    assert curves[0] == curves[1]

@@ -1,0 +1,182 @@
+"""What the operators promise PyTorch: schema, fake, autograd, full graphs, checkpointing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from tests.kernels.cases import linear_case, logits_case, measure, options
+from ual_kernels import cross_entropy, linear_cross_entropy, ops
+
+# what every test here needs of a loss: its name, its cases, and its flags
+LOSSES = [
+    pytest.param(cross_entropy, "torch", id="logits-torch"),
+    pytest.param(cross_entropy, "triton", id="logits-triton"),
+    pytest.param(linear_cross_entropy, "torch", id="linear-torch"),
+]
+losses = pytest.mark.parametrize(("loss", "backend"), LOSSES)
+
+
+def case(
+    loss: Callable[..., Any],
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    vocab: int = 29,
+) -> tuple[dict[str, Tensor], Tensor]:
+    if loss is linear_cross_entropy:
+        return linear_case(rows, vocab, 8, dtype, device)
+    return logits_case(rows, vocab, dtype, device)
+
+
+# ---- opcheck ----
+
+# opcheck compares outputs for equality, so nothing here may be NaN: every row is live
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck_logits(
+    backend: str, statistics: bool, rows: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    leaves, target = logits_case(rows, 13, dtype, device)
+    logits, smoothing, scale = leaves.values()
+    weight = torch.rand(13, device=device, dtype=scale.dtype)
+    flags = (-100, 5.0, 1.5, 1e-3)
+    target = target.clamp(min=0)
+    torch.library.opcheck(ops.cross_entropy, (logits, target, smoothing, weight, *flags, statistics, backend))
+    with torch.no_grad():
+        _, state, _ = ops.cross_entropy(logits, target, smoothing, weight, *flags, statistics, backend)
+    torch.library.opcheck(
+        ops.cross_entropy_backward,
+        (scale.detach(), logits.detach(), target, smoothing.detach(), weight, state, *flags[:3], backend),
+    )
+    torch.library.opcheck(
+        ops.cross_entropy_inplace,
+        (
+            logits.detach().clone(),
+            target,
+            smoothing.detach(),
+            scale.detach(),
+            None,
+            *flags,
+            statistics,
+            backend,
+        ),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_opcheck_linear(
+    biased: bool, per_row: bool, rows: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    leaves, target = linear_case(rows, 13, 4, dtype, device)
+    arguments = (
+        leaves["input"],
+        leaves["linear_weight"],
+        leaves["linear_bias"] if biased else None,
+        target.clamp(min=0),
+        leaves["label_smoothing"],
+        leaves["sample_weight"],
+        None,
+    )
+    gradients = (not per_row, not per_row, per_row)
+    torch.library.opcheck(
+        ops.linear_cross_entropy, (*arguments, -100, 0.0, 1.0, 1e-3, True, *gradients, 2, "torch")
+    )
+
+
+# ---- gradcheck ----
+
+
+@losses
+@pytest.mark.parametrize("flags", ["mean", "none", "all"])
+def test_gradcheck(flags: str, loss: Callable[..., Tensor], backend: str, device: torch.device) -> None:
+    leaves, target = case(loss, 3, device, torch.float64, vocab=7)
+    chosen = options(flags, 7, device)
+    assert torch.autograd.gradcheck(
+        lambda *values: loss(
+            **dict(zip(leaves, values, strict=True)), target=target, **chosen, backend=backend
+        ),
+        tuple(leaves.values()),
+    )
+
+
+# ---- compilers and memory savers ----
+
+
+@losses
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("flags", ["mean", "items-tensor", "all"])
+def test_compiles_without_a_graph_break(
+    flags: str, compiler: str, loss: Callable[..., Any], backend: str, device: torch.device
+) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=compiler)
+    chosen = options(flags, 29, device)
+    for rows in (3, 6):
+        leaves, target = case(loss, rows, device)
+        plain, traced = (measure(f, leaves, target, **chosen, backend=backend) for f in (loss, compiled))
+        for name in plain:
+            assert torch.equal(plain[name], traced[name]), name
+        with_statistics = {"return_statistics": True, "backend": backend}
+        first, second = (f(**leaves, target=target, **chosen, **with_statistics)[1] for f in (loss, compiled))
+        for field, a, b in zip(first._fields, first, second, strict=True):
+            assert torch.equal(a.nan_to_num(), b.nan_to_num()), field
+
+
+def test_in_place_is_refused_under_a_compiler(device: torch.device) -> None:
+    def step(logits: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(logits * 1.0, target, inplace_backward=True)
+
+    leaves, target = logits_case(3, 29, torch.float32, device)
+    with pytest.raises(Exception, match=r"does not run under torch\.compile"):
+        torch.compile(step, fullgraph=True, backend="eager")(leaves["input"], target)
+
+
+@losses
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_fake_tensors_agree_with_real_ones(
+    reduction: str, loss: Callable[..., Any], backend: str, device: torch.device
+) -> None:
+    def everything(leaves: dict[str, Tensor], target: Tensor) -> list[Tensor]:
+        value, statistics = loss(
+            **leaves, target=target, reduction=reduction, return_statistics=True, backend=backend
+        )
+        return [value, *statistics, *torch.autograd.grad(value.sum(), list(leaves.values()))]
+
+    real_leaves, real_target = case(loss, 5, device, torch.bfloat16)
+    real = everything(real_leaves, real_target)
+    with FakeTensorMode() as mode:
+        leaves = {name: mode.from_tensor(leaf) for name, leaf in real_leaves.items()}
+        fake = everything(leaves, mode.from_tensor(real_target))
+    for r, f in zip(real, fake, strict=True):
+        assert (r.shape, r.dtype, r.stride(), r.device) == (f.shape, f.dtype, f.stride(), f.device)
+
+
+@losses
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("flags", ["mean", "none"])
+def test_under_activation_checkpointing(
+    flags: str, reentrant: bool, loss: Callable[..., Any], backend: str, device: torch.device
+) -> None:
+    leaves, target = case(loss, 5, device)
+    names, chosen = list(leaves), options(flags, 29, device)
+
+    def run(*values: Tensor) -> Tensor:
+        scaled = [value * 1.0 for value in values]  # an activation to recompute
+        return loss(**dict(zip(names, scaled, strict=True)), target=target, **chosen, backend=backend)
+
+    plain = torch.autograd.grad(run(*leaves.values()).sum(), list(leaves.values()))
+    checkpoint(run, *leaves.values(), use_reentrant=reentrant).sum().backward()
+    for name, gradient in zip(names, plain, strict=True):
+        assert torch.equal(leaves[name].grad, gradient), name

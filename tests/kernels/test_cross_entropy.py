@@ -1,0 +1,692 @@
+"""cross_entropy against its definition: values, gradients, shapes, edges, refusals."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.cases import (
+    DTYPES,
+    OPTIONS,
+    as_float64,
+    assert_as_accurate_as_eager,
+    definition,
+    logits_case,
+    measure,
+    names,
+    options,
+)
+from ual_kernels import TokenStatistics, UnsupportedError, cross_entropy, ops
+
+FUSED = ["torch", "triton"]
+BACKENDS = [*FUSED, "reference"]
+fused = pytest.mark.parametrize("backend", FUSED)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def judge(leaves: dict[str, Tensor], target: Tensor, flags: dict[str, Any], **how: Any) -> None:
+    acc = leaves["label_smoothing"].dtype
+    assert_as_accurate_as_eager(
+        actual=measure(cross_entropy, leaves, target, **flags, **how),
+        eager=measure(definition, leaves, target, **flags, dtype=acc),
+        exact=measure(definition, as_float64(leaves), target, **flags),
+    )
+
+
+# ---- values and gradients ----
+
+
+@fused
+@pytest.mark.parametrize("dtype", names(DTYPES))
+@pytest.mark.parametrize("flags", OPTIONS)
+def test_every_flag(flags: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    leaves, target = logits_case(6, 101, dtype, device, scale=2.0)
+    judge(leaves, target, options(flags, 101, device), backend=backend)
+
+
+@pytest.mark.parametrize("flags", OPTIONS)
+def test_the_oracle(flags: str, device: torch.device) -> None:
+    leaves, target = logits_case(6, 101, torch.float64, device, scale=2.0)
+    judge(leaves, target, options(flags, 101, device), backend="reference")
+
+
+# Two lanes, odd and below a block; a whole block; a block and one; a block and a bit.
+@fused
+@pytest.mark.parametrize("dtype", names([torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize("vocab", [2, 257, 4_096, 4_097, 5_000])
+def test_every_width(vocab: int, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    leaves, target = logits_case(3, vocab, dtype, device)
+    judge(leaves, target, {"reduction": "none", "z_loss": 1e-2}, backend=backend)
+
+
+@fused
+def test_one_class(backend: str, device: torch.device) -> None:
+    """Nothing to learn but the z-loss; p - q cancels to a rounding of 1."""
+    leaves, target = logits_case(3, 1, torch.float64, device)
+    ours, exact = (
+        measure(loss, leaves, target, reduction="none", z_loss=1e-2, **how)
+        for loss, how in ((cross_entropy, {"backend": backend}), (definition, {}))
+    )
+    for name in exact:
+        torch.testing.assert_close(ours[name], exact[name], rtol=0, atol=1e-15)
+
+
+@fused
+@pytest.mark.parametrize("high", [8.0, 80.0])
+def test_the_maximum_may_come_late_or_early(high: float, backend: str, device: torch.device) -> None:
+    """In the first block, the last, or both: the running sums are rescaled when it moves."""
+    leaves, target = logits_case(4, 4_100, torch.float32, device)
+    with torch.no_grad():
+        leaves["input"][[0, 2, 3, 3], [4_099, 0, 5, 4_098]] = torch.tensor(
+            [high, high, high - 1, high], device=device
+        )
+    judge(leaves, target, {"reduction": "none"}, backend=backend)
+
+
+@fused
+@pytest.mark.parametrize("scale", [1e-4, 50.0])
+def test_tiny_and_huge_logits(scale: float, backend: str, device: torch.device) -> None:
+    leaves, target = logits_case(8, 4_097, torch.float32, device, scale)
+    judge(leaves, target, {"reduction": "none"}, backend=backend)
+
+
+@fused
+def test_more_rows_than_a_chunk(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ual_kernels.chunked._CHUNK_ELEMENTS", 3 * 17)
+    leaves, target = logits_case(11, 17, torch.float32, device)
+    judge(leaves, target, options("all", 17, device), backend=backend)
+    stats = cross_entropy(leaves["input"], target, return_statistics=True, backend=backend)[1]
+    whole = cross_entropy(leaves["input"], target, return_statistics=True, backend="reference")[1]
+    torch.testing.assert_close(stats, whole, equal_nan=True)
+
+
+@fused
+@pytest.mark.parametrize("dtype", names([torch.float64, torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize("flags", OPTIONS)
+def test_the_gradient_in_place(flags: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    leaves, target = logits_case(6, 101, dtype, device, scale=2.0)
+
+    def loss(input: Tensor, **rest: Any) -> Tensor:
+        logits = input * 1.0
+        before = logits.data_ptr(), logits.detach().clone()
+        value = cross_entropy(logits, inplace_backward=True, backend=backend, **rest)
+        assert logits.data_ptr() == before[0]
+        assert not torch.equal(logits.detach(), before[1]), "the logits are still there"
+        return value
+
+    chosen = options(flags, 101, device)
+    assert_as_accurate_as_eager(
+        actual=measure(loss, leaves, target, **chosen),
+        eager=measure(definition, leaves, target, **chosen, dtype=leaves["label_smoothing"].dtype),
+        exact=measure(definition, as_float64(leaves), target, **chosen),
+    )
+
+
+@backends
+@pytest.mark.parametrize("dtype", names(DTYPES))
+@pytest.mark.parametrize("flags", ["mean", "all"])
+def test_statistics(flags: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    leaves, target = logits_case(7, 4_100, dtype, device, scale=3.0)
+    target[2] = leaves["input"][2].argmax()
+    with torch.no_grad():  # the largest in the last block and the second in the first, and the reverse
+        leaves["input"][[3, 3, 4, 4], [5, 4_099, 4_099, 5]] = torch.tensor(
+            [14.0, 15.0, 14.0, 15.0], device=device, dtype=dtype
+        )
+    chosen = options(flags, 4_100, device)
+    loss, stats = cross_entropy(leaves["input"], target, **chosen, return_statistics=True, backend=backend)
+    assert isinstance(stats, TokenStatistics)
+    torch.testing.assert_close(
+        loss, cross_entropy(leaves["input"], target, **chosen, backend=backend), rtol=0, atol=0
+    )
+    z = leaves["input"].detach().double() * chosen.get("logit_scale", 1.0)
+    if "softcap" in chosen:
+        z = chosen["softcap"] * torch.tanh(z / chosen["softcap"])
+    p = torch.softmax(z, -1)
+    z_y = z.gather(-1, target.clamp(min=0)[:, None])[:, 0]
+    first, second = z.topk(2).values.unbind(-1)
+    exact = TokenStatistics(
+        lse=torch.logsumexp(z, -1),
+        log_prob=z_y - torch.logsumexp(z, -1),
+        entropy=-(p * p.log()).sum(-1),
+        top1_prob=p.amax(-1),
+        margin=first - second,
+        mean_logit=z.mean(-1),
+        correct=z_y == first,
+    )
+    live = target != -100
+    acc = torch.promote_types(dtype, torch.float32)
+    for name, ours, truth in zip(stats._fields, stats, exact, strict=True):
+        assert not ours.requires_grad
+        assert ours.shape == target.shape
+        if name == "correct":
+            assert torch.equal(ours, truth & live)
+            continue
+        assert ours.dtype == acc
+        assert ours[~live].isnan().all()
+        eps = torch.finfo(acc).eps
+        torch.testing.assert_close(
+            ours[live].double(), truth[live], rtol=32 * eps, atol=32 * eps, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@backends
+@pytest.mark.parametrize("twin", [7, 4_098])
+def test_statistics_of_a_tie(twin: int, backend: str, device: torch.device) -> None:
+    """Two largest logits, in one block or in two."""
+    logits = torch.randn(1, 4_100, device=device)
+    logits[0, [3, twin]] = 9.0
+    for label in (3, twin):
+        target = torch.tensor([label], device=device)
+        stats = cross_entropy(logits, target, return_statistics=True, backend=backend)[1]
+        assert stats.margin.item() == 0
+        assert stats.correct.item()
+
+
+@backends
+def test_statistics_of_one_class(backend: str, device: torch.device) -> None:
+    logits = torch.tensor([[2.0], [3.0]], device=device)
+    target = torch.tensor([0, -100], device=device)
+    _, stats = cross_entropy(logits, target, return_statistics=True, backend=backend)
+    assert [field[0].item() for field in stats] == [2.0, 0.0, 0.0, 1.0, math.inf, 2.0, True]
+
+
+# ---- shapes and dtypes of arguments ----
+
+
+@backends
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 3, 2)])
+def test_numbers_per_leading_index_are_spread_over_the_rest(
+    shape: tuple[int, ...], backend: str, device: torch.device
+) -> None:
+    vocab = 9
+    wide: dict[str, Any] = {"device": device, "dtype": torch.float64, "requires_grad": True}
+    target = torch.randint(vocab, shape, device=device)
+    for known in range(len(shape) + 1):
+        leaves = {
+            "input": torch.randn(*shape, vocab, **wide),
+            "label_smoothing": torch.rand(shape[:known], **wide),
+            "sample_weight": torch.rand(shape[:known], **wide),
+        }
+        for reduction in ("mean", "none"):
+            ours = measure(cross_entropy, leaves, target, reduction=reduction, backend=backend)
+            exact = measure(definition, leaves, target, reduction=reduction)
+            assert ours["loss"].shape == (shape if reduction == "none" else ())
+            for name in exact:
+                torch.testing.assert_close(ours[name], exact[name], rtol=1e-12, atol=1e-12)
+
+
+@backends
+@pytest.mark.parametrize("uniform", [0, 0.1, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_equals_pytorch_where_pytorch_can(
+    weighted: bool, uniform: float, backend: str, device: torch.device
+) -> None:
+    leaves, target = logits_case(9, 37, torch.float64, device)
+    weight = torch.rand(37, device=device, dtype=torch.float64) if weighted else None
+    for reduction in ("none", "sum", "mean"):
+        flags: dict[str, Any] = {"label_smoothing": uniform, "weight": weight, "reduction": reduction}
+        ours = cross_entropy(leaves["input"], target, **flags, backend=backend)
+        theirs = torch.nn.functional.cross_entropy(leaves["input"], target, **flags)
+        torch.testing.assert_close(ours, theirs)
+
+
+@backends
+def test_int32_labels(backend: str, device: torch.device) -> None:
+    leaves, target = logits_case(6, 33, torch.float32, device)
+    long, short = (
+        measure(cross_entropy, leaves, labels, backend=backend) for labels in (target, target.int())
+    )
+    for name in long:
+        assert torch.equal(long[name], short[name]), name
+
+
+@backends
+def test_any_strides(backend: str, device: torch.device) -> None:
+    """Every argument as a view into something wider whose other elements are poison."""
+
+    def inside(packed: Tensor) -> Tensor:
+        nowhere = torch.nan if packed.is_floating_point() else 10**9
+        wide = torch.full(
+            (*packed.shape[:-1], 2 * packed.shape[-1]), nowhere, device=device, dtype=packed.dtype
+        )
+        view = wide[..., ::2]
+        view.copy_(packed)
+        return view
+
+    leaves, target = logits_case(6, 33, torch.float32, device)
+    weight = torch.rand(33, device=device)
+    packed = measure(cross_entropy, leaves, target, weight=weight, backend=backend)
+    strided = measure(
+        cross_entropy,
+        {name: inside(leaf.detach()).requires_grad_() for name, leaf in leaves.items()},
+        inside(target),
+        weight=inside(weight),
+        backend=backend,
+    )
+    for name in packed:
+        torch.testing.assert_close(strided[name], packed[name], rtol=0, atol=0)
+
+
+@fused
+def test_a_row_stride_reads_and_writes_only_its_view(backend: str, device: torch.device) -> None:
+    """Rows inside a NaN-filled buffer: an overrun would read NaN, an overwrite would erase it."""
+    buffer = torch.full((4, 64), torch.nan, device=device)
+    view = buffer[:, 5:42]
+    view.copy_(torch.randn_like(view))
+    packed = view.clone().requires_grad_()
+    target = torch.tensor([0, 36, 7, 8], device=device)
+    (strided,), (plain,) = (
+        torch.autograd.grad(cross_entropy(x, target, label_smoothing=0.3, backend=backend), x)
+        for x in (view.requires_grad_(), packed)
+    )
+    assert torch.equal(strided, plain)
+    assert buffer[:, :5].isnan().all()
+    assert buffer[:, 42:].isnan().all()
+
+
+@fused
+def test_offsets_past_two_to_the_31(backend: str, device: torch.device, tmp_path: Path) -> None:
+    """Three rows so far apart that 32 bits cannot address the third."""
+    stride, vocab = 2**30 + 8, 33
+    packed = torch.randn(3, vocab).bfloat16()
+    # a sparse file: the 4 GiB between the rows take no room
+    far = torch.from_file(str(tmp_path / "far"), shared=True, size=2 * stride + vocab, dtype=packed.dtype)
+    view = far.as_strided((3, vocab), (stride, 1)).copy_(packed).to(device)
+    (spread,), (plain,) = (
+        torch.autograd.grad(cross_entropy(x, torch.tensor([1, 2, 32], device=device), backend=backend), x)
+        for x in (view.requires_grad_(), packed.to(device).requires_grad_())
+    )
+    assert torch.equal(spread, plain)
+
+
+@pytest.mark.gpu
+def test_as_many_logits_as_that(device: torch.device) -> None:
+    rows, vocab = 16_500, 131_072
+    logits = torch.randn(1, vocab, device=device, dtype=torch.bfloat16).repeat(rows, 1).requires_grad_()
+    target = torch.arange(rows, device=device)
+    last = logits.detach()[-1:].clone().requires_grad_()
+    (many,) = torch.autograd.grad(cross_entropy(logits, target, reduction="sum"), logits)
+    (one,) = torch.autograd.grad(cross_entropy(last, target[-1:], reduction="sum"), last)
+    assert torch.equal(many[-1:], one)
+
+
+@fused
+def test_rows_that_share_memory(backend: str, device: torch.device) -> None:
+    one = torch.randn(1, 21, device=device)
+    target = torch.tensor([1, 2, 20], device=device)
+    shared, own = (one.expand(3, -1), one.expand(3, -1).contiguous())
+    losses = [cross_entropy(x, target, reduction="none", backend=backend) for x in (shared, own)]
+    assert torch.equal(*losses)
+
+
+@backends
+def test_an_upstream_of_stride_zero(backend: str, device: torch.device) -> None:
+    leaves, target = logits_case(5, 19, torch.float32, device)
+    losses = cross_entropy(**leaves, target=target, reduction="none", backend=backend)
+    broadcast, dense = (
+        torch.autograd.grad(losses, list(leaves.values()), upstream, retain_graph=True)
+        for upstream in (torch.ones((), device=device).expand(5), torch.ones(5, device=device))
+    )
+    for a, b in zip(broadcast, dense, strict=True):
+        assert torch.equal(a, b)
+
+
+@fused
+def test_the_operator_takes_any_upstream(backend: str, device: torch.device) -> None:
+    """The public function multiplies by the rows' scales, which makes its upstream dense."""
+    leaves, target = logits_case(5, 19, torch.float32, device)
+    flags = None, -100, 0.0, 1.0, 0.0
+    loss, _, _ = ops.cross_entropy(leaves["input"], target, leaves["label_smoothing"], *flags, False, backend)
+    upstream = torch.full((2 * 5,), torch.nan, device=device)
+    upstream[::2] = torch.rand(5, device=device)
+    for strided in (upstream[::2], torch.ones((), device=device).expand(5)):
+        ours, dense = (
+            torch.autograd.grad(loss, leaves["input"], given, retain_graph=True)[0]
+            for given in (strided, strided.contiguous())
+        )
+        assert torch.equal(ours, dense)
+
+
+@backends
+def test_autocast_changes_nothing(backend: str, device: torch.device) -> None:
+    """Class weights make a matrix product inside, which autocast would round."""
+    leaves, target = logits_case(6, 65, torch.float32, device, scale=5.0)
+    flags = options("classes", 65, device)
+    plain = measure(cross_entropy, leaves, target, **flags, backend=backend)
+    with torch.autocast(device.type, torch.bfloat16):
+        cast = measure(cross_entropy, leaves, target, **flags, backend=backend)
+    for name in plain:
+        assert torch.equal(plain[name], cast[name]), name
+
+
+@fused
+@pytest.mark.parametrize("wanted", ["input", "label_smoothing", "sample_weight"])
+def test_one_gradient_alone(wanted: str, backend: str, device: torch.device) -> None:
+    leaves, target = logits_case(5, 19, torch.float64, device)
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name == wanted)
+    judge(leaves, target, {"reduction": "none"}, backend=backend)
+
+
+# ---- edges ----
+
+
+@backends
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_no_rows(reduction: str, backend: str, device: torch.device) -> None:
+    logits = torch.zeros(0, 5, device=device, requires_grad=True)
+    target = torch.zeros(0, dtype=torch.long, device=device)
+    loss, stats = cross_entropy(logits, target, reduction=reduction, return_statistics=True, backend=backend)
+    assert loss.sum().item() == 0
+    assert stats.lse.shape == (0,)
+    loss.sum().backward()
+    assert logits.grad.shape == (0, 5)
+
+
+@backends
+@pytest.mark.parametrize("num_items", [None, 3, torch.tensor(0.0)])
+def test_all_rows_ignored_is_zero_with_a_connected_graph(
+    num_items: int | Tensor | None, backend: str, device: torch.device
+) -> None:
+    leaves, target = logits_case(3, 17, torch.float32, device)
+    measured = measure(cross_entropy, leaves, target.fill_(-100), num_items=num_items, backend=backend)
+    for name, value in measured.items():
+        assert not value.any(), name
+
+
+@backends
+@pytest.mark.parametrize("nothing", [torch.nan, torch.inf, -torch.inf])
+def test_what_an_ignored_row_holds_does_not_matter(
+    nothing: float, backend: str, device: torch.device
+) -> None:
+    leaves, target = logits_case(4, 17, torch.float32, device)
+    clean = measure(cross_entropy, leaves, target, backend=backend)
+    with torch.no_grad():
+        for leaf in leaves.values():
+            leaf[1] = nothing
+    dirty = measure(cross_entropy, leaves, target, backend=backend)
+    for name in clean:
+        assert torch.equal(clean[name], dirty[name]), name
+    assert not dirty["input"][1].any()
+
+
+@fused
+def test_what_an_ignored_row_holds_does_not_matter_in_place(backend: str, device: torch.device) -> None:
+    leaf = torch.randn(3, 17, device=device, requires_grad=True)
+    logits = leaf * torch.tensor([[1.0], [torch.nan], [1.0]], device=device)
+    target = torch.tensor([1, -100, 3], device=device)
+    loss = cross_entropy(logits, target, label_smoothing=0.1, inplace_backward=True, backend=backend)
+    loss.backward()
+    assert loss.isfinite()
+    assert not logits[1].any()
+
+
+@backends
+def test_another_ignore_index(backend: str, device: torch.device) -> None:
+    """One that is a legal class: padding often is."""
+    leaves, target = logits_case(6, 17, torch.float64, device)
+    target[:3] = 0
+    target[3:] = torch.tensor([5, 7, 16])
+    judge(leaves, target, {"ignore_index": 0, "weight": torch.rand(17, device=device)}, backend=backend)
+
+
+@backends
+def test_a_row_of_weight_zero_counts_for_nothing(backend: str, device: torch.device) -> None:
+    """Not even if it holds NaN: a filter that weighs rows by 0 drops them."""
+    leaves, target = logits_case(4, 17, torch.float32, device)
+    leaves["sample_weight"] = torch.tensor([1.0, 1.0, 0.0, 2.0], device=device)
+    with torch.no_grad():
+        leaves["input"][2] = torch.nan
+    measured = measure(cross_entropy, leaves, target, backend=backend)
+    kept = [0, 1, 3]
+    alone = measure(
+        cross_entropy,
+        {name: leaf.detach()[kept].requires_grad_(leaf.requires_grad) for name, leaf in leaves.items()},
+        target[kept],
+        backend=backend,
+    )
+    assert not measured["input"][2].any()
+    assert torch.equal(measured["loss"], alone["loss"])
+    assert torch.equal(measured["input"][kept], alone["input"])
+
+
+@backends
+def test_all_weights_zero_is_zero(backend: str, device: torch.device) -> None:
+    leaves, target = logits_case(4, 17, torch.float32, device)
+    leaves["sample_weight"] = torch.zeros(4, device=device)
+    measured = measure(cross_entropy, leaves, target, backend=backend)
+    assert measured["loss"].item() == 0
+    assert not measured["input"].any()
+
+
+@backends
+def test_forbidden_classes_cost_nothing_without_smoothing(backend: str, device: torch.device) -> None:
+    """Logits of -inf are how constrained decoding says no; the first block here has nothing else."""
+    vocab = 4_100
+    logits = torch.randn(4, vocab, device=device)
+    target = torch.randint(4_097, vocab, (4,), device=device)
+    short = logits[:, 4_096:].clone().requires_grad_()
+    logits[:, :4_096] = -torch.inf
+    logits.requires_grad_()
+    stats = cross_entropy(logits, target, return_statistics=True, backend=backend)[1]
+    few = cross_entropy(short, target - 4_096, return_statistics=True, backend="reference")[1]
+    for name in ("lse", "log_prob", "entropy", "top1_prob", "margin", "correct"):
+        torch.testing.assert_close(getattr(stats, name), getattr(few, name))
+    loss = cross_entropy(logits, target, reduction="none", backend=backend)
+    torch.testing.assert_close(loss, cross_entropy(short, target - 4_096, reduction="none"))
+    dlogits, dshort = (
+        torch.autograd.grad(cross_entropy(x, y, backend=backend), x)[0]
+        for x, y in ((logits, target), (short, target - 4_096))
+    )
+    torch.testing.assert_close(dlogits[:, 4_096:], dshort)
+    assert not dlogits[:, :4_096].any()
+    # probability is owed to a class that has none
+    smoothed = cross_entropy(logits, target, label_smoothing=0.1, reduction="none", backend=backend)
+    assert (smoothed == torch.inf).all()
+
+
+@backends
+@pytest.mark.parametrize(
+    ("label", "smoothing", "weight"),
+    [(17, 0.5, 1.0), (-1, 0.5, 1.0), (2, 1.5, 1.0), (2, -0.1, 1.0), (2, torch.nan, 1.0), (2, 0.5, -1.0),
+     (2, 0.5, torch.nan)],
+)  # fmt: skip
+def test_out_of_range_poisons_its_own_row_only(
+    label: int, smoothing: float, weight: float, backend: str, device: torch.device
+) -> None:
+    leaves, target = logits_case(4, 17, torch.float32, device)
+    clean = measure(cross_entropy, leaves, target, reduction="none", backend=backend)
+    target[2] = label
+    with torch.no_grad():
+        leaves["label_smoothing"][2], leaves["sample_weight"][2] = smoothing, weight
+    dirty = measure(cross_entropy, leaves, target, reduction="none", backend=backend)
+    others = [0, 1, 3]
+    assert dirty["loss"].isnan().tolist() == [False, False, True, False]
+    assert dirty["input"][2].isnan().all()
+    for name in clean:
+        assert torch.equal(dirty[name][others], clean[name][others]), name
+    stats = cross_entropy(**leaves, target=target, return_statistics=True, backend=backend)[1]
+    assert stats.lse.isnan().tolist() == [False, True, not 0 <= label < 17, False]
+    # the rest keep their gradients under "mean" too, where the divisor saw the illegal weight
+    mean = measure(cross_entropy, leaves, target, backend=backend)
+    assert mean["loss"].isnan()
+    assert mean["input"][others].isfinite().all()
+
+
+@fused
+def test_out_of_range_poisons_its_own_row_only_in_place(backend: str, device: torch.device) -> None:
+    leaf = torch.randn(3, 17, device=device, requires_grad=True)
+    target = torch.tensor([1, 17, 3], device=device)
+    cross_entropy(leaf * 1.0, target, reduction="sum", inplace_backward=True, backend=backend).backward()
+    assert leaf.grad.isnan().all(-1).tolist() == [False, True, False]
+
+
+@backends
+def test_nan_logits_are_loud_and_local(backend: str, device: torch.device) -> None:
+    leaves, target = logits_case(4, 17, torch.float32, device)
+    with torch.no_grad():
+        leaves["input"][2, 3] = torch.nan
+    measured = measure(cross_entropy, leaves, target, reduction="none", backend=backend)
+    assert measured["loss"].isnan().tolist() == [False, False, True, False]
+    assert measured["input"].isnan().any(-1).tolist() == [False, False, True, False]
+
+
+# ---- autograd's own rules ----
+
+
+@backends
+def test_backward_again_on_a_retained_graph(backend: str, device: torch.device) -> None:
+    leaves, target = logits_case(4, 17, torch.float32, device)
+    loss = cross_entropy(**leaves, target=target, backend=backend)
+    first, second = (torch.autograd.grad(loss, list(leaves.values()), retain_graph=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@fused
+@pytest.mark.parametrize(
+    ("by", "inplace"),
+    [
+        ("input", False),
+        ("label_smoothing", False),
+        ("input", True),
+        ("label_smoothing", True),
+        ("sample_weight", True),
+    ],
+)
+def test_a_second_derivative_is_refused(by: str, inplace: bool, backend: str, device: torch.device) -> None:
+    """A gradient penalty must not be taken for a constant."""
+    leaves, target = logits_case(4, 17, torch.float32, device)
+    loss = cross_entropy(
+        leaves["input"] * 1.0,
+        target,
+        label_smoothing=leaves["label_smoothing"],
+        sample_weight=leaves["sample_weight"],
+        inplace_backward=inplace,
+        backend=backend,
+    )
+    (gradient,) = torch.autograd.grad(loss, leaves[by], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.square().sum().backward()
+
+
+def test_the_reference_has_second_derivatives(device: torch.device) -> None:
+    leaves, target = logits_case(3, 5, torch.float64, device)
+    assert torch.autograd.gradgradcheck(
+        lambda x, s, w: cross_entropy(x, target, label_smoothing=s, sample_weight=w, backend="reference"),
+        tuple(leaves.values()),
+    )
+
+
+@backends
+def test_no_grad_makes_no_graph_and_writes_nothing(backend: str, device: torch.device) -> None:
+    leaves, target = logits_case(4, 17, torch.float32, device)
+    logits = leaves["input"] * 1.0
+    before = logits.detach().clone()
+    with torch.no_grad():
+        loss = cross_entropy(logits, target, inplace_backward=backend != "reference", backend=backend)
+    assert not loss.requires_grad
+    assert torch.equal(logits, before)
+
+
+@fused
+def test_in_place_backward_runs_once(backend: str, device: torch.device) -> None:
+    logits = torch.randn(4, 17, device=device, requires_grad=True) * 1.0
+    target = torch.randint(17, (4,), device=device)
+    loss = cross_entropy(logits, target, inplace_backward=True, backend=backend)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward ran a second time"):
+        loss.backward()
+
+
+@fused
+def test_in_place_backward_is_seen_by_whoever_saved_the_logits(backend: str, device: torch.device) -> None:
+    leaf = torch.randn(4, 17, device=device, requires_grad=True)
+    target = torch.randint(17, (4,), device=device)
+    logits = torch.exp(leaf)  # exp saves its result
+    loss = cross_entropy(logits, target, inplace_backward=True, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    logits = leaf * 1.0
+    norm = logits.square().sum()
+    loss = cross_entropy(logits, target, inplace_backward=True, backend=backend) + norm
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@fused
+def test_in_place_backward_leaves_the_rest_of_a_buffer_alone(backend: str, device: torch.device) -> None:
+    leaf = torch.randn(3, 2, 17, device=device, requires_grad=True)
+    target = torch.randint(17, (1, 2), device=device)
+    whole = leaf * 1.0
+    rest = whole[1:].detach().clone()
+    cross_entropy(whole[:1], target, inplace_backward=True, backend=backend).backward()
+    assert torch.equal(whole[1:], rest)
+    assert not leaf.grad[1:].any()
+    assert leaf.grad[0].any()
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": torch.zeros(())}, r"input must be \[..., V\]"),
+        ({"input": torch.zeros(4, 0)}, r"input must be \[..., V\] with V >= 1"),
+        ({"input": torch.zeros(4, 5, dtype=torch.long)}, "input must be bfloat16, float16"),
+        ({"target": torch.zeros(4)}, "target must be int32 or int64 class indices, got torch.float32"),
+        ({"target": torch.zeros(4, dtype=torch.uint8)}, "target must be int32 or int64"),
+        ({"target": torch.zeros(3, dtype=torch.long)}, r"target must have shape \[4\]"),
+        ({"target": torch.zeros(4, dtype=torch.long, device="meta")}, "target must be on cpu, got meta"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\], got 1.5"),
+        ({"label_smoothing": math.nan}, "label_smoothing must be in"),
+        ({"label_smoothing": torch.zeros(3)}, r"label_smoothing must be shaped like a leading part"),
+        ({"label_smoothing": torch.zeros(4, 1)}, r"one of \[\[\], \[4\]\], got \[4, 1\]"),
+        ({"label_smoothing": torch.zeros(4, dtype=torch.long)}, "label_smoothing must be a floating-point"),
+        ({"sample_weight": 2.0}, "sample_weight must be a tensor or None, got 2.0"),
+        ({"sample_weight": torch.zeros(5)}, "sample_weight must be shaped"),
+        ({"weight": torch.ones(4)}, r"weight must be \[5\], one number per class"),
+        ({"weight": torch.ones(5, requires_grad=True)}, "weight is not differentiable"),
+        ({"reduction": "avg"}, "reduction must be one of"),
+        ({"num_items": 0}, "num_items must be positive, got 0"),
+        ({"num_items": torch.ones(2)}, "num_items must hold one number"),
+        ({"num_items": 3, "reduction": "sum"}, 'num_items is the divisor of reduction="mean"'),
+        ({"smoothing_over": "rest"}, "smoothing_over must be one of"),
+        ({"softcap": 0.0}, "softcap must be a positive number or None"),
+        ({"softcap": math.inf}, "softcap must be a positive number or None"),
+        ({"logit_scale": math.inf}, "logit_scale must be finite"),
+        ({"z_loss": -1.0}, "z_loss must be a number >= 0"),
+        ({"backend": "cuda"}, "backend must be one of"),
+    ],
+)
+def test_refusals_name_the_argument(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"input": torch.zeros(4, 5), "target": torch.zeros(4, dtype=torch.long)}
+    with pytest.raises(ValueError, match=message):
+        cross_entropy(**(arguments | change))
+
+
+def test_in_place_refusals() -> None:
+    target = torch.zeros(4, dtype=torch.long)
+    leaf = torch.zeros(4, 5, requires_grad=True)
+    for input, message in [
+        (leaf, "would overwrite a leaf"),
+        (torch.zeros(20, requires_grad=True).view(4, 5), "would overwrite a leaf"),
+        ((leaf * 1.0).T.contiguous().T, "needs contiguous input"),
+        (leaf.half(), "cannot keep float16 gradients"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            cross_entropy(input, target, inplace_backward=True)
+    with pytest.raises(UnsupportedError, match="has no inplace_backward"):
+        cross_entropy(leaf * 1.0, target, inplace_backward=True, backend="reference")
+
+
+def test_triton_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ual_kernels.functional._INTERPRETING", False)
+    arguments = torch.zeros(4, 5), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(UnsupportedError, match='backend="triton" needs CUDA tensors'):
+        cross_entropy(*arguments, backend="triton")
+    assert cross_entropy(*arguments).item() == pytest.approx(math.log(5))

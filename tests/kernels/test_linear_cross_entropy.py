@@ -1,0 +1,511 @@
+"""linear_cross_entropy against its definition, and what it must never compute."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from tests.kernels.cases import (
+    HALVES,
+    OPTIONS,
+    as_float64,
+    assert_as_accurate_as_eager,
+    assert_at_the_floor,
+    linear_case,
+    linear_definition,
+    measure,
+    names,
+    options,
+)
+from ual_kernels import UnsupportedError, cross_entropy, linear_cross_entropy
+
+BACKENDS = ["torch", "reference"]
+backends = pytest.mark.parametrize("backend", BACKENDS)
+HEAD = ("linear_weight", "linear_bias")
+
+
+def frozen(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: leaf.detach().requires_grad_(name not in HEAD) for name, leaf in leaves.items()}
+
+
+def judge(leaves: dict[str, Tensor], target: Tensor, flags: dict[str, Any], **how: Any) -> None:
+    assert_as_accurate_as_eager(
+        actual=measure(linear_cross_entropy, leaves, target, **flags, **how),
+        eager=measure(linear_definition, leaves, target, **flags, dtype=leaves["label_smoothing"].dtype),
+        exact=measure(linear_definition, as_float64(leaves), target, **flags),
+    )
+
+
+# ---- values and gradients ----
+
+
+@pytest.mark.parametrize("head", [frozen, dict], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("dtype", names([torch.float64, torch.float32]))
+@pytest.mark.parametrize("flags", OPTIONS)
+def test_every_flag(
+    flags: str, dtype: torch.dtype, head: Callable[..., dict[str, Tensor]], device: torch.device
+) -> None:
+    leaves, target = linear_case(24, 101, 32, dtype, device)
+    judge(head(leaves), target, options(flags, 101, device), backend="torch", chunk_tokens=7)
+
+
+@pytest.mark.parametrize("flags", OPTIONS)
+def test_the_oracle(flags: str, device: torch.device) -> None:
+    leaves, target = linear_case(6, 31, 8, torch.float64, device)
+    judge(leaves, target, options(flags, 31, device), backend="reference")
+
+
+@pytest.mark.parametrize("head", [frozen, dict], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("dtype", names(HALVES))
+@pytest.mark.parametrize("flags", OPTIONS)
+def test_sixteen_bits_are_rounded_once(
+    flags: str, dtype: torch.dtype, head: Callable[..., dict[str, Tensor]], device: torch.device
+) -> None:
+    """The loss, the hidden states' gradient and the head's are at the floor of what they are returned in."""
+    leaves, target = linear_case(64, 1_000, 64, dtype, device)
+    leaves, chosen = head(leaves), options(flags, 1_000, device)
+    assert_at_the_floor(
+        actual=measure(linear_cross_entropy, leaves, target, **chosen),
+        exact=measure(linear_definition, as_float64(leaves), target, **chosen),
+    )
+
+
+@pytest.mark.parametrize("softcap", [None, 10.0])
+def test_no_row_is_far_off(softcap: float | None, device: torch.device) -> None:
+    """Confident rows are where rounding the target's probability would show: p - 1 cancels."""
+    leaves, target = linear_case(64, 1_000, 64, torch.bfloat16, device)
+    leaves = frozen(leaves)
+    with torch.no_grad():
+        # the head's own row as the hidden state makes its class likely: rows from no idea to all but certain
+        pull = torch.linspace(0.0, 1.0, 64, device=device)[:, None]
+        leaves["input"] += pull * leaves["linear_weight"][target.clamp(min=0)]
+        leaves["label_smoothing"].zero_()
+    flags = {"reduction": "none", "softcap": softcap}
+    actual = measure(linear_cross_entropy, leaves, target, **flags)["input"].double()
+    exact = measure(linear_definition, as_float64(leaves), target, **flags)["input"]
+    live = target != -100
+    errors = ((actual - exact).norm(dim=-1) / exact.norm(dim=-1))[live]
+    # 64 numbers a row estimate its rounding with a spread of a tenth: 1.5 times the bound is far outside
+    assert errors.max() <= 1.5 * torch.finfo(torch.bfloat16).eps / math.sqrt(12)
+
+
+def test_float16_waits_for_the_loss_scale_in_float32(device: torch.device) -> None:
+    """A millionth of a gradient is 0 in float16; a loss scaler's factor comes later, in backward."""
+    leaves, target = linear_case(64, 1_000, 64, torch.float16, device)
+
+    def scaled(**arguments: Any) -> Tensor:
+        loss = linear_cross_entropy if arguments["input"].dtype == torch.float16 else linear_definition
+        return 2.0**16 * loss(**arguments, num_items=1_000_000)
+
+    assert_at_the_floor(
+        actual=measure(scaled, leaves, target), exact=measure(scaled, as_float64(leaves), target)
+    )
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 24, 1_000, None])
+def test_any_chunk(chunk_tokens: int | None, device: torch.device) -> None:
+    leaves, target = linear_case(24, 33, 8, torch.float64, device)
+    judge(leaves, target, options("all", 33, device), chunk_tokens=chunk_tokens)
+    judge(leaves, target, options("mean", 33, device), chunk_tokens=chunk_tokens)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 257])
+def test_any_width(vocab: int, device: torch.device) -> None:
+    leaves, target = linear_case(5, vocab, 8, torch.float64, device)
+    ours, exact = (
+        measure(loss, leaves, target, reduction="none") for loss in (linear_cross_entropy, linear_definition)
+    )
+    for name in exact:
+        torch.testing.assert_close(ours[name], exact[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "wanted", ["input", "linear_weight", "linear_bias", "label_smoothing", "sample_weight"]
+)
+@pytest.mark.parametrize("flags", ["mean", "none"])
+def test_one_gradient_alone(flags: str, wanted: str, device: torch.device) -> None:
+    leaves, target = linear_case(9, 19, 8, torch.float64, device)
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name == wanted)
+    judge(leaves, target, options(flags, 19, device))
+
+
+@backends
+def test_without_a_bias(backend: str, device: torch.device) -> None:
+    leaves, target = linear_case(9, 19, 8, torch.float64, device)
+    del leaves["linear_bias"]
+    judge(leaves, target, options("classes", 19, device), backend=backend)
+
+
+@backends
+@pytest.mark.parametrize("flags", OPTIONS)
+def test_equals_cross_entropy_of_the_product(flags: str, backend: str, device: torch.device) -> None:
+    leaves, target = linear_case(2 * 3, 19, 8, torch.float64, device)
+    leaves = {
+        name: leaf.detach().reshape(2, 3, *leaf.shape[1:]).requires_grad_() if name not in HEAD else leaf
+        for name, leaf in leaves.items()
+    }
+    target, chosen = target.reshape(2, 3), options(flags, 19, device)
+
+    def of_the_product(input: Tensor, linear_weight: Tensor, linear_bias: Tensor, **rest: Any) -> Tensor:
+        return cross_entropy(torch.nn.functional.linear(input, linear_weight, linear_bias), **rest)
+
+    ours = measure(linear_cross_entropy, leaves, target, **chosen, backend=backend)
+    theirs = measure(of_the_product, leaves, target, **chosen, backend="torch")
+    for name in ours:
+        assert ours[name].shape == theirs[name].shape
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-10, atol=1e-12)
+
+
+@backends
+@pytest.mark.parametrize("flags", ["mean", "classes", "all"])
+def test_statistics(flags: str, backend: str, device: torch.device) -> None:
+    leaves, target = linear_case(9, 19, 8, torch.float64, device)
+    target[3] = 19
+    chosen = {**options(flags, 19, device), "return_statistics": True}
+    logits = torch.nn.functional.linear(leaves["input"], leaves["linear_weight"], leaves["linear_bias"])
+    theirs = cross_entropy(logits, target, **chosen, backend="reference")[1]
+    for chunk_tokens in (2, None):
+        loss, ours = linear_cross_entropy(
+            **leaves, target=target, **chosen, chunk_tokens=chunk_tokens, backend=backend
+        )
+        assert loss.requires_grad
+        assert not any(field.requires_grad for field in ours)
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_equals_pytorch_where_pytorch_can(device: torch.device) -> None:
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("needs PyTorch 2.13, the first with linear_cross_entropy")
+    leaves, target = linear_case(9, 37, 8, torch.float64, device)
+    arguments = leaves["input"], leaves["linear_weight"], target
+    weight = torch.rand(37, device=device, dtype=torch.float64)
+    for reduction in ("none", "sum", "mean"):
+        flags: dict[str, Any] = {"label_smoothing": 0.1, "weight": weight, "reduction": reduction}
+        flags["linear_bias"] = leaves["linear_bias"]
+        ours = linear_cross_entropy(*arguments, **flags)
+        theirs = torch.nn.functional.linear_cross_entropy(*arguments, **flags)
+        torch.testing.assert_close(ours, theirs)
+
+
+# ---- what must not be computed ----
+
+
+def work(step: Callable[[], Any]) -> tuple[list[tuple[list[int], list[int]]], int]:
+    """Shapes of the products of two matrices in a step, and its largest allocation in bytes."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as seen:
+        step()
+    factors = [event.input_shapes[:2] for event in seen.events() if event.name == "aten::mm"]
+    products = [(left, right) for left, right in factors if min(*left, *right) > 1]
+    largest = max(max(event.self_cpu_memory_usage, event.self_device_memory_usage) for event in seen.events())
+    return products, largest
+
+
+def test_a_frozen_head_gets_no_gradient(device: torch.device) -> None:
+    """Two products, no third; and nothing as large as the head is ever allocated."""
+    tokens, vocab, features = 12, 50, 64
+    leaves, target = linear_case(tokens, vocab, features, torch.float32, device)
+    leaves = frozen(leaves)
+    products, largest = work(lambda: linear_cross_entropy(**leaves, target=target).backward())
+    live = tokens - 1
+    assert products == [([live, features], [features, vocab]), ([live, vocab], [vocab, features])]
+    assert largest < vocab * features * 4
+    assert leaves["linear_weight"].grad is None
+    assert leaves["input"].grad is not None
+
+
+def test_a_trainable_head_costs_one_product_more(device: torch.device) -> None:
+    leaves, target = linear_case(12, 50, 64, torch.float32, device)
+    products, _ = work(lambda: linear_cross_entropy(**leaves, target=target).backward())
+    assert products == [([11, 64], [64, 50]), ([11, 50], [50, 64]), ([50, 11], [11, 64])]
+
+
+def test_evaluation_computes_no_gradient(device: torch.device) -> None:
+    leaves, target = linear_case(12, 50, 64, torch.float32, device)
+    with torch.no_grad():
+        products, _ = work(lambda: linear_cross_entropy(**leaves, target=target))
+    assert products == [([11, 64], [64, 50])]
+
+
+@pytest.mark.parametrize("why", ["ignored", "weight 0"])
+def test_dead_rows_leave_before_the_first_product(why: str, device: torch.device) -> None:
+    leaves, target = linear_case(12, 50, 64, torch.float32, device)
+    leaves = frozen(leaves)
+    if why == "ignored":
+        target[3:] = -100
+    else:
+        leaves["sample_weight"] = torch.zeros(12, device=device)
+        leaves["sample_weight"][:3] = 1.0
+    products, _ = work(lambda: linear_cross_entropy(**leaves, target=target).backward())
+    assert products == [([2, 64], [64, 50]), ([2, 50], [50, 64])]
+
+
+def test_a_chunk_bounds_the_logits(device: torch.device) -> None:
+    """1 MiB of logits would be needed at once; chunks of 8 rows hold 16 kiB each."""
+    leaves, target = linear_case(512, 512, 4, torch.float32, device)
+    leaves = frozen(leaves)
+    products, largest = work(lambda: linear_cross_entropy(**leaves, target=target, chunk_tokens=8).backward())
+    assert max(left[0] for left, _ in products) == 8
+    assert largest <= 8 * 512 * 4
+
+
+def test_chunks_are_even(device: torch.device) -> None:
+    leaves, target = linear_case(11, 50, 8, torch.float32, device)
+    leaves = frozen(leaves)
+    products, _ = work(lambda: linear_cross_entropy(**leaves, target=target, chunk_tokens=4).backward())
+    assert [left[0] for left, _ in products[::2]] == [3, 3, 4]
+
+
+# ---- arguments ----
+
+
+@backends
+def test_autocast_casts_the_operands_and_nothing_inside(backend: str, device: torch.device) -> None:
+    """Logits stay in the accumulator's dtype: autocast would round every product inside to 16 bits."""
+    leaves, target = linear_case(64, 1_000, 64, torch.float32, device)
+    chosen = options("classes", 1_000, device)
+    rounded = {
+        name: leaf.detach().bfloat16().requires_grad_() if leaf.ndim == 2 or name == "linear_bias" else leaf
+        for name, leaf in leaves.items()
+    }
+    by_hand = measure(linear_cross_entropy, rounded, target, **chosen, backend=backend)
+
+    def under_autocast(**arguments: Any) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return linear_cross_entropy(**arguments, backend=backend)
+
+    cast = measure(under_autocast, leaves, target, **chosen)
+    for name in cast:
+        assert cast[name].dtype == torch.float32
+        assert torch.equal(cast[name], by_hand[name].float()), name
+
+
+def test_autocast_during_a_backward_that_recomputes(device: torch.device) -> None:
+    leaves, target = linear_case(12, 50, 8, torch.float32, device)
+    loss = linear_cross_entropy(**leaves, target=target, reduction="none").sum()
+    plain = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        cast = torch.autograd.grad(loss, list(leaves.values()))
+    for a, b in zip(plain, cast, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_leaves_float64_alone(device: torch.device) -> None:
+    leaves, target = linear_case(12, 50, 8, torch.float64, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        judge(leaves, target, {})
+
+
+@pytest.mark.parametrize("setting", ["none", "ieee", "bf16"])
+def test_the_precision_of_other_products_is_left_as_it_was(
+    setting: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", setting)
+    leaves, target = linear_case(12, 50, 8, torch.bfloat16, device)
+    linear_cross_entropy(**leaves, target=target)
+    assert torch.backends.mkldnn.matmul.fp32_precision == setting
+
+
+@pytest.mark.parametrize("labels", [torch.int32, torch.int64])
+def test_any_strides(labels: torch.dtype, device: torch.device) -> None:
+    def inside(packed: Tensor) -> Tensor:
+        nowhere = torch.nan if packed.is_floating_point() else 10**9
+        view = packed.new_full((*packed.shape[:-1], 2 * packed.shape[-1]), nowhere)[..., ::2]
+        view.copy_(packed)
+        return view
+
+    leaves, target = linear_case(9, 33, 8, torch.float64, device)
+    packed = measure(linear_cross_entropy, leaves, target)
+    strided = measure(
+        linear_cross_entropy,
+        {name: inside(leaf.detach()).requires_grad_() for name, leaf in leaves.items()},
+        inside(target.to(labels)),
+    )
+    for name in packed:
+        torch.testing.assert_close(strided[name], packed[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_tied_head_gets_both_gradients(device: torch.device) -> None:
+    table = torch.randn(19, 8, device=device, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(19, (6,), device=device)
+
+    def tied(head: Tensor) -> Tensor:
+        return linear_cross_entropy(head[tokens] * 2, head, tokens.roll(-1), label_smoothing=0.1)
+
+    assert torch.autograd.gradcheck(tied, table)
+
+
+# ---- edges ----
+
+
+@backends
+@pytest.mark.parametrize("flags", ["none", "sum", "mean"])
+@pytest.mark.parametrize("rows", [0, 1])
+def test_few_rows(rows: int, flags: str, backend: str, device: torch.device) -> None:
+    leaves, target = linear_case(rows, 5, 4, torch.float64, device)
+    if rows:
+        judge(leaves, target, options(flags, 5, device), backend=backend)
+        return
+    loss, stats = linear_cross_entropy(
+        **leaves, target=target, reduction=flags, return_statistics=True, backend=backend
+    )
+    loss.sum().backward()
+    assert stats.lse.shape == (0,)
+    assert leaves["input"].grad.shape == (0, 4)
+    assert not leaves["linear_weight"].grad.any()
+
+
+@backends
+@pytest.mark.parametrize("head", [frozen, dict], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("flags", ["mean", "none"])
+def test_all_rows_ignored_is_zero_with_a_connected_graph(
+    flags: str, head: Callable[..., dict[str, Tensor]], backend: str, device: torch.device
+) -> None:
+    leaves, target = linear_case(3, 17, 8, torch.bfloat16, device)
+    measured = measure(
+        linear_cross_entropy, head(leaves), target.fill_(-100), backend=backend, reduction=flags
+    )
+    for name, value in measured.items():
+        assert not value.any(), name
+
+
+@backends
+@pytest.mark.parametrize("nothing", [torch.nan, torch.inf])
+def test_what_an_ignored_row_holds_does_not_matter(
+    nothing: float, backend: str, device: torch.device
+) -> None:
+    leaves, target = linear_case(4, 17, 8, torch.float64, device)
+    clean = measure(linear_cross_entropy, leaves, target, backend=backend)
+    with torch.no_grad():
+        for name in ("input", "label_smoothing", "sample_weight"):
+            leaves[name][1] = nothing
+    dirty = measure(linear_cross_entropy, leaves, target, backend=backend)
+    for name in clean:
+        assert torch.equal(clean[name], dirty[name]), name
+
+
+@backends
+@pytest.mark.parametrize(
+    ("label", "smoothing", "weight"),
+    [(17, 0.5, 1.0), (-1, 0.5, 1.0), (2, 1.5, 1.0), (2, -0.1, 1.0), (2, 0.5, -1.0), (2, 0.5, torch.nan)],
+)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_out_of_range_poisons_its_own_row_only(
+    softcap: float | None, label: int, smoothing: float, weight: float, backend: str, device: torch.device
+) -> None:
+    """With a frozen head; a head's gradient is a sum over rows, and says so by being NaN."""
+    leaves, target = linear_case(4, 17, 8, torch.float64, device)
+    flags = {"reduction": "none", "softcap": softcap, "backend": backend}
+    clean = measure(linear_cross_entropy, frozen(leaves), target, **flags)
+    target[2] = label
+    with torch.no_grad():
+        leaves["label_smoothing"][2], leaves["sample_weight"][2] = smoothing, weight
+    dirty = measure(linear_cross_entropy, frozen(leaves), target, **flags)
+    others = [0, 1, 3]
+    assert dirty["loss"].isnan().tolist() == [False, False, True, False]
+    assert dirty["input"][2].isnan().all()
+    for name in clean:
+        torch.testing.assert_close(dirty[name][others], clean[name][others], rtol=1e-12, atol=1e-12)
+    head = measure(linear_cross_entropy, leaves, target, **flags)["linear_weight"]
+    assert head.isnan().any()
+
+
+def test_forbidden_classes(device: torch.device) -> None:
+    """A bias of -inf takes a class out."""
+    leaves, target = linear_case(4, 17, 8, torch.float64, device)
+    target[:] = torch.tensor([0, -100, 3, 4])
+    few = {name: leaf.detach()[:12] if name in HEAD else leaf.detach() for name, leaf in leaves.items()}
+    few["label_smoothing"].zero_()
+    all_ = few | {
+        "linear_weight": leaves["linear_weight"].detach(),
+        "linear_bias": leaves["linear_bias"].detach(),
+    }
+    all_["linear_bias"][12:] = -torch.inf
+    shorter, longer = (
+        measure(linear_cross_entropy, case | {"input": case["input"].clone().requires_grad_()}, target)
+        for case in (few, all_)
+    )
+    for name in shorter:
+        torch.testing.assert_close(longer[name], shorter[name])
+
+
+# ---- autograd's own rules ----
+
+
+@pytest.mark.parametrize("head", [frozen, dict], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_backward_again_on_a_retained_graph(
+    reduction: str, head: Callable[..., dict[str, Tensor]], device: torch.device
+) -> None:
+    leaves, target = linear_case(4, 17, 8, torch.float32, device)
+    leaves = head(leaves)
+    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    loss = linear_cross_entropy(**leaves, target=target, reduction=reduction).sum()
+    first, second = (torch.autograd.grad(loss, wanted, retain_graph=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("by", ["input", *HEAD, "label_smoothing", "sample_weight"])
+def test_a_second_derivative_is_refused(by: str, reduction: str, device: torch.device) -> None:
+    leaves, target = linear_case(4, 17, 8, torch.float32, device)
+    loss = linear_cross_entropy(**leaves, target=target, reduction=reduction).sum()
+    (gradient,) = torch.autograd.grad(loss, leaves[by], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.square().sum().backward()
+
+
+def test_same_inputs_same_bits(device: torch.device) -> None:
+    leaves, target = linear_case(64, 101, 16, torch.bfloat16, device)
+    target[target != -100] = 7  # every row scatters into one row of the head's gradient
+    first, second = (measure(linear_cross_entropy, leaves, target) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"linear_weight": torch.zeros(5)}, r"linear_weight must be \[V, D\] with V >= 1, got \[5\]"),
+        ({"linear_weight": torch.zeros(0, 3)}, r"linear_weight must be \[V, D\] with V >= 1, got \[0, 3\]"),
+        (
+            {"linear_weight": torch.zeros(5, 2)},
+            r"input must be \[..., 2\] to match linear_weight",
+        ),
+        ({"linear_weight": torch.zeros(5, 3).double()}, "linear_weight must be torch.float32 like input"),
+        ({"linear_weight": torch.zeros(5, 3, device="meta")}, "linear_weight must be on cpu, got meta"),
+        ({"input": torch.zeros(())}, r"input must be \[..., 3\]"),
+        ({"input": torch.zeros(4, 3, dtype=torch.long)}, "input must be bfloat16, float16"),
+        ({"linear_bias": torch.zeros(4)}, r"linear_bias must be \[5\], got \[4\]"),
+        ({"target": torch.zeros(4)}, "target must be int32 or int64 class indices, got torch.float32"),
+        ({"target": torch.zeros(3, dtype=torch.long)}, r"target must have shape \[4\]"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be at least 1, got 0"),
+        ({"label_smoothing": -0.1}, r"label_smoothing must be in \[0, 1\]"),
+        ({"weight": torch.ones(3)}, r"weight must be \[5\]"),
+        ({"reduction": "avg"}, "reduction must be one of"),
+        ({"backend": "liger"}, "backend must be one of"),
+    ],
+)
+def test_refusals_name_the_argument(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "input": torch.zeros(4, 3),
+        "linear_weight": torch.zeros(5, 3),
+        "target": torch.zeros(4, dtype=torch.long),
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**(arguments | change))
+
+
+def test_the_kernel_that_does_not_exist_yet_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="does not exist for linear_cross_entropy yet"):
+        linear_cross_entropy(
+            torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long), backend="triton"
+        )

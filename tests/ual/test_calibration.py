@@ -1,0 +1,258 @@
+"""Calibration: hand-computed cases, laws, and an independent brute force in exact fractions."""
+
+import json
+import math
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ual.errors import UserError
+from ual.evaluate import (
+    TokenMetrics,
+    brier,
+    expected_calibration_error,
+    reliability_bins,
+    rms_calibration_error,
+)
+
+# confidences on a coarse grid meet the ties; free ones meet everything else
+confidences = st.one_of(st.integers(0, 8).map(lambda k: k / 8), st.floats(0, 1, allow_subnormal=False))
+tokens = st.lists(st.tuples(confidences, st.booleans()), min_size=1, max_size=60)
+bin_counts = st.integers(1, 20)
+
+
+def columns(pairs: list[tuple[float, bool]]) -> tuple[list[float], list[bool]]:
+    return [c for c, _ in pairs], [y for _, y in pairs]
+
+
+def brute_force(pairs: list[tuple[float, bool]], bins: int, power: int) -> float:
+    """The definition, pair by pair in exact arithmetic, sharing no step with the implementation."""
+    n = len(pairs)
+    members: dict[int, list[tuple[Fraction, int]]] = {}
+    for c, y in pairs:
+        below = sum(other < c for other, _ in pairs)
+        equal = sum(other == c for other, _ in pairs)
+        middle = Fraction(2 * below + equal, 2 * n)
+        members.setdefault(math.floor(middle * bins), []).append((Fraction(c), int(y)))
+    total = Fraction(0)
+    for group in members.values():
+        gap = abs(Fraction(sum(y for _, y in group), len(group)) - sum(c for c, _ in group) / len(group))
+        total += Fraction(len(group), n) * gap**power
+    return float(total)
+
+
+# ---- hand-computed ----
+
+
+def test_two_bins_by_hand() -> None:
+    confidence, correct = [0.9, 0.2, 0.8, 0.4], [1, 0, 0, 1]
+    low, high = reliability_bins(confidence, correct, bins=2)
+    assert low == {"confidence": pytest.approx(0.3), "accuracy": 0.5, "count": 2}
+    assert high == {"confidence": pytest.approx(0.85), "accuracy": 0.5, "count": 2}
+    # gaps .2 and .35, each half of the mass
+    assert expected_calibration_error(confidence, correct, bins=2) == pytest.approx(0.275)
+    assert rms_calibration_error(confidence, correct, bins=2) == pytest.approx(math.sqrt(0.08125))
+    assert brier(confidence, correct) == pytest.approx((0.01 + 0.04 + 0.64 + 0.36) / 4)
+
+
+def test_always_sure_and_half_right() -> None:
+    assert expected_calibration_error([1.0] * 10, [1, 0] * 5) == 0.5
+    assert brier([1.0] * 10, [1, 0] * 5) == 0.5
+
+
+def test_equal_confidences_share_a_bin_whatever_their_mass() -> None:
+    confidence = [0.1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.9]
+    filled = reliability_bins(confidence, [0, 1, 1, 1, 0, 0, 0, 1], bins=4)
+    assert [(b["confidence"], b["count"]) for b in filled] == [(0.1, 1), (0.5, 6), (0.9, 1)]
+
+
+def test_equal_mass_sees_what_one_equal_width_bin_near_one_would_average_away() -> None:
+    """The lower half is right always (0.0375 too modest), the upper one 19 times of 20 (0.0375 too bold)."""
+    confidence = np.linspace(0.95, 1.0, 2000)
+    correct = np.ones(2000, dtype=bool)
+    correct[1000::20] = False
+    assert abs(confidence.mean() - correct.mean()) < 1e-9
+    assert expected_calibration_error(confidence, correct, bins=2) == pytest.approx(0.0375, abs=1e-4)
+
+
+def test_bins_differ_by_at_most_one_without_ties() -> None:
+    confidence = np.random.default_rng(1).permutation(100) / 100
+    assert sorted({b["count"] for b in reliability_bins(confidence, np.ones(100), bins=15)}) == [6, 7]
+
+
+# ---- laws ----
+
+
+@given(tokens, bin_counts)
+def test_agrees_with_brute_force(pairs: list[tuple[float, bool]], bins: int) -> None:
+    confidence, correct = columns(pairs)
+    ece, rms = brute_force(pairs, bins, 1), brute_force(pairs, bins, 2)
+    assert expected_calibration_error(confidence, correct, bins) == pytest.approx(ece, abs=1e-12)
+    assert rms_calibration_error(confidence, correct, bins) ** 2 == pytest.approx(rms, abs=1e-12)
+
+
+@given(tokens, bin_counts)
+def test_ranges_and_masses(pairs: list[tuple[float, bool]], bins: int) -> None:
+    confidence, correct = columns(pairs)
+    filled = reliability_bins(confidence, correct, bins)
+    assert sum(b["count"] for b in filled) == len(pairs)
+    assert len(filled) <= bins
+    means = [b["confidence"] for b in filled]
+    assert means == sorted(means)
+    ece = expected_calibration_error(confidence, correct, bins)
+    assert 0 <= ece <= rms_calibration_error(confidence, correct, bins) + 1e-12 <= 1 + 2e-12
+    assert 0 <= brier(confidence, correct) <= 1
+
+
+@given(tokens, bin_counts, st.randoms(use_true_random=False))
+def test_order_does_not_matter(pairs: list[tuple[float, bool]], bins: int, random: object) -> None:
+    shuffled = list(pairs)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert reliability_bins(*columns(shuffled), bins) == reliability_bins(*columns(pairs), bins)
+
+
+@given(tokens)
+def test_one_bin_is_the_gap_of_the_means(pairs: list[tuple[float, bool]]) -> None:
+    confidence, correct = columns(pairs)
+    gap = abs(np.mean(confidence) - np.mean(correct))
+    assert expected_calibration_error(confidence, correct, bins=1) == pytest.approx(gap, abs=1e-12)
+
+
+@given(st.integers(1, 19), st.integers(1, 20), bin_counts)
+def test_exactly_calibrated_groups_have_no_error(right: int, more: int, bins: int) -> None:
+    n = right + more
+    correct = [True] * right + [False] * more
+    assert expected_calibration_error([right / n] * n, correct, bins) == pytest.approx(0, abs=1e-12)
+
+
+def test_calibrated_draws_come_close_to_none() -> None:
+    """Bins of m tokens have a mean gap of about sqrt(2 p (1-p) / (pi m)), at most .4 / sqrt(m)."""
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(size=150_000)
+    correct = rng.uniform(size=confidence.size) < confidence
+    assert expected_calibration_error(confidence, correct) < 2 * 0.4 / math.sqrt(confidence.size / 15)
+    assert expected_calibration_error(confidence, ~correct) > 0.4
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("confidence", "correct", "word"),
+    [
+        ([], [], "n > 0"),
+        ([0.5], [1, 0], "one shape"),
+        ([[0.5]], [[1]], "one shape"),
+        ([1.5], [1], r"\[0, 1\]"),
+        ([-0.1], [1], r"\[0, 1\]"),
+        ([math.nan], [1], r"\[0, 1\]"),
+        ([0.5], [0.5], "0 and 1"),
+        ([0.5], [math.nan], "0 and 1"),
+    ],
+)
+def test_refuses_what_is_not_a_probability_or_a_verdict(
+    confidence: list[float], correct: list[float], word: str
+) -> None:
+    for measure in (expected_calibration_error, rms_calibration_error, brier, reliability_bins):
+        with pytest.raises(ValueError, match=word):
+            measure(confidence, correct)
+
+
+def test_refuses_no_bins() -> None:
+    with pytest.raises(ValueError, match="bins"):
+        reliability_bins([0.5], [1], bins=0)
+    with pytest.raises(ValueError, match="bins"):
+        TokenMetrics(bins=0)
+
+
+# ---- the accumulator ----
+
+
+def batches(rng: np.random.Generator, rows: int, width: int) -> tuple[np.ndarray, ...]:
+    shape = rows, width
+    nll, confidence = rng.exponential(size=shape), rng.uniform(size=shape)
+    return nll, confidence, rng.uniform(size=shape) < confidence, rng.uniform(size=shape) < 0.7
+
+
+def test_accumulates_as_if_all_tokens_came_at_once() -> None:
+    rng = np.random.default_rng(0)
+    nll, confidence, correct, live = batches(rng, rows=12, width=9)
+    live[:, 0] = True
+    sources = ["arithmetic", "chat", "arithmetic"] * 4
+    metrics = TokenMetrics(bins=5)
+    for part in (slice(0, 5), slice(5, 6), slice(6, 12)):
+        metrics.update(nll[part], confidence[part], correct[part], live[part], sources[part])
+    result = metrics.result()
+    assert (result["rows"], result["tokens"]) == (12, live.sum())
+    assert result["nll"] == pytest.approx(nll[live].mean())
+    assert result["perplexity"] == pytest.approx(math.exp(nll[live].mean()))
+    assert result["accuracy"] == correct[live].mean()
+    assert result["ece"] == pytest.approx(expected_calibration_error(confidence[live], correct[live], bins=5))
+    assert result["brier"] == pytest.approx(brier(confidence[live], correct[live]))
+    assert result["bins"] == reliability_bins(confidence[live], correct[live], bins=5)
+    assert list(result["by_source"]) == ["arithmetic", "chat"]
+    own = live & (np.array(sources) == "chat")[:, None]
+    chat = result["by_source"]["chat"]
+    assert (chat["rows"], chat["tokens"]) == (4, own.sum())
+    assert chat["nll"] == pytest.approx(nll[own].mean())
+    assert chat["accuracy"] == correct[own].mean()
+    assert chat["ece"] == pytest.approx(expected_calibration_error(confidence[own], correct[own], bins=5))
+    assert chat["brier"] == pytest.approx(brier(confidence[own], correct[own]))
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_what_is_not_live_is_never_looked_at() -> None:
+    nan = math.nan
+    metrics = TokenMetrics()
+    metrics.update(
+        [[nan, 0.5], [nan, nan]], [[nan, 0.6], [7, 7]], [[nan, 1], [7, 7]], [[0, 1], [0, 0]], ["a", "b"]
+    )
+    result = metrics.result()
+    assert (result["rows"], result["tokens"], result["nll"], result["ece"]) == (1, 1, 0.5, 0.4)
+    assert list(result["by_source"]) == ["a"]
+
+
+def test_float32_rounding_above_one_is_forgiven_but_nonsense_is_not() -> None:
+    metrics = TokenMetrics()
+    metrics.update([[0.0]], [[np.nextafter(np.float32(1), np.float32(2))]], [[1]], [[1]], ["a"])
+    assert metrics.result()["brier"] == 0
+    with pytest.raises(ValueError, match="confidence"):
+        metrics.update([[0.0]], [[1.001]], [[1]], [[1]], ["a"])
+
+
+@pytest.mark.parametrize(("nll", "confidence"), [(math.nan, 0.5), (math.inf, 0.5), (0.5, math.nan)])
+def test_a_diverged_model_is_told_apart_from_a_wrong_call(nll: float, confidence: float) -> None:
+    with pytest.raises(UserError, match="not finite") as caught:
+        TokenMetrics().update([[nll]], [[confidence]], [[1]], [[1]], ["chat"])
+    assert "chat" in caught.value.place
+    assert "learning_rate" in caught.value.remedy
+
+
+def test_shapes_must_agree() -> None:
+    one = [[0.5]]
+    for nll, live, sources in ((one, [[1, 1]], ["a"]), (one, one, ["a", "b"]), ([0.5], [1], ["a"])):
+        with pytest.raises(ValueError, match="shape"):
+            TokenMetrics().update(nll, one, one, live, sources)
+
+
+def test_nothing_to_measure_is_the_users_to_mend() -> None:
+    metrics = TokenMetrics()
+    metrics.update([[0.5]], [[0.5]], [[1]], [[0]], ["a"])
+    with pytest.raises(UserError, match="no response token"):
+        metrics.result()
+
+
+def test_a_hopeless_model_has_a_finite_perplexity() -> None:
+    metrics = TokenMetrics()
+    metrics.update([[1e6]], [[0.5]], [[0]], [[1]], ["a"])
+    assert math.isfinite(metrics.result()["perplexity"])
+
+
+def test_needs_neither_torch_nor_transformers() -> None:
+    code = "import sys, ual.evaluate; assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,89 @@
+"""Configurations: unknown keys refused with the nearest name, overrides, a dump that reads back."""
+
+from pathlib import Path
+
+import pytest
+
+from ual import config
+from ual.errors import UserError
+
+MINIMAL = "model: some/model\ndata: rows.jsonl\n"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "first.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_short_forms_and_defaults(file: Path) -> None:
+    run = config.load(file)
+    assert run.model.path == "some/model"
+    assert run.data.train == "rows.jsonl"
+    assert run.output_dir == "runs/first"
+    assert run.label == "first"
+    assert run.loss.kind == "ual"
+    assert (run.smoothing.scale, run.smoothing.map, run.smoothing.min, run.smoothing.max) == (
+        "rank",
+        "linear",
+        0.0,
+        0.2,
+    )
+
+
+def test_a_dump_reads_back_equal(file: Path, tmp_path: Path) -> None:
+    run = config.load(file, ["loss=uniform", "training={max_steps: 3, learning_rate: 1.0e-3}", "lora=null"])
+    again = tmp_path / "resolved.yaml"
+    again.write_text(config.dump(run))
+    assert config.load(again) == run
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "name", "value"),
+    [
+        ("data.max_length=64", "data", "max_length", 64),
+        ("model.dtype=bfloat16", "model", "dtype", "bfloat16"),
+        ("loss=sft", "loss", "kind", "sft"),
+        ("loss.average=samples", "loss", "average", "samples"),
+        ("lora.target_modules=[q_proj, v_proj]", "lora", "target_modules", ["q_proj", "v_proj"]),
+    ],
+)
+def test_overrides(file: Path, override: str, section: str, name: str, value: object) -> None:
+    assert getattr(getattr(config.load(file, [override]), section), name) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "smothing: {}", 'unknown key "smothing"; did you mean "smoothing"?'),
+        (MINIMAL + "lora: {rank: 4}", 'unknown key "lora.rank"'),
+        (
+            MINIMAL + "smoothing: {max: 1.5}",
+            "smoothing.max: Input should be less than or equal to 1, got 1.5",
+        ),
+        (MINIMAL + "smoothing: {min: 0.3, max: 0.1}", "min must not exceed max"),
+        ("model: m", '"data" is required'),
+        ("model: m\ndata: {eval: x}", '"data.train" is required'),
+        ("- a list", "must be a mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_refusals_name_the_place(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        config.load(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.yaml: cannot read the configuration: No such file"):
+        config.load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("override", ["loss", "=3", "loss=[", "data.trian=x"])
+def test_bad_overrides(file: Path, override: str) -> None:
+    with pytest.raises(UserError):
+        config.load(file, [override])

@@ -1,0 +1,303 @@
+"""One self-contained page about a run, or about several side by side."""
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+
+import ual
+from ual.analysis import plots
+from ual.errors import UserError
+from ual.report import findings
+from ual.report.findings import ABSENT, METRICS, duration
+from ual.report.pictures import pictures
+from ual.report.runs import Row, Run, number, read, section, text
+
+_TAIL = 3  # rows shown from each end of the uncertainties
+_TEXT_SHOWN = 700  # characters of a prompt or response on the page
+
+_LOSSES = {
+    "ual": "Uncertainty-aware fine-tuning: each row has its own label smoothing",
+    "uniform": "Fine-tuning with the same label smoothing for every row",
+    "sft": "Plain fine-tuning, without label smoothing",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training row, shortened for reading."""
+
+    source: str
+    facts: tuple[tuple[str, str], ...]
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a run came from, and how to make it again."""
+
+    name: str
+    commands: str
+    config: str
+    environment: tuple[tuple[str, str], ...]
+    page: str
+
+
+def write(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
+    """Write the page of one run, or a comparison of several.
+
+    One run gives ``<run>/report.html`` and ``<run>/plots/*.png``. Several give ``comparison.html`` in the
+    folder that holds the first run, ``comparison-plots/*.png``, and the tables' figures in
+    ``comparison.json``; the first run is the baseline. The page needs no other file, no script and no
+    network. Equal runs give equal bytes. Whatever a run lacks is named on the page.
+
+    Args:
+        run_dirs: folders that `ual train` wrote, at least one.
+        output: the page to write; a comparison's plots and JSON take its stem.
+
+    Raises:
+        UserError: a folder is not a run, or a file cannot be written.
+    """
+    if not run_dirs:
+        raise UserError("no run folder was named", remedy="pass at least one folder that `ual train` wrote")
+    paths = [Path(path) for path in run_dirs]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError("a run folder was named twice", remedy="name each run once")
+    try:
+        runs = _with_names_of_their_own([read(path) for path in paths])
+        if len(runs) == 1:
+            page = output or paths[0] / "report.html"
+            plot_folder = paths[0] / "plots"
+        else:
+            page = output or paths[0].parent / "comparison.html"
+            plot_folder = page.with_name(f"{page.stem}-plots")
+            summary = json.dumps(_summary(runs), indent=1, ensure_ascii=False) + "\n"
+            plots.write_atomically(page.with_suffix(".json"), summary.encode("utf-8", "replace"))
+        plots.write_atomically(page, _render(runs, page, plot_folder).encode("utf-8", "replace"))
+    except OSError as error:
+        raise UserError(
+            f"the report cannot be written: {error.strerror or error}",
+            place=str(error.filename or paths[0]),
+            remedy="free some space, or name another place for the page",
+        ) from error
+    return page
+
+
+def _render(runs: Sequence[Run], page: Path, plot_folder: Path) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    single = runs[0] if len(runs) == 1 else None
+    return environment.get_template("template.html.j2").render(
+        version=ual.__version__,
+        light=plots.LIGHT,
+        dark=plots.DARK,
+        title=single.name if single else " · ".join(run.name for run in runs),
+        status=single.status if single else "",
+        subtitle=_subtitle(runs),
+        facts=_facts(single) if single else (),
+        verdict=findings.verdict(runs),
+        cautions=findings.cautions(runs),
+        missing=[(run.name if not single else "", note) for run in runs for note in run.missing],
+        results=findings.before_and_after(single) if single else findings.arms(runs),
+        training=None if single else findings.training(runs),
+        differences=None if single else findings.differing_settings(runs),
+        pictures=list(pictures(runs, plot_folder)),
+        sources=findings.by_source(runs),
+        tails=_tails(runs),
+        origins=[_origin(run, page, linked=single is None) for run in runs],
+    )
+
+
+def _with_names_of_their_own(runs: Sequence[Run]) -> list[Run]:
+    """Tell runs of the same name apart by their folders."""
+    names = [run.name for run in runs]
+    return [
+        replace(run, name=f"{run.name} ({run.path})") if names.count(run.name) > 1 else run for run in runs
+    ]
+
+
+def _subtitle(runs: Sequence[Run]) -> str:
+    if len(runs) > 1:
+        return f"{len(runs)} runs side by side; the first, {runs[0].name}, is the baseline"
+    run = runs[0]
+    words = _LOSSES.get(run.loss_kind, "A training run")
+    if run.config is None or run.loss_kind == "sft":
+        return words
+    if run.loss_kind == "uniform":
+        smoothing = number(run.metrics, "mean_smoothing")
+        return words if smoothing is None else f"{words}, {smoothing:g}"
+    chosen = run.config.smoothing
+    matched = "" if chosen.match_mean is None else f", scaled to a mean of {chosen.match_mean:g}"
+    estimator = {"white_box": "the base model's own NLL", "column": "a column of the data"}
+    return (
+        f"{words}. Uncertainty from {estimator[run.config.uncertainty.estimator]}, "
+        f"{chosen.scale.replace('_', '-')} scale, {chosen.map} map to "
+        f"[{chosen.min:g}, {chosen.max:g}]{matched}"
+    )
+
+
+def _facts(run: Run) -> Iterator[tuple[str, str]]:
+    """Yield what was trained, and how long it took."""
+    model = section(run.environment, "model")
+    path = text(model, "path") or (run.config.model.path if run.config else "")
+    yield "Model", Path(path).name or ABSENT
+    parameters, trainable = number(model, "parameters"), number(model, "trainable_parameters")
+    if parameters is not None:
+        share = "" if trainable is None else f", {_short(trainable)} trained"
+        yield "Parameters", f"{_short(parameters)}{share}"
+    yield "Training rows", _whole(run.metrics, "trained_rows")
+    yield "Response tokens", _whole(run.metrics, "trained_tokens")
+    yield "Steps", ABSENT if run.steps is None else f"{run.steps:,}"
+    yield "Time", duration(number(run.metrics, "seconds"))
+    yield "Tokens/s", _whole(run.metrics, "tokens_per_second")
+    smoothing = number(run.metrics, "mean_smoothing")
+    yield "Mean smoothing", ABSENT if smoothing is None else f"{smoothing:.3f}"
+
+
+def _tails(runs: Sequence[Run]) -> list[tuple[str, list[Example]]]:
+    """Return the most certain and the most uncertain rows of the first run that knows uncertainties."""
+    for run in runs:
+        known = [(row.uncertainty, i, row) for i, row in enumerate(run.rows) if row.uncertainty is not None]
+        if len(known) < 2:
+            continue
+        ordered = [row for _, _, row in sorted(known, key=lambda entry: entry[:2])]
+        count = min(_TAIL, len(ordered) // 2)
+        return [
+            ("Most certain", [_example(run, row) for row in ordered[:count]]),
+            ("Most uncertain", [_example(run, row) for row in reversed(ordered[-count:])]),
+        ]
+    return []
+
+
+def _example(run: Run, row: Row) -> Example:
+    sample = run.sample(row)
+    shown = (
+        ("uncertainty u", number(sample, "uncertainty")),
+        ("scaled", number(sample, "scaled_uncertainty")),
+        ("smoothing s", number(sample, "label_smoothing")),
+        ("weight w", number(sample, "sample_weight")),
+    )
+    prompt, response = text(sample, "prompt").strip(), text(sample, "response").strip()
+    if len(prompt) > _TEXT_SHOWN:
+        prompt = f"[{len(prompt) - _TEXT_SHOWN:,} characters before] …" + prompt[-_TEXT_SHOWN:]
+    if len(response) > _TEXT_SHOWN:
+        response = response[:_TEXT_SHOWN] + f"… [{len(response) - _TEXT_SHOWN:,} characters more]"
+    return Example(
+        source=row.source,
+        facts=tuple((name, f"{value:.3g}") for name, value in shown if value is not None),
+        prompt=prompt,
+        response=response,
+    )
+
+
+def _origin(run: Run, page: Path, *, linked: bool) -> Origin:
+    linkable = linked and (run.path / "report.html").is_file()
+    relative = os.path.relpath(run.path / "report.html", page.parent) if linkable else ""
+    return Origin(
+        name=run.name,
+        commands="\n".join(_commands(run)),
+        config=run.config_text,
+        environment=tuple(_environment(run)),
+        page=quote(relative),
+    )
+
+
+def _commands(run: Run) -> Iterator[str]:
+    commit = text(run.environment, "git_commit")
+    if re.fullmatch(r"[0-9a-f]{7,64}", commit):
+        yield f"git checkout {commit}"
+    command = run.environment.get("command")
+    if isinstance(command, list) and command:
+        yield shlex.join(map(str, command))
+    if run.config_text:
+        yield "# or, from this folder alone:"
+        yield shlex.join(["ual", "train", str(run.path / "config.yaml"), f"output_dir={run.path}-again"])
+
+
+def _environment(run: Run) -> Iterator[tuple[str, str]]:
+    recorded, machine = run.environment, section(run.environment, "machine")
+    cores, memory = number(machine, "cores"), number(machine, "memory_gib")
+    parts = [
+        text(machine, "processor"),
+        f"{cores:g} cores" if cores else "",
+        f"{memory:g} GiB" if memory else "",
+        text(machine, "gpu") or ("no GPU" if machine else ""),
+    ]
+    yield "Started", text(recorded, "created")
+    yield "Machine", ", ".join(part for part in parts if part)
+    yield "Python", text(recorded, "python")
+    yield (
+        "Packages",
+        ", ".join(f"{name} {version}" for name, version in section(recorded, "versions").items()),
+    )
+    yield "Commit", text(recorded, "git_commit")
+    yield "Seed", str(recorded.get("seed", ""))
+    yield "Model", text(section(recorded, "model"), "path")
+    for path, digest in section(recorded, "data_sha256").items():
+        yield f"SHA-256 of {path}", str(digest)
+
+
+def _summary(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the comparison's figures for machines; what is not known is null."""
+    keys = ("trained_rows", "trained_tokens", "mean_smoothing", "train_loss_first", "train_loss_last")
+    return {
+        "baseline": runs[0].name,
+        "verdict": findings.verdict(runs),
+        "cautions": findings.cautions(runs),
+        "arms": [
+            {
+                "name": run.name,
+                "folder": str(run.path),
+                "status": run.status,
+                "loss_kind": run.loss_kind,
+                "seed": run.environment.get("seed"),
+                "steps": run.steps,
+                **{key: number(run.metrics, key) for key in keys},
+                "seconds": number(run.metrics, "seconds"),
+                "tokens_per_second": number(run.metrics, "tokens_per_second"),
+                "held_out_tokens": number(run.after or {}, "tokens"),
+                "eval_before": _figures(run.before),
+                "eval": _figures(run.after),
+                "difference_from_baseline": _differences(run.after, runs[0].after),
+            }
+            for run in runs
+        ],
+    }
+
+
+def _figures(evaluation: Mapping[str, Any] | None) -> dict[str, float | None] | None:
+    return None if evaluation is None else {m.key: number(evaluation, m.key) for m in METRICS}
+
+
+def _differences(
+    evaluation: Mapping[str, Any] | None, baseline: Mapping[str, Any] | None
+) -> dict[str, float | None] | None:
+    if evaluation is None or baseline is None:
+        return None
+    pairs = {m.key: (number(evaluation, m.key), number(baseline, m.key)) for m in METRICS}
+    return {key: None if a is None or b is None else a - b for key, (a, b) in pairs.items()}
+
+
+def _whole(mapping: Mapping[str, Any], key: str) -> str:
+    value = number(mapping, key)
+    return ABSENT if value is None else f"{value:,.0f}"
+
+
+def _short(count: float) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {letter}"
+    return f"{count:.0f}"
