@@ -53,8 +53,9 @@ def forward(
         z = _final(logits[chunk].to(acc, copy=True), softcap, logit_scale)
         s, c_y, c_mean = smoothing[chunk], *_class_terms(class_weight, y, vocab)
         z_y = z.gather(1, y[:, None]).squeeze(1)
-        gap = _weighted_mean(z, class_weight) - c_mean * z_y
-        high, log_sum, stats_chunk = _softmax_in_place(z, z_y, statistics)
+        high = _shift_in_place(z)
+        gap = _weighted_mean(z, class_weight) - c_mean * (z_y - high)
+        log_sum, stats_chunk = _exp_in_place(z, high, z_y, statistics)
         unit, k, ds = _row_terms(high, log_sum, z_y, gap, s, c_y, c_mean, z_loss)
         poison = torch.where(legal, 0.0, torch.nan).to(acc)
         loss[chunk] = torch.where(live, unit + poison, 0.0)
@@ -163,14 +164,14 @@ def linear_cross_entropy(
             raw += bias
         z = _final(raw, softcap, logit_scale)
         z_y = z.gather(1, y[:, None]).squeeze(1)
-        if column_mean is None:
-            mean = _weighted_mean(z, class_weight)
-        else:
-            mean = (e.to(acc) @ column_mean + bias_mean) * logit_scale
         slope = (1 - (z / softcap).square()) if capped and (input_grad or head_grad) else None
-        plain_mean = z.mean(1) if statistics and class_weight is not None else mean
-        high, log_sum, stats_chunk = _softmax_in_place(z, z_y, statistics, plain_mean)
-        unit, k, ds = _row_terms(high, log_sum, z_y, mean - c_mean * z_y, s, c_y, c_mean, z_loss)
+        high = _shift_in_place(z)
+        if column_mean is None:
+            gap = _weighted_mean(z, class_weight) - c_mean * (z_y - high)
+        else:
+            gap = (e.to(acc) @ column_mean + bias_mean) * logit_scale - c_mean * z_y
+        log_sum, stats_chunk = _exp_in_place(z, high, z_y, statistics)
+        unit, k, ds = _row_terms(high, log_sum, z_y, gap, s, c_y, c_mean, z_loss)
         loss[index] = a * unit
         state[:, index] = torch.stack([unit + poison, ds + poison])
         if statistics:
@@ -260,34 +261,34 @@ def _weighted_mean(z: Tensor, class_weight: Tensor | None) -> Tensor:
     return z.mean(1) if class_weight is None else z @ class_weight / z.shape[1]
 
 
-def _softmax_in_place(
-    z: Tensor, z_y: Tensor, statistics: bool, mean: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Overwrite z with exp(z - high); return high, log sum exp(z - high) and the statistics [7, rows]."""
+def _shift_in_place(z: Tensor) -> Tensor:
+    """Overwrite z with z - high; return high, the rows' maxima."""
     high = z.amax(1)
-    second = mean_z = weighted = high
-    if statistics:
-        second = z.topk(2, dim=1).values[:, 1] if z.shape[1] > 1 else torch.full_like(high, -torch.inf)
-        mean_z = z.mean(1) if mean is None else mean
-        shifted = z - high[:, None]
-        z.copy_(shifted).exp_()
-        weighted = shifted.masked_fill_(z == 0, 0.0).mul_(z).sum(1)
-    else:
-        z.sub_(high[:, None]).exp_()
-    total = z.sum(1)
-    log_sum = total.log()
+    z.sub_(high[:, None])
+    return high
+
+
+def _exp_in_place(z: Tensor, high: Tensor, z_y: Tensor, statistics: bool) -> tuple[Tensor, Tensor]:
+    """Overwrite z - high with its exp; return the logarithm of the sum and the statistics [7, rows]."""
     if not statistics:
-        return high, log_sum, high
+        log_sum = z.exp_().sum(1).log()
+        return log_sum, log_sum
+    mean = high + z.mean(1)
+    margin = z.topk(2, dim=1).values[:, 1].abs() if z.shape[1] > 1 else torch.full_like(high, torch.inf)
+    shifted = z.clone()
+    total = z.exp_().sum(1)
+    weighted = shifted.masked_fill_(z == 0, 0.0).mul_(z).sum(1)
+    log_sum = total.log()
     rows = [
         high + log_sum,
         (z_y - high) - log_sum,
         log_sum - weighted / total,
         1 / total,
-        high - second,
-        mean_z,
+        margin,
+        mean,
         (z_y >= high).to(z.dtype),
     ]
-    return high, log_sum, torch.stack(rows)
+    return log_sum, torch.stack(rows)
 
 
 def _row_terms(

@@ -193,7 +193,8 @@ def linear_cross_entropy(  # type: ignore[misc]
     Args:
         input: [..., D] hidden states; bfloat16, float16, float32 or float64.
         linear_weight: [V, D], the lm_head, of the same dtype (under autocast both are cast).
-        target: [...] as in `cross_entropy`.
+        target: [...] as in `cross_entropy`. What makes a row NaN there makes all of a trainable head's
+            gradient NaN here, for that is a sum over rows.
         linear_bias: [V] or None.
         chunk_tokens: rows of logits held at a time; None takes what fits 64 MiB of float32.
         label_smoothing, sample_weight, weight, ignore_index, reduction, num_items, smoothing_over, softcap,

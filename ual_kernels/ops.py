@@ -1,4 +1,4 @@
-"""Operator contracts: schema, fake, autograd. Torch only; a backend is imported when an operator runs.
+"""Operator contracts: schema, fake, autograd. Torch only; Triton is imported when an operator asks for it.
 
 Four operators in the namespace `ual_kernels`. Rows are always flat: N tokens, V classes, D features.
 `loss` is `row_scale * (unit loss)`; a row's scale holds its sample weight and the reduction's divisor, so
@@ -218,10 +218,9 @@ class CrossEntropyInplace(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, smoothing: Tensor, row_scale: Tensor, target: Tensor, *options: Any
     ) -> tuple[Tensor, Tensor]:
+        # shares the logits' version counter: whoever saved them gets autograd's error, not our gradient
         buffer = logits.detach()
         loss, state, statistics = cross_entropy_inplace(buffer, target, smoothing, row_scale, *options)
-        # whoever saved these logits must get autograd's error, not our gradient in their place
-        torch.autograd.graph.increment_version(logits)
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         ctx.buffer, ctx.backend = buffer, options[-1]

@@ -53,10 +53,10 @@ def test_the_oracle(flags: str, device: torch.device) -> None:
     judge(leaves, target, options(flags, 101, device), backend="reference")
 
 
-# Two lanes, odd and below a block; a whole block; a block and one; a block and a bit.
+# Two lanes; odd and below a block; a whole block and a block and one, in float32 and in bfloat16.
 @fused
 @pytest.mark.parametrize("dtype", names([torch.float32, torch.bfloat16]))
-@pytest.mark.parametrize("vocab", [2, 257, 4_096, 4_097, 5_000])
+@pytest.mark.parametrize("vocab", [2, 257, 2_048, 2_049, 4_096, 4_097])
 def test_every_width(vocab: int, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     leaves, target = logits_case(3, vocab, dtype, device)
     judge(leaves, target, {"reduction": "none", "z_loss": 1e-2}, backend=backend)
@@ -75,14 +75,12 @@ def test_one_class(backend: str, device: torch.device) -> None:
 
 
 @fused
-@pytest.mark.parametrize("high", [8.0, 80.0])
-def test_the_maximum_may_come_late_or_early(high: float, backend: str, device: torch.device) -> None:
+def test_the_maximum_may_come_late_or_early(backend: str, device: torch.device) -> None:
     """In the first block, the last, or both: the running sums are rescaled when it moves."""
     leaves, target = logits_case(4, 4_100, torch.float32, device)
     with torch.no_grad():
-        leaves["input"][[0, 2, 3, 3], [4_099, 0, 5, 4_098]] = torch.tensor(
-            [high, high, high - 1, high], device=device
-        )
+        peaks = torch.tensor([8.0, 8.0, 7.0, 8.0], device=device)
+        leaves["input"][[0, 2, 3, 3], [4_099, 0, 5, 4_098]] = peaks
     judge(leaves, target, {"reduction": "none"}, backend=backend)
 
 
@@ -90,6 +88,15 @@ def test_the_maximum_may_come_late_or_early(high: float, backend: str, device: t
 @pytest.mark.parametrize("scale", [1e-4, 50.0])
 def test_tiny_and_huge_logits(scale: float, backend: str, device: torch.device) -> None:
     leaves, target = logits_case(8, 4_097, torch.float32, device, scale)
+    judge(leaves, target, {"reduction": "none"}, backend=backend)
+
+
+@fused
+def test_logits_far_from_zero(backend: str, device: torch.device) -> None:
+    """Near 300 float32 has steps of 3e-5: so much would every probability lose to a stored log-sum-exp."""
+    leaves, target = logits_case(6, 5, torch.float32, device)
+    with torch.no_grad():
+        leaves["input"] += 300
     judge(leaves, target, {"reduction": "none"}, backend=backend)
 
 
@@ -132,9 +139,8 @@ def test_statistics(flags: str, dtype: torch.dtype, backend: str, device: torch.
     leaves, target = logits_case(7, 4_100, dtype, device, scale=3.0)
     target[2] = leaves["input"][2].argmax()
     with torch.no_grad():  # the largest in the last block and the second in the first, and the reverse
-        leaves["input"][[3, 3, 4, 4], [5, 4_099, 4_099, 5]] = torch.tensor(
-            [14.0, 15.0, 14.0, 15.0], device=device, dtype=dtype
-        )
+        peaks = torch.tensor([14.0, 15.0, 14.0, 15.0], device=device, dtype=dtype)
+        leaves["input"][[3, 3, 4, 4], [5, 4_099, 4_099, 5]] = peaks
     chosen = options(flags, 4_100, device)
     loss, stats = cross_entropy(leaves["input"], target, **chosen, return_statistics=True, backend=backend)
     assert isinstance(stats, TokenStatistics)
@@ -457,6 +463,11 @@ def test_a_row_of_weight_zero_counts_for_nothing(backend: str, device: torch.dev
 def test_all_weights_zero_is_zero(backend: str, device: torch.device) -> None:
     leaves, target = logits_case(4, 17, torch.float32, device)
     leaves["sample_weight"] = torch.zeros(4, device=device)
+    measured = measure(cross_entropy, leaves, target, backend=backend)
+    assert measured["loss"].item() == 0
+    assert not measured["input"].any()
+    # nor when the weights are learnt, and their rows cannot be dropped
+    leaves["sample_weight"].requires_grad_()
     measured = measure(cross_entropy, leaves, target, backend=backend)
     assert measured["loss"].item() == 0
     assert not measured["input"].any()

@@ -407,9 +407,14 @@ class TestWrite:
             assert reader.read() == '{"id": "old"}\n'
         assert path.read_text() == '{"id": "new"}\n'
 
-    def test_a_missing_folder_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"absent.*: cannot write the rows: No such file"):
-            write([{"id": "q"}], tmp_path / "absent" / "out.jsonl")
+    def test_a_missing_folder_is_made(self, tmp_path: Path) -> None:
+        write([{"id": "q"}], tmp_path / "absent" / "out.jsonl")
+        assert (tmp_path / "absent" / "out.jsonl").read_text() == '{"id": "q"}\n'
+
+    def test_a_folder_that_cannot_be_made_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(UserError, match=r"file.out\.jsonl: cannot write the rows"):
+            write([{"id": "q"}], tmp_path / "file" / "out.jsonl")
 
     def test_a_full_disk_leaves_the_old_file_whole(self, tmp_path: Path) -> None:
         path = tmp_path / "out.jsonl"

@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import math
+import os
 import re
 import subprocess
 import sys
@@ -202,7 +203,7 @@ def test_png_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     write_png(figure, path)
     Image.open(path).verify()
     before = path.read_bytes()
-    (path.parent / ".loss.png.partial").mkdir()  # the scratch file cannot be made
+    (path.parent / f".loss.png.{os.getpid()}.partial").mkdir()  # the scratch file cannot be made
     with pytest.raises(OSError, match=r"partial"):
         write_png(figure, path)
     assert path.read_bytes() == before

@@ -314,23 +314,53 @@ def test_small_runs_prove_the_machinery_only(written: tuple[Path, Page]) -> None
     assert "one seed" in page.text
 
 
+def said(*folders: Path) -> str:
+    """The verdict and its cautions, which every page shows."""
+    runs = [read(folder) for folder in folders]
+    return " ".join([findings.verdict(runs), *findings.cautions(runs)])
+
+
 def test_large_runs_of_three_seeds_are_not_called_small(tmp_path: Path) -> None:
-    big = [
-        build(tmp_path / f"{kind}-{seed}", kind, seed=seed, steps=300, held_out=400)
-        for kind in ("uniform", "ual")
-        for seed in (1, 2, 3)
-    ]
-    page = Page(write(big))
-    assert "machinery" not in page.text
-    assert "Too little" not in page.text
-    assert "not matched" not in page.text
+    words = said(
+        *(
+            build(tmp_path / f"{kind}-{seed}", kind, seed=seed, steps=300, held_out=400)
+            for kind in ("uniform", "ual")
+            for seed in (1, 2, 3)
+        )
+    )
+    assert "has the lowest" in words or "share the lowest" in words
+    for doubt in ("machinery", "Too little", "not matched"):
+        assert doubt not in words
 
 
 def test_a_loss_that_rose_is_called_worse(tmp_path: Path) -> None:
-    page = Page(write([build(tmp_path / "bad", nll=4.0)]))
-    verdict = page.text.split("scaled to a mean of 0.1")[1]
-    assert "NLL rose from" in verdict
-    assert "(worse)" in verdict
+    words = said(build(tmp_path / "bad", nll=4.0))
+    assert "NLL rose from" in words
+    assert words.index("(worse)") < words.index("accuracy")
+
+
+def test_figures_that_stayed_are_said_to_stay(tmp_path: Path) -> None:
+    def same(files: dict[str, Any]) -> None:
+        files["evaluation.json"]["after"] = files["evaluation.json"]["before"]
+
+    assert "NLL stayed at" in said(build(tmp_path / "run", change=same))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("sft", "Plain fine-tuning, without label smoothing"),
+        ("uniform", "Fine-tuning with the same label smoothing for every row, 0.1"),
+        ("ual", "the base model's own NLL, rank scale, linear map to [0, 0.2], scaled to a mean of 0.1"),
+    ],
+)
+def test_subtitle_says_what_was_trained(tmp_path: Path, kind: str, words: str) -> None:
+    def shrink(files: dict[str, Any]) -> None:
+        files["environment.json"]["model"] |= {"parameters": 640, "trainable_parameters": 2100}
+
+    page = Page(write([build(tmp_path / "run", kind, change=shrink)]))
+    assert words in page.text
+    assert "640, 2.1 k trained" in page.text
 
 
 def test_differences_below_the_last_digit_are_none() -> None:
@@ -395,14 +425,9 @@ def test_arms_that_are_not_matched_are_named(tmp_path: Path) -> None:
         files["environment.json"]["model"]["path"] = "models/other"
         files["metrics.json"]["trained_rows"] = 12
 
-    page = Page(
-        write(
-            [
-                build(tmp_path / "sft", "sft"),
-                build(tmp_path / "ual", "ual", steps=60, held_out=10, seed=1, change=other_data),
-            ]
-        )
-    )
+    sft = build(tmp_path / "sft", "sft")
+    ual = build(tmp_path / "ual", steps=60, held_out=10, seed=1, change=other_data)
+    words = said(sft, ual)
     for what in (
         "training rows differ (24, 12)",
         "steps differ (40, 60)",
@@ -412,17 +437,19 @@ def test_arms_that_are_not_matched_are_named(tmp_path: Path) -> None:
         "different seeds",
         "No arm has uniform smoothing of the same mean",
     ):
-        assert what in page.text
-    assert "before training" not in page.text  # the two did not start from the same figures
+        assert what in words
+    table = findings.arms([read(sft), read(ual)])
+    assert table is not None
+    assert [row[0].text for row in table.rows] == ["sft", "ual"]  # no common start, hence no row for it
 
 
 def test_uniform_arm_of_another_mean_is_no_control(tmp_path: Path) -> None:
     def stronger(files: dict[str, Any]) -> None:
         files["metrics.json"]["mean_smoothing"] = 0.3
 
-    page = Page(write([build(tmp_path / "uniform", "uniform", change=stronger), build(tmp_path / "ual")]))
-    assert "No arm has uniform smoothing of the same mean" in page.text
-    assert "Compared with" not in page.text
+    words = said(build(tmp_path / "uniform", "uniform", change=stronger), build(tmp_path / "ual"))
+    assert "No arm has uniform smoothing of the same mean" in words
+    assert "Compared with" not in words
 
 
 def test_arms_that_tie_share_the_lead(tmp_path: Path) -> None:
@@ -562,7 +589,6 @@ def test_a_killed_run(tmp_path: Path) -> None:
     assert "1 damaged line of history.jsonl passed over." in page.text
     assert "had been killed" in page.text
     assert "only the model it started from" in page.text
-    assert "in 40 steps" not in page.text  # the figure's words are paths; the page must not invent more
     assert read(folder).losses[-1][0] == 40
 
 
@@ -575,6 +601,36 @@ def test_an_interrupted_run_without_held_out_rows(tmp_path: Path) -> None:
     assert "stopped after 17 steps" in page.text
     assert "set data.eval or data.eval_fraction" in page.text
     assert "Training loss went from" in page.text
+
+
+@pytest.mark.parametrize("value", ["half", {"nll": 1.0}, None])
+def test_an_incomplete_evaluation_counts_as_none(tmp_path: Path, value: object) -> None:
+    def break_it(files: dict[str, Any]) -> None:
+        if value is None:
+            files["evaluation.json"]["after"]["ece"] = None
+        else:
+            files["evaluation.json"]["after"] = value
+
+    loaded = read(build(tmp_path / "run", change=break_it))
+    assert loaded.after is None
+    assert "evaluation.json holds an incomplete evaluation, which was passed over." in loaded.missing
+    assert "not measured on held-out rows" in findings.verdict([loaded])
+
+
+def test_settings_that_differ_are_shown_as_yaml_writes_them(tmp_path: Path) -> None:
+    def tune(files: dict[str, Any]) -> None:
+        tuned = {"lora": {"target_modules": ["q_proj", "v_proj"], "use_dora": True}}
+        raw = files["config.yaml"].model_dump() | tuned
+        files["config.yaml"] = configuration.parse(raw)
+
+    runs = [read(build(tmp_path / "a")), read(build(tmp_path / "b", change=tune))]
+    table = findings.differing_settings(runs)
+    assert table is not None
+    assert [tuple(cell.text for cell in row) for row in table.rows] == [
+        ("lora.target_modules", "all-linear", "q_proj, v_proj"),
+        ("lora.use_dora", "false", "true"),
+    ]
+    assert findings.differing_settings(runs[:1]) is None
 
 
 def test_only_the_end_was_measured(tmp_path: Path) -> None:
@@ -595,6 +651,7 @@ def test_comparison_with_an_arm_that_was_not_measured(tmp_path: Path) -> None:
     check_page(page)
     assert "nothing to compare yet" in page.text
     assert "Not measured after training: sft." in page.text
+    assert findings.arms([read(tmp_path / "sft")] * 2) is None
     assert json.loads((tmp_path / "comparison.json").read_text())["arms"][0]["eval"] is None
     page = Page(write([tmp_path / "sft"], tmp_path / "one.html"))
     check_page(page)
@@ -613,7 +670,7 @@ def test_resumed_steps_count_once_and_infinite_losses_are_told(tmp_path: Path) -
     losses = read(folder).losses
     assert losses[:2] == ((1, 3.0), (2, 2.0))
     assert len(losses) == 3
-    assert "1 logged losses are not finite" in Page(write([folder])).text
+    assert "1 logged loss is not finite and not drawn." in read(folder).missing
 
 
 def test_rows_without_uncertainty_are_counted(tmp_path: Path) -> None:
@@ -665,7 +722,7 @@ def test_a_place_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_page(run: Path) -> None:
     page = write([run])
     before = page.read_bytes()
-    os.mkdir(run / ".report.html.partial")  # noqa: PTH102
+    os.mkdir(run / f".report.html.{os.getpid()}.partial")  # noqa: PTH102
     with pytest.raises(UserError, match="cannot be written"):
         write([run])
     assert page.read_bytes() == before

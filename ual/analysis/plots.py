@@ -24,6 +24,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
+from ual.files import aside
+
 
 class Bin(TypedDict):
     """One bin of a reliability diagram, as `ual.evaluate.reliability_bins` returns it."""
@@ -233,7 +235,8 @@ def running_mean(values: ArrayLike, window: int) -> NDArray[np.float64]:
 
 def write_png(figure: Figure, path: Path, *, dpi: int = 200) -> None:
     """Write the figure as PNG; `path` holds the whole picture or what it held before."""
-    write_atomically(path, _rendered(figure, "png", dpi))
+    with aside(path) as scratch:
+        scratch.write_bytes(_rendered(figure, "png", dpi))
 
 
 def data_uri(
@@ -260,21 +263,6 @@ def settle(figure: Figure) -> None:
     with _quietly():
         figure.draw_without_rendering()
     figure.set_layout_engine("none")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file's content as a whole, making its folder; after an error the old file stands.
-
-    Raises:
-        OSError: the folder cannot be written, or the disk is full.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def label(text: str) -> str:

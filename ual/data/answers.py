@@ -20,7 +20,6 @@ where `uncertainty` is the entropy of the question's answers in nats. The weight
 whatever the method, so that arms differ in their labels, not in the scale of their loss.
 """
 
-import contextlib
 import gzip
 import json
 import math
@@ -48,6 +47,7 @@ from pydantic import (
 from ual import reliability
 from ual.config import nearest
 from ual.errors import UserError
+from ual.files import aside
 from ual.records import Answer, Message, Role
 
 __all__ = ["Candidate", "Group", "Level", "Question", "Summary", "normalise", "process", "read", "write"]
@@ -273,17 +273,12 @@ def write(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
         UserError: the folder is missing, the disk is full, or the like.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         # A lone surrogate, which JSON may hold but UTF-8 may not, is escaped, and so reads back as it was.
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        with aside(path) as scratch, scratch.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write the rows: {error.strerror}", place=str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _choose(

@@ -8,13 +8,13 @@ import importlib.resources
 import itertools
 import json
 import random
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ual.errors import UserError
+from ual.files import aside
 
 Row = dict[str, Any]
 
@@ -145,12 +145,7 @@ def _row(id: str, source: str, prompt: str, response: str) -> Row:
 def _write(path: Path, rows: list[Row]) -> None:
     """Write the rows as JSONL; the file appears whole or not at all."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-            part = Path(scratch) / path.name
-            part.write_text(
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8", newline="\n"
-            )
-            part.replace(path)
+        with aside(path) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except OSError as error:
         raise UserError(f"cannot write the data: {error.strerror}", place=str(path)) from error

@@ -122,7 +122,7 @@ def _dtype() -> str:
     """bfloat16 where the processor multiplies it, which doubles the speed; float32 elsewhere."""
     import torch
 
-    found = torch.cpu.get_capabilities()
+    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
     fast = torch.cuda.is_available() or found.get("amx_bf16") or found.get("avx512_bf16")
     return "bfloat16" if fast else "float32"
 

@@ -26,6 +26,11 @@ class Metric:
     scale: float = 1.0
     unit: str = ""
 
+    @property
+    def word(self) -> str:
+        """The name within a sentence."""
+        return self.name if self.name.isupper() else self.name.lower()
+
     def show(self, value: float | None) -> str:
         return ABSENT if value is None else f"{value * self.scale:,.{self.digits}f}{self.unit}"
 
@@ -277,9 +282,7 @@ def _of_several(runs: Sequence[Run]) -> Iterator[str]:
     for metric in (NLL, ACCURACY, ECE):
         value, reference = number(ual.after or {}, metric.key), number(uniform.after or {}, metric.key)
         shown, meaning = metric.change(value, reference)
-        changes.append(
-            f"{metric.name} by {shown} ({meaning})" if shown else f"{metric.name} by an unknown amount"
-        )
+        changes.append(f"{metric.word} by {shown} ({meaning})")
     yield (
         f"Compared with {uniform.name}, which gives every row the same mean smoothing, {ual.name} changes "
         f"{changes[0]}, {changes[1]} and {changes[2]}."
@@ -381,8 +384,6 @@ def _shared_start(runs: Sequence[Run]) -> Mapping[str, Any] | None:
 
 def _best(metric: Metric, values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
-    if not known:
-        return ""
     return metric.show(max(known) if metric.higher_is_better else min(known))
 
 
@@ -397,12 +398,10 @@ def _leader(metric: Metric, runs: Sequence[Run]) -> str:
 def _moved(metric: Metric, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     start, end = number(before, metric.key), number(after, metric.key)
     shown, meaning = metric.change(end, start)
-    if not shown:
-        return f"{metric.name} was not measured twice"
     if meaning == "same":
-        return f"{metric.name} stayed at {metric.show(end)}"
+        return f"{metric.word} stayed at {metric.show(end)}"
     verb = "rose" if shown.startswith("+") else "fell"
-    return f"{metric.name} {verb} from {metric.show(start)} to {metric.show(end)} ({meaning})"
+    return f"{metric.word} {verb} from {metric.show(start)} to {metric.show(end)} ({meaning})"
 
 
 def _value(metric: Metric, evaluation: Mapping[str, Any]) -> str:

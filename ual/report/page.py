@@ -15,6 +15,7 @@ import jinja2
 import ual
 from ual.analysis import plots
 from ual.errors import UserError
+from ual.files import aside
 from ual.report import findings
 from ual.report.findings import ABSENT, METRICS, duration
 from ual.report.pictures import pictures
@@ -80,8 +81,11 @@ def write(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
             page = output or paths[0].parent / "comparison.html"
             plot_folder = page.with_name(f"{page.stem}-plots")
             summary = json.dumps(_summary(runs), indent=1, ensure_ascii=False) + "\n"
-            plots.write_atomically(page.with_suffix(".json"), summary.encode("utf-8", "replace"))
-        plots.write_atomically(page, _render(runs, page, plot_folder).encode("utf-8", "replace"))
+            with aside(page.with_suffix(".json")) as scratch:
+                scratch.write_bytes(summary.encode("utf-8", "replace"))
+        content = _render(runs, page, plot_folder).encode("utf-8", "replace")
+        with aside(page) as scratch:
+            scratch.write_bytes(content)
     except OSError as error:
         raise UserError(
             f"the report cannot be written: {error.strerror or error}",

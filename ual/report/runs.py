@@ -11,6 +11,7 @@ from ual import config as configuration
 from ual.config import RunConfig
 from ual.errors import UserError
 
+_EVALUATION = ("rows", "tokens", "nll", "perplexity", "accuracy", "ece", "brier")
 _MARKS = ("config.yaml", "metrics.json", "history.jsonl")
 
 
@@ -88,7 +89,8 @@ def read(path: Path) -> Run:
     if not losses:
         missing.append("history.jsonl holds no training loss, so there is no curve to draw.")
     elif unbounded := sum(not math.isfinite(loss) for loss in losses.values()):
-        missing.append(f"{unbounded} logged losses are not finite and not drawn.")
+        subject = "1 logged loss is" if unbounded == 1 else f"{unbounded} logged losses are"
+        missing.append(f"{subject} not finite and not drawn.")
     rows = tuple(
         Row(
             source=text(entry, "source"),
@@ -98,7 +100,7 @@ def read(path: Path) -> Run:
         )
         for offset, entry in _lines(path / "samples.jsonl", missing)
     )
-    before, after = (_evaluation(evaluation.get(when)) for when in ("before", "after"))
+    before, after = (_evaluation(evaluation.get(when), missing) for when in ("before", "after"))
     missing.extend(_unfinished(metrics, before, after))
     return Run(
         path=path,
@@ -199,8 +201,14 @@ def _config(path: Path, missing: list[str]) -> tuple[RunConfig | None, str]:
         return None, shown
 
 
-def _evaluation(value: Any) -> Mapping[str, Any] | None:
-    return value if isinstance(value, Mapping) and number(value, "nll") is not None else None
+def _evaluation(value: Any, missing: list[str]) -> Mapping[str, Any] | None:
+    """Return a whole evaluation, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or any(number(value, key) is None for key in _EVALUATION):
+        missing.append("evaluation.json holds an incomplete evaluation, which was passed over.")
+        return None
+    return value
 
 
 def _unfinished(

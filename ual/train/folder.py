@@ -5,8 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from ual import config as configuration
 from ual.config import RunConfig
 from ual.errors import UserError
+from ual.files import aside
 
 _PACKAGES = (
     "ual-kernels", "torch", "triton", "transformers", "peft", "accelerate", "deepspeed", "datasets", "numpy",
@@ -68,7 +68,7 @@ class RunFolder:
     def write(self, name: str, content: str) -> Path:
         """Write a text file whole or not at all."""
         target = self.path / name
-        with _aside(target) as scratch:
+        with aside(target) as scratch:
             scratch.write_text(content, encoding="utf-8")
         return target
 
@@ -79,7 +79,7 @@ class RunFolder:
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
         """Write JSON lines whole or not at all."""
         target = self.path / name
-        with _aside(target) as scratch, scratch.open("w", encoding="utf-8") as file:
+        with aside(target) as scratch, scratch.open("w", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
         return target
@@ -143,16 +143,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def _aside(target: Path) -> Iterator[Path]:
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        yield scratch
-        scratch.replace(target)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def _what_must_match(config: RunConfig) -> dict[str, Any]:
     """Everything but the length of the run and what is only watched or reported."""
     values = config.model_dump(exclude={"name", "output_dir", "evaluation"})
@@ -190,4 +180,4 @@ def _git_commit() -> str | None:
         text=True,
         check=False,
     )
-    return done.stdout.strip() or None
+    return done.stdout.strip() if done.returncode == 0 else None
