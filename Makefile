@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STEPS ?= 36
+# threads that wait by spinning starve each other on a busy machine
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help quickstart test mutants lint format clean
 

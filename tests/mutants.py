@@ -7,6 +7,7 @@ The unbroken code must pass first. Each mutant is tried in a copy of the tree, w
 they must fail (or the interpreter crash: an address out of bounds does that), not merely refuse to run.
 """
 
+import importlib
 import os
 import shutil
 import sys
@@ -18,14 +19,7 @@ from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import NamedTuple
 
-# On the CPU, where a wild address ends a process and not a driver. Imports are made once: every mutant is
-# tried in a fork, which finds them done.
-os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-sys.dont_write_bytecode = True
-
-import pytest  # noqa: E402
-import torch._dynamo  # noqa: E402, F401
-import triton  # noqa: E402, F401
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 2
@@ -163,8 +157,8 @@ MUTANTS = [
             "test_sixteen_bits_are_rounded_once",
         ),
         (
-            "mean = (e.to(acc) @ column_mean + bias_mean) * logit_scale",
-            "mean = e.to(acc) @ column_mean + bias_mean",
+            "gap = (e.to(acc) @ column_mean + bias_mean) * logit_scale",
+            "gap = (e.to(acc) @ column_mean + bias_mean)",
             "test_every_flag",
         ),
         (
@@ -220,6 +214,12 @@ MUTANTS = [
     *mutants(
         "ual_kernels/chunked.py",
         LOGITS,
+        (
+            "high = _shift_in_place(z)\n"
+            "        gap = _weighted_mean(z, class_weight) - c_mean * (z_y - high)",
+            "gap = _weighted_mean(z, class_weight) - c_mean * z_y\n        high = _shift_in_place(z)",
+            "test_logits_far_from_zero",
+        ),
         ("logits[chunk].to(acc, copy=True)", "logits[chunk].to(acc)", "test_every_flag"),
         ("p -= (s / p.shape[1])[:, None]", "p -= s[:, None]", "test_every_flag"),
         ("k + 2 * z_loss * lse", "k + z_loss * lse", "test_every_flag"),
@@ -412,7 +412,16 @@ def verdict(code: int) -> str:
     return {0: "survived", 1: "killed"}.get(code, "killed" if code < 0 else f"ran no test (exit code {code})")
 
 
+def prepare() -> None:
+    """Stay on the CPU, where a wild address ends a process and not a driver; import what all forks need."""
+    os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    sys.dont_write_bytecode = True
+    for module in ("torch._dynamo", "triton"):
+        importlib.import_module(module)
+
+
 def main(word: str) -> int:
+    prepare()
     chosen = [mutant for mutant in MUTANTS if word in mutant.file]
     problems = [
         f"{mutant.file}: not one place to break: {mutant.good!r}"

@@ -71,7 +71,7 @@ def train(
         from ual.config import load
 
         resolved = load(config, overrides or [])
-        _quiet(Path(resolved.output_dir) / "tensorboard")
+        _settle(Path(resolved.output_dir) / "tensorboard")
         from ual.run import run
 
         result = run(
@@ -161,7 +161,7 @@ def quickstart(
 ) -> None:
     """Fine-tune a real 135M-parameter model three ways on a CPU: plain, uniform smoothing, UAL."""
     with _errors(debug):
-        _quiet(output / "tensorboard")
+        _settle(output / "tensorboard")
         from ual.quickstart.run import run
 
         result = run(output, steps=steps, cache=_cache(), command=["ual", *sys.argv[1:]], console=err)
@@ -202,13 +202,15 @@ def _errors(debug: bool) -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-def _quiet(tensorboard: Path) -> None:
-    """Keep third parties off the terminal: their words go to the log file of the run."""
+def _settle(tensorboard: Path) -> None:
+    """Settle the environment before torch is imported: third parties write to the log, not the screen."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(tensorboard))
+    # threads that wait by spinning make a CPU run ten times slower as soon as anything else runs (DESIGN.md)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.simplefilter("ignore")
     import torch
 
