@@ -329,7 +329,8 @@ def _dlogits(
     """Overwrite p with the gradient of the raw logits, times `scale`; rows that are not live become 0."""
     p *= k[:, None]
     p -= (s / p.shape[1])[:, None] * (1.0 if class_weight is None else class_weight)
-    p.scatter_add_(1, y[:, None], ((s - 1) * c_y)[:, None])
+    # one column a row: the same as scatter_add_, which CUDA refuses where determinism is asked for
+    p.scatter_(1, y[:, None], p.gather(1, y[:, None]) - ((1 - s) * c_y)[:, None])
     if softcap:
         p *= 1 - torch.tanh(raw.to(p.dtype) * (logit_scale / softcap)).square()
     p *= (scale * logit_scale)[:, None]
