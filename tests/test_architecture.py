@@ -61,7 +61,32 @@ for backend in ("auto", "torch", "reference"):
     )
 
 
-PURE = ["ual", "ual.config", "ual.records", "ual.errors", "ual.smoothing", "ual.reliability", "ual.data"]
+def test_a_missing_triton_is_named_and_nothing_runs_in_its_place() -> None:
+    in_a_fresh_process(
+        "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
+        + NO_TRITON
+        + """
+import torch, ual_kernels
+try:
+    ual_kernels.cross_entropy(torch.randn(5, 8), torch.arange(5), backend="triton")
+except ual_kernels.UnsupportedError as error:
+    assert "pip install triton" in str(error), error
+    sys.exit()
+sys.exit("not refused")
+"""
+    )
+
+
+PURE = [
+    "ual",
+    "ual.config",
+    "ual.records",
+    "ual.errors",
+    "ual.files",
+    "ual.smoothing",
+    "ual.reliability",
+    "ual.data",
+]
 
 
 @pytest.mark.parametrize("module", PURE)

@@ -146,11 +146,14 @@ def linear_cross_entropy(
     head = linear_weight.detach()
     bias = None if linear_bias is None else linear_bias.detach().to(acc)
     capped = bool(softcap)
-    column_mean = None if capped else _column_mean(head, class_weight, acc)
-    bias_mean = 0.0 if bias is None or capped else _weighted_mean(bias[None], class_weight)
-
     operand = _operand(head, acc)
+    column_mean = None if capped else _column_mean(operand, class_weight, acc)
+    bias_mean = 0.0 if bias is None or capped else _weighted_mean(bias[None], class_weight)
     rounds = input.dtype == torch.bfloat16
+    # one buffer for the logits of every chunk: fresh pages cost a CPU as much as an exponential
+    buffer = input.new_empty(
+        (max(c.stop - c.start for c in _chunks(count, vocab, chunk_tokens)), vocab), dtype=acc
+    )
     for chunk in _chunks(count, vocab, chunk_tokens):
         index = kept[chunk]
         e = input[index]
@@ -159,7 +162,7 @@ def linear_cross_entropy(
         poison = torch.where(legal, 0.0, torch.nan).to(acc)
         a = row_scale[index] + poison
 
-        raw = _matmul(e, operand.T, acc, rounds)
+        raw = _matmul(e, operand.T, rounds, buffer[: len(index)])
         if bias is not None:
             raw += bias
         z = _final(raw, softcap, logit_scale)
@@ -194,7 +197,7 @@ def linear_cross_entropy(
             spread = s
         a = a * logit_scale
         if input_grad:
-            de = _matmul(z, operand, acc, rounds).mul_(rate[:, None])
+            de = _matmul(z, operand, rounds, e.new_empty(e.shape, dtype=acc)).mul_(rate[:, None])
             de.addcmul_(at_target[:, None], head[y].to(acc))
             if column_mean is not None:
                 de.addcmul_(spread[:, None], column_mean, value=-1)
@@ -202,7 +205,7 @@ def linear_cross_entropy(
         if head_grad:
             wide = e.to(acc)
             scaled = wide * (a * rate)[:, None]
-            dhead += _matmul(z.T, scaled, acc, rounds)
+            _matmul(z.T, scaled, rounds, dhead, add=True)
             _add_rows(dhead, y, wide * (a * at_target)[:, None])
             smoothed_rows += (spread * a) @ wide
             if dbias.numel():
@@ -363,21 +366,24 @@ def _operand(matrix: Tensor, acc: torch.dtype) -> Tensor:
     return matrix if matrix.is_cuda else matrix.to(acc)
 
 
-def _matmul(a: Tensor, b: Tensor, acc: torch.dtype, rounds: bool) -> Tensor:
-    """a @ b in the accumulator's dtype; with `rounds`, factors (never the result) may be rounded to bf16.
+def _matmul(a: Tensor, b: Tensor, rounds: bool, out: Tensor, *, add: bool = False) -> Tensor:
+    """out = a @ b, or out += a @ b, in the accumulator's dtype: the result is never rounded to 16 bits.
 
-    On a CPU oneDNN then multiplies fp32 matrices as bf16 products with fp32 sums: exact for values that came
-    from bf16, and four times faster than fp32.
+    With `rounds` the factors may be rounded to bf16, which is exact for values that came from bf16. On CUDA
+    that is a 16-bit GEMM with a float32 result; on a CPU oneDNN multiplies float32 matrices as bf16 products
+    with float32 sums, four times faster than float32.
     """
+    acc = out.dtype
     if a.is_cuda:
         factor = torch.bfloat16 if rounds else b.dtype
         if factor in (torch.float16, torch.bfloat16):
-            return torch.mm(a.to(factor), b.to(factor), out_dtype=acc)
-        return torch.mm(a.to(acc), b.to(acc))
+            product = torch.mm(a.to(factor), b.to(factor), out_dtype=acc)
+            return out.add_(product) if add else product
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16" if rounds else before
     try:
-        return torch.mm(a.to(acc), b.to(acc))
+        a, b = a.to(acc), b.to(acc)
+        return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
     finally:
         settings.fp32_precision = before

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ual_kernels import chunked
+from ual_kernels._types import UnsupportedError
 from ual_kernels.chunked import stored_dtype
 
 _STATISTICS = 7
@@ -29,8 +30,12 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 
 def _logits_backend(name: str) -> Any:
     if name == "triton":
-        from ual_kernels._triton import cross_entropy as backend
-
+        try:
+            from ual_kernels._triton import cross_entropy as backend
+        except ModuleNotFoundError as error:
+            raise UnsupportedError(
+                'the Triton kernels need the package triton: pip install triton, or backend="torch"'
+            ) from error
         return backend
     return chunked
 

@@ -199,7 +199,8 @@ def work(step: Callable[[], Any]) -> tuple[list[tuple[list[int], list[int]]], in
     """Shapes of the products of two matrices in a step, and its largest allocation in bytes."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as seen:
         step()
-    factors = [event.input_shapes[:2] for event in seen.events() if event.name == "aten::mm"]
+    names = {"aten::mm": slice(0, 2), "aten::addmm_": slice(1, 3)}
+    factors = [event.input_shapes[names[event.name]] for event in seen.events() if event.name in names]
     products = [(left, right) for left, right in factors if min(*left, *right) > 1]
     largest = max(max(event.self_cpu_memory_usage, event.self_device_memory_usage) for event in seen.events())
     return products, largest

@@ -1,3 +1,4 @@
+import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -77,6 +78,11 @@ class TestEntropy:
             reliability.entropy([])
         with pytest.raises(UserError, match='did you mean "drop_question"'):
             reliability.entropy(["18"], unparsed="drop_questions")  # type: ignore[arg-type]
+
+    def test_the_order_of_the_answers_does_not_change_a_bit(self) -> None:
+        """Summed as they come, five answers alike and two others give two different last bits."""
+        orders = {tuple(order) for order in itertools.permutations(["a", "b", *"ccccc"])}
+        assert len({reliability.entropy(order) for order in orders}) == 1
 
 
 class TestKeep:
