@@ -150,13 +150,14 @@ def reliability(
 
 
 @app.command(
-    epilog="\b\n[bold]Examples[/bold]\n  ual quickstart\n  ual quickstart --steps 4 --output /tmp/quick"
+    epilog="\b\n[bold]Examples[/bold]\n  ual quickstart\n  ual quickstart --steps 4 --rows 48 --output short"
 )
 def quickstart(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="A new folder for data, runs and report.")
     ] = Path("quickstart-run"),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each arm.")] = 36,
+    rows: Annotated[int, typer.Option(min=6, help="Training rows; a third as many are held out.")] = 288,
     debug: Debug = False,
 ) -> None:
     """Fine-tune a real 135M-parameter model three ways on a CPU: plain, uniform smoothing, UAL."""
@@ -164,7 +165,8 @@ def quickstart(
         _settle(output / "tensorboard")
         from ual.quickstart.run import run
 
-        result = run(output, steps=steps, cache=_cache(), command=["ual", *sys.argv[1:]], console=err)
+        command = ["ual", *sys.argv[1:]]
+        result = run(output, steps=steps, rows=rows, cache=_cache(), command=command, console=err)
         _summary(result.metrics)
         out.print(
             f"\n{result.verdict}\n\nopen     {result.report.resolve()}\nnext     {result.next_command}",

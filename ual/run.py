@@ -302,7 +302,8 @@ def _train(
     status = "interrupted"
     stop.install()
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is None or not trainer.is_finished(checkpoint):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         target = folder.path / ("adapter" if job.config.lora else "model")
         trainer.save_model(str(target))
         (target / transformers.trainer.TRAINING_ARGS_NAME).unlink(

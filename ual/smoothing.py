@@ -130,9 +130,9 @@ def match_mean(
     """Move smoothings so that their mean is `target`, which makes arms comparable.
 
     The affine map that holds one bound fixed: all values contract towards the minimum when the mean must fall
-    (with minimum 0 this is plain scaling), towards the maximum when it must rise, by the one factor that meets
-    the target. So the bounds hold without clipping, distinct values stay distinct, relative distances are
-    kept, and every target within the bounds is reached.
+    (plain scaling, with minimum 0), towards the maximum when it must rise, by the one factor that meets the
+    target. So the bounds hold without clipping, distinct values stay distinct, relative distances are kept,
+    and every target within the bounds is reached.
 
     Args:
         s: [n] in [minimum, maximum], nothing missing.

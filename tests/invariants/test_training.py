@@ -221,3 +221,14 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(
         assert torch.equal(tensor, adapters[1][name]), name
     curves = [[(row["step"], row["loss"]) for row in history(folder / "run")] for folder in folders]
     assert curves[0] == curves[1]
+
+
+def test_resuming_a_finished_run_trains_no_further(shared: Path, stories: Path, tmp_path: Path) -> None:
+    training = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "epoch"}
+    config = load(configure(tmp_path, stories, gsm8k(shared, 10), training=training))
+    first = run(config)
+    weights = load_file(first.folder / "adapter" / "adapter_model.safetensors")
+    again = run(config, resume=True)
+    assert again.metrics["steps"] == first.metrics["steps"]
+    for name, tensor in load_file(first.folder / "adapter" / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name

@@ -31,7 +31,13 @@ class Comparison:
 
 
 def run(
-    folder: Path, *, steps: int, cache: Path, command: Sequence[str] = (), console: Console | None = None
+    folder: Path,
+    *,
+    steps: int = 36,
+    rows: int = 288,
+    cache: Path,
+    command: Sequence[str] = (),
+    console: Console | None = None,
 ) -> Comparison:
     """Prepare model and data, train the arms that are not finished yet, and compare them.
 
@@ -39,6 +45,7 @@ def run(
         folder: holds data, one YAML file and one run folder per arm, and the page. A second call goes on
             where the first one stopped.
         steps: optimizer steps of every arm.
+        rows: training rows; a third as many are held out.
         cache: where the converted model is kept for next time.
         command: recorded in the runs.
         console: where progress is drawn; None is silent.
@@ -50,7 +57,7 @@ def run(
     say = (console or Console(quiet=True)).print
     say("preparing SmolLM2-135M-Instruct")
     model = prepare(cache)
-    train_rows, eval_rows = data.write(folder / "data")
+    train_rows, eval_rows = data.write(folder / "data", train_rows=rows, eval_rows=rows // 3)
     metrics = []
     for arm in _ARMS:
         config = _config(arm, model, train_rows, eval_rows, folder, steps)
@@ -66,9 +73,10 @@ def run(
                     remedy="the same command goes on from there",
                 )
             done = result.metrics
-        if done["steps"] != steps:
+        if (done["steps"], done["trained_rows"]) != (steps, rows):
             raise UserError(
-                f"{folder / arm} was trained for {done['steps']} steps, not {steps}",
+                f"{folder / arm} was trained for {done['steps']} steps on {done['trained_rows']} rows, "
+                f"not {steps} on {rows}",
                 remedy="choose another --output, or remove the folder",
             )
         metrics.append(done)

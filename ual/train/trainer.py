@@ -1,5 +1,6 @@
 """`UALTrainer`: transformers.Trainer whose model computes the fused, per-sample loss."""
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ual.errors import UserError
@@ -93,6 +95,23 @@ class UALTrainer(Trainer):
             }
             self._seen = {}
         super().log(logs, *args, **kwargs)
+
+    def is_finished(self, checkpoint: Path) -> bool:
+        """Take a checkpoint's weights and state and return True if no step is left to train after it.
+
+        transformers, asked to resume from its own last step, trains one step too many.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        rows = math.ceil(len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))  # type: ignore[arg-type]
+        per_epoch = math.ceil(rows / self.args.gradient_accumulation_steps)
+        planned = self.args.max_steps
+        if planned <= 0:
+            planned = math.ceil(self.args.num_train_epochs * per_epoch)
+        if state.global_step < planned:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        return True
 
     def _count(self, **values: Tensor) -> None:
         for name, value in values.items():
