@@ -232,3 +232,28 @@ def test_resuming_a_finished_run_trains_no_further(shared: Path, stories: Path, 
     assert again.metrics["steps"] == first.metrics["steps"]
     for name, tensor in load_file(first.folder / "adapter" / "adapter_model.safetensors").items():
         assert torch.equal(tensor, weights[name]), name
+
+
+def test_the_best_checkpoint_is_found_again(shared: Path, stories: Path, tmp_path: Path) -> None:
+    """Checkpoints are renamed into place; transformers must look for the best one under its last name."""
+    training = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "save_total_limit": 1,
+        "learning_rate": 5e-2,
+    }
+    data = {"eval_fraction": 0.3}
+    config = configure(tmp_path, stories, gsm8k(shared, 16), training=training, data=data)
+    result = run(load(config, ["data.eval_fraction=0.3"]))
+    states = [
+        json.loads((folder / "trainer_state.json").read_text())
+        for folder in (result.folder / "checkpoints").glob("checkpoint-*")
+    ]
+    best = Path(max(states, key=lambda s: s["global_step"])["best_model_checkpoint"])
+    losses = {row["step"]: row["eval_loss"] for row in history(result.folder) if "eval_loss" in row}
+    assert best.is_dir()
+    assert int(best.name.rsplit("-", 1)[1]) == min(losses, key=losses.__getitem__)
+    saved = load_file(best / "adapter_model.safetensors")
+    for name, tensor in load_file(result.folder / "adapter" / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, saved[name]), name

@@ -132,6 +132,9 @@ class UALTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 for folder in self._partial.glob("checkpoint-*"):
+                    if self.state.best_model_checkpoint == str(folder):  # name it as it will be called
+                        self.state.best_model_checkpoint = str(checkpoints / folder.name)
+                        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
                     shutil.rmtree(checkpoints / folder.name, ignore_errors=True)
                     folder.rename(checkpoints / folder.name)
         except (
