@@ -152,8 +152,8 @@ MUTANTS = [
             "test_dead_rows_leave_before_the_first_product",
         ),
         (
-            "raw = _matmul(e, operand.T, acc, rounds)",
-            "raw = _matmul(e, operand.T, acc, rounds).bfloat16().to(acc)",
+            "raw = _matmul(e, operand.T, rounds, buffer[: len(index)])",
+            "raw = _matmul(e, operand.T, rounds, buffer[: len(index)]).bfloat16().to(acc)",
             "test_sixteen_bits_are_rounded_once",
         ),
         (

@@ -1,0 +1,224 @@
+"""Compile every shipped kernel for GPUs that are not here, and report what each one costs.
+
+    python -m ual_kernels.aot [sm_80 sm_90 sm_100 gfx942] [--only '*/forward/*/bf16/*'] [--json]
+
+One line for each specialisation and target; the exit status is 1 where registers spill. Neither a GPU nor a
+CUDA toolkit is needed, only the assemblers and disassemblers inside the Triton wheel. Time is not measured,
+and the registers of one kernel differ between Triton releases.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+VOCABULARIES = (1_000, 32_000, 128_256, 151_936, 262_144)
+ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One kernel as the JIT would compile it for one kind of call."""
+
+    name: str  # source/kernel/flags/dtype/V
+    kernel: Any
+    arguments: Mapping[str, Any]  # a string is a type, "*bf16:16" divisible by 16; the rest are constants
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the machine code of one specialisation asks of one GPU."""
+
+    name: str
+    target: str
+    warps: int
+    registers: int  # a thread; vector registers on AMD
+    spill_bytes: (
+        int  # a thread: stack and local memory; scratch and 4 for every spilled scalar register on AMD
+    )
+    shared_bytes: int  # a block
+    loads: dict[str, int]  # instructions that read global memory, by bits a thread; "tma" moves whole tiles
+    stores: dict[str, int]
+    tensor_core: dict[str, int]  # HMMA, HGMMA (wgmma), UTCHMMA (tcgen05), MFMA
+
+
+def cross_entropy() -> Iterator[Specialisation]:
+    """Every plan that differs in launch shape or in what is known of V, under each set of flags."""
+    import triton.language as tl
+
+    from ual_kernels._triton import cross_entropy as source
+
+    understood: dict[Any, tuple[str, ...]] = {
+        source._forward_kernel: ("weighted", "statistics", "inplace", "capped"),
+        source._backward_kernel: ("weighted", "capped"),
+        source._scale_rows_kernel: (),
+    }
+    for dtype, itemsize in ITEMSIZES.items():
+        plans: dict[tuple[Any, bool], int] = {}
+        for vocab in VOCABULARIES:
+            plans.setdefault((source.plan(vocab, itemsize), vocab % 16 == 0), vocab)
+        for (plan, aligned), vocab in plans.items():
+            for kernel, every in understood.items():
+                name = kernel.__name__.strip("_").removesuffix("_kernel")
+                for label, flags in {"all": every, **{f: (f,) for f in every}, "plain": ()}.items():
+                    if label == "all" and not every:
+                        continue
+                    row, size = f"*{dtype}:16", "i32:16" if aligned else "i32"
+                    known = {
+                        **dict.fromkeys(("logits_ptr", "dlogits_ptr", "buffer_ptr"), row),
+                        **dict.fromkeys(("stride_n", "V"), size),
+                        "target_ptr": "*i64:16",
+                        "row_scale_ptr": "*fp32:16" if "inplace" in flags else None,
+                        "class_weight_ptr": "*fp32:16" if "weighted" in flags else None,
+                        "ACC": tl.float32,
+                        "WEIGHTED": "weighted" in flags,
+                        "STATISTICS": "statistics" in flags,
+                        "INPLACE": "inplace" in flags,
+                        "SOFTCAP": 30.0 if "capped" in flags else 0.0,
+                        "LOGIT_SCALE": 0.5 if "capped" in flags else 1.0,
+                        "Z_LOSS": 1e-4 if "capped" in flags else 0.0,
+                        "BLOCK_V": plan.block_v,
+                    }
+                    yield Specialisation(
+                        f"cross_entropy/{name}/{label}/{dtype}/{vocab}",
+                        kernel,
+                        {
+                            n: known.get(n, "*fp32:16" if n.endswith("_ptr") else "i32")
+                            for n in kernel.arg_names
+                        },
+                        {"num_warps": plan.num_warps, "enable_fp_fusion": True},
+                    )
+
+
+# a kernel file joins by adding the generator of its specialisations
+SOURCES: tuple[Callable[[], Iterator[Specialisation]], ...] = (cross_entropy,)
+
+
+def compile_for(target: str, given: Specialisation) -> Report:
+    """Compile for a target by name; Triton's own errors pass through."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    nvidia = target.startswith("sm_")
+    lanes = 64 if target.startswith("gfx9") else 32
+    gpu = GPUTarget("cuda", int(target[3:]), lanes) if nvidia else GPUTarget("hip", target, lanes)
+    signature, constants, attributes = {}, {}, {}
+    for i, (name, value) in enumerate(given.arguments.items()):
+        if isinstance(value, str):
+            signature[name], _, divisor = value.partition(":")
+            if divisor:
+                attributes[i,] = [["tt.divisibility", int(divisor)]]
+        else:
+            signature[name] = "constexpr"
+            constants[i,] = value
+    source = ASTSource(given.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=gpu, options=dict(given.options))
+    found = _read_cubin(compiled.asm["cubin"]) if nvidia else _read_amdgcn(compiled.asm["amdgcn"])
+    metadata = compiled.metadata
+    return Report(given.name, target, warps=metadata.num_warps, shared_bytes=metadata.shared, **found)
+
+
+def _read_cubin(cubin: bytes) -> dict[str, Any]:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
+        dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
+    operations = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", dump, re.M)
+
+    def width(operation: str) -> str:
+        bits = re.search(r"\.[US]?(8|16|64|128|256)(?=\.|$)", operation)
+        return "tma" if operation.startswith("U") else bits[1] if bits else "32"
+
+    return {
+        "registers": usage["REG"],
+        "spill_bytes": usage["STACK"] + usage["LOCAL"],
+        "loads": _count(operations, r"LDG|UTMALDG|UBLKCP", width),
+        "stores": _count(operations, r"STG|UTMASTG", width),
+        "tensor_core": _count(operations, r"\w+MMA\b", lambda operation: operation.partition(".")[0]),
+    }
+
+
+def _read_amdgcn(assembly: str) -> dict[str, Any]:
+    usage = {key: int(value) for key, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.M)}
+    operations = re.findall(r"^\t([a-z]\w+)", assembly, re.M)
+
+    def width(operation: str) -> str:
+        if bits := re.search(r"_[bui](\d+)$", operation):  # from gfx11 on
+            return bits[1]
+        words = re.search(r"dword(?:x(\d))?", operation)
+        return str(32 * int(words[1] or 1)) if words else "16" if "short" in operation else "8"
+
+    return {
+        "registers": usage["vgpr_count"],
+        "spill_bytes": usage["private_segment_fixed_size"] + 4 * usage["sgpr_spill_count"],
+        "loads": _count(operations, r"(global|buffer|flat)_load", width),
+        "stores": _count(operations, r"(global|buffer|flat)_store", width),
+        "tensor_core": _count(operations, r"v_s?w?mf?ma", lambda operation: operation.split("_")[1].upper()),
+    }
+
+
+def _count(operations: list[str], wanted: str, kind: Callable[[str], str]) -> dict[str, int]:
+    return dict(sorted(Counter(kind(o) for o in operations if re.match(wanted, o)).items()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns 1 where something spills."""
+    parser = argparse.ArgumentParser(
+        "python -m ual_kernels.aot", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"default: {' '.join(TARGETS)}")
+    parser.add_argument(
+        "--only", action="append", metavar="PATTERN", help="shell pattern of names; repeatable"
+    )
+    parser.add_argument("--json", action="store_true", help="one object a line instead of a table")
+    given = parser.parse_args(arguments)
+    targets = given.targets or TARGETS
+    for target in targets:
+        if not re.fullmatch(r"sm_\d+|gfx\w+", target):
+            parser.error(f"TARGET: wanted a name like {', '.join(TARGETS)}, got {target!r}")
+
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        parser.error(
+            "TRITON_INTERPRET is set, and an interpreted kernel cannot be compiled; unset it, run again"
+        )
+    every = [specialisation for source in SOURCES for specialisation in source()]
+    chosen = [s for s in every if any(fnmatchcase(s.name, pattern) for pattern in given.only or "*")]
+    if not chosen:
+        parser.error(f"--only: no name matches {' '.join(given.only)}; names look like {every[0].name}")
+
+    names = max(len(s.name) for s in chosen)
+    columns = f"{{:{names}}}  {{:6}}  {{:>5}}  {{:>4}}  {{:>5}}  {{:>6}}  {{:30}}  {{:22}}  {{}}"
+    header = ("name", "target", "warps", "regs", "spill", "shared", "loads", "stores", "tensor core")
+    if not given.json:
+        print(columns.format(*header))  # noqa: T201
+    spilled = 0
+    for target in targets:
+        for specialisation in chosen:
+            report = asdict(compile_for(target, specialisation))
+            spilled += report["spill_bytes"] > 0
+            cells = (re.sub(r"[{},']", "", str(value)).replace(": ", ":") for value in report.values())
+            line = json.dumps(report) if given.json else columns.format(*cells).rstrip()
+            print(line, flush=True)  # noqa: T201
+    if spilled:
+        sys.stderr.write(f"{spilled} of {len(chosen) * len(targets)} spill\n")
+    return int(spilled > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
