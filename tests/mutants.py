@@ -365,6 +365,57 @@ MUTANTS = [
         ),
         ("(counts[answer], answer is not None)", "(counts[answer], True)", "TestMajority"),
     ),
+    *mutants(
+        "ual_kernels/_triton/linear_cross_entropy.py",
+        "tests/kernels/test_linear_triton.py",
+        (
+            "keep = inside & (column[None, :] != y[:, None])",
+            "keep = inside",
+            "test_confident_rows_are_at_the_floor",
+        ),
+        (
+            "at_target -= coefficient * rest",
+            "at_target += coefficient * rest",
+            "test_equals_the_torch_backend",
+        ),
+        (
+            "inside = column[None, :] < V\n    keep",
+            "inside = column[None, :] <= V\n    keep",
+            "test_any_width",
+        ),
+        (
+            "    elif tl.load(table_ptr + _TOTAL * M + row) < _LARGEST_TOTAL:",
+            "    elif tl.load(table_ptr + _TOTAL * M + row) != 0.5:",
+            "test_a_target_far_below_the_maximum",
+        ),
+        (
+            "_LARGEST_TOTAL: tl.constexpr = tl.constexpr(2.0**100)",
+            "_LARGEST_TOTAL: tl.constexpr = tl.constexpr(0.0)",
+            "test_only_far_rows_are_made_again",
+        ),
+        (
+            "rate = tl.where(rounded > 0.0, coefficient * rest / rounded, rate)",
+            "rate = tl.where(rounded > 0.0, rest / rounded, rate)",
+            "test_every_flag",
+        ),
+        (
+            "    second = tl.where(tl.sum(largest.to(tl.int32), axis=1) > 1, high, second)",
+            "    pass",
+            "test_statistics",
+        ),
+        ("at_target = (at_target - s * c_y / V) * slope", "at_target = at_target * slope", "test_every_flag"),
+        (
+            "_FLOAT16_HEADROOM if x_dtype == torch.float16 else 0.0",
+            "_FLOAT16_HEADROOM * 2",
+            "test_other_dtypes",
+        ),
+        ("dbias += of_product @ x", "dbias += of_product @ rounded.float()", "test_a_trained_bias"),
+        (
+            "poison = torch.where(legal, 0.0, torch.nan)",
+            "poison = torch.where(legal, 0.0, 0.0)",
+            "test_out_of_range_poisons_its_own_row_only",
+        ),
+    ),
 ]
 
 

@@ -196,10 +196,11 @@ def linear_cross_entropy(  # type: ignore[misc]
         target: [...] as in `cross_entropy`. What makes a row NaN there makes all of a trainable head's
             gradient NaN here, for that is a sum over rows.
         linear_bias: [V] or None.
-        chunk_tokens: rows of logits held at a time; None takes what fits 64 MiB of float32.
+        chunk_tokens: rows of logits held at a time; None takes what fits 64 MiB of float32 (512 MiB under
+            backend="triton").
         label_smoothing, sample_weight, weight, ignore_index, reduction, num_items, smoothing_over, softcap,
-            logit_scale, z_loss, return_statistics, backend: as in `cross_entropy`. "triton" is refused: the
-            fused kernel for hidden states does not exist yet.
+            logit_scale, z_loss, return_statistics, backend: as in `cross_entropy`, but "auto" is "torch"
+            everywhere, and "triton" refuses float64.
 
     Returns:
         As `cross_entropy`. Gradients flow to `input`, `linear_weight`, `linear_bias`, `label_smoothing` and
@@ -241,6 +242,7 @@ def linear_cross_entropy(  # type: ignore[misc]
         rows, input.shape[:-1], vocab, target, label_smoothing, sample_weight, weight,
         ignore_index, reduction, num_items, smoothing_over, softcap, logit_scale, z_loss, return_statistics,
     )  # fmt: skip
+    # "auto" stays with PyTorch until the Triton path has been measured on a GPU
     backend = _choose(backend, input, fused="torch")
     if backend == "reference":
         acc = plan.smoothing.dtype
@@ -248,10 +250,8 @@ def linear_cross_entropy(  # type: ignore[misc]
         with torch.autocast(input.device.type, enabled=False):
             logits = rows.to(acc).masked_fill(dead, 0.0) @ linear_weight.to(acc).T
         return _reference(logits if linear_bias is None else logits + linear_bias.to(acc), plan)
-    if backend == "triton":
-        raise UnsupportedError(
-            'backend="triton" does not exist for linear_cross_entropy yet; use "auto" or "torch"'
-        )
+    if backend == "triton" and input.dtype == torch.float64:
+        raise UnsupportedError('backend="triton" of linear_cross_entropy has no float64; use "torch"')
     grad = torch.is_grad_enabled()
     head_grad = grad and (
         linear_weight.requires_grad or (linear_bias is not None and linear_bias.requires_grad)

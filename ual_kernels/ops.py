@@ -11,6 +11,7 @@ linear_cross_entropy                    logits never exist; gradients are made i
 `softcap` 0.0 stands for none. Labels out of range and NaN in the per-row numbers poison their own row.
 """
 
+import importlib
 from typing import Any
 
 import torch
@@ -28,16 +29,16 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _logits_backend(name: str) -> Any:
-    if name == "triton":
-        try:
-            from ual_kernels._triton import cross_entropy as backend
-        except ModuleNotFoundError as error:
-            raise UnsupportedError(
-                'the Triton kernels need the package triton: pip install triton, or backend="torch"'
-            ) from error
-        return backend
-    return chunked
+def _body(backend: str, operator: str) -> Any:
+    """The module that computes an operator; Triton's are imported here and nowhere sooner."""
+    if backend != "triton":
+        return chunked
+    try:
+        return importlib.import_module(f"ual_kernels._triton.{operator}")
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            'the Triton kernels need the package triton: pip install triton, or backend="torch"'
+        ) from error
 
 
 def _as_given(tensor: Tensor) -> torch.autocast:
@@ -83,7 +84,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Unit loss [N]; state [4, N]: maximum, log-sum, coefficient of p, dloss/ds; statistics [7, N or 0]."""
     with _as_given(logits):
-        return _logits_backend(backend).forward(  # type: ignore[no-any-return]
+        return _body(backend, "cross_entropy").forward(  # type: ignore[no-any-return]
             logits, target, smoothing, class_weight, ignore_index, softcap, logit_scale, z_loss, statistics
         )
 
@@ -124,7 +125,7 @@ def cross_entropy_backward(
 ) -> Tensor:
     """dlogits [N, V], contiguous."""
     with _as_given(logits):
-        return _logits_backend(backend).backward(  # type: ignore[no-any-return]
+        return _body(backend, "cross_entropy").backward(  # type: ignore[no-any-return]
             dloss, logits, target, smoothing, class_weight, state, ignore_index, softcap, logit_scale
         )
 
@@ -188,7 +189,7 @@ def cross_entropy_inplace(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cross_entropy`, and the gradient where the logits were."""
     with _as_given(logits):
-        return _logits_backend(backend).forward(  # type: ignore[no-any-return]
+        return _body(backend, "cross_entropy").forward(  # type: ignore[no-any-return]
             logits, target, smoothing, class_weight, ignore_index, softcap, logit_scale, z_loss, statistics,
             row_scale=row_scale,
         )  # fmt: skip
@@ -243,7 +244,7 @@ class CrossEntropyInplace(torch.autograd.Function):
                 "logits' buffer away as their gradient; use retain_graph without inplace_backward"
             )
         loss, state, row_scale = ctx.saved_tensors
-        dlogits, ctx.buffer = _logits_backend(ctx.backend).scale_rows(ctx.buffer, dloss), None
+        dlogits, ctx.buffer = _body(ctx.backend, "cross_entropy").scale_rows(ctx.buffer, dloss), None
         return _once(dlogits, dloss * row_scale * state[3], dloss * loss, *options)
 
 
@@ -283,7 +284,7 @@ def linear_cross_entropy(
     `head_grad` must be False (backward calls this operator again with the upstream in `row_scale`).
     """
     with _as_given(input):
-        return chunked.linear_cross_entropy(
+        return _body(backend, "linear_cross_entropy").linear_cross_entropy(  # type: ignore[no-any-return]
             input,
             linear_weight,
             linear_bias,

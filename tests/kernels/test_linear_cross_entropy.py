@@ -21,7 +21,7 @@ from tests.kernels.cases import (
     names,
     options,
 )
-from ual_kernels import UnsupportedError, cross_entropy, linear_cross_entropy
+from ual_kernels import cross_entropy, linear_cross_entropy
 
 BACKENDS = ["torch", "reference"]
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -503,10 +503,3 @@ def test_refusals_name_the_argument(change: dict[str, Any], message: str) -> Non
     }
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**(arguments | change))
-
-
-def test_the_kernel_that_does_not_exist_yet_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="does not exist for linear_cross_entropy yet"):
-        linear_cross_entropy(
-            torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long), backend="triton"
-        )

@@ -1,0 +1,380 @@
+"""The Triton path of linear_cross_entropy: both ways to make the exponentials, against the definition."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.cases import (
+    HALVES,
+    OPTIONS,
+    as_float64,
+    assert_as_accurate_as_eager,
+    assert_at_the_floor,
+    linear_case,
+    linear_definition,
+    measure,
+    names,
+    options,
+)
+from ual_kernels import UnsupportedError, cross_entropy, linear_cross_entropy, ops
+from ual_kernels._triton import linear_cross_entropy as kernels
+
+HEAD = ("linear_weight", "linear_bias")
+
+
+def frozen(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: leaf.detach().requires_grad_(name not in HEAD) for name, leaf in leaves.items()}
+
+
+def trainable(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All but the bias, whose gradient takes the fused GEMM out."""
+    return {name: leaf.detach().requires_grad_(name != "linear_bias") for name, leaf in leaves.items()}
+
+
+heads = pytest.mark.parametrize("head", [frozen, trainable])
+variants = pytest.mark.parametrize("variant", ["fused", "cublas"], indirect=True)
+
+
+@pytest.fixture
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(kernels, "VARIANT", request.param)
+    return str(request.param)
+
+
+def ours(**arguments: Any) -> Any:
+    return linear_cross_entropy(**arguments, backend="triton")
+
+
+def at_the_floor(leaves: dict[str, Tensor], target: Tensor, **flags: Any) -> None:
+    assert_at_the_floor(
+        actual=measure(ours, leaves, target, **flags),
+        exact=measure(linear_definition, as_float64(leaves), target, **flags),
+    )
+
+
+# ---- values and gradients ----
+
+
+@variants
+@heads
+@pytest.mark.parametrize("flags", OPTIONS)
+def test_every_flag(
+    flags: str, head: Callable[..., dict[str, Tensor]], variant: str, device: torch.device
+) -> None:
+    """Ragged in rows, columns, features, and chunks; the second row ignored."""
+    leaves, target = linear_case(19, 131, 48, torch.bfloat16, device)
+    leaves, chosen = head(leaves), options(flags, 131, device)
+    assert_at_the_floor(
+        actual=measure(ours, leaves, target, **chosen, chunk_tokens=17),
+        exact=measure(linear_definition, as_float64(leaves), target, **chosen),
+    )
+
+
+@pytest.mark.parametrize("head", [frozen, trainable, dict], ids=["frozen", "trainable", "bias"])
+@pytest.mark.parametrize("dtype", names([torch.float32, torch.float16]))
+@pytest.mark.parametrize("flags", ["mean", "softcap", "all"])
+def test_other_dtypes(
+    flags: str, dtype: torch.dtype, head: Callable[..., dict[str, Tensor]], device: torch.device
+) -> None:
+    leaves, target = linear_case(19, 131, 24, dtype, device)
+    leaves, chosen = head(leaves), options(flags, 131, device)
+    actual = measure(ours, leaves, target, **chosen)
+    exact = measure(linear_definition, as_float64(leaves), target, **chosen)
+    if dtype in HALVES:
+        assert_at_the_floor(actual, exact)
+        return
+    eager = measure(linear_definition, leaves, target, **chosen, dtype=torch.float32)
+    assert_as_accurate_as_eager(actual, eager, exact)
+
+
+@pytest.mark.parametrize("flags", ["mean", "all"])
+def test_a_trained_bias(flags: str, device: torch.device) -> None:
+    leaves, target = linear_case(24, 131, 48, torch.bfloat16, device)
+    at_the_floor(leaves, target, **options(flags, 131, device))
+
+
+@variants
+def test_without_a_bias(variant: str, device: torch.device) -> None:
+    leaves, target = linear_case(37, 101, 32, torch.bfloat16, device)
+    del leaves["linear_bias"]
+    at_the_floor(leaves, target, **options("classes", 101, device))
+
+
+@variants
+@pytest.mark.parametrize("vocab", [1, 2, 64, 65])
+def test_any_width(vocab: int, variant: str, device: torch.device) -> None:
+    leaves, target = linear_case(5, vocab, 16, torch.bfloat16, device)
+    leaves = {name: leaf.detach().requires_grad_(name == "input") for name, leaf in leaves.items()}
+    actual = measure(ours, leaves, target, reduction="none")
+    exact = measure(linear_definition, as_float64(leaves), target, reduction="none")
+    torch.testing.assert_close(actual["loss"].double(), exact["loss"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual["input"].double(), exact["input"], rtol=1e-2, atol=1e-2)
+
+
+@variants
+def test_confident_rows_are_at_the_floor(variant: str, device: torch.device) -> None:
+    """p - 1 cancels where the target is all but certain: each row's own error, not their sum."""
+    leaves, target = linear_case(24, 131, 48, torch.bfloat16, device)
+    leaves = frozen(leaves)
+    with torch.no_grad():
+        pull = torch.linspace(0.0, 1.5, 24, device=device)[:, None]
+        leaves["input"] += pull * leaves["linear_weight"][target.clamp(min=0)]
+        leaves["label_smoothing"].zero_()
+    actual = measure(ours, leaves, target, reduction="none")["input"].double()
+    exact = measure(linear_definition, as_float64(leaves), target, reduction="none")["input"]
+    live = target != -100
+    errors = ((actual - exact).norm(dim=-1) / exact.norm(dim=-1))[live]
+    assert errors.max() <= 1.5 * torch.finfo(torch.bfloat16).eps / 12**0.5
+
+
+# ---- where a constant anchor does not reach ----
+
+
+@variants
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("gap", [30.0, 80.0, 105.0, 115.0, 125.0, 200.0, 2_000.0])
+def test_a_target_far_below_the_maximum(
+    gap: float, statistics: bool, variant: str, device: torch.device
+) -> None:
+    leaves, target = linear_case(6, 101, 16, torch.bfloat16, device)
+    leaves = frozen(leaves)
+    with torch.no_grad():
+        target[3] = 7
+        leaves["linear_bias"][7] = -gap
+        leaves["linear_bias"][8] = gap / 8
+    flags = {"reduction": "none"}
+    exact = measure(linear_definition, as_float64(leaves), target, **flags)
+    actual = measure(ours, leaves, target, **flags)
+    assert_at_the_floor(actual, exact)
+    if statistics:
+        compare_statistics(leaves, target)
+
+
+@variants
+@pytest.mark.parametrize("forbidden", ["target", "others", "both"])
+def test_forbidden_classes(forbidden: str, variant: str, device: torch.device) -> None:
+    """A logit of -inf, without smoothing: a class of no mass, or a target that costs infinity."""
+    leaves, target = linear_case(4, 77, 16, torch.bfloat16, device)
+    leaves = frozen(leaves)
+    target[:] = torch.tensor([0, -100, 3, 4])
+    out = {"target": [3], "others": range(40, 77), "both": [3, *range(40, 77)]}[forbidden]
+    with torch.no_grad():
+        leaves["linear_bias"][list(out)] = -torch.inf
+        leaves["label_smoothing"].zero_()
+    wide = as_float64(leaves)
+    logits = torch.nn.functional.linear(wide["input"], wide["linear_weight"], wide["linear_bias"])
+    exact = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    (gradient,) = torch.autograd.grad(exact[[0, 3]].sum(), wide["input"])
+    input = leaves["input"]
+    loss = linear_cross_entropy(
+        input, leaves["linear_weight"], target, linear_bias=leaves["linear_bias"], label_smoothing=0.0,
+        reduction="none", backend="triton",
+    )  # fmt: skip
+    # differences from the anchor, 40
+    torch.testing.assert_close(loss.double(), exact, rtol=0, atol=8 * 40 * torch.finfo(torch.float32).eps)
+    (actual,) = torch.autograd.grad(loss, input, torch.tensor([1.0, 1, 0, 1], device=device))
+    rows = [0, 3]
+    torch.testing.assert_close(actual[rows].double(), gradient[rows], rtol=1e-2, atol=1e-2)
+
+
+def test_only_far_rows_are_made_again(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the remedy taken away near rows do not change, and far rows are lost: it is needed, and idle."""
+    leaves, target = linear_case(6, 101, 16, torch.bfloat16, device)
+    leaves = frozen(leaves)
+    target[:] = torch.tensor([1, -100, 2, 7, 3, 4])
+    with torch.no_grad():
+        leaves["linear_bias"][7] = -200.0
+    whole = measure(ours, leaves, target, reduction="none")
+    monkeypatch.setattr(kernels, "_rows_kernel", {(5,): lambda *_, **__: None})
+    bare = measure(ours, leaves, target, reduction="none")
+    near = [0, 1, 2, 4, 5]
+    for name in ("loss", "input"):
+        assert torch.equal(whole[name][near], bare[name][near])
+        assert not torch.isfinite(bare[name][3]).all()
+
+
+# ---- statistics ----
+
+
+def compare_statistics(leaves: dict[str, Tensor], target: Tensor, **flags: Any) -> None:
+    wide = as_float64(leaves)
+    logits = torch.nn.functional.linear(wide["input"], wide["linear_weight"], wide["linear_bias"])
+    theirs = cross_entropy(logits, target, **flags, return_statistics=True, backend="reference")[1]
+    for with_gradient in (True, False):
+        with torch.set_grad_enabled(with_gradient):
+            mine = ours(**leaves, target=target, **flags, return_statistics=True)[1]
+        for field, truth in theirs._asdict().items():
+            value = getattr(mine, field)
+            if value.is_floating_point():
+                scale = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 1.0
+                # differences from the anchor, 40, and sums of as many numbers as there are classes
+                atol = 16 * torch.finfo(torch.float32).eps * (40 + scale)
+                torch.testing.assert_close(
+                    value.double(), truth, rtol=0, atol=atol, equal_nan=True, msg=field
+                )
+            else:
+                assert torch.equal(value, truth), field
+
+
+@variants
+@pytest.mark.parametrize("flags", ["mean", "classes", "scaled", "all"])
+def test_statistics(flags: str, variant: str, device: torch.device) -> None:
+    leaves, target = linear_case(24, 131, 48, torch.bfloat16, device)
+    target[3] = 131
+    with torch.no_grad():
+        # certain rows, so that the target is often the largest and often the second largest
+        leaves["input"][8:] += leaves["linear_weight"][target[8:]] * 0.5
+        # a tie within a tile in every row, by a margin that other tiles do not reach
+        leaves["linear_weight"][8] = leaves["linear_weight"][7]
+        leaves["linear_bias"][7:9] = 30.0
+    compare_statistics(frozen(leaves), target, **options(flags, 131, device))
+
+
+# ---- rows that do not count, or count as NaN ----
+
+
+@variants
+@heads
+@pytest.mark.parametrize("flags", ["mean", "none"])
+def test_all_rows_ignored_is_zero(
+    flags: str, head: Callable[..., dict[str, Tensor]], variant: str, device: torch.device
+) -> None:
+    leaves, target = linear_case(3, 17, 16, torch.bfloat16, device)
+    for name, value in measure(ours, head(leaves), target.fill_(-100), reduction=flags).items():
+        assert not value.any(), name
+
+
+@variants
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(
+    ("label", "smoothing", "weight"),
+    [(17, 0.5, 1.0), (-1, 0.5, 1.0), (2, 1.5, 1.0), (2, 0.5, -1.0)],
+)
+def test_out_of_range_poisons_its_own_row_only(
+    label: int, smoothing: float, weight: float, softcap: float | None, variant: str, device: torch.device
+) -> None:
+    leaves, target = linear_case(4, 17, 16, torch.bfloat16, device)
+    leaves = frozen(leaves)
+    flags = {"reduction": "none", "softcap": softcap}
+    clean = measure(ours, leaves, target, **flags)
+    target[2] = label
+    with torch.no_grad():
+        leaves["label_smoothing"][2], leaves["sample_weight"][2] = smoothing, weight
+    dirty = measure(ours, leaves, target, **flags)
+    assert dirty["loss"].isnan().tolist() == [False, False, True, False]
+    assert dirty["input"][2].isnan().all()
+    for name in clean:
+        assert torch.equal(dirty[name][[0, 1, 3]], clean[name][[0, 1, 3]]), name
+
+
+@variants
+def test_what_an_ignored_row_holds_does_not_matter(variant: str, device: torch.device) -> None:
+    leaves, target = linear_case(4, 17, 16, torch.bfloat16, device)
+    clean = measure(ours, leaves, target)
+    with torch.no_grad():
+        for name in ("input", "label_smoothing", "sample_weight"):
+            leaves[name][1] = torch.nan
+    dirty = measure(ours, leaves, target)
+    for name in clean:
+        assert torch.equal(clean[name], dirty[name]), name
+
+
+# ---- what is computed ----
+
+
+@variants
+def test_no_gradient_stops_after_the_loss(
+    variant: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves, target = linear_case(12, 101, 16, torch.bfloat16, device)
+    whole = ours(**leaves, target=target)
+    products: list[tuple[int, int]] = []
+    multiply = kernels._product
+
+    def counted(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        products.append((a.shape[0], b.shape[1]))
+        return multiply(a, b, out)
+
+    monkeypatch.setattr(kernels, "_product", counted)
+    with torch.no_grad():
+        assert torch.equal(ours(**leaves, target=target), whole)
+    assert products == ([] if variant == "fused" else [(11, 101)])
+    products.clear()
+    measure(ours, frozen(leaves), target)
+    assert products == ([] if variant == "fused" else [(11, 101)]) + [(11, 16)]
+
+
+@variants
+def test_same_inputs_same_bits(variant: str, device: torch.device) -> None:
+    leaves, target = linear_case(24, 101, 16, torch.bfloat16, device)
+    target[target != -100] = 7
+    first, second = (measure(ours, trainable(leaves), target) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@variants
+@pytest.mark.parametrize("dtype", names([torch.bfloat16, torch.float32]))
+def test_opcheck(dtype: torch.dtype, variant: str, device: torch.device) -> None:
+    leaves, target = linear_case(5, 13, 16, dtype, device)
+    smoothing, scale = leaves["label_smoothing"], leaves["sample_weight"]
+    for gradients in ((True, True, False), (True, False, True), (False, False, False)):
+        torch.library.opcheck(
+            ops.linear_cross_entropy,
+            (
+                leaves["input"], leaves["linear_weight"], None, target, smoothing, scale, None,
+                -100, 0.0, 1.0, 1e-3, True, *gradients, 2, "triton",
+            ),
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+
+
+def test_equals_the_torch_backend(device: torch.device) -> None:
+    """Every output of the operator, the unused state included, in float32."""
+    leaves, target = linear_case(12, 67, 24, torch.float32, device)
+    target[4] = 67
+    weight = torch.linspace(0.0, 2.0, 67, device=device)
+    detached = {name: leaf.detach() for name, leaf in leaves.items()}
+    arguments = (
+        detached["input"], detached["linear_weight"], detached["linear_bias"], target,
+        detached["label_smoothing"], detached["sample_weight"], weight, -100,
+    )  # fmt: skip
+    for softcap in (0.0, 5.0):
+        flags = (softcap, 0.5, 1e-3, True, True, True, False, 5)
+        theirs = ops.linear_cross_entropy(*arguments, *flags, "torch")
+        mine = ops.linear_cross_entropy(*arguments, *flags, "triton")
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+# ---- plans and refusals ----
+
+
+@pytest.mark.parametrize(("vocab", "itemsize"), [(32_000, 2), (128_256, 2), (128_256, 4), (262_144, 2)])
+def test_a_chunk_fits_its_budget_in_whole_tiles(vocab: int, itemsize: int) -> None:
+    rows = kernels.chunk_rows(vocab, itemsize)
+    assert rows % 128 == 0
+    assert 512 <= rows <= 4_096
+    assert rows * vocab * itemsize <= 600e6
+
+
+def test_a_vocabulary_beyond_the_budget_still_gets_a_tile() -> None:
+    assert kernels.chunk_rows(1 << 24, 4) == 128
+
+
+def test_chunks_cover_every_row_once_and_start_on_tiles() -> None:
+    for rows in (1, 127, 128, 4_097, 8_192):
+        for most in (128, 2_048, 4_096):
+            chunks = list(kernels._chunks(rows, most))
+            assert [row for c in chunks for row in range(c.start, c.stop)] == list(range(rows))
+            assert all(c.start % 128 == 0 and c.stop - c.start <= most for c in chunks)
+            assert len(chunks) == -(-rows // most)
+
+
+def test_float64_is_refused(device: torch.device) -> None:
+    leaves, target = linear_case(4, 17, 16, torch.float64, device)
+    with pytest.raises(UnsupportedError, match='no float64; use "torch"'):
+        ours(**leaves, target=target)
