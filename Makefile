@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STEPS ?= 36
+ROWS ?= 288
 # threads that wait by spinning starve each other on a busy machine
 export OMP_WAIT_POLICY ?= passive
 
@@ -12,7 +13,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 quickstart: .venv/.quickstart  ## fine-tune a real model three ways on this machine and open a report
-	$(BIN)/ual quickstart --steps $(STEPS)
+	$(BIN)/ual quickstart --steps $(STEPS) --rows $(ROWS)
 
 test: .venv/.dev .venv/.quickstart  ## run the tests
 	$(BIN)/python -m pytest
