@@ -16,7 +16,7 @@ quickstart: .venv/.quickstart  ## fine-tune a real model three ways on this mach
 	$(BIN)/ual quickstart --steps $(STEPS) --rows $(ROWS)
 
 test: .venv/.dev .venv/.quickstart  ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 -p no:benchmark
 
 mutants: .venv/.dev  ## break the code on purpose, line by line, and see that the tests notice
 	$(BIN)/python tests/mutants.py
