@@ -7,6 +7,7 @@ IGNORE_INDEX: Final = -100
 Reduction = Literal["none", "sum", "mean"]
 Backend = Literal["auto", "triton", "torch", "reference"]
 SmoothingOver = Literal["all", "others"]
+Precision = Literal["high", "fast"]
 
 
 class UnsupportedError(RuntimeError):

@@ -2,15 +2,29 @@
 
 import math
 import os
-from dataclasses import dataclass
-from typing import Any, Literal, get_args, overload
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from ual_kernels import ops, reference
-from ual_kernels._types import IGNORE_INDEX, Backend, Reduction, SmoothingOver, UnsupportedError
+from ual_kernels._rows import COUNT, Rule
+from ual_kernels._types import (
+    IGNORE_INDEX,
+    Backend,
+    Precision,
+    Reduction,
+    SmoothingOver,
+    UnsupportedError,
+)
+from ual_kernels.parallel import Shards
 from ual_kernels.statistics import TokenStatistics
+
+TokenRule: TypeAlias = Callable[[TokenStatistics], Tensor]
+"""A number for each token from its own statistics: fields [M], the live tokens of a chunk, in; [M] out."""
 
 # Triton reads this when it decorates a kernel, so once, at import; so do we.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -21,8 +35,8 @@ def cross_entropy(
     input: Tensor,
     target: Tensor,
     *,
-    label_smoothing: float | Tensor = ...,
-    sample_weight: Tensor | None = ...,
+    label_smoothing: float | Tensor | TokenRule = ...,
+    sample_weight: Tensor | TokenRule | None = ...,
     weight: Tensor | None = ...,
     ignore_index: int = ...,
     reduction: Reduction = ...,
@@ -47,8 +61,8 @@ def cross_entropy(  # type: ignore[misc]
     input: Tensor,
     target: Tensor,
     *,
-    label_smoothing: float | Tensor = 0.0,
-    sample_weight: Tensor | None = None,
+    label_smoothing: float | Tensor | TokenRule = 0.0,
+    sample_weight: Tensor | TokenRule | None = None,
     weight: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     reduction: Reduction = "mean",
@@ -73,12 +87,15 @@ def cross_entropy(  # type: ignore[misc]
         input: [..., V] logits; bfloat16, float16, float32 or float64.
         target: [...] int32 or int64 in [0, V), or `ignore_index`.
         label_smoothing: a float in [0, 1], or a tensor shaped like any leading part of `target` ([B] is one
-            value per sample, [B, T] one per token), spread over the rest.
-        sample_weight: a tensor >= 0, shaped likewise; multiplies each row's loss. None is 1.
+            value per sample, [B, T] one per token), spread over the rest; or a function of the token's own
+            `TokenStatistics` (see `ual_kernels.losses`), for which the logits are read once more.
+        sample_weight: a tensor >= 0, shaped likewise, or such a function; multiplies each row's loss. None
+            is 1.
         weight: [V] class weights, as in PyTorch; not differentiable.
         ignore_index: rows with this target have no loss, no gradient and no share in any divisor.
         reduction: "none" ([...]), "sum", or "mean": divided by the sum over live rows of `sample_weight`
-            (times `weight[target]`, as PyTorch does).
+            (times `weight[target]`, as PyTorch does). A weight that is a function does not count there: the
+            losses that are defined so divide by the number of tokens.
         num_items: replaces that divisor under "mean", as transformers passes `num_items_in_batch`; > 0.
         smoothing_over: "all" puts s / V on every class; "others" puts s / (V - 1) on all but the target
             (Megatron, fairseq).
@@ -124,7 +141,12 @@ def cross_entropy(  # type: ignore[misc]
         return _reference(rows, plan)
     if rows.stride(-1) != 1 and rows.shape[1] > 1:
         rows = rows.contiguous()
-    options = (plan.weight, ignore_index, softcap or 0.0, logit_scale, z_loss, return_statistics, backend)
+    flags = plan.weight, ignore_index, softcap or 0.0, logit_scale, z_loss
+    if plan.rule is not None:
+        with torch.no_grad():
+            facts = ops.cross_entropy(rows, plan.target, plan.smoothing, *flags, True, backend)[2]
+        plan = plan.ruled(facts)
+    options = (*flags, return_statistics, backend)
     if inplace_backward and torch.is_grad_enabled() and input.requires_grad:
         loss, stats = ops.CrossEntropyInplace.apply(  # type: ignore[no-untyped-call]
             rows, plan.smoothing, plan.row_scale, plan.target, *options
@@ -142,8 +164,8 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     linear_bias: Tensor | None = ...,
-    label_smoothing: float | Tensor = ...,
-    sample_weight: Tensor | None = ...,
+    label_smoothing: float | Tensor | TokenRule = ...,
+    sample_weight: Tensor | TokenRule | None = ...,
     weight: Tensor | None = ...,
     ignore_index: int = ...,
     reduction: Reduction = ...,
@@ -153,7 +175,14 @@ def linear_cross_entropy(
     logit_scale: float = ...,
     z_loss: float = ...,
     return_statistics: Literal[False] = ...,
+    linear_lora: tuple[Tensor, Tensor, float] | None = ...,
+    vocab_size: int | None = ...,
+    live_rows: int | None = ...,
+    compact: bool = ...,
     chunk_tokens: int | None = ...,
+    precision: Precision = ...,
+    gradient_filter: float | Literal["off"] = ...,
+    process_group: dist.ProcessGroup | None = ...,
     backend: Backend = ...,
 ) -> Tensor: ...
 
@@ -170,8 +199,8 @@ def linear_cross_entropy(  # type: ignore[misc]
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    label_smoothing: float | Tensor = 0.0,
-    sample_weight: Tensor | None = None,
+    label_smoothing: float | Tensor | TokenRule = 0.0,
+    sample_weight: Tensor | TokenRule | None = None,
     weight: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     reduction: Reduction = "mean",
@@ -181,7 +210,14 @@ def linear_cross_entropy(  # type: ignore[misc]
     logit_scale: float = 1.0,
     z_loss: float = 0.0,
     return_statistics: bool = False,
+    linear_lora: tuple[Tensor, Tensor, float] | None = None,
+    vocab_size: int | None = None,
+    live_rows: int | None = None,
+    compact: bool = True,
     chunk_tokens: int | None = None,
+    precision: Precision = "high",
+    gradient_filter: float | Literal["off"] = "off",
+    process_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
     """`cross_entropy(input @ linear_weight.T + linear_bias, target)` without ever holding all the logits.
@@ -196,19 +232,35 @@ def linear_cross_entropy(  # type: ignore[misc]
         target: [...] as in `cross_entropy`. What makes a row NaN there makes all of a trainable head's
             gradient NaN here, for that is a sum over rows.
         linear_bias: [V] or None.
-        chunk_tokens: rows of logits held at a time; None takes what fits 64 MiB of float32 (512 MiB under
+        linear_lora: (A [r, D], B [V, r], scale) of a LoRA adapter on the head, in any floating dtype: the
+            logits are E C^T + scale (E A^T) B^T, never merged, with gradients for A and B.
+        vocab_size: the head's first rows that are real; the rest, padding, is left out. None is all.
+        live_rows: how many rows take part, if the caller knows (a collator does): at least as many as have a
+            target. Nothing then waits for the device; too small a number makes the loss NaN.
+        compact: False leaves ignored rows in, at full cost: for CUDA graphs, where no row may be counted.
+        chunk_tokens: rows of logits held at a time; None takes what fits a small budget (512 MiB under
             backend="triton").
-        label_smoothing, sample_weight, weight, ignore_index, reduction, num_items, smoothing_over, softcap,
-            logit_scale, z_loss, return_statistics, backend: as in `cross_entropy`, but "auto" is "torch"
-            everywhere, and "triton" refuses float64.
+        precision: "high" never rounds logits to 16 bits. "fast" does, like most implementations: the
+            gradient's error grows from its rounding floor, 2e-3, to 1e-2 (docs/kernels.md).
+        gradient_filter: skip the gradient of parts of the vocabulary that together hold less than this
+            probability in every row, and leave their mass to their mean: 1e-4, say. "off" is exact.
+        process_group: the ranks of this group each hold some consecutive rows of the head, in their order
+            (`linear_weight`, `linear_bias`, `weight` and B are this rank's), and the same `input` and
+            `target`. The loss and the gradients are those of the whole head.
+        label_smoothing, sample_weight: as in `cross_entropy`. A function is called on the device, once for
+            each chunk of live rows after its pass over the vocabulary, and must treat each row by itself.
+        weight, ignore_index, reduction, num_items, smoothing_over, softcap, logit_scale, z_loss,
+            return_statistics, backend: as in `cross_entropy`, but "auto" is "torch" everywhere, and "triton"
+            refuses float64, `gradient_filter` and `process_group`.
 
     Returns:
-        As `cross_entropy`. Gradients flow to `input`, `linear_weight`, `linear_bias`, `label_smoothing` and
-        `sample_weight`.
+        As `cross_entropy`. Gradients flow to `input`, `linear_weight`, `linear_bias`, A, B, and to
+        `label_smoothing` and `sample_weight` that are tensors.
 
     Raises:
         ValueError: shapes, dtypes, devices, names or floats that do not fit.
-        UnsupportedError: a backend asked for by name cannot run here.
+        UnsupportedError: what is asked for by name cannot run here; a function as `label_smoothing` or
+            `sample_weight`, or a `process_group`, under torch.compile.
 
     >>> import torch
     >>> hidden, head = torch.zeros(2, 3, 8), torch.zeros(4, 8)
@@ -230,37 +282,73 @@ def linear_cross_entropy(  # type: ignore[misc]
             f"linear_weight must be {input.dtype} like input, got {linear_weight.dtype}; cast one of "
             "them, or run under torch.autocast"
         )
-    vocab = linear_weight.shape[0]
+    lora_a, lora_b, lora_scale = _check_lora(linear_lora, input, linear_weight)
     if linear_bias is not None:
-        if linear_bias.shape != (vocab,):
-            raise ValueError(f"linear_bias must be [{vocab}], got {list(linear_bias.shape)}")
+        if linear_bias.shape != linear_weight.shape[:1]:
+            raise ValueError(
+                f"linear_bias must be [{linear_weight.shape[0]}], got {list(linear_bias.shape)}"
+            )
         _check_device("linear_bias", linear_bias, input)
+    if vocab_size is not None:
+        if not 1 <= vocab_size <= linear_weight.shape[0]:
+            raise ValueError(f"vocab_size must be in [1, {linear_weight.shape[0]}], got {vocab_size}")
+        linear_weight = linear_weight[:vocab_size]
+        linear_bias = None if linear_bias is None else linear_bias[:vocab_size]
+        lora_b = None if lora_b is None else lora_b[:vocab_size]
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
+    threshold = 0.0 if gradient_filter == "off" else gradient_filter
+    if isinstance(threshold, str) or not 0 <= threshold < 1:
+        raise ValueError(f'gradient_filter must be "off" or in [0, 1), got {gradient_filter!r}')
     rows = input.reshape(-1, input.shape[-1])
-    plan = _plan(
-        rows, input.shape[:-1], vocab, target, label_smoothing, sample_weight, weight,
-        ignore_index, reduction, num_items, smoothing_over, softcap, logit_scale, z_loss, return_statistics,
-    )  # fmt: skip
+    if live_rows is not None and (live_rows < 0 or not compact):
+        raise ValueError(f"live_rows must be a number >= 0 of a compact loss, got {live_rows}")
+    taking_part = len(rows) if not compact else COUNT if live_rows is None else live_rows
+
     # "auto" stays with PyTorch until the Triton path has been measured on a GPU
     backend = _choose(backend, input, fused="torch")
+    size = linear_weight.shape[0]
+    shards = None
+    if process_group is not None:
+        if backend != "torch" or threshold:
+            raise UnsupportedError('process_group needs backend="torch", without gradient_filter')
+        shards = Shards(size, process_group, input.device)
+    plan = _plan(
+        rows, input.shape[:-1], size, target, label_smoothing, sample_weight, weight,
+        ignore_index, reduction, num_items, smoothing_over, softcap, logit_scale, z_loss, return_statistics,
+        shards=shards,
+    )  # fmt: skip
     if backend == "reference":
+        if threshold or precision == "fast":
+            raise UnsupportedError('backend="reference" is exact: no gradient_filter, no precision="fast"')
         acc = plan.smoothing.dtype
         dead = (plan.target == ignore_index)[:, None]
         with torch.autocast(input.device.type, enabled=False):
-            logits = rows.to(acc).masked_fill(dead, 0.0) @ linear_weight.to(acc).T
+            hidden = rows.to(acc).masked_fill(dead, 0.0)
+            logits = hidden @ linear_weight.to(acc).T
+            if lora_a is not None and lora_b is not None:
+                logits = logits + hidden @ lora_a.to(acc).T @ lora_b.to(acc).T * lora_scale
         return _reference(logits if linear_bias is None else logits + linear_bias.to(acc), plan)
-    if backend == "triton" and input.dtype == torch.float64:
-        raise UnsupportedError('backend="triton" of linear_cross_entropy has no float64; use "torch"')
+    if backend == "triton" and (input.dtype == torch.float64 or threshold):
+        raise UnsupportedError(
+            'backend="triton" of linear_cross_entropy has no float64 and no gradient_filter; use "torch"'
+        )
     grad = torch.is_grad_enabled()
-    head_grad = grad and (
-        linear_weight.requires_grad or (linear_bias is not None and linear_bias.requires_grad)
-    )
+
+    def learnt(*tensors: Tensor | None) -> bool:
+        return grad and any(t is not None and t.requires_grad for t in tensors)
+
+    head_grad, lora_grad = learnt(linear_weight, linear_bias), learnt(lora_a, lora_b)
     per_row = reduction == "none"
-    loss, _, stats, *_ = ops.linear_cross_entropy(
+    summed = head_grad or lora_grad
+    arguments = (
         rows,
         linear_weight,
         linear_bias,
+        lora_a,
+        lora_b,
         plan.target,
         plan.smoothing,
         plan.row_scale,
@@ -268,14 +356,29 @@ def linear_cross_entropy(  # type: ignore[misc]
         ignore_index,
         softcap or 0.0,
         logit_scale,
+        lora_scale,
         z_loss,
+        float(threshold),
         return_statistics,
-        grad and input.requires_grad and not (per_row and head_grad),
+        learnt(input) and not (per_row and summed),
         head_grad and not per_row,
+        lora_grad and not per_row,
         per_row,
+        taking_part,
         chunk_tokens or 0,
+        precision,
         backend,
     )
+    direct = {"rule": plan.rule, "whole": shards}
+    if plan.rule is None and shards is None:
+        loss, _, stats, *_ = ops.linear_cross_entropy(*arguments)
+    elif torch.compiler.is_compiling():
+        raise UnsupportedError(
+            "neither a function of the statistics nor a process_group can be compiled; call "
+            "linear_cross_entropy outside torch.compile, or pass tensors made from return_statistics"
+        )
+    else:
+        loss, _, stats, *_ = ops.LinearCrossEntropyDirect.apply(*arguments, direct)  # type: ignore[no-untyped-call]
     return plan.finish(loss, stats)
 
 
@@ -291,6 +394,19 @@ class _Plan:
     reduction: Reduction
     options: dict[str, Any]
     return_statistics: bool
+    rule: Rule | None
+
+    def ruled(self, facts: Tensor) -> "_Plan":
+        """With the numbers that the rule makes of the statistics [7, N] in its place."""
+        assert self.rule is not None
+        live = self.target != self.options["ignore_index"]
+        smoothing, weight = self.rule(facts)
+        return replace(
+            self,
+            smoothing=self.smoothing if smoothing is None else smoothing.where(live, 0.0),
+            row_scale=self.row_scale if weight is None else self.row_scale * weight.where(live, 0.0),
+            rule=None,
+        )
 
     def finish(self, loss: Tensor, stats: Tensor) -> Tensor | tuple[Tensor, TokenStatistics]:
         loss = loss.reshape(self.shape) if self.reduction == "none" else loss.sum()
@@ -302,8 +418,8 @@ def _plan(
     shape: tuple[int, ...],
     vocab: int,
     target: Tensor,
-    label_smoothing: float | Tensor,
-    sample_weight: Tensor | None,
+    label_smoothing: float | Tensor | TokenRule,
+    sample_weight: Tensor | TokenRule | None,
     weight: Tensor | None,
     ignore_index: int,
     reduction: Reduction,
@@ -313,6 +429,8 @@ def _plan(
     logit_scale: float,
     z_loss: float,
     return_statistics: bool,
+    *,
+    shards: Shards | None = None,
 ) -> _Plan:
     acc = torch.promote_types(rows.dtype, torch.float32)
     if reduction not in get_args(Reduction):
@@ -338,15 +456,22 @@ def _plan(
         _check_device("weight", weight, rows)
         weight = weight.to(acc).contiguous()
 
+    whole_vocab = vocab if shards is None else shards.vocab
+    # (1 - s) on the target and s / (V - 1) elsewhere is s' / V on every class for s' = s V / (V - 1)
+    stretch = 1.0
+    if smoothing_over == "others":
+        stretch = whole_vocab / (whole_vocab - 1) if whole_vocab > 1 else 0.0
+    rules: list[Callable[[TokenStatistics], Tensor] | None] = [None, None]
+    if callable(label_smoothing):
+        rules[0], label_smoothing = label_smoothing, 0.0
+    if callable(sample_weight):
+        rules[1], sample_weight = sample_weight, None
     if not isinstance(label_smoothing, Tensor):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         label_smoothing = rows.new_full((), label_smoothing, dtype=acc)
     smoothing = _per_row("label_smoothing", label_smoothing, target, acc)
-    smoothing = torch.where((smoothing >= 0) & (smoothing <= 1), smoothing, torch.nan)
-    if smoothing_over == "others":
-        # (1 - s) on the target and s / (V - 1) elsewhere is s' / V on every class for s' = s V / (V - 1)
-        smoothing = smoothing * (vocab / (vocab - 1)) if vocab > 1 else smoothing * 0.0
+    smoothing = _smoothing(smoothing, stretch)
     labels = target.reshape(-1).contiguous()  # a strided vector survives reshape
     scale = None
     if sample_weight is not None:
@@ -363,7 +488,8 @@ def _plan(
     row_scale = torch.where(live, torch.ones_like(smoothing) if scale is None else scale, 0.0)
     if reduction == "mean":
         # masked once more: with every row ignored, num_items may be a tensor of 0
-        row_scale = torch.where(live, row_scale / _divisor(num_items, row_scale, labels, weight, vocab), 0.0)
+        divisor = _divisor(num_items, row_scale, labels, weight, shards)
+        row_scale = torch.where(live, row_scale / divisor, 0.0)
     return _Plan(
         target=labels,
         smoothing=smoothing,
@@ -372,6 +498,7 @@ def _plan(
         shape=tuple(shape),
         reduction=reduction,
         return_statistics=return_statistics,
+        rule=_rule(rules[0], rules[1], stretch) if any(rules) else None,
         options={
             "weight": weight,
             "ignore_index": ignore_index,
@@ -382,8 +509,42 @@ def _plan(
     )
 
 
+def _smoothing(s: Tensor, stretch: float) -> Tensor:
+    s = torch.where((s >= 0) & (s <= 1), s, torch.nan)
+    return s if stretch == 1.0 else s * stretch
+
+
+def _rule(smoothing: TokenRule | None, weight: TokenRule | None, stretch: float) -> Rule:
+    """What the caller's functions make of statistics [7, M], checked."""
+
+    def numbers(name: str, function: TokenRule | None, facts: Tensor) -> Tensor | None:
+        if function is None:
+            return None
+        value = function(TokenStatistics.unpack(facts, facts.shape[1:]))
+        if not (isinstance(value, Tensor) and value.is_floating_point() and value.shape == facts.shape[1:]):
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{name}(statistics) must return a floating-point tensor [{facts.shape[1]}], one number per "
+                f"token like the fields of its argument, got {got}"
+            )
+        return value.detach().to(facts.dtype)
+
+    def rule(facts: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        s, w = numbers("label_smoothing", smoothing, facts), numbers("sample_weight", weight, facts)
+        return (
+            None if s is None else _smoothing(s, stretch),
+            None if w is None else torch.where(w >= 0, w, torch.nan),
+        )
+
+    return rule
+
+
 def _divisor(
-    num_items: int | Tensor | None, row_scale: Tensor, labels: Tensor, weight: Tensor | None, vocab: int
+    num_items: int | Tensor | None,
+    row_scale: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    shards: Shards | None,
 ) -> Tensor | float:
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
@@ -394,7 +555,12 @@ def _divisor(
             raise ValueError(f"num_items must be positive, got {num_items}")
         return float(num_items)
     if weight is not None:
-        row_scale = row_scale * weight[labels.clamp(0, vocab - 1).long()]
+        start, size = 0 if shards is None else shards.start, len(weight)
+        of_target = weight[(labels - start).clamp(0, size - 1).long()]
+        if shards is not None:
+            mine = (labels >= start) & (labels < start + size)
+            of_target = shards.sum(torch.where(mine, of_target, 0.0))
+        row_scale = row_scale * of_target
     total = row_scale.nansum()  # a negative weight, NaN by now, must not reach the other rows
     return torch.where(total == 0, 1.0, total)
 
@@ -415,11 +581,13 @@ def _per_row(name: str, value: Tensor, target: Tensor, acc: torch.dtype) -> Tens
 
 def _reference(logits: Tensor, plan: _Plan) -> Tensor | tuple[Tensor, TokenStatistics]:
     logits = logits.to(plan.smoothing.dtype)
+    facts = {k: v for k, v in plan.options.items() if k not in ("weight", "z_loss")}
+    if plan.rule is not None:
+        plan = plan.ruled(reference.statistics(logits.detach(), plan.target, **facts))
     loss = reference.cross_entropy(logits, plan.target, plan.smoothing, **plan.options) * plan.row_scale
     if not plan.return_statistics:
         return plan.finish(loss, loss)
-    options = {k: v for k, v in plan.options.items() if k not in ("weight", "z_loss")}
-    return plan.finish(loss, reference.statistics(logits.detach(), plan.target, **options))
+    return plan.finish(loss, reference.statistics(logits.detach(), plan.target, **facts))
 
 
 def _choose(backend: Backend, input: Tensor, *, fused: Backend) -> Backend:
@@ -446,6 +614,26 @@ def _autocast(
         linear_weight.to(dtype),
         None if linear_bias is None else linear_bias.to(dtype),
     )
+
+
+def _check_lora(
+    linear_lora: tuple[Tensor, Tensor, float] | None, input: Tensor, linear_weight: Tensor
+) -> tuple[Tensor | None, Tensor | None, float]:
+    if linear_lora is None:
+        return None, None, 1.0
+    lora_a, lora_b, scale = linear_lora
+    vocab, features = linear_weight.shape
+    rank = lora_a.shape[0] if lora_a.ndim == 2 else "r"
+    for name, matrix, shape in (("A", lora_a, (rank, features)), ("B", lora_b, (vocab, rank))):
+        if tuple(matrix.shape) != shape:
+            raise ValueError(
+                f"linear_lora's {name} must be [{shape[0]}, {shape[1]}], got {list(matrix.shape)}"
+            )
+        _check_floating(f"linear_lora's {name}", matrix)
+        _check_device(f"linear_lora's {name}", matrix, input)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"linear_lora's scale must be finite, got {scale}")
+    return lora_a, lora_b, float(scale)
 
 
 def _check_classes(name: str, input: Tensor) -> None:

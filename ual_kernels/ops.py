@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ual_kernels import chunked
+from ual_kernels._rows import LOGITS_STATISTICS, STATISTICS, stored_dtype
 from ual_kernels._types import UnsupportedError
-from ual_kernels.chunked import stored_dtype
 
-_STATISTICS = 7
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
@@ -31,10 +29,8 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 
 def _body(backend: str, operator: str) -> Any:
     """The module that computes an operator; Triton's are imported here and nowhere sooner."""
-    if backend != "triton":
-        return chunked
     try:
-        return importlib.import_module(f"ual_kernels._triton.{operator}")
+        return importlib.import_module(f"ual_kernels._{backend}.{operator}")
     except ModuleNotFoundError as error:
         raise UnsupportedError(
             'the Triton kernels need the package triton: pip install triton, or backend="torch"'
@@ -106,7 +102,7 @@ def _(
     return (
         logits.new_empty(rows, dtype=acc),
         logits.new_empty((4, rows), dtype=acc),
-        logits.new_empty((_STATISTICS, rows if statistics else 0), dtype=acc),
+        logits.new_empty((LOGITS_STATISTICS, rows if statistics else 0), dtype=acc),
     )
 
 
@@ -213,7 +209,7 @@ def _(
     return (
         logits.new_empty(rows, dtype=acc),
         logits.new_empty((4, rows), dtype=acc),
-        logits.new_empty((_STATISTICS, rows if statistics else 0), dtype=acc),
+        logits.new_empty((LOGITS_STATISTICS, rows if statistics else 0), dtype=acc),
     )
 
 
@@ -256,6 +252,8 @@ def linear_cross_entropy(
     input: Tensor,  # [N, D]
     linear_weight: Tensor,  # [V, D]
     linear_bias: Tensor | None,  # [V]
+    lora_a: Tensor | None,  # [r, D]
+    lora_b: Tensor | None,  # [V, r]
     target: Tensor,  # [N]
     smoothing: Tensor,  # [N] ACC
     row_scale: Tensor,  # [N] ACC
@@ -263,45 +261,53 @@ def linear_cross_entropy(
     ignore_index: int,
     softcap: float,
     logit_scale: float,
+    lora_scale: float,
     z_loss: float,
+    gradient_filter: float,
     statistics: bool,
     input_grad: bool,
     head_grad: bool,
+    lora_grad: bool,
     per_row: bool,
+    live_rows: int,
     chunk_tokens: int,
+    precision: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, gradients and statistics in one pass over chunks of rows.
 
     Returns:
         loss: [N] ACC, already times `row_scale`.
         state: [2, N] ACC, the unit loss and d(unit loss)/ds.
-        statistics: [7, N] or [7, 0] ACC.
+        statistics: [8, N] or [8, 0] ACC.
         dinput: [N, D], times `row_scale`; [0, D] unless `input_grad`.
         dlinear_weight, dlinear_bias: [V, D] and [V] ACC, summed over rows; empty unless `head_grad`.
+        dlora_a, dlora_b: [r, D] and [V, r] ACC, likewise; empty unless `lora_grad`.
 
     `per_row` says that upstream gradients may differ between rows: `dinput` is then kept in ACC, and
-    `head_grad` must be False (backward calls this operator again with the upstream in `row_scale`).
+    `head_grad` and `lora_grad` must be False (backward calls this operator again with the upstream in
+    `row_scale`). `live_rows` is `_rows.COUNT`, or how many rows take part: then nothing waits for the device.
     """
-    with _as_given(input):
-        return _body(backend, "linear_cross_entropy").linear_cross_entropy(  # type: ignore[no-any-return]
-            input,
-            linear_weight,
-            linear_bias,
-            target,
-            smoothing,
-            row_scale,
-            class_weight,
-            ignore_index=ignore_index,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            z_loss=z_loss,
-            statistics=statistics,
-            input_grad=input_grad,
-            head_grad=head_grad,
-            per_row=per_row,
-            chunk_tokens=chunk_tokens,
-        )
+    return _linear(
+        (input, linear_weight, linear_bias, lora_a, lora_b, target, smoothing, row_scale, class_weight),
+        (
+            ignore_index, softcap, logit_scale, lora_scale, z_loss, gradient_filter, statistics, input_grad,
+            head_grad, lora_grad, per_row, live_rows, chunk_tokens, precision, backend,
+        ),
+    )  # fmt: skip
+
+
+_LINEAR_OPTIONS = (
+    "ignore_index", "softcap", "logit_scale", "lora_scale", "z_loss", "gradient_filter", "statistics",
+    "input_grad", "head_grad", "lora_grad", "per_row", "live_rows", "chunk_tokens", "precision", "backend",
+)  # fmt: skip
+
+
+def _linear(tensors: tuple[Any, ...], options: tuple[Any, ...], **direct: Any) -> Any:
+    named = dict(zip(_LINEAR_OPTIONS, options, strict=True))
+    body = _body(named.pop("backend"), "linear_cross_entropy")
+    with _as_given(tensors[0]):
+        return body.linear_cross_entropy(*tensors, **named, **direct)
 
 
 @linear_cross_entropy.register_fake
@@ -309,83 +315,108 @@ def _(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     target: Tensor,
     smoothing: Tensor,
     row_scale: Tensor,
     class_weight: Tensor | None,
-    ignore_index: int,
-    softcap: float,
-    logit_scale: float,
-    z_loss: float,
-    statistics: bool,
-    input_grad: bool,
-    head_grad: bool,
-    per_row: bool,
-    chunk_tokens: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    named = dict(zip(_LINEAR_OPTIONS, options, strict=True))
     acc, (rows, features), vocab = _accumulator(input), input.shape, linear_weight.shape[0]
+    head_grad, lora_grad = named["head_grad"], named["lora_grad"]
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    stored = stored_dtype(input.dtype, named["per_row"])
     return (
         input.new_empty(rows, dtype=acc),
         input.new_empty((2, rows), dtype=acc),
-        input.new_empty((_STATISTICS, rows if statistics else 0), dtype=acc),
-        input.new_empty((rows if input_grad else 0, features), dtype=stored_dtype(input.dtype, per_row)),
+        input.new_empty((STATISTICS, rows if named["statistics"] else 0), dtype=acc),
+        input.new_empty((rows if named["input_grad"] else 0, features), dtype=stored),
         input.new_empty((vocab if head_grad else 0, features), dtype=acc),
         input.new_empty(vocab if head_grad and linear_bias is not None else 0, dtype=acc),
+        input.new_empty((rank if lora_grad else 0, features), dtype=acc),
+        input.new_empty((vocab if lora_grad else 0, rank), dtype=acc),
     )
 
 
+_TENSORS = 9  # arguments of linear_cross_entropy that are tensors, first of all
+
+
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, linear_weight, linear_bias, target, smoothing, row_scale, class_weight, *options = inputs
-    _, state, statistics, dinput, dlinear_weight, dlinear_bias = output
-    ctx.mark_non_differentiable(state, statistics, dinput, dlinear_weight, dlinear_bias)
+    tensors, options = inputs[:_TENSORS], inputs[_TENSORS:]
+    _, state, statistics, *gradients = output
+    ctx.mark_non_differentiable(state, statistics, *gradients)
     ctx.set_materialize_grads(False)
-    ctx.options = options
-    ctx.dtypes = input.dtype, linear_weight.dtype, None if linear_bias is None else linear_bias.dtype
-    *_, per_row, _chunk_tokens, _backend = options
-    ctx.again = per_row and any(ctx.needs_input_grad[1:3])
-    extra = (input, linear_weight, linear_bias, target, smoothing, class_weight) if ctx.again else ()
-    ctx.save_for_backward(state, row_scale, dinput, dlinear_weight, dlinear_bias, *extra)
+    ctx.options = dict(zip(_LINEAR_OPTIONS, options, strict=True))
+    ctx.dtypes = [None if t is None else t.dtype for t in tensors[:5]]
+    ctx.direct = {}
+    # a head's gradient is a sum over rows: it waits until each row's upstream gradient is known
+    ctx.again = ctx.options["per_row"] and any(ctx.needs_input_grad[1:5])
+    extra = tensors if ctx.again else ()
+    ctx.save_for_backward(state, tensors[7], *gradients, *extra)
 
 
 def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    unwanted = (None,) * len(_LINEAR_OPTIONS)
     if dloss is None:
-        return (None,) * 17
-    state, row_scale, dinput, dhead, dbias, *extra = ctx.saved_tensors
-    needs_input, needs_head, needs_bias, _, needs_smoothing, needs_scale, *_ = ctx.needs_input_grad
-    input_dtype, head_dtype, bias_dtype = ctx.dtypes
+        return *(None,) * _TENSORS, *unwanted
+    state, row_scale, *saved = ctx.saved_tensors
+    gradients, tensors = saved[:5], saved[5:]
+    needs = ctx.needs_input_grad
     upstream = dloss
     if ctx.again:
-        input, linear_weight, linear_bias, target, smoothing, class_weight = extra
-        *options, _statistics, _input_grad, _head_grad, _per_row, chunk_tokens, backend = ctx.options
-        _, _, _, dinput, dhead, dbias = linear_cross_entropy(
-            input,
-            linear_weight,
-            linear_bias,
-            target,
-            smoothing,
-            dloss * row_scale,
-            class_weight,
-            *options,
-            False,
-            needs_input,
-            True,
-            False,
-            chunk_tokens,
-            backend,
+        options = ctx.options | {
+            "statistics": False,
+            "input_grad": needs[0],
+            "head_grad": needs[1] or needs[2],
+            "lora_grad": needs[3] or needs[4],
+            "per_row": False,
+        }
+        tensors[7] = dloss * row_scale
+        values = tuple(options.values())
+        outputs = (
+            _linear(tuple(tensors), values, **ctx.direct)
+            if ctx.direct
+            else linear_cross_entropy(*tensors, *values)
         )
+        gradients = outputs[3:]
         upstream = torch.ones_like(dloss)
-    # head gradients exist only where all rows share one upstream value
+    # gradients that are sums over rows exist only where all rows share one upstream value
     scalar = upstream[:1].sum()
+    by_row = (gradients[0] * upstream[:, None]).to(ctx.dtypes[0]) if needs[0] else None
+    summed = [
+        (gradient * scalar).to(dtype) if wanted else None
+        for gradient, dtype, wanted in zip(gradients[1:], ctx.dtypes[1:], needs[1:5], strict=True)
+    ]
     return _once(
-        (dinput * upstream[:, None]).to(input_dtype) if needs_input else None,
-        (dhead * scalar).to(head_dtype) if needs_head else None,
-        (dbias * scalar).to(bias_dtype) if needs_bias else None,
+        by_row,
+        *summed,
         None,
-        dloss * row_scale * state[1] if needs_smoothing else None,
-        dloss * state[0] if needs_scale else None,
-        *(None,) * 11,
+        dloss * row_scale * state[1] if needs[6] else None,
+        dloss * state[0] if needs[7] else None,
+        None,
+        *unwanted,
     )
 
 
 linear_cross_entropy.register_autograd(_backward_linear, setup_context=_save_linear)
+
+
+class LinearCrossEntropyDirect(torch.autograd.Function):
+    """The same with arguments that no schema can hold: a rule on the statistics, a process group."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *values, direct = inputs
+        return _linear(tuple(values[:_TENSORS]), tuple(values[_TENSORS:]), **direct)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *values, direct = inputs
+        _save_linear(ctx, tuple(values), output)
+        ctx.direct = direct
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        return *_backward_linear(ctx, *upstream), None

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -26,9 +27,12 @@ class TokenStatistics(NamedTuple):
     """The mean of z over the vocabulary."""
     correct: Tensor
     """bool: no logit exceeds the target's."""
+    dropped_mass: Tensor
+    """Probability whose gradient `gradient_filter` left to its tiles' means, in [0, 1]; 0 without it."""
 
     @classmethod
     def unpack(cls, rows: Tensor, shape: tuple[int, ...]) -> "TokenStatistics":
-        """Make the named view of an operator's [7, N] output, in the order of the fields above."""
-        *numbers, correct = (row.reshape(shape) for row in rows.unbind(0))
-        return cls._make([*numbers, correct == 1])
+        """Make the named view of an operator's output, [8, N] or, without dropped mass, [7, N]."""
+        numbers = [row.reshape(shape) for row in rows.unbind(0)]
+        dropped = numbers[7] if len(numbers) == 8 else numbers[6].new_zeros(shape).masked_fill(numbers[0].isnan(), torch.nan)
+        return cls(*numbers[:6], numbers[6] == 1, dropped)

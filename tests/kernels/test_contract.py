@@ -84,14 +84,16 @@ def test_opcheck_linear(
         leaves["input"],
         leaves["linear_weight"],
         leaves["linear_bias"] if biased else None,
+        *((torch.randn(2, 4, device=device), torch.randn(13, 2, device=device)) if biased else (None, None)),
         target.clamp(min=0),
         leaves["label_smoothing"],
         leaves["sample_weight"],
         None,
     )
-    gradients = (not per_row, not per_row, per_row)
+    gradients = (not per_row, not per_row, biased and not per_row, per_row)
     torch.library.opcheck(
-        ops.linear_cross_entropy, (*arguments, -100, 0.0, 1.0, 1e-3, True, *gradients, 2, "torch")
+        ops.linear_cross_entropy,
+        (*arguments, -100, 0.0, 1.0, 0.5, 1e-3, 0.0, True, *gradients, -1, 2, "high", "torch"),
     )
 
 

@@ -102,7 +102,7 @@ def test_logits_far_from_zero(backend: str, device: torch.device) -> None:
 
 @fused
 def test_more_rows_than_a_chunk(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ual_kernels.chunked._CHUNK_ELEMENTS", 3 * 17)
+    monkeypatch.setattr("ual_kernels._torch.cross_entropy._CHUNK_ELEMENTS", 3 * 17)
     leaves, target = logits_case(11, 17, torch.float32, device)
     judge(leaves, target, options("all", 17, device), backend=backend)
     stats = cross_entropy(leaves["input"], target, return_statistics=True, backend=backend)[1]
@@ -161,6 +161,7 @@ def test_statistics(flags: str, dtype: torch.dtype, backend: str, device: torch.
         margin=first - second,
         mean_logit=z.mean(-1),
         correct=z_y == first,
+        dropped_mass=torch.zeros_like(z_y),
     )
     live = target != -100
     acc = torch.promote_types(dtype, torch.float32)
@@ -196,7 +197,7 @@ def test_statistics_of_one_class(backend: str, device: torch.device) -> None:
     logits = torch.tensor([[2.0], [3.0]], device=device)
     target = torch.tensor([0, -100], device=device)
     _, stats = cross_entropy(logits, target, return_statistics=True, backend=backend)
-    assert [field[0].item() for field in stats] == [2.0, 0.0, 0.0, 1.0, math.inf, 2.0, True]
+    assert [field[0].item() for field in stats] == [2.0, 0.0, 0.0, 1.0, math.inf, 2.0, True, 0.0]
 
 
 # ---- shapes and dtypes of arguments ----
