@@ -1,7 +1,8 @@
 """What every backend does to the rows of a loss in the same way."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ LOGITS_STATISTICS = 7  # all but the dropped mass, where nothing is dropped
 COUNT = -1  # a number of live rows that nobody told: it is read from the device
 
 
-class Kept(NamedTuple):
+@dataclass(frozen=True)
+class Kept:
     """The rows that take part, in their order."""
 
     index: Tensor  # [K]

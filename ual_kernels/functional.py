@@ -285,9 +285,7 @@ def linear_cross_entropy(  # type: ignore[misc]
     lora_a, lora_b, lora_scale = _check_lora(linear_lora, input, linear_weight)
     if linear_bias is not None:
         if linear_bias.shape != linear_weight.shape[:1]:
-            raise ValueError(
-                f"linear_bias must be [{linear_weight.shape[0]}], got {list(linear_bias.shape)}"
-            )
+            raise ValueError(f"linear_bias must be [{linear_weight.shape[0]}], got {list(linear_bias.shape)}")
         _check_device("linear_bias", linear_bias, input)
     if vocab_size is not None:
         if not 1 <= vocab_size <= linear_weight.shape[0]:
@@ -331,10 +329,10 @@ def linear_cross_entropy(  # type: ignore[misc]
             if lora_a is not None and lora_b is not None:
                 logits = logits + hidden @ lora_a.to(acc).T @ lora_b.to(acc).T * lora_scale
         return _reference(logits if linear_bias is None else logits + linear_bias.to(acc), plan)
-    if backend == "triton" and (input.dtype == torch.float64 or threshold):
-        raise UnsupportedError(
-            'backend="triton" of linear_cross_entropy has no float64 and no gradient_filter; use "torch"'
-        )
+    if backend == "triton" and input.dtype == torch.float64:
+        raise UnsupportedError('backend="triton" of linear_cross_entropy has no float64; use "torch"')
+    if backend == "triton" and threshold:
+        raise UnsupportedError('backend="triton" has no gradient_filter; use "torch"')
     grad = torch.is_grad_enabled()
 
     def learnt(*tensors: Tensor | None) -> bool:

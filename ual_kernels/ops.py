@@ -22,7 +22,6 @@ from ual_kernels._rows import LOGITS_STATISTICS, STATISTICS, stored_dtype
 from ual_kernels._types import UnsupportedError
 
 
-
 def _accumulator(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
@@ -288,7 +287,7 @@ def linear_cross_entropy(
     `head_grad` and `lora_grad` must be False (backward calls this operator again with the upstream in
     `row_scale`). `live_rows` is `_rows.COUNT`, or how many rows take part: then nothing waits for the device.
     """
-    return _linear(
+    return _linear(  # type: ignore[no-any-return]
         (input, linear_weight, linear_bias, lora_a, lora_b, target, smoothing, row_scale, class_weight),
         (
             ignore_index, softcap, logit_scale, lora_scale, z_loss, gradient_filter, statistics, input_grad,

@@ -36,7 +36,7 @@ class Whole:
 
 
 class Shards(Whole):
-    """This process holds rows [start, start + rows) of a head of `vocab` rows.
+    """Rows [start, start + rows) of a head of `vocab` rows are here, the others on the other ranks.
 
     Reads the ranks' sizes once when it is made: the one host synchronisation of a sharded head.
     """

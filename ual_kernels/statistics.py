@@ -34,5 +34,9 @@ class TokenStatistics(NamedTuple):
     def unpack(cls, rows: Tensor, shape: tuple[int, ...]) -> "TokenStatistics":
         """Make the named view of an operator's output, [8, N] or, without dropped mass, [7, N]."""
         numbers = [row.reshape(shape) for row in rows.unbind(0)]
-        dropped = numbers[7] if len(numbers) == 8 else numbers[6].new_zeros(shape).masked_fill(numbers[0].isnan(), torch.nan)
-        return cls(*numbers[:6], numbers[6] == 1, dropped)
+        dropped = (
+            numbers[7]
+            if len(numbers) == 8
+            else numbers[6].new_zeros(shape).masked_fill(numbers[0].isnan(), torch.nan)
+        )
+        return cls._make([*numbers[:6], numbers[6] == 1, dropped])

@@ -321,33 +321,128 @@ def test_same_inputs_same_bits(variant: str, device: torch.device) -> None:
 def test_opcheck(dtype: torch.dtype, variant: str, device: torch.device) -> None:
     leaves, target = linear_case(5, 13, 16, dtype, device)
     smoothing, scale = leaves["label_smoothing"], leaves["sample_weight"]
-    for gradients in ((True, True, False), (True, False, True), (False, False, False)):
+    adapter = torch.randn(2, 16, device=device), torch.randn(13, 2, device=device)
+    for *gradients, lora in (
+        (True, True, False, False, (None, None)),
+        (True, False, False, True, (None, None)),
+        (False, False, False, False, (None, None)),
+        (True, True, True, False, adapter),
+    ):
         torch.library.opcheck(
             ops.linear_cross_entropy,
             (
-                leaves["input"], leaves["linear_weight"], None, target, smoothing, scale, None,
-                -100, 0.0, 1.0, 1e-3, True, *gradients, 2, "triton",
+                leaves["input"], leaves["linear_weight"], None, *lora, target, smoothing, scale, None,
+                -100, 0.0, 1.0, 0.5, 1e-3, 0.0, True, *gradients, -1, 2, "high", "triton",
             ),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 
 
-def test_equals_the_torch_backend(device: torch.device) -> None:
+@pytest.mark.parametrize("live_rows", [-1, 10, 11, 12], ids=["counted", "told", "more", "all"])
+@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_equals_the_torch_backend(
+    softcap: float, adapter: bool, live_rows: int, device: torch.device
+) -> None:
     """Every output of the operator, the unused state included, in float32."""
     leaves, target = linear_case(12, 67, 24, torch.float32, device)
-    target[4] = 67
+    target[4], target[7] = 67, -100
+    with torch.no_grad():
+        leaves["input"][7] = torch.nan
     weight = torch.linspace(0.0, 2.0, 67, device=device)
+    lora = (torch.randn(3, 24, device=device), torch.randn(67, 3, device=device)) if adapter else (None, None)
     detached = {name: leaf.detach() for name, leaf in leaves.items()}
     arguments = (
-        detached["input"], detached["linear_weight"], detached["linear_bias"], target,
+        detached["input"], detached["linear_weight"], detached["linear_bias"], *lora, target,
         detached["label_smoothing"], detached["sample_weight"], weight, -100,
     )  # fmt: skip
-    for softcap in (0.0, 5.0):
-        flags = (softcap, 0.5, 1e-3, True, True, True, False, 5)
-        theirs = ops.linear_cross_entropy(*arguments, *flags, "torch")
-        mine = ops.linear_cross_entropy(*arguments, *flags, "triton")
-        for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5, equal_nan=True)
+    flags = (softcap, 0.5, 0.25, 1e-3, 0.0, True, True, True, adapter, False, live_rows, 5, "high")
+    theirs = ops.linear_cross_entropy(*arguments, *flags, "torch")
+    mine = ops.linear_cross_entropy(*arguments, *flags, "triton")
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+def lora_definition(linear_weight: Tensor, lora_a: Tensor, lora_b: Tensor, **rest: Any) -> Tensor:
+    return linear_definition(linear_weight=linear_weight + 0.5 * lora_b @ lora_a, **rest)
+
+
+def lora_loss(lora_a: Tensor, lora_b: Tensor, **rest: Any) -> Tensor:
+    return ours(linear_lora=(lora_a, lora_b, 0.5), **rest)  # type: ignore[no-any-return]
+
+
+@heads
+@pytest.mark.parametrize("flags", ["mean", "none", "all"])
+def test_an_adapter_on_the_head(
+    flags: str, head: Callable[..., dict[str, Tensor]], device: torch.device
+) -> None:
+    """Float32 A and B beside bfloat16 hidden states, never merged into the 16-bit head."""
+    leaves, target = linear_case(48, 301, 32, torch.bfloat16, device)
+    leaves = head(leaves)
+    leaves["lora_a"] = (torch.randn(4, 32, device=device) / 4).requires_grad_()
+    leaves["lora_b"] = torch.randn(301, 4, device=device).requires_grad_()
+    chosen = options(flags, 301, device)
+    actual = measure(lora_loss, leaves, target, **chosen)
+    exact = measure(lora_definition, as_float64(leaves), target, **chosen)
+    for name in ("lora_a", "lora_b"):
+        # sums over the vocabulary of probabilities as they are stored, in 16 bits
+        error = (actual.pop(name) - exact[name]).norm() / exact.pop(name).norm()
+        assert error <= torch.finfo(torch.bfloat16).eps / 12**0.5
+    assert_at_the_floor(actual, exact)
+
+
+@variants
+def test_numbers_chosen_from_the_statistics(variant: str, device: torch.device) -> None:
+    leaves, target = linear_case(24, 101, 32, torch.bfloat16, device)
+    leaves = {name: leaf.detach() for name, leaf in trainable(leaves).items()}
+    del leaves["sample_weight"], leaves["label_smoothing"]
+    for name in ("input", "linear_weight"):
+        leaves[name].requires_grad_()
+    facts = ours(**leaves, target=target, return_statistics=True)[1]
+    by_hand = measure(
+        ours,
+        leaves,
+        target,
+        label_smoothing=facts.top1_prob.nan_to_num(0.0) / 2,
+        sample_weight=facts.entropy.nan_to_num(0.0),
+        reduction="sum",
+        chunk_tokens=7,
+    )
+    chosen = measure(
+        ours,
+        leaves,
+        target,
+        label_smoothing=lambda statistics: statistics.top1_prob / 2,
+        sample_weight=lambda statistics: statistics.entropy,
+        reduction="sum",
+        chunk_tokens=7,
+    )
+    for name in by_hand:
+        torch.testing.assert_close(chosen[name], by_hand[name], rtol=1e-5, atol=1e-5)
+
+
+def test_fast_rounds_logits_and_says_so(device: torch.device) -> None:
+    """The error of bfloat16 logits (half a unit in the last place of 8 to 16 is 2^-5) shows, and no more."""
+    leaves, target = linear_case(64, 1_000, 64, torch.bfloat16, device)
+    leaves = frozen(leaves)
+    del leaves["linear_bias"]
+    exact = measure(linear_definition, as_float64(leaves), target)["input"]
+    errors = {
+        precision: (
+            (measure(ours, leaves, target, precision=precision)["input"] - exact).norm() / exact.norm()
+        )
+        for precision in ("high", "fast")
+    }
+    assert errors["high"] <= torch.finfo(torch.bfloat16).eps / 12**0.5 < errors["fast"] <= 2**-5
+
+
+# ---- what it does not have ----
+
+
+def test_a_filter_is_refused(device: torch.device) -> None:
+    leaves, target = linear_case(4, 17, 16, torch.bfloat16, device)
+    with pytest.raises(UnsupportedError, match="no gradient_filter"):
+        ours(**leaves, target=target, gradient_filter=1e-3)
 
 
 # ---- plans and refusals ----

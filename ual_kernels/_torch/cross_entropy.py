@@ -201,5 +201,3 @@ def _dlogits(
         p *= 1 - torch.tanh(raw.to(p.dtype) * (logit_scale / softcap)).square()
     p *= (scale * logit_scale)[:, None]
     return p.masked_fill_(~live[:, None], 0.0)
-
-

@@ -1,8 +1,8 @@
 """Cross entropy of hidden states and a head in plain PyTorch: any device, and the fast path of a CPU.
 
-The logits of a row are z = scale (e C^T + u B^T + b), a sum of products left @ right^T: hidden state and head,
-LoRA's e A^T and B, one and the bias. Chunks of rows walk over tiles of the vocabulary; of the logits no more
-exists than one tile, small enough to stay in a CPU's cache, and each is finished while it is there:
+The logits of a row are z = scale (e C^T + u B^T + b), a sum of products left @ right^T: hidden state and
+head, LoRA's e A^T and B, one and the bias. Chunks of rows walk over tiles of the vocabulary; of the logits no
+more exists than one tile, small enough to stay in a CPU's cache, and each is finished while it is there:
 
     m      = max(m, max z)                 x = exp(z - m), 0 in the target's column
     others = others exp(m' - m) + sum x    X = X exp(m' - m) + x @ right        (m' the maximum before)
@@ -182,8 +182,10 @@ def linear_cross_entropy(
             if capped:
                 mean = whole.sum(sweep.mean / vocab)
             else:
-                mean = sum((left.to(acc) @ t.mean for left, t in zip(lefts, terms, strict=True)), wide(1))
-                mean = whole.sum(mean * logit_scale)
+                means = [
+                    left.to(acc) @ t.mean for left, t in zip(lefts, terms, strict=True) if t.mean is not None
+                ]
+                mean = whole.sum(torch.stack(means).sum(0) * logit_scale)
             c_y: Tensor | float = 1.0
             if class_weight is not None:
                 c_y = whole.sum(torch.where(mine, class_weight[column], 0.0))
@@ -233,20 +235,19 @@ def linear_cross_entropy(
             if capped:
                 at_target = (at_target - s * c_y / vocab) * slope_y
             a = a * logit_scale
-            rows_of = Rows(
-                lefts, column, a * k / total * fade, torch.where(mine, a * at_target, 0.0), a * s, index
-            )
+            rows_of = Rows(lefts, column, a * k / total * fade, torch.where(mine, a * at_target, 0.0), a * s)
             dlefts = sweep.gradients(rows_of, fade / total)
             if statistics:
                 facts[7] = whole.sum(sweep.dropped)
                 stats[:, index] = torch.where(legal & alive, facts, stats[:, index])
-            if lora_a is not None and (input_grad or lora_grad):
-                through_b = whole.sum(dlefts[1] * lora_scale)
+            through_b = None
+            if lora_a is not None and (of_u := dlefts[1]) is not None:
+                through_b = whole.sum(of_u * lora_scale)
                 if lora_grad:
                     dlora_a.addmm_(through_b.T, e.to(acc))
-            if input_grad:
-                de = whole.sum(dlefts[0])
-                if lora_a is not None:
+            if (de := dlefts[0]) is not None:
+                de = whole.sum(de)
+                if through_b is not None and lora_a is not None:
                     de.addmm_(through_b, lora_a.detach().to(acc))
                 dinput[index] = de.to(dinput.dtype)
     if not capped:
@@ -290,7 +291,6 @@ class Rows(NamedTuple):
     of_x: Tensor  # [M]
     of_target: Tensor  # [M], 0 where another rank holds the target
     of_mean: Tensor  # [M]
-    index: Tensor
 
 
 class Tile(NamedTuple):

@@ -18,7 +18,8 @@ cublas  `torch.mm` into float32, then a kernel with one program a row, k = max(z
 
 float32 and float16 inputs, a softcap (whose slope needs the sum before x can be stored) and a bias that is
 trained (a sum over rows that cancels, so x stays float32) take the second, and so do features that are no
-multiple of 16. float16 has 5 bits of exponent:
+multiple of 16, a LoRA adapter on the head and logits that may be rounded (precision="fast").
+float16 has 5 bits of exponent:
 there k is 15 log 2 below the maximum, so that x reaches 2^15 and what is lost is below 2^-39 of the largest;
 where x does not have the largest at 1 (a softcap) or meets gradients divided by many tokens (a head that is
 trained) it stays float32. float64 is not for tensor cores: ask the "torch" backend.
@@ -32,12 +33,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ual_kernels._rows import COUNT, STATISTICS, Rule, add_rows, dead_statistics, kept_rows, labels
+from ual_kernels._rows import column_mean as rows_mean
+from ual_kernels._rows import stored_dtype as stored_dtype_of
 from ual_kernels._triton.math import final_logits
 
 # "fused" where it can be; a benchmark or a test may ask for "cublas" everywhere
 VARIANT: Literal["fused", "cublas"] = "fused"
 
 _INTERPRETED = triton.knobs.runtime.interpret
+_PRODUCT_BYTES = 1 << 28
 _CHUNK_BYTES = 1 << 29  # of x or logits: at a vocabulary of 128k, 2048 rows of the one or 1024 of the other
 _MOST_ROWS = 4_096  # beyond, reading the head once a chunk is lost beside its FLOPs (ridge: 183 rows)
 _TILE_ROWS = 128
@@ -576,6 +581,8 @@ def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     target: Tensor,
     smoothing: Tensor,
     row_scale: Tensor,
@@ -584,56 +591,84 @@ def linear_cross_entropy(
     ignore_index: int,
     softcap: float,
     logit_scale: float,
+    lora_scale: float,
     z_loss: float,
+    gradient_filter: float,
     statistics: bool,
     input_grad: bool,
     head_grad: bool,
+    lora_grad: bool,
     per_row: bool,
-    chunk_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The body of `ops.linear_cross_entropy`. Ignored rows leave before the first GEMM (one host read)."""
+    live_rows: int = COUNT,
+    chunk_tokens: int = 0,
+    precision: str = "high",
+    rule: Rule | None = None,
+    whole: None = None,
+) -> tuple[Tensor, ...]:
+    """The body of `ops.linear_cross_entropy`. Ignored rows leave before the first GEMM.
+
+    `functional` refuses `gradient_filter` and shards (`whole`) before they get here.
+    """
     rows, features = input.shape
     vocab = linear_weight.shape[0]
     acc = torch.float32
-    kept = (target != ignore_index).nonzero().squeeze(1)
-    count = len(kept)
-    write, capped, biased = input_grad or head_grad, bool(softcap), linear_bias is not None
+    write, capped, biased = input_grad or head_grad or lora_grad, bool(softcap), linear_bias is not None
+    facts_wanted = statistics or rule is not None
 
-    # bfloat16 has float32's range and may wait in it for a constant factor; see `chunked.stored_dtype`
-    stored = torch.bfloat16 if input.dtype == torch.bfloat16 and not per_row else acc
     loss = input.new_zeros(rows, dtype=acc)
     state = input.new_zeros((2, rows), dtype=acc)
-    stats = input.new_full((7, rows if statistics else 0), torch.nan, dtype=acc)
-    stats[6] = 0.0
+    stats = dead_statistics(input, STATISTICS, rows if statistics else 0, acc)
+    stored = stored_dtype_of(input.dtype, per_row)
     dinput = input.new_zeros((rows if input_grad else 0, features), dtype=stored)
     dhead = input.new_zeros((vocab if head_grad else 0, features), dtype=acc)
     dbias = input.new_zeros(vocab if head_grad and biased else 0, dtype=acc)
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    dlora_a = input.new_zeros((rank if lora_grad else 0, features), dtype=acc)
+    dlora_b = input.new_zeros((vocab if lora_grad else 0, rank), dtype=acc)
+    outputs = (loss, state, stats, dinput, dhead, dbias, dlora_a, dlora_b)
+    kept = kept_rows(target, ignore_index, live_rows)
+    count = len(kept.index)
     if count == 0:
-        return loss, state, stats, dinput, dhead, dbias
+        return outputs
 
     head = linear_weight.detach().contiguous()
     bias = None if linear_bias is None else linear_bias.detach().to(acc).contiguous()
-    column_mean = bias_mean = None
+    a_wide = None if lora_a is None else lora_a.detach().to(acc)
+    b_wide = None if lora_b is None else lora_b.detach().to(acc)
+    column_mean = bias_mean = whole_mean = None
+    b_mean = input.new_zeros(rank, dtype=acc)
     if not capped:
-        column_mean = _column_mean(head, class_weight)
-        bias_mean = None if bias is None else _column_mean(bias[:, None], class_weight)
+        column_mean = whole_mean = rows_mean(head, class_weight, vocab)
+        bias_mean = None if bias is None else rows_mean(bias[:, None], class_weight, vocab)
+        if a_wide is not None and b_wide is not None:
+            b_mean = rows_mean(b_wide, class_weight, vocab)
+            whole_mean = column_mean + lora_scale * (b_mean @ a_wide)
     class_mean = None if class_weight is None else class_weight.mean()
 
-    labels = target[kept]
-    legal = (labels >= 0) & (labels < vocab)
-    y = torch.where(legal, labels, 0).long()
-    poison = torch.where(legal, 0.0, torch.nan).to(acc)
-    s, a = smoothing[kept], row_scale[kept] + poison
+    y, alive, legal = labels(target[kept.index], vocab, ignore_index)
+    poison = torch.where(legal | ~alive, 0.0, torch.nan).to(acc)
+    if kept.enough is not None:
+        poison = torch.where(kept.enough, poison, torch.nan)
+    s, a = smoothing[kept.index], row_scale[kept.index]
+    if kept.live is not None:  # dead rows are among these; what they hold must not matter
+        s, a = s.where(kept.live, 0.0), a.where(kept.live, 0.0)
+    base_scale = a
     known_state = input.new_empty((2, count), dtype=acc)
-    known_stats = input.new_empty((7, count if statistics else 0), dtype=acc)
+    known_stats = input.new_zeros((STATISTICS, count if facts_wanted else 0), dtype=acc)
 
     x_dtype = input.dtype
-    if dbias.numel() or (input.dtype == torch.float16 and (capped or head_grad)):
+    if dbias.numel() or (input.dtype == torch.float16 and (capped or head_grad or lora_grad)):
         x_dtype = acc
     factor = torch.bfloat16 if input.dtype == torch.bfloat16 else x_dtype
     operand = head.to(factor)
+    fast = precision == "fast" and input.dtype in (torch.bfloat16, torch.float16)
     # rows of e and of the head that do not start on 16 bytes are loaded number by number
-    fused = VARIANT == "fused" and x_dtype == torch.bfloat16 and not capped and features % 16 == 0
+    fused = (
+        VARIANT == "fused"
+        and x_dtype == torch.bfloat16
+        and not (capped or fast or rank)
+        and features % 16 == 0
+    )
     most = chunk_tokens or chunk_rows(vocab, 2 if fused else 4)
     room = min(most, count)
     # whole groups of 8 columns, so that every row of x starts on 16 bytes
@@ -641,26 +676,41 @@ def linear_cross_entropy(
     size = (room if write or not fused else 0, width)
     buffer = input.new_empty(size, dtype=x_dtype if fused else acc)
     smoothed_rows = input.new_zeros(features, dtype=acc)  # sum of s a e, for the rank-one part of dC
+    smoothed_ranks = input.new_zeros(rank, dtype=acc)  # and of dB
     smoothed_count = input.new_zeros((), dtype=acc)  # sum of s a, likewise for the bias
 
     block_d = min(triton.next_power_of_2(features), 1_024)
     flags = {"BIASED": biased, "LOGIT_SCALE": logit_scale}
     for chunk in _chunks(count, most):
-        index, y_chunk, s_chunk, a_chunk = kept[chunk], y[chunk], s[chunk], a[chunk]
+        index, y_chunk, s_chunk, a_chunk = kept.index[chunk], y[chunk], s[chunk], a[chunk] + poison[chunk]
         e = input[index]
+        if kept.live is not None:
+            e = e.masked_fill(~kept.live[chunk][:, None], 0.0)
         here = len(index)
         table = input.new_empty((_TABLE_ROWS, here), dtype=acc)
         factors = input.new_empty((4, here), dtype=acc)
         _dots_kernel[(here,)](
-            e, head, bias, y_chunk, column_mean, bias_mean, table, here, features,
+            e, head, bias, y_chunk, whole_mean, bias_mean, table, here, features,
             **flags, SOFTCAP=softcap, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
+        u = None
+        if a_wide is not None and b_wide is not None:
+            u = (e.to(acc) @ a_wide.T) * lora_scale
         logits = None
         if fused:
             x = buffer[:here, :vocab]
-            _anchored(e, head, bias, y_chunk, table, x, logit_scale, statistics, write)
+            _anchored(e, head, bias, y_chunk, table, x, logit_scale, facts_wanted, write)
         else:
-            logits = _product(e, head.T, out=buffer[:here])
+            logits = buffer[:here]
+            if fast:
+                logits.copy_(torch.mm(e, head.T))
+            else:
+                _product(e, head.T, out=logits)
+            if u is not None and b_wide is not None:
+                logits.addmm_(u, b_wide.T)
+            if fast or u is not None:
+                # the target's logit must be the number that its row holds
+                _read_target(table, logits, y_chunk, bias, softcap, logit_scale)
             # in the logits' own memory: a row of 16-bit x takes the first half of its row
             x = logits.view(x_dtype)[:, :vocab]
         _rows_kernel[(here,)](
@@ -668,7 +718,7 @@ def linear_cross_entropy(
             **flags,
             GIVEN=not fused,
             WEIGHTED=class_weight is not None,
-            STATISTICS=statistics,
+            STATISTICS=facts_wanted,
             WRITE=write and not capped,
             SOFTCAP=softcap,
             HEADROOM=_FLOAT16_HEADROOM if x_dtype == torch.float16 else 0.0,
@@ -676,13 +726,30 @@ def linear_cross_entropy(
             BLOCK_D=128 if fused else 1,
             num_warps=8,
         )  # fmt: skip
-        _finish_kernel[(triton.cdiv(here, 128),)](
-            table, y_chunk, s_chunk, a_chunk, class_weight, class_mean,
-            known_state[:, chunk], known_stats[:, chunk] if statistics else known_stats, factors,
-            count, here, vocab,
-            WEIGHTED=class_weight is not None, STATISTICS=statistics, WRITE=write and not capped,
-            SOFTCAP=softcap, LOGIT_SCALE=logit_scale, Z_LOSS=z_loss, BLOCK=128, num_warps=4,
-        )  # fmt: skip
+
+        def finish(
+            chunk: slice, table: Tensor, y_chunk: Tensor, s_chunk: Tensor, a_chunk: Tensor, factors: Tensor
+        ) -> None:
+            _finish_kernel[(triton.cdiv(len(y_chunk), 128),)](
+                table, y_chunk, s_chunk, a_chunk, class_weight, class_mean,
+                known_state[:, chunk], known_stats[:, chunk] if facts_wanted else known_stats, factors,
+                count, len(y_chunk), vocab,
+                WEIGHTED=class_weight is not None, STATISTICS=facts_wanted, WRITE=write and not capped,
+                SOFTCAP=softcap, LOGIT_SCALE=logit_scale, Z_LOSS=z_loss, BLOCK=128, num_warps=4,
+            )  # fmt: skip
+
+        finish(chunk, table, y_chunk, s_chunk, a_chunk, factors)
+        if rule is not None:
+            # the statistics do not depend on what the rule chooses from them; the factors do, so once more
+            chosen, weight = rule(known_stats[:7, chunk])
+            s_chunk = s_chunk if chosen is None else chosen
+            a_chunk = a_chunk if weight is None else a_chunk * weight
+            if kept.live is not None:
+                dead = ~kept.live[chunk]
+                s_chunk, a_chunk = s_chunk.masked_fill(dead, 0.0), a_chunk.masked_fill(dead, 0.0)
+            s_chunk, a_chunk = s_chunk.contiguous(), a_chunk.contiguous()
+            s[chunk], a[chunk] = s_chunk, a_chunk
+            finish(chunk, table, y_chunk, s_chunk, a_chunk, factors)
         if not write:
             continue
         if capped:
@@ -692,31 +759,54 @@ def linear_cross_entropy(
                 BLOCK_V=min(triton.next_power_of_2(vocab), 4_096), num_warps=8,
             )  # fmt: skip
         rounded = x.to(factor)
-        if input_grad:
+        of_product, of_target, of_mean, _ = factors.unbind(0)
+        if u is not None and a_wide is not None and b_wide is not None:
+            # [M, r] numbers more: what reaches the head's input through B
+            through_b = (x.to(acc) @ b_wide) * of_product[:, None] + b_wide[y_chunk] * of_target[:, None]
+            through_b = (through_b - of_mean[:, None] * b_mean) * lora_scale
+            if lora_grad:
+                dlora_a.addmm_(through_b.T, e.to(acc))
+                dlora_b.addmm_(x.to(acc).T, u * of_product[:, None])
+                add_rows(dlora_b, y_chunk, u * of_target[:, None])
+                smoothed_ranks += of_mean @ u
+            if input_grad:
+                de = _product(rounded, operand).mul_(of_product[:, None]).addmm_(through_b, a_wide)
+                de.addcmul_(of_target[:, None], head[y_chunk].to(acc))
+                if column_mean is not None:
+                    de.addcmul_(of_mean[:, None], column_mean, value=-1)
+                dinput[index] = de.to(stored)
+        elif input_grad:
             _input_gradient_kernel[(here,)](
                 _product(rounded, operand), head, column_mean, y_chunk, index, factors, dinput,
                 here, features, SOFTCAP=softcap, BLOCK_D=block_d, num_warps=4,
             )  # fmt: skip
         if head_grad:
-            of_product, of_target, of_mean, _ = factors.unbind(0)
             wide = e.to(acc)
-            dhead += _product(rounded.T, (wide * of_product[:, None]).to(factor))
-            _add_rows(dhead, y_chunk, wide * of_target[:, None])
+            _add_product(dhead, rounded.T, (wide * of_product[:, None]).to(factor))
+            add_rows(dhead, y_chunk, wide * of_target[:, None])
             smoothed_rows += of_mean @ wide
             if dbias.numel():
                 dbias += of_product @ x
-                _add_rows(dbias, y_chunk, of_target)
+                add_rows(dbias, y_chunk, of_target)
                 smoothed_count += of_mean.sum()
-    loss[kept] = a * known_state[0]
-    state[:, kept] = known_state + poison
+    a = a + poison
+    scaled, unit = a * known_state[0], known_state + poison
+    if rule is not None:  # a weight that the rule chose belongs to the unit loss
+        unit = unit * torch.where(base_scale == 0, 0.0, a / base_scale)
+    if kept.live is not None:
+        scaled, unit = torch.where(kept.live, scaled, 0.0), torch.where(kept.live, unit, 0.0)
+    loss[kept.index] = scaled
+    state[:, kept.index] = unit
     if statistics:
-        stats[:, kept] = torch.where(legal, known_stats, stats[:, kept])
-    if head_grad and not capped:
+        stats[:, kept.index] = torch.where(legal & alive, known_stats, stats[:, kept.index])
+    if not capped:
         over = head.new_ones(vocab, dtype=acc) if class_weight is None else class_weight
-        dhead.addr_(over, smoothed_rows, alpha=-1.0 / vocab)
+        for out, total in ((dhead, smoothed_rows), (dlora_b, smoothed_ranks)):
+            if out.numel():
+                out.addr_(over, total, alpha=-1.0 / vocab)
         if dbias.numel():
             dbias -= over * (smoothed_count / vocab)
-    return loss, state, stats, dinput, dhead, dbias
+    return outputs
 
 
 _FLOAT16_HEADROOM = 15 * 0.6931471805599453
@@ -779,16 +869,19 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def _column_mean(matrix: Tensor, class_weight: Tensor | None) -> Tensor:
-    """Mean over v of c_v C_v."""
-    if class_weight is None:
-        return matrix.mean(0, dtype=torch.float32)
-    return class_weight @ matrix.to(torch.float32) / len(matrix)
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b in float32, by blocks of rows whose product is small beside the head's gradient."""
+    block = max(1, _PRODUCT_BYTES // (4 * out.shape[1]))
+    for start in range(0, len(out), block):
+        rows = slice(start, start + block)
+        out[rows] += _product(a[rows], b)
 
 
-def _add_rows(out: Tensor, y: Tensor, rows: Tensor) -> None:
-    """out[y] += rows, in the same order on every run."""
-    if out.is_cuda:
-        out.index_put_((y,), rows, accumulate=True)  # sorts by label, where index_add_ races
-    else:
-        out.index_add_(0, y, rows)
+def _read_target(
+    table: Tensor, logits: Tensor, y: Tensor, bias: Tensor | None, softcap: float, logit_scale: float
+) -> None:
+    z_y = logits.gather(1, y[:, None]).squeeze(1)
+    if bias is not None:
+        z_y = z_y + bias[y]
+    z_y = z_y * logit_scale
+    table[_Z_Y.value] = softcap * torch.tanh(z_y / softcap) if softcap else z_y
