@@ -109,7 +109,7 @@ def test_the_public_face() -> None:
     ]
     assert all(hasattr(ual_kernels, name) for name in ual_kernels.__all__)
     assert ual_kernels.TokenStatistics._fields == (
-        "lse", "log_prob", "entropy", "top1_prob", "margin", "mean_logit", "correct",
+        "lse", "log_prob", "entropy", "top1_prob", "margin", "mean_logit", "correct", "dropped_mass",
     )  # fmt: skip
 
 

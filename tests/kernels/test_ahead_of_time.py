@@ -18,6 +18,9 @@ SELECTED = (
     "*/forward/weighted/bf16/1000",  # nothing divides by 16: no vector loads, other register counts
     "*/forward/all/fp32/1000",
     "*/plain/bf16/32000",  # the usual call
+    "linear*/anchored/*",
+    "linear*/rows/all/*",
+    "linear*/rows/again/*",
 )
 
 
@@ -46,6 +49,19 @@ def test_nothing_spills(dtype: str, target: str) -> None:
     found = [r for r in reports() if r["target"] == target and f"/{dtype}/" in r["name"]]
     assert any("/forward/all/" in r["name"] for r in found)
     assert [r for r in found if r["spill_bytes"]] == []
+
+
+def test_every_plan_of_the_gemm_fits_and_multiplies_on_tensor_cores() -> None:
+    instructions = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+    shared = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes a block may have
+    found = [r for r in reports() if "/anchored/" in r["name"]]
+    assert len(found) == 8 * len(NVIDIA)
+    for report in found:
+        assert report["spill_bytes"] == 0, report
+        assert report["tensor_core"].keys() == {instructions[report["target"]]}, report
+        assert report["shared_bytes"] <= shared[report["target"]], report
+        if report["name"].endswith("/frozen/bf16/128256"):
+            assert report["stores"]["128"] == 16, report  # x leaves in whole vectors
 
 
 def test_whole_blocks_move_in_128_bits() -> None:

@@ -79,7 +79,7 @@ def gemm_plan(platform: str, statistics: bool) -> GemmPlan:
     if platform == "interpreter":
         return GemmPlan(16, 64, 32, 2, 4, 1)
     if platform == "hip":
-        return GemmPlan(128, 128, 32, 8, 8, 2)
+        return GemmPlan(128, 64, 32, 8, 8, 2)
     # the four more sums of a row take the registers of a larger tile
     return GemmPlan(128, 64, 64, 8, 8, 4) if statistics else GemmPlan(128, 256, 64, 8, 8, 3)
 
