@@ -31,8 +31,19 @@ def kept_rows(target: Tensor, ignore_index: int, live_rows: int) -> Kept:
         return Kept(live.nonzero().squeeze(1), None, None)
     if live_rows >= len(target):
         return Kept(torch.arange(len(target), device=target.device), live, None)
-    order = live.logical_not().to(torch.uint8).argsort(stable=True)[:live_rows]
+    order = live.logical_not().to(torch.uint8).argsort(stable=True)[: max(live_rows, 1)]
     return Kept(order, live[order], live.sum() <= live_rows)
+
+
+def poison_missed(
+    kept: Kept, target: Tensor, ignore_index: int, loss: Tensor, state: Tensor, dinput: Tensor
+) -> None:
+    """NaN in the live rows that a number of rows too small left out; the rows that took part hold it."""
+    if kept.enough is not None:
+        missed = (target != ignore_index) & ~kept.enough
+        loss.masked_fill_(missed, torch.nan)
+        state.masked_fill_(missed, torch.nan)
+        dinput.masked_fill_(missed[: len(dinput), None], torch.nan)
 
 
 def labels(target: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,8 +66,20 @@ def stored_dtype(dtype: torch.dtype, per_row: bool) -> torch.dtype:
 def column_mean(matrix: Tensor, class_weight: Tensor | None, vocab: int) -> Tensor:
     """Sum over v of c_v C_v / V, [D]: the mean, where the matrix has all V rows."""
     acc = torch.promote_types(matrix.dtype, torch.float32)
-    total = matrix.sum(0, dtype=acc) if class_weight is None else class_weight @ matrix.to(acc)
+    if class_weight is not None:
+        total = sum_blocks(matrix, lambda block, rows: class_weight[rows] @ block.to(acc))
+    elif matrix.is_cpu:  # which would widen all of a 16-bit matrix first
+        total = sum_blocks(matrix, lambda block, rows: block.to(acc).sum(0))
+    else:
+        total = matrix.sum(0, dtype=acc)
     return total / vocab
+
+
+def sum_blocks(matrix: Tensor, of: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Sum over blocks of rows that fit a cache; a widened copy of a whole head would not fit a memory."""
+    size = max(1, (1 << 20) // max(matrix.shape[1], 1))
+    parts = [slice(start, start + size) for start in range(0, len(matrix), size)]
+    return torch.stack([of(matrix[rows], rows) for rows in parts]).sum(0)
 
 
 def add_rows(out: Tensor, y: Tensor, rows: Tensor) -> None:

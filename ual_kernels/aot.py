@@ -118,12 +118,17 @@ def linear_cross_entropy() -> Iterator[Specialisation]:
         return {n: usual.get(n, "*fp32:16" if n.endswith("_ptr") else "i32") for n in kernel.arg_names}
 
     for platform, targets in (("cuda", "sm_"), ("hip", "gfx")):
-        for label, flags in {
+        kinds: dict[str, dict[str, Any]] = {
             "frozen": {},
             "statistics": {"STATISTICS": True},
             "loss": {"WRITE": False},
             "biased": {"BIASED": True, "STATISTICS": True, "LOGIT_SCALE": 0.5},
-        }.items():
+        }
+        shapes: dict[str, dict[str, Any]] = {
+            "128256": {"EVEN_D": True},
+            "50257": {"EVEN_D": False, "V": "i32", "stride_x": "i32"},
+        }
+        for label, flags in kinds.items():
             plan = source.gemm_plan(platform, "STATISTICS" in flags)
             blocks = {
                 "BLOCK_M": plan.block_m,
@@ -131,7 +136,6 @@ def linear_cross_entropy() -> Iterator[Specialisation]:
                 "BLOCK_K": plan.block_k,
                 "GROUP": plan.group,
             }
-            shapes = {"128256": {"EVEN_D": True}, "50257": {"EVEN_D": False, "V": "i32", "stride_x": "i32"}}
             for vocab, shape in shapes.items():
                 yield Specialisation(
                     f"linear_cross_entropy/anchored/{label}/bf16/{vocab}",

@@ -24,7 +24,10 @@ from ual_kernels.parallel import Shards
 from ual_kernels.statistics import TokenStatistics
 
 TokenRule: TypeAlias = Callable[[TokenStatistics], Tensor]
-"""A number for each token from its own statistics: fields [M], the live tokens of a chunk, in; [M] out."""
+"""A number for each token from its own statistics: fields [M] of some tokens in, [M] out.
+
+Where ignored tokens are among them (`cross_entropy`, compact=False), what is returned for those is not used.
+"""
 
 # Triton reads this when it decorates a kernel, so once, at import; so do we.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -308,6 +311,12 @@ def linear_cross_entropy(  # type: ignore[misc]
     # "auto" stays with PyTorch until the Triton path has been measured on a GPU
     backend = _choose(backend, input, fused="torch")
     size = linear_weight.shape[0]
+    direct = process_group is not None or callable(label_smoothing) or callable(sample_weight)
+    if direct and backend != "reference" and torch.compiler.is_compiling():
+        raise UnsupportedError(
+            "neither a function of the statistics nor a process_group can be compiled; call "
+            "linear_cross_entropy outside torch.compile, or pass tensors made from return_statistics"
+        )
     shards = None
     if process_group is not None:
         if backend != "torch" or threshold:
@@ -367,16 +376,12 @@ def linear_cross_entropy(  # type: ignore[misc]
         precision,
         backend,
     )
-    direct = {"rule": plan.rule, "whole": shards}
-    if plan.rule is None and shards is None:
-        loss, _, stats, *_ = ops.linear_cross_entropy(*arguments)
-    elif torch.compiler.is_compiling():
-        raise UnsupportedError(
-            "neither a function of the statistics nor a process_group can be compiled; call "
-            "linear_cross_entropy outside torch.compile, or pass tensors made from return_statistics"
+    if direct:
+        loss, _, stats, *_ = ops.LinearCrossEntropyDirect.apply(  # type: ignore[no-untyped-call]
+            *arguments, {"rule": plan.rule, "whole": shards}
         )
     else:
-        loss, _, stats, *_ = ops.LinearCrossEntropyDirect.apply(*arguments, direct)  # type: ignore[no-untyped-call]
+        loss, _, stats, *_ = ops.linear_cross_entropy(*arguments)
     return plan.finish(loss, stats)
 
 
@@ -512,23 +517,24 @@ def _smoothing(s: Tensor, stretch: float) -> Tensor:
     return s if stretch == 1.0 else s * stretch
 
 
+def _numbers(name: str, function: TokenRule | None, facts: Tensor) -> Tensor | None:
+    if function is None:
+        return None
+    value = function(TokenStatistics.unpack(facts.clone(), facts.shape[1:]))
+    if not (isinstance(value, Tensor) and value.is_floating_point() and value.shape == facts.shape[1:]):
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"{name}(statistics) must return a floating-point tensor [{facts.shape[1]}], one number per "
+            f"token like the fields of its argument, got {got}"
+        )
+    return value.detach().to(facts.dtype)
+
+
 def _rule(smoothing: TokenRule | None, weight: TokenRule | None, stretch: float) -> Rule:
     """What the caller's functions make of statistics [7, M], checked."""
 
-    def numbers(name: str, function: TokenRule | None, facts: Tensor) -> Tensor | None:
-        if function is None:
-            return None
-        value = function(TokenStatistics.unpack(facts, facts.shape[1:]))
-        if not (isinstance(value, Tensor) and value.is_floating_point() and value.shape == facts.shape[1:]):
-            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"{name}(statistics) must return a floating-point tensor [{facts.shape[1]}], one number per "
-                f"token like the fields of its argument, got {got}"
-            )
-        return value.detach().to(facts.dtype)
-
     def rule(facts: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        s, w = numbers("label_smoothing", smoothing, facts), numbers("sample_weight", weight, facts)
+        s, w = _numbers("label_smoothing", smoothing, facts), _numbers("sample_weight", weight, facts)
         return (
             None if s is None else _smoothing(s, stretch),
             None if w is None else torch.where(w >= 0, w, torch.nan),

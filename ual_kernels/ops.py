@@ -374,11 +374,11 @@ def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
         }
         tensors[7] = dloss * row_scale
         values = tuple(options.values())
-        outputs = (
-            _linear(tuple(tensors), values, **ctx.direct)
-            if ctx.direct
-            else linear_cross_entropy(*tensors, *values)
-        )
+        if ctx.direct:
+            with torch.no_grad():  # as an operator would have it
+                outputs = _linear(tuple(tensors), values, **ctx.direct)
+        else:
+            outputs = linear_cross_entropy(*tensors, *values)
         gradients = outputs[3:]
         upstream = torch.ones_like(dloss)
     # gradients that are sums over rows exist only where all rows share one upstream value

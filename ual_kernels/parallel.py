@@ -20,7 +20,7 @@ class Whole:
     start = 0
 
     def __init__(self, rows: int) -> None:
-        self.vocab = rows
+        self.vocab = self.largest = rows
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Over ranks; may overwrite its argument."""
@@ -48,7 +48,7 @@ class Shards(Whole):
         dist.all_gather(sizes, torch.tensor([rows], device=device), group=group)
         counts = torch.cat(sizes).tolist()
         self.start = sum(counts[: dist.get_rank(group)])
-        self.vocab = sum(counts)
+        self.vocab, self.largest = sum(counts), max(counts)
 
     def sum(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor, group=self._group)

@@ -26,7 +26,8 @@ class Collator:
 
     Calling it takes features with `input_ids` and `labels` (lists of int of one length), `label_smoothing`
     and `sample_weight` (floats; further keys are left out) and returns `input_ids`, `attention_mask` and
-    `labels` [B, T] int64, and `label_smoothing` and `sample_weight` [B] float32.
+    `labels` [B, T] int64, `label_smoothing` and `sample_weight` [B] float32, and `live_rows`: how many labels
+    are trained, counted here so that no loss has to wait for a device to know it.
 
     Raises:
         UserError: a feature has lost its `label_smoothing` or `sample_weight`.
@@ -41,7 +42,7 @@ class Collator:
     pad_to_multiple_of: int = 8
     average: Literal["weights", "tokens", "samples"] = "weights"
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name in _NUMBERS:
             if any(name not in feature for feature in features):
                 raise UserError(
@@ -63,8 +64,8 @@ class Collator:
             torch.tensor([float(feature[name]) for feature in features], dtype=torch.float32)
             for name in _NUMBERS
         )
+        live_tokens = (labels[:, 1:] != IGNORE_INDEX).sum(1)
         if self.average == "samples":
-            live_tokens = (labels[:, 1:] != IGNORE_INDEX).sum(1)
             weight = weight / live_tokens.clamp(min=1)
         return {
             "input_ids": input_ids,
@@ -72,4 +73,5 @@ class Collator:
             "labels": labels,
             "label_smoothing": smoothing,
             "sample_weight": weight,
+            "live_rows": int(live_tokens.sum()),
         }

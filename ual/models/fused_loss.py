@@ -24,7 +24,7 @@ from ual.errors import UserError
 from ual_kernels import IGNORE_INDEX, TokenStatistics, linear_cross_entropy
 
 Model = TypeVar("Model", bound=nn.Module)
-_ADDED = ("label_smoothing", "sample_weight", "num_items_in_batch", "return_statistics")
+_ADDED = ("label_smoothing", "sample_weight", "num_items_in_batch", "live_rows", "return_statistics")
 
 
 @dataclass
@@ -52,7 +52,8 @@ def fuse(
     `FusedOutput` whose `loss` is the mean over live tokens (or divided by `num_items_in_batch`, as
     transformers' Trainer passes it) and whose `logits` is None. Without `labels` the model is as before, so
     generation works. Any trainer that calls the model with labels gains the loss; per-sample columns reach it
-    as tensors [B] (or [B, T]).
+    as tensors [B] (or [B, T]). ``live_rows=``, a number of trained labels that the host knows, spares the
+    loss from asking the device.
 
     Args:
         model: a `PreTrainedModel` with an lm_head, or a `PeftModel` around one (wrap before or after).
@@ -100,6 +101,7 @@ def fuse(
         label_smoothing: float | Tensor = 0.0,
         sample_weight: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        live_rows: int | None = None,
         return_statistics: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -112,7 +114,7 @@ def fuse(
             assert labels is not None
             # the last position predicts nothing; its row leaves with the other ignored ones, uncopied
             shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
-        loss, statistics = _call_head(
+        result = _call_head(
             self.get_output_embeddings(),  # type: ignore[no-untyped-call]
             body.last_hidden_state,
             functools.partial(
@@ -121,19 +123,12 @@ def fuse(
                 label_smoothing=label_smoothing,
                 sample_weight=sample_weight,
                 num_items=num_items_in_batch,
-                return_statistics=True,
-                **options,
-            )
-            if return_statistics
-            else functools.partial(
-                _without_statistics,
-                target=shift_labels,
-                label_smoothing=label_smoothing,
-                sample_weight=sample_weight,
-                num_items=num_items_in_batch,
+                live_rows=live_rows,
+                return_statistics=return_statistics,
                 **options,
             ),
         )
+        loss, statistics = result if return_statistics else (result, None)
         return FusedOutput(
             loss=loss,
             past_key_values=getattr(body, "past_key_values", None),
@@ -155,10 +150,6 @@ def unfuse(model: Model) -> Model:
         del base._ual_unfused_forward
         del base.forward
     return model
-
-
-def _without_statistics(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    return linear_cross_entropy(*args, **kwargs), None
 
 
 def _causal_lm(model: nn.Module) -> Any:
@@ -212,11 +203,11 @@ def _call_head(head: nn.Module, hidden: Tensor, loss: Callable[..., Any]) -> Any
 
 
 def _lora_head(head: Any, hidden: Tensor, loss: Callable[..., Any]) -> Any:
-    """Add the adapters' products to the frozen weight: exact, at the cost of one [V, D] sum a step."""
+    """The frozen weight and, beside it, the active adapters' factors: never merged, as PEFT's own forward."""
     active = [] if head.disable_adapters or head.merged else list(head.active_adapters)
     for adapter in active:
         dropout = head.lora_dropout[adapter]
-        if not hasattr(head, "get_delta_weight") or head.use_dora.get(adapter):
+        if not hasattr(head, "get_delta_weight") or head.use_dora.get(adapter) or head.lora_bias.get(adapter):
             raise UserError(
                 "the lm_head wears an adapter other than plain LoRA", remedy="leave lm_head out of it"
             )
@@ -226,12 +217,19 @@ def _lora_head(head: Any, hidden: Tensor, loss: Callable[..., Any]) -> Any:
                 remedy="set lora.dropout to 0, or leave lm_head out of target_modules",
             )
     base = head.get_base_layer()
-    weight = base.weight
-    if weight.numel() == 0:
+    if base.weight.numel() == 0:
         raise UserError("a LoRA-wrapped lm_head cannot be fused under ZeRO-3", remedy="use ZeRO-2")
-    for adapter in active:
-        weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
-    return loss(hidden, weight, linear_bias=base.bias)
+    lora = None
+    if len(active) == 1:
+        (name,) = active
+        lora = head.lora_A[name].weight, head.lora_B[name].weight, head.scaling[name]
+    elif active:
+        lora = (
+            torch.cat([head.lora_A[name].weight for name in active]),
+            torch.cat([head.lora_B[name].weight * head.scaling[name] for name in active], dim=1),
+            1.0,
+        )
+    return loss(hidden, base.weight, linear_bias=base.bias, linear_lora=lora)
 
 
 # ---- how a model turns the head's output into logits ----

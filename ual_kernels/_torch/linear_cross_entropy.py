@@ -37,6 +37,7 @@ from ual_kernels._rows import (
     dead_statistics,
     kept_rows,
     labels,
+    poison_missed,
     stored_dtype,
 )
 from ual_kernels.parallel import Whole
@@ -58,7 +59,7 @@ def plan(vocab: int, features: int, keep: bool, cuda: bool, chunk_tokens: int) -
     larger = 32 if cuda else 1
     most = max(1, larger * (1 << 24) // vocab) if keep else 4_096 if cuda else 1_024
     rows = chunk_tokens or most
-    width = min(vocab, max(64, larger * (1 << 21) // rows), max(64, larger * (1 << 22) // features))
+    width = min(vocab, max(64, larger * (1 << 21) // rows), max(64, larger * (1 << 22) // max(features, 1)))
     return Plan(rows, width if width == vocab else -(-width // 64) * 64)
 
 
@@ -126,7 +127,7 @@ def linear_cross_entropy(
 
     kept = kept_rows(target, ignore_index, live_rows)
     count = len(kept.index)
-    if count == 0 or features == 0:
+    if count == 0:
         return outputs
 
     products = Products(input, precision)
@@ -144,8 +145,9 @@ def linear_cross_entropy(
         terms.append(term(lora_b.to(acc), dlora_b, input_grad or lora_grad, exact=True))
     if linear_bias is not None:
         terms.append(term(linear_bias.to(acc)[:, None], dbias[:, None], False, exact=True))
-    keep = any(t.dright is not None for t in terms) or (write and gradient_filter > 0)
-    shape = plan(size, features, keep, input.is_cuda, chunk_tokens)
+    keep = any(t.dright is not None for t in terms) or gradient_filter > 0
+    # the ranks of a group meet after every chunk: theirs are those of the largest shard
+    shape = plan(whole.largest, features, keep, input.is_cuda, chunk_tokens)
     sweep = Sweep(
         products, terms, class_weight, softcap, logit_scale, shape, count, vocab,
         statistics=statistics or rule is not None, write=write, keep=keep, filter=gradient_filter,
@@ -194,6 +196,7 @@ def linear_cross_entropy(
             nll = odds.clamp(min=0.0) + torch.log1p(torch.exp(-odds.abs()))
             total = others + torch.exp(z_y - base)
             lse, rest = base + total.log(), others / total
+            weight = None
             if sweep.statistics:
                 facts = _facts(sweep, whole, high, base, z_y, nll, total, lse, vocab)
                 if rule is not None:
@@ -218,17 +221,20 @@ def linear_cross_entropy(
             at_target = at_target - k * rest
             ds = (c_mean - c_y) * nll - gap
             facts_of_loss = torch.stack([unit + poison, ds + poison])
-            if rule is not None:  # a weight that the rule chose belongs to the unit loss
-                weight = a / row_scale[index]
-                facts_of_loss = facts_of_loss * torch.where(row_scale[index] == 0, 0.0, weight)
+            if weight is not None:  # what the rule chose belongs to the unit loss
+                facts_of_loss = facts_of_loss * weight
             if live is not None:
                 facts_of_loss = torch.where(live, facts_of_loss, 0.0)
             scaled = a * unit
             loss[index] = scaled if live is None else torch.where(live, scaled, 0.0)
             state[:, index] = facts_of_loss
+            if gradient_filter:
+                share = fade / total
+                sweep.skip(share if live is None else share.where(live, 0.0))
+            if statistics:
+                facts[7] = sweep.dropped
+                stats[:, index] = torch.where(legal & alive, facts, stats[:, index])
             if not write:
-                if statistics:
-                    stats[:, index] = torch.where(legal & alive, facts, stats[:, index])
                 continue
 
             slope_y = 1 - (z_y / softcap).square() if capped else 1.0
@@ -236,10 +242,7 @@ def linear_cross_entropy(
                 at_target = (at_target - s * c_y / vocab) * slope_y
             a = a * logit_scale
             rows_of = Rows(lefts, column, a * k / total * fade, torch.where(mine, a * at_target, 0.0), a * s)
-            dlefts = sweep.gradients(rows_of, fade / total)
-            if statistics:
-                facts[7] = whole.sum(sweep.dropped)
-                stats[:, index] = torch.where(legal & alive, facts, stats[:, index])
+            dlefts = sweep.gradients(rows_of)
             through_b = None
             if lora_a is not None and (of_u := dlefts[1]) is not None:
                 through_b = whole.sum(of_u * lora_scale)
@@ -255,6 +258,7 @@ def linear_cross_entropy(
         for t in terms:
             if t.dright is not None:
                 t.dright.addr_(over, t.spread, alpha=-1.0 / vocab)
+    poison_missed(kept, target, ignore_index, loss, state, dinput)
     return outputs
 
 
@@ -344,6 +348,7 @@ class Sweep:
         self.x_rights = [zero.new_zeros(rows, t.right.shape[1]) if t.through else None for t in self.terms]
         self.bent_rights = [x if x is None or not self.softcap else x.clone() for x in self.x_rights]
         self.kept: list[Tile] = []
+        self.skipped: set[int] = set()
         for part in self.parts:
             self._one(lefts, column, mine, part)
 
@@ -394,6 +399,9 @@ class Sweep:
             self.moment = fade * (self.moment + falls)
             self.moment += shifted.masked_fill_(x == 0, 0.0).mul_(x).sum(1)
         self.others = self.others * fade + mass
+        tile = Tile(part, x, slope, anchor, mass)
+        if self.keep:
+            self.kept.append(tile)
         if not self.write:
             return
         if slope is not None:
@@ -401,50 +409,41 @@ class Sweep:
             if class_weight is not None:
                 slope.mul_(class_weight)
             slope.scatter_(1, where, torch.where(here, 0.0, slope.gather(1, where)))
-        tile = Tile(part, x, slope, anchor, mass)
         if not self.filter:
             for x_right in self.x_rights:
                 if x_right is not None:
                     x_right.mul_(fade[:, None])
-            self._through(tile, head, None)
-        if self.keep:
-            self.kept.append(tile)
+            self._through(tile, head, tile.x)
 
-    def _through(self, tile: Tile, head: Tensor, scale: Tensor | None) -> None:
-        """Add the tile's x @ right, times `scale`, to what becomes the gradient of each left."""
-        x = tile.x if scale is None else tile.x * scale[:, None]
+    def _through(self, tile: Tile, head: Tensor, x: Tensor | None) -> None:
+        """Add x @ right, and the uniform part, to what becomes the gradient of each left."""
         for t, out, bent in zip(self.terms, self.x_rights, self.bent_rights, strict=True):
             if out is None or bent is None:
                 continue
             add = Tensor.addmm_ if t.exact else self.products.add
             right = t.right[tile.part] if t.exact else head
-            add(out, x, right)
+            if x is not None:
+                add(out, x, right)
             if tile.slope is not None:
                 add(bent, tile.slope, right)
 
-    def gradients(self, rows: Rows, share: Tensor) -> list[Tensor | None]:
-        """dleft of each term; dright is added to. `share` makes a kept mass a probability."""
-        skipped = self._skip(share) if self.filter else set()
+    def gradients(self, rows: Rows) -> list[Tensor | None]:
+        """dleft of each term; dright is added to."""
         for number, tile in enumerate(self.kept):
             fade = torch.exp(tile.anchor - torch.where(self.high == -torch.inf, 0.0, self.high))
-            if self.filter and number not in skipped:
+            skipped = number in self.skipped
+            if skipped:
+                self._leave(tile, fade, rows)
+            if self.filter and not (skipped and tile.slope is None):
                 head = self.products.operand(self.terms[0].right[tile.part], self._widened)
-                self._through(tile, head, fade)
-            for t, left, out in zip(self.terms, rows.lefts, self.x_rights, strict=True):
-                if number in skipped:
-                    # the mass that is left out stays where it was, spread evenly over the tile
-                    mass = (tile.mass * fade)[:, None]
-                    if out is not None:
-                        out += mass * t.right[tile.part].mean(0, dtype=out.dtype)
-                    if t.dright is not None:
-                        wide = tile.part.stop - tile.part.start
-                        t.dright[tile.part] += ((rows.of_x[:, None] * mass).T @ left.to(mass.dtype)) / wide
-                    continue
+                self._through(tile, head, None if skipped else tile.x * fade[:, None])
+            for t, left in zip(self.terms, rows.lefts, strict=True):
                 if t.dright is None:
                     continue
                 add = Tensor.addmm_ if t.exact else self.products.add
                 out, wide = t.dright[tile.part], left.to(t.dright.dtype)
-                add(out, tile.x.T, wide * (rows.of_x * fade)[:, None])
+                if not skipped:
+                    add(out, tile.x.T, wide * (rows.of_x * fade)[:, None])
                 if tile.slope is not None:
                     add(out, tile.slope.T, wide * (rows.of_mean / -self.vocab)[:, None])
         dlefts: list[Tensor | None] = []
@@ -468,8 +467,21 @@ class Sweep:
             dlefts.append(dleft)
         return dlefts
 
-    def _skip(self, share: Tensor) -> set[int]:
-        """Tiles that no row misses: together they hold less than the threshold of every row's probability."""
+    def _leave(self, tile: Tile, fade: Tensor, rows: Rows) -> None:
+        """What x @ right of a skipped tile would move: its mass, spread evenly over the tile."""
+        mass = (tile.x.sum(1) * fade)[:, None]
+        for t, left, out in zip(self.terms, rows.lefts, self.x_rights, strict=True):
+            right = t.right[tile.part]
+            if out is not None:
+                out += mass * right.mean(0, dtype=out.dtype)
+            if t.dright is not None:
+                t.dright[tile.part] += ((rows.of_x[:, None] * mass).T @ left.to(mass.dtype)) / len(right)
+
+    def skip(self, share: Tensor) -> None:
+        """Leave out tiles that together hold less than the threshold of every row's probability.
+
+        `share` makes of a tile's mass a probability.
+        """
         anchor = torch.where(self.high == -torch.inf, 0.0, self.high)
         masses = torch.stack([t.mass * torch.exp(t.anchor - anchor) * share for t in self.kept])
         order = masses.amax(1).argsort()
@@ -477,7 +489,7 @@ class Sweep:
         count = int((together.amax(1) < self.filter).sum())
         if count:
             self.dropped = together[count - 1]
-        return set(order[:count].tolist())
+        self.skipped = set(order[:count].tolist())
 
 
 class Products:
