@@ -421,6 +421,17 @@ def test_numbers_chosen_from_the_statistics(variant: str, device: torch.device) 
         torch.testing.assert_close(chosen[name], by_hand[name], rtol=1e-5, atol=1e-5)
 
 
+@variants
+def test_smoothing_learns_under_a_weight_from_the_statistics(variant: str, device: torch.device) -> None:
+    leaves, target = linear_case(24, 101, 32, torch.bfloat16, device)
+    weighted = {name: leaf for name, leaf in frozen(leaves).items() if name != "sample_weight"}
+    weight = ours(**weighted, target=target, return_statistics=True)[1].entropy.nan_to_num(0.0)
+    by_hand = measure(ours, weighted, target, sample_weight=weight, reduction="none")
+    chosen = measure(ours, weighted, target, sample_weight=lambda facts: facts.entropy, reduction="none")
+    for name in by_hand:
+        torch.testing.assert_close(chosen[name], by_hand[name], rtol=1e-5, atol=1e-5)
+
+
 def test_fast_rounds_logits_and_says_so(device: torch.device) -> None:
     """The error of bfloat16 logits (half a unit in the last place of 8 to 16 is 2^-5) shows, and no more."""
     leaves, target = linear_case(64, 1_000, 64, torch.bfloat16, device)

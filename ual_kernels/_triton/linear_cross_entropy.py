@@ -652,7 +652,7 @@ def linear_cross_entropy(
     s, a = smoothing[kept.index], row_scale[kept.index]
     if kept.live is not None:  # dead rows are among these; what they hold must not matter
         s, a = s.where(kept.live, 0.0), a.where(kept.live, 0.0)
-    base_scale = a
+    base_scale = a.clone() if rule is not None else a
     known_state = input.new_empty((2, count), dtype=acc)
     known_stats = input.new_zeros((STATISTICS, count if facts_wanted else 0), dtype=acc)
 
@@ -681,6 +681,18 @@ def linear_cross_entropy(
 
     block_d = min(triton.next_power_of_2(features), 1_024)
     flags = {"BIASED": biased, "LOGIT_SCALE": logit_scale}
+
+    def finish(
+        chunk: slice, table: Tensor, y_chunk: Tensor, s_chunk: Tensor, a_chunk: Tensor, factors: Tensor
+    ) -> None:
+        _finish_kernel[(triton.cdiv(len(y_chunk), 128),)](
+            table, y_chunk, s_chunk, a_chunk, class_weight, class_mean,
+            known_state[:, chunk], known_stats[:, chunk] if facts_wanted else known_stats, factors,
+            count, len(y_chunk), vocab,
+            WEIGHTED=class_weight is not None, STATISTICS=facts_wanted, WRITE=write and not capped,
+            SOFTCAP=softcap, LOGIT_SCALE=logit_scale, Z_LOSS=z_loss, BLOCK=128, num_warps=4,
+        )  # fmt: skip
+
     for chunk in _chunks(count, most):
         index, y_chunk, s_chunk, a_chunk = kept.index[chunk], y[chunk], s[chunk], a[chunk] + poison[chunk]
         e = input[index]
@@ -726,18 +738,6 @@ def linear_cross_entropy(
             BLOCK_D=128 if fused else 1,
             num_warps=8,
         )  # fmt: skip
-
-        def finish(
-            chunk: slice, table: Tensor, y_chunk: Tensor, s_chunk: Tensor, a_chunk: Tensor, factors: Tensor
-        ) -> None:
-            _finish_kernel[(triton.cdiv(len(y_chunk), 128),)](
-                table, y_chunk, s_chunk, a_chunk, class_weight, class_mean,
-                known_state[:, chunk], known_stats[:, chunk] if facts_wanted else known_stats, factors,
-                count, len(y_chunk), vocab,
-                WEIGHTED=class_weight is not None, STATISTICS=facts_wanted, WRITE=write and not capped,
-                SOFTCAP=softcap, LOGIT_SCALE=logit_scale, Z_LOSS=z_loss, BLOCK=128, num_warps=4,
-            )  # fmt: skip
-
         finish(chunk, table, y_chunk, s_chunk, a_chunk, factors)
         if rule is not None:
             # the statistics do not depend on what the rule chooses from them; the factors do, so once more
