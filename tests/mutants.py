@@ -26,6 +26,9 @@ WORKERS = 2
 
 LOGITS = "tests/kernels/test_cross_entropy.py"
 LINEAR = "tests/kernels/test_linear_cross_entropy.py"
+TILES = "tests/kernels/test_linear_options.py"
+SHARDS = "tests/kernels/test_parallel.py"
+LOSSES = "tests/kernels/test_losses.py"
 
 
 class Mutant(NamedTuple):
@@ -144,56 +147,75 @@ MUTANTS = [
         ("z = SOFTCAP * tanh(z / SOFTCAP)", "z = SOFTCAP * tanh(x / SOFTCAP)", "test_every_flag"),
     ),
     *mutants(
-        "ual_kernels/chunked.py",
+        "ual_kernels/_torch/linear_cross_entropy.py",
+        TILES,
+        (
+            "fade = torch.exp(before - anchor)",
+            "fade = torch.ones_like(before)",
+            "test_the_maximum_may_come_late_or_early",
+        ),
+        ("x_right.mul_(fade[:, None])", "pass", "test_every_flag_over_many_tiles"),
+        (
+            "anchor = torch.where(self.high == -torch.inf, 0.0, self.high)\n        fade",
+            "anchor = self.high\n        fade",
+            "test_whole_tiles_of_forbidden_classes",
+        ),
+        ("(column < part.stop)", "(column <= part.stop)", "test_every_flag_over_many_tiles"),
+        ("rows.of_x * fade)[:, None])", "rows.of_x)[:, None])", "test_every_flag_over_many_tiles"),
+        (
+            "self.second = torch.maximum(second, torch.minimum(self.high, high))",
+            "self.second = second",
+            "test_statistics_over_many_tiles",
+        ),
+        (
+            "self.moment = fade * (self.moment + falls)",
+            "self.moment = fade * self.moment",
+            "test_statistics_over_many_tiles",
+        ),
+        (
+            "torch.where(kept.enough, poison, torch.nan)",
+            "poison",
+            "test_a_count_that_is_too_small_is_never_a_wrong_number",
+        ),
+        ("e.masked_fill(~live[:, None], 0.0)", "e", "test_what_a_dead_row_that_stays_holds_does_not_matter"),
+        ("dlora_a.addmm_(through_b.T, e.to(acc))", "pass", "test_an_adapter_is_as_if_merged"),
+        (
+            "through_b = whole.sum(of_u * lora_scale)",
+            "through_b = whole.sum(of_u)",
+            "test_an_adapter_is_as_if_merged",
+        ),
+        (
+            'self._fast = precision == "fast" and self._sixteen',
+            "self._fast = False",
+            "test_fast_is_off_by_the_rounding_of_logits_and_no_more",
+        ),
+        (
+            "together.amax(1) < self.filter",
+            "together.amin(1) < self.filter",
+            "test_a_filter_is_off_by_the_mass_that_it_drops",
+        ),
+        ("s = s if chosen is None else chosen", "pass", "test_a_rule_is_the_tensor_that_it_makes"),
+        ("a = a if weight is None else a * weight", "pass", "test_a_rule_is_the_tensor_that_it_makes"),
+    ),
+    *mutants(
+        "ual_kernels/_torch/linear_cross_entropy.py",
         LINEAR,
         (
-            "kept = (target != ignore_index).nonzero().squeeze(1)",
-            "kept = torch.arange(rows, device=target.device)",
-            "test_dead_rows_leave_before_the_first_product",
-        ),
-        (
-            "raw = _matmul(e, operand.T, rounds, buffer[: len(index)])",
-            "raw = _matmul(e, operand.T, rounds, buffer[: len(index)]).bfloat16().to(acc)",
+            "                torch.mm(left, right.T, out=out)",
+            "                torch.mm(left, right.T, out=out)\n                out.copy_(out.bfloat16())",
             "test_sixteen_bits_are_rounded_once",
         ),
+        ("torch.stack(means).sum(0) * logit_scale", "torch.stack(means).sum(0)", "test_every_flag"),
+        ("x.scatter_(1, where, torch.where(here, 0.0, x.gather(1, where)))", "pass", "test_every_flag"),
+        ("            x.mul_(slope)\n", "            pass\n", "test_every_flag"),
         (
-            "gap = (e.to(acc) @ column_mean + bias_mean) * logit_scale",
-            "gap = (e.to(acc) @ column_mean + bias_mean)",
+            "at_target = (at_target - s * c_y / vocab) * slope_y",
+            "at_target = at_target * slope_y",
             "test_every_flag",
         ),
-        (
-            "        z.scatter_(1, y[:, None], 0.0)\n        if slope is not None",
-            "        if slope is not None",
-            "test_every_flag",
-        ),
-        (
-            "            z *= slope\n            z.scatter_(1, y[:, None], 0.0)",
-            "            z.scatter_(1, y[:, None], 0.0)",
-            "test_every_flag",
-        ),
-        (
-            "at_target = (at_target - s * c_y / vocab) * slope",
-            "at_target = at_target * slope",
-            "test_every_flag",
-        ),
-        ("de.addcmul_(spread[:, None], column_mean, value=-1)", "pass", "test_every_flag"),
-        (
-            "dhead.addr_(over, smoothed_rows, alpha=-1.0 / vocab)",
-            "dhead.addr_(over, smoothed_rows, alpha=-1.0)",
-            "test_every_flag",
-        ),
-        ("dbias -= over * (smoothed_count / vocab)", "pass", "test_every_flag"),
-        ("a = a * logit_scale", "pass", "test_every_flag"),
-        (
-            "dtype if dtype == torch.bfloat16 and not per_row",
-            "dtype if dtype == torch.bfloat16",
-            "test_sixteen_bits_are_rounded_once",
-        ),
-        (
-            "dtype if dtype == torch.bfloat16 and not per_row",
-            "dtype if not per_row",
-            "test_float16_waits_for_the_loss_scale_in_float32",
-        ),
+        ("dleft.addcmul_(rows.of_mean[:, None], t.mean, value=-1)", "pass", "test_every_flag"),
+        ("t.dright.addr_(over, t.spread, alpha=-1.0 / vocab)", "pass", "test_every_flag"),
+        ("            a = a * logit_scale\n", "            pass\n", "test_every_flag"),
         (
             "yield slice(rows * i // pieces, rows * (i + 1) // pieces)",
             "yield slice(i * most, min(rows, (i + 1) * most))",
@@ -204,15 +226,80 @@ MUTANTS = [
             "        pass",
             "test_the_precision_of_other_products_is_left_as_it_was",
         ),
+        ("a = a + poison", "pass", "test_out_of_range_poisons_its_own_row_only"),
+    ),
+    *mutants(
+        "ual_kernels/_rows.py",
+        LINEAR,
+        (
+            "return Kept(live.nonzero().squeeze(1), None, None)",
+            "return Kept(torch.arange(len(target)), live, None)",
+            "test_dead_rows_leave_before_the_first_product",
+        ),
+        (
+            "dtype if dtype == torch.bfloat16 and not per_row",
+            "dtype if dtype == torch.bfloat16",
+            "test_sixteen_bits_are_rounded_once",
+        ),
+        (
+            "dtype if dtype == torch.bfloat16 and not per_row",
+            "dtype if not per_row",
+            "test_float16_waits_for_the_loss_scale_in_float32",
+        ),
         ("out.index_add_(0, y, rows)", "out[y] += rows", "test_every_flag"),
         (
-            "a = row_scale[index] + poison",
-            "a = row_scale[index]",
-            "test_out_of_range_poisons_its_own_row_only",
+            "class_weight[rows] @ block",
+            "class_weight[: len(block)] @ block",
+            "test_the_column_mean_of_a_head_of_many_blocks",
         ),
     ),
     *mutants(
-        "ual_kernels/chunked.py",
+        "ual_kernels/parallel.py",
+        SHARDS,
+        (
+            "self.start = sum(counts[: dist.get_rank(group)])",
+            "self.start = 0",
+            "test_shards_are_the_whole_head",
+        ),
+        ("op=dist.ReduceOp.MAX, group", "group", "test_shards_are_the_whole_head"),
+        ("torch.cat(everyone).topk(2, dim=0).values[1]", "second", "test_shards_are_the_whole_head"),
+    ),
+    *mutants(
+        "ual_kernels/losses.py",
+        LOSSES,
+        ("statistics.log_prob.exp()", "statistics.top1_prob", "test_dft_is_the_gradient_of_the_probability"),
+        (
+            "statistics.entropy.clamp(min=0.0)",
+            "statistics.entropy",
+            "test_an_entropy_rounded_below_zero_is_zero",
+        ),
+        ("unit=math.log(top_k)", "unit=3.0", "test_eaft_weights_exceed_one_where_nothing_is_known"),
+        ("shift=sigma, unit=1.0", "shift=1.0, unit=1.0", "test_miles_scale_is_a_division"),
+        (
+            '"logit_scale": logit_scale / beta',
+            '"logit_scale": 1 / beta',
+            "test_the_linear_loss_is_the_papers",
+        ),
+        (
+            '"sample_weight": Constant(beta)',
+            '"sample_weight": Constant(1.0)',
+            "test_gems_value_is_beta_entropies_less",
+        ),
+        ("if not 0 < beta < math.inf", "if beta <= 0", "test_refusals_name_the_argument"),
+    ),
+    *mutants(
+        "ual_kernels/modules.py",
+        "tests/kernels/test_modules.py",
+        ("return own | {", "return {", "test_every_option_arrives"),
+        ("            live_rows=live_rows,\n", "", "test_every_option_arrives"),
+        (
+            'self.register_buffer("weight", weight)',
+            "self.weight = weight",
+            "test_only_the_class_weights_are_state",
+        ),
+    ),
+    *mutants(
+        "ual_kernels/_torch/cross_entropy.py",
         LOGITS,
         (
             "high = _shift_in_place(z)\n"
@@ -250,11 +337,11 @@ MUTANTS = [
         "ual_kernels/ops.py",
         LINEAR,
         (
-            "    with _as_given(input):\n",
+            "    with _as_given(tensors[0]):\n",
             "    if True:\n",
             "test_autocast_casts_the_operands_and_nothing_inside",
         ),
-        ("            dloss * row_scale,\n", "            row_scale,\n", "test_every_flag"),
+        ("tensors[7] = dloss * row_scale", "tensors[7] = row_scale", "test_every_flag"),
         ("upstream = torch.ones_like(dloss)", "pass", "test_every_flag"),
         ("scalar = upstream[:1].sum()", "scalar = upstream.sum()", "test_every_flag"),
         ("dloss * row_scale * state[1]", "dloss * state[1]", "test_every_flag"),
@@ -262,10 +349,10 @@ MUTANTS = [
     *mutants(
         "ual_kernels/functional.py",
         LOGITS,
-        ("smoothing * (vocab / (vocab - 1))", "smoothing", "test_every_flag"),
+        ("return s if stretch == 1.0 else s * stretch", "return s", "test_every_flag"),
         (
-            "torch.where((smoothing >= 0) & (smoothing <= 1), smoothing",
-            "torch.where(smoothing <= 1, smoothing",
+            "torch.where((s >= 0) & (s <= 1), s, torch.nan)",
+            "torch.where(s <= 1, s, torch.nan)",
             "test_out_of_range_poisons_its_own_row_only",
         ),
         ("torch.where(scale >= 0, scale, torch.nan)", "scale", "test_out_of_range_poisons_its_own_row_only"),
@@ -285,8 +372,8 @@ MUTANTS = [
             "test_all_weights_zero_is_zero",
         ),
         (
-            "row_scale * weight[labels.clamp(0, vocab - 1).long()]",
-            "row_scale",
+            "row_scale = row_scale * of_target",
+            "pass",
             "test_equals_pytorch_where_pytorch_can",
         ),
         ("target.reshape(-1).contiguous()", "target.reshape(-1)", "test_any_strides"),
@@ -411,7 +498,7 @@ MUTANTS = [
         ),
         ("dbias += of_product @ x", "dbias += of_product @ rounded.float()", "test_a_trained_bias"),
         (
-            "poison = torch.where(legal, 0.0, torch.nan)",
+            "poison = torch.where(legal | ~alive, 0.0, torch.nan)",
             "poison = torch.where(legal, 0.0, 0.0)",
             "test_out_of_range_poisons_its_own_row_only",
         ),

@@ -19,6 +19,9 @@ LOSSES = [
     pytest.param(linear_cross_entropy, "torch", id="linear-torch"),
 ]
 losses = pytest.mark.parametrize(("loss", "backend"), LOSSES)
+every_loss = pytest.mark.parametrize(
+    ("loss", "backend"), [*LOSSES, pytest.param(linear_cross_entropy, "triton", id="linear-triton")]
+)
 
 
 def case(
@@ -116,7 +119,7 @@ def test_gradcheck(flags: str, loss: Callable[..., Tensor], backend: str, device
 # ---- compilers and memory savers ----
 
 
-@losses
+@every_loss
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("flags", ["items-tensor", "all"])
 def test_compiles_without_a_graph_break(
@@ -136,6 +139,27 @@ def test_compiles_without_a_graph_break(
             assert torch.equal(a.nan_to_num(), b.nan_to_num()), field
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "how", [{"compact": False}, {"live_rows": 5}, {"vocab_size": 23}, {"precision": "fast"}]
+)
+def test_options_of_the_head_compile_too(how: dict[str, Any], backend: str, device: torch.device) -> None:
+    torch.compiler.reset()
+    lora = torch.randn(2, 8, device=device), torch.randn(29, 2, device=device)
+
+    def loss(lora_a: Tensor, lora_b: Tensor, **rest: Any) -> Tensor:
+        return linear_cross_entropy(linear_lora=(lora_a, lora_b, 0.5), **rest, **how, backend=backend)
+
+    leaves, target = linear_case(5, 29, 8, torch.bfloat16, device)
+    target.clamp_(max=22)
+    leaves |= {"lora_a": lora[0].requires_grad_(), "lora_b": lora[1].requires_grad_()}
+    plain, traced = (
+        measure(f, leaves, target) for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    )
+    for name in plain:
+        assert torch.equal(plain[name], traced[name]), name
+
+
 def test_in_place_is_refused_under_a_compiler(device: torch.device) -> None:
     def step(logits: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(logits * 1.0, target, inplace_backward=True)
@@ -145,7 +169,7 @@ def test_in_place_is_refused_under_a_compiler(device: torch.device) -> None:
         torch.compile(step, fullgraph=True, backend="eager")(leaves["input"], target)
 
 
-@losses
+@every_loss
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_fake_tensors_agree_with_real_ones(
     reduction: str, loss: Callable[..., Any], backend: str, device: torch.device
@@ -165,7 +189,7 @@ def test_fake_tensors_agree_with_real_ones(
         assert (r.shape, r.dtype, r.stride(), r.device) == (f.shape, f.dtype, f.stride(), f.device)
 
 
-@losses
+@every_loss
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("flags", ["mean", "none"])
 def test_under_activation_checkpointing(

@@ -123,6 +123,14 @@ def test_any_width(vocab: int, device: torch.device) -> None:
         torch.testing.assert_close(ours[name], exact[name], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("flags", ["sum", "classes"])
+def test_the_column_mean_of_a_head_of_many_blocks(flags: str, device: torch.device) -> None:
+    """2^20 numbers are a block of it: here 32 rows."""
+    leaves, target = linear_case(3, 70, 1 << 15, torch.float32, device)
+    leaves, chosen = frozen(leaves), {**options(flags, 70, device), "reduction": "sum"}
+    judge(leaves, target, chosen, backend="torch")
+
+
 @pytest.mark.parametrize(
     "wanted", ["input", "linear_weight", "linear_bias", "label_smoothing", "sample_weight"]
 )
