@@ -303,7 +303,7 @@ def linear_cross_entropy(  # type: ignore[misc]
     threshold = 0.0 if gradient_filter == "off" else gradient_filter
     if isinstance(threshold, str) or not 0 <= threshold < 1:
         raise ValueError(f'gradient_filter must be "off" or in [0, 1), got {gradient_filter!r}')
-    rows = input.reshape(-1, input.shape[-1])
+    rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
     if live_rows is not None and (live_rows < 0 or not compact):
         raise ValueError(f"live_rows must be a number >= 0 of a compact loss, got {live_rows}")
     taking_part = len(rows) if not compact else COUNT if live_rows is None else live_rows

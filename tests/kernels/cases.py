@@ -134,6 +134,52 @@ def linear_definition(
     return definition(logits, target, dtype=dtype, **rest)
 
 
+ADAPTER_SCALE = 0.75
+
+
+def frozen(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same leaves with a head that is not trained."""
+    head = ("linear_weight", "linear_bias")
+    return {name: leaf.detach().requires_grad_(name not in head) for name, leaf in leaves.items()}
+
+
+def with_adapter(
+    leaves: dict[str, Tensor], rank: int = 3, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The same leaves beside a LoRA adapter A [r, D], B [V, r] of the head, whose logits are as large."""
+    head = leaves["linear_weight"]
+    wide = {"device": head.device, "dtype": torch.float64}
+    a = torch.randn(rank, head.shape[1], **wide) / math.sqrt(head.shape[1])
+    made = {"lora_a": a, "lora_b": torch.randn(head.shape[0], rank, **wide)}
+    return leaves | {name: leaf.to(dtype or head.dtype).requires_grad_() for name, leaf in made.items()}
+
+
+def frozen_with_adapter(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """LoRA's usual case."""
+    return with_adapter(frozen(leaves))
+
+
+def adapted(
+    loss: Callable[..., Any], lora_a: Tensor | None = None, lora_b: Tensor | None = None, **rest: Any
+) -> Any:
+    """A linear loss of the package, of leaves that may include an adapter."""
+    adapter = None if lora_a is None or lora_b is None else (lora_a, lora_b, ADAPTER_SCALE)
+    return loss(**rest, linear_lora=adapter)
+
+
+def merged_definition(
+    linear_weight: Tensor,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+    **rest: Any,
+) -> Tensor:
+    """`linear_definition` of the head with the adapter in it."""
+    if lora_a is not None and lora_b is not None:
+        linear_weight = linear_weight.to(dtype) + ADAPTER_SCALE * lora_b.to(dtype) @ lora_a.to(dtype)
+    return linear_definition(linear_weight=linear_weight, dtype=dtype, **rest)
+
+
 def measure(
     loss: Callable[..., Tensor], leaves: dict[str, Tensor], target: Tensor, **chosen: Any
 ) -> dict[str, Tensor]:

@@ -440,7 +440,7 @@ class Sweep:
             for t, left in zip(self.terms, rows.lefts, strict=True):
                 if t.dright is None:
                     continue
-                add = Tensor.addmm_ if t.exact else self.products.add
+                add = Tensor.addmm_ if t.exact else self.products.add_scaled
                 out, wide = t.dright[tile.part], left.to(t.dright.dtype)
                 if not skipped:
                     add(out, tile.x.T, wide * (rows.of_x * fade)[:, None])
@@ -538,6 +538,17 @@ class Products:
         else:
             with self._allowed():
                 out.addmm_(a, b.to(self._acc))
+
+    def add_scaled(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        """out += a @ b, where |a| <= 1 and b holds a loss's divisor, which float16 may have no room for."""
+        if self._dtype != torch.float16 or self._widens:
+            return self.add(out, a, b)
+        most = b.abs().amax() * (len(b) * 2.0**-14)  # no sum of len(b) products overflows
+        most = torch.where(most == 0, 1.0, most)
+        product = torch.zeros_like(out)
+        self.add(product, a, b / most)
+        out.addcmul_(product, most)
+        return None
 
     def _allowed(self) -> Any:
         exact = self._widens and self._dtype == torch.bfloat16

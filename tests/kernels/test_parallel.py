@@ -1,0 +1,407 @@
+"""A head in vocabulary shards, in real processes over gloo: the loss and the gradients of the whole head.
+
+Four processes are started once and compute every case on every split of the vocabulary, all together or in
+two groups of two that know nothing of each other; the tests read what they left behind.
+"""
+
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from tests.kernels.cases import (
+    OPTIONS,
+    adapted,
+    as_float64,
+    assert_as_accurate_as_eager,
+    assert_at_the_floor,
+    frozen,
+    frozen_with_adapter,
+    linear_case,
+    measure,
+    merged_definition,
+    options,
+    with_adapter,
+)
+from ual_kernels import TokenStatistics, UnsupportedError, linear_cross_entropy
+from ual_kernels._torch import linear_cross_entropy as tiled
+
+Leaves = dict[str, Tensor]
+Results = Callable[[str, str], Leaves]
+
+VOCAB, ROWS = 101, 20
+RANKS = 4
+SPLITS = {
+    "halves": (50, 51),
+    "a-row-last": (100, 1),
+    "uneven": (7, 31, 40, 23),
+    "a-row-at-each-end": (1, 50, 49, 1),
+}
+MEMBERS = {"halves": [0, 1], "a-row-last": [2, 3], "uneven": [0, 1, 2, 3], "a-row-at-each-end": [0, 1, 2, 3]}
+EDGES = ("a-row-last", "a-row-at-each-end")
+SHARDED = ("linear_weight", "linear_bias", "lora_b")
+SECONDS = 120
+
+
+# ---- what every process computes ----
+
+
+def smoothing_rule(facts: TokenStatistics) -> Tensor:
+    return 0.6 * facts.entropy / (1 + facts.entropy) + 0.1 * facts.top1_prob
+
+
+def weight_rule(facts: TokenStatistics) -> Tensor:
+    return facts.log_prob.exp() + 0.2 * facts.margin.tanh() + 0.1 * facts.correct
+
+
+@dataclass(frozen=True)
+class Case:
+    flags: str = "mean"
+    head: Callable[[Leaves], Leaves] = with_adapter
+    how: dict[str, Any] = field(default_factory=dict)  # of the sharded loss alone
+    rules: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
+    spoil: Callable[[Leaves, Tensor], None] = lambda leaves, target: None
+    plan: Callable[..., tiled.Plan] | None = None
+    padding: int = 0  # rows of NaN behind each shard
+
+
+def illegal(leaves: Leaves, target: Tensor) -> None:
+    target[3], target[5] = VOCAB, -1
+
+
+def out_of_range(leaves: Leaves, target: Tensor) -> None:
+    leaves["label_smoothing"].data[3], leaves["sample_weight"].data[5] = 1.5, -1.0
+
+
+def all_ignored(leaves: Leaves, target: Tensor) -> None:
+    target.fill_(-100)
+
+
+def nothing_in_ignored_rows(leaves: Leaves, target: Tensor) -> None:
+    for name in ("input", "label_smoothing", "sample_weight"):
+        leaves[name].data[1] = torch.nan
+
+
+def forbidden(leaves: Leaves, target: Tensor) -> None:
+    """All classes but 40 and 60: whole shards of logits -inf."""
+    leaves["label_smoothing"].data.zero_()
+    leaves["label_smoothing"].requires_grad_(False)  # its gradient is infinite, as the mean logit is
+    leaves["linear_bias"].data[[i for i in range(VOCAB) if i not in (40, 60)]] = -torch.inf
+    target[target != -100] = 40
+    target[7] = 60
+
+
+def far(leaves: Leaves, target: Tensor) -> None:
+    """Logits that climb by 300 over the vocabulary: the shards' maxima lie far apart."""
+    leaves["linear_bias"].data += torch.linspace(-150, 150, VOCAB, dtype=torch.float64)
+
+
+def by_budget(vocab: int, *_: Any) -> tiled.Plan:
+    """As the real plan: fewer rows of a larger head."""
+    return tiled.Plan(max(1, 160 // vocab), 16)
+
+
+CASES: dict[str, Case] = {
+    **{flags: Case(flags) for flags in OPTIONS},
+    **{f"{flags}-frozen": Case(flags, frozen) for flags in ("mean", "softcap", "all")},
+    **{f"{flags}-lora": Case(flags, frozen_with_adapter) for flags in ("mean", "softcap", "all")},
+    "chunks": Case("all", how={"chunk_tokens": 6}),
+    "rows-known": Case("mean", how={"live_rows": 19, "chunk_tokens": 7}),
+    "rows-more": Case("all", how={"live_rows": ROWS}),
+    "rows-too-few": Case("none", frozen, how={"live_rows": 12}),
+    "not-compact": Case("classes", how={"compact": False}, spoil=nothing_in_ignored_rows),
+    "tiles-by-budget": Case("mean", plan=by_budget),
+    "tiles-by-budget-softcap": Case("all", plan=by_budget),
+    "far": Case("none", spoil=far),
+    "far-softcap": Case("softcap", spoil=far),
+    "forbidden": Case("mean", spoil=forbidden),
+    "padded": Case("classes", padding=3),
+    "illegal": Case("none", frozen, spoil=illegal),
+    "out-of-range": Case("none", frozen, spoil=out_of_range),
+    "all-ignored": Case("mean", spoil=all_ignored),
+    "all-ignored-classes": Case("classes", spoil=all_ignored),
+    "smoothing-rule": Case("mean", rules={"label_smoothing": smoothing_rule}),
+    "weight-rule": Case("classes", rules={"sample_weight": weight_rule}),
+    "both-rules": Case("all", rules={"label_smoothing": smoothing_rule, "sample_weight": weight_rule}),
+    "both-rules-frozen": Case(
+        "mean", frozen, rules={"label_smoothing": smoothing_rule, "sample_weight": weight_rule}
+    ),
+    **{f"{flags}-float32": Case(flags, dtype=torch.float32) for flags in ("mean", "all")},
+    **{f"{flags}-bfloat16": Case(flags, dtype=torch.bfloat16) for flags in ("mean", "all")},
+}
+POISONED = ("illegal", "out-of-range", "rows-too-few")
+OF_EDGES = (
+    "mean", "none", "all", "all-frozen", "softcap-lora", "classes", "others", "far", "forbidden",
+    "both-rules", "tiles-by-budget", "all-ignored", *POISONED, "all-float32", "all-bfloat16",
+)  # fmt: skip
+
+
+def cases_of(split: str) -> list[str]:
+    return [name for name in CASES if name in OF_EDGES or split not in EDGES]
+
+
+def build(name: str, split: tuple[int, ...]) -> tuple[Leaves, Tensor, dict[str, Any]]:
+    """The whole problem; live targets at both ends of every shard, the second row ignored."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    leaves, target = linear_case(ROWS, VOCAB, 16, case.dtype, torch.device("cpu"))
+    leaves = case.head(leaves)
+    stops = list(accumulate(split))
+    ends = sorted({0, *(stop - 1 for stop in stops), *stops[:-1]})
+    target[2 : 2 + len(ends)] = torch.tensor(ends)
+    case.spoil(leaves, target)
+    for ruled in case.rules:
+        del leaves[ruled]
+    return leaves, target, options(case.flags, VOCAB, torch.device("cpu")) | case.rules
+
+
+def rows_of(split: tuple[int, ...], rank: int) -> slice:
+    return slice(sum(split[:rank]), sum(split[: rank + 1]))
+
+
+def shard(name: str, split: tuple[int, ...], group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Value, gradients and statistics of one rank."""
+    case, mine = CASES[name], rows_of(split, dist.get_rank(group))
+    leaves, target, flags = build(name, split)
+
+    def cut(full: Tensor) -> Tensor:
+        return torch.cat([full.detach()[mine], full.new_full((case.padding, *full.shape[1:]), torch.nan)])
+
+    leaves = {
+        key: cut(leaf).requires_grad_(leaf.requires_grad) if key in SHARDED else leaf
+        for key, leaf in leaves.items()
+    }
+    if "weight" in flags:
+        flags["weight"] = flags["weight"][mine]
+    if case.padding:
+        flags["vocab_size"] = mine.stop - mine.start
+    flags |= case.how | {"process_group": group}
+    usual = tiled.plan
+    tiled.plan = case.plan or usual
+    try:
+        measured = measure(lambda **given: adapted(linear_cross_entropy, **given), leaves, target, **flags)
+        with torch.no_grad():
+            facts = adapted(linear_cross_entropy, **leaves, target=target, **flags, return_statistics=True)[1]
+    finally:
+        tiled.plan = usual
+    for key in SHARDED:
+        if case.padding and key in measured:
+            measured[key], padding = measured[key].split([mine.stop - mine.start, case.padding])
+            assert not padding.any(), f"{key}: a gradient in the padding"
+    return measured | {f"statistics.{key}": value for key, value in facts._asdict().items()}
+
+
+def process(rank: int, folder: Path) -> None:
+    """The life of one rank. gloo may abort at an orderly exit, so it leaves by the window."""
+    code = 1
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(1)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=RANKS,
+            timeout=timedelta(seconds=SECONDS / 2),
+        )
+        groups = {split: dist.new_group(members) for split, members in MEMBERS.items()}
+        results = {
+            split: {name: shard(name, sizes, groups[split]) for name in cases_of(split)}
+            for split, sizes in SPLITS.items()
+            if rank in MEMBERS[split]
+        }
+        torch.save(results, folder / f"{rank}.pt")
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+# ---- what must have come out ----
+
+
+def run(folder: Path) -> list[dict[str, dict[str, dict[str, Tensor]]]]:
+    """Start the ranks, wait for them, and end them in any case; what each of them computed."""
+    program = (
+        "import sys; from pathlib import Path; from tests.kernels.test_parallel import process; "
+        "process(int(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    # more threads than cores would wait for each other
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    started: list[subprocess.Popen[str]] = []
+    logs = [folder / f"{rank}.log" for rank in range(RANKS)]
+    try:
+        for rank, log in enumerate(logs):
+            with log.open("w") as stream:
+                command = [sys.executable, "-c", program, str(rank), str(folder)]
+                started.append(
+                    subprocess.Popen(
+                        command, cwd=root, env=environment, stdout=stream, stderr=stream, text=True
+                    )
+                )
+        deadline = time.monotonic() + SECONDS
+        codes = []
+        for process in started:
+            codes.append(process.wait(timeout=max(0.1, deadline - time.monotonic())))
+    except subprocess.TimeoutExpired:
+        codes = [process.poll() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert codes == [0] * RANKS, "\n".join([str(codes), *(log.read_text() for log in logs)])
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What the ranks computed of a case on a split: sharded, one each; put together, where it is the same."""
+    ranks = run(tmp_path_factory.mktemp("ranks"))
+
+    def of(split: str, name: str) -> dict[str, Tensor]:
+        return whole([ranks[rank][split][name] for rank in MEMBERS[split]])
+
+    return of
+
+
+def whole(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What is sharded put together; what every rank has, which must be the same bits everywhere."""
+    first = parts[0]
+    for part in parts[1:]:
+        assert part.keys() == first.keys()
+        for name in first.keys() - set(SHARDED):
+            torch.testing.assert_close(part[name], first[name], rtol=0, atol=0, equal_nan=True)
+    return {
+        name: torch.cat([part[name] for part in parts]) if name in SHARDED else value
+        for name, value in first.items()
+    }
+
+
+def unsharded(name: str, split: tuple[int, ...]) -> dict[str, Tensor]:
+    leaves, target, flags = build(name, split)
+    flags["backend"] = "reference"
+    measured = measure(lambda **given: adapted(linear_cross_entropy, **given), leaves, target, **flags)
+    facts = adapted(linear_cross_entropy, **leaves, target=target, **flags, return_statistics=True)[1]
+    return measured | {f"statistics.{key}": value for key, value in facts._asdict().items()}
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, truth in expected.items():
+        ours = actual[name]
+        assert ours.shape == truth.shape, name
+        finite = truth.isfinite()
+        torch.testing.assert_close(
+            ours[~finite], truth[~finite], equal_nan=True, msg=f"{name}: {ours} {truth}"
+        )
+        if finite.any():
+            largest = truth[finite].double().abs().max()
+            error = (ours[finite].double() - truth[finite].double()).abs().max()
+            assert error <= 1e-12 * largest, f"{name}: {error:.3e} off, of {largest:.3e}"
+
+
+splits = pytest.mark.parametrize("split", SPLITS)
+
+
+@pytest.mark.parametrize(
+    ("split", "name"),
+    [
+        (split, name)
+        for split in SPLITS
+        for name in cases_of(split)
+        if CASES[name].dtype == torch.float64 and name not in POISONED
+    ],
+)
+def test_shards_are_the_whole_head(split: str, name: str, results: Results) -> None:
+    """Loss, all gradients and all statistics; every rank has the whole of what is not sharded."""
+    sizes = SPLITS[split]
+    actual = results(split, name)
+    assert_equal(actual, unsharded(name, sizes))
+
+
+@pytest.mark.parametrize(
+    ("split", "name"),
+    [
+        (split, name)
+        for split in SPLITS
+        for name in cases_of(split)
+        if CASES[name].dtype in (torch.float32, torch.bfloat16)
+    ],
+)
+def test_shards_are_as_accurate(split: str, name: str, results: Results) -> None:
+    sizes = SPLITS[split]
+    leaves, target, chosen = build(name, sizes)
+    actual = results(split, name)
+    exact = measure(merged_definition, as_float64(leaves), target, **chosen)
+    if CASES[name].dtype == torch.bfloat16:
+        assert_at_the_floor(actual, exact)
+    else:
+        eager = measure(merged_definition, leaves, target, **chosen, dtype=torch.float32)
+        assert_as_accurate_as_eager(actual, eager, exact)
+
+
+@splits
+@pytest.mark.parametrize("name", ["illegal", "out-of-range"])
+def test_a_row_out_of_range_poisons_itself_on_every_rank(name: str, split: str, results: Results) -> None:
+    sizes = SPLITS[split]
+    actual = results(split, name)
+    expected = unsharded(name, sizes)
+    poisoned = torch.zeros(ROWS, dtype=torch.bool)
+    poisoned[[3, 5]] = True
+    assert torch.equal(actual["loss"].isnan(), poisoned)
+    assert actual["input"][poisoned].isnan().all()
+    for key in ("loss", "input", "label_smoothing", "sample_weight"):
+        rest = {key: actual[key][~poisoned]}, {key: expected[key][~poisoned]}
+        assert_equal(*rest)
+
+
+@splits
+def test_a_count_that_is_too_small_is_noticed_on_every_rank(split: str, results: Results) -> None:
+    actual = results(split, "rows-too-few")
+    live = build("rows-too-few", SPLITS[split])[1] != -100
+    assert torch.equal(actual["loss"].isnan(), live)
+    assert actual["input"][live].isnan().all()
+
+
+# ---- refusals ----
+
+# no group is asked anything before these are refused
+
+
+@pytest.mark.parametrize(
+    "how", [{"backend": "reference"}, {"backend": "triton"}, {"gradient_filter": 1e-3}], ids=str
+)
+def test_what_has_no_shards_is_refused(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ual_kernels.functional._INTERPRETING", True)
+    arguments = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(
+        UnsupportedError, match='process_group needs backend="torch", without gradient_filter'
+    ):
+        linear_cross_entropy(*arguments, process_group=object(), **how)  # type: ignore[call-overload]
+
+
+def test_shards_are_refused_under_a_compiler() -> None:
+    head, target, group = torch.zeros(5, 3), torch.zeros(4, dtype=torch.long), object()
+
+    def step(hidden: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, head, target, process_group=group)  # type: ignore[call-overload]
+
+    with pytest.raises(Exception, match="neither a function of the statistics nor a process_group"):
+        torch.compile(step, fullgraph=True, backend="eager")(torch.zeros(4, 3))
