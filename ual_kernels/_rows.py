@@ -77,7 +77,7 @@ def column_mean(matrix: Tensor, class_weight: Tensor | None, vocab: int) -> Tens
 
 def sum_blocks(matrix: Tensor, of: Callable[[Tensor, slice], Tensor]) -> Tensor:
     """Sum over blocks of rows that fit a cache; a widened copy of a whole head would not fit a memory."""
-    size = max(1, (1 << 20) // max(matrix.shape[1], 1))
+    size = max(1, (1 << 19) // max(matrix.shape[1], 1))
     parts = [slice(start, start + size) for start in range(0, len(matrix), size)]
     return torch.stack([of(matrix[rows], rows) for rows in parts]).sum(0)
 

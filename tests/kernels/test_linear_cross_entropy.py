@@ -125,7 +125,7 @@ def test_any_width(vocab: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("flags", ["sum", "classes"])
 def test_the_column_mean_of_a_head_of_many_blocks(flags: str, device: torch.device) -> None:
-    """2^20 numbers are a block of it: here 32 rows."""
+    """2^19 numbers are a block of it: here 16 rows."""
     leaves, target = linear_case(3, 70, 1 << 15, torch.float32, device)
     leaves, chosen = frozen(leaves), {**options(flags, 70, device), "reduction": "sum"}
     judge(leaves, target, chosen, backend="torch")

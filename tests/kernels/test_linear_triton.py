@@ -432,6 +432,18 @@ def test_smoothing_learns_under_a_weight_from_the_statistics(variant: str, devic
         torch.testing.assert_close(chosen[name], by_hand[name], rtol=1e-5, atol=1e-5)
 
 
+@variants
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_count_that_is_too_small_is_never_a_wrong_number(
+    reduction: str, variant: str, device: torch.device
+) -> None:
+    leaves, target = linear_case(12, 67, 16, torch.bfloat16, device)
+    found = measure(ours, frozen(leaves), target, reduction=reduction, live_rows=5)
+    live = target != -100
+    assert found["loss"][live if reduction == "none" else ...].isnan().all()
+    assert found["input"][live].isnan().all()
+
+
 def test_fast_rounds_logits_and_says_so(device: torch.device) -> None:
     """The error of bfloat16 logits (half a unit in the last place of 8 to 16 is 2^-5) shows, and no more."""
     leaves, target = linear_case(64, 1_000, 64, torch.bfloat16, device)

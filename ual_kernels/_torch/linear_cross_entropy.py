@@ -180,7 +180,7 @@ def linear_cross_entropy(
             base = torch.where(high == -torch.inf, 0.0, high)
             fade = torch.exp(sweep.high - base)
             others = whole.sum(sweep.others * fade)
-            z_y = whole.sum(torch.where(mine, sweep.z_y, 0.0))
+            z_y = whole.sum(sweep.z_y)
             if capped:
                 mean = whole.sum(sweep.mean / vocab)
             else:

@@ -33,7 +33,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ual_kernels._rows import COUNT, STATISTICS, Rule, add_rows, dead_statistics, kept_rows, labels
+from ual_kernels._rows import (
+    COUNT,
+    STATISTICS,
+    Rule,
+    add_rows,
+    dead_statistics,
+    kept_rows,
+    labels,
+    poison_missed,
+)
 from ual_kernels._rows import column_mean as rows_mean
 from ual_kernels._rows import stored_dtype as stored_dtype_of
 from ual_kernels._triton.math import final_logits
@@ -690,7 +699,8 @@ def linear_cross_entropy(
             known_state[:, chunk], known_stats[:, chunk] if facts_wanted else known_stats, factors,
             count, len(y_chunk), vocab,
             WEIGHTED=class_weight is not None, STATISTICS=facts_wanted, WRITE=write and not capped,
-            SOFTCAP=softcap, LOGIT_SCALE=logit_scale, Z_LOSS=z_loss, BLOCK=128, num_warps=4,
+            SOFTCAP=softcap, LOGIT_SCALE=logit_scale, Z_LOSS=z_loss, BLOCK=128,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
     for chunk in _chunks(count, most):
@@ -703,7 +713,7 @@ def linear_cross_entropy(
         factors = input.new_empty((4, here), dtype=acc)
         _dots_kernel[(here,)](
             e, head, bias, y_chunk, whole_mean, bias_mean, table, here, features,
-            **flags, SOFTCAP=softcap, BLOCK_D=block_d, num_warps=4,
+            **flags, SOFTCAP=softcap, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         u = None
         if a_wide is not None and b_wide is not None:
@@ -736,7 +746,7 @@ def linear_cross_entropy(
             HEADROOM=_FLOAT16_HEADROOM if x_dtype == torch.float16 else 0.0,
             BLOCK_V=64 if fused else min(triton.next_power_of_2(vocab), 4_096),
             BLOCK_D=128 if fused else 1,
-            num_warps=8,
+            num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
         finish(chunk, table, y_chunk, s_chunk, a_chunk, factors)
         if rule is not None:
@@ -756,7 +766,7 @@ def linear_cross_entropy(
             _bend_kernel[(here,)](
                 logits, bias, class_weight, y_chunk, s_chunk, table, factors, x, x.stride(0), here, vocab,
                 **flags, WEIGHTED=class_weight is not None, SOFTCAP=softcap,
-                BLOCK_V=min(triton.next_power_of_2(vocab), 4_096), num_warps=8,
+                BLOCK_V=min(triton.next_power_of_2(vocab), 4_096), num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
         rounded = x.to(factor)
         of_product, of_target, of_mean, _ = factors.unbind(0)
@@ -778,7 +788,7 @@ def linear_cross_entropy(
         elif input_grad:
             _input_gradient_kernel[(here,)](
                 _product(rounded, operand), head, column_mean, y_chunk, index, factors, dinput,
-                here, features, SOFTCAP=softcap, BLOCK_D=block_d, num_warps=4,
+                here, features, SOFTCAP=softcap, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
         if head_grad:
             wide = e.to(acc)
@@ -806,6 +816,7 @@ def linear_cross_entropy(
                 out.addr_(over, total, alpha=-1.0 / vocab)
         if dbias.numel():
             dbias -= over * (smoothed_count / vocab)
+    poison_missed(kept, target, ignore_index, loss, state, dinput)
     return outputs
 
 
@@ -841,12 +852,13 @@ def _anchored(
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
         GROUP=plan.group,
-        num_warps=plan.num_warps,
+        num_warps=plan.num_warps, enable_fp_fusion=True,
         num_stages=plan.num_stages,
     )  # fmt: skip
     _join_kernel[(rows,)](
         partial, table, partial.stride(0), rows, vocab, tiles,
-        STATISTICS=statistics, WRITE=write, BLOCK=min(triton.next_power_of_2(tiles), 512), num_warps=4,
+        STATISTICS=statistics, WRITE=write, BLOCK=min(triton.next_power_of_2(tiles), 512),
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -1,0 +1,41 @@
+"""Watch the launches of a jitted kernel: count them, time them, read what they are given."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
+from typing import Any
+
+Around = Callable[[dict[str, Any]], AbstractContextManager[Any]]
+
+
+class _Watched:
+    def __init__(self, kernel: Any, around: Around) -> None:
+        self.kernel, self.around = kernel, around
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernel, name)
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            with self.around({**dict(zip(self.kernel.arg_names, arguments, strict=False)), **options}):
+                self.kernel[grid](*arguments, **options)
+
+        return launch
+
+
+@contextmanager
+def watching(module: ModuleType, name: str, around: Around) -> Iterator[None]:
+    """While inside, each launch of `module.name` happens inside `around(its arguments by name)`."""
+    kernel = getattr(module, name)
+    setattr(module, name, _Watched(kernel, around))
+    try:
+        yield
+    finally:
+        setattr(module, name, kernel)
+
+
+def kernels(module: ModuleType) -> list[str]:
+    """The names of a module's kernels: what is jitted and launched, not what kernels call."""
+    return sorted(
+        n for n, value in vars(module).items() if n.endswith("_kernel") and hasattr(value, "arg_names")
+    )

@@ -1,0 +1,196 @@
+"""The fused GEMM under a handful of launch plans, beside cuBLAS: TFLOP/s of E C^T with our epilogue.
+
+    python -m benchmarks.plans                            # on a GPU: D 4096, V 128256 and V 32000, N 8192
+    python -m benchmarks.plans --problem gemma2 --rounds 20
+    python -m benchmarks.plans --problem tiny             # anywhere: does it run
+
+Each plan runs inside the whole training step (frozen head, a smoothing per row), and the time is that of the
+launches of `_anchored_kernel` alone, by CUDA events around each; the whole step's time stands beside it. A
+plan counts only if the loss and the gradient of the step are those of the "cublas" variant, within what
+rounding the exponentials to 16 bits allows. cuBLAS multiplies the same matrices into bfloat16, all at once.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.interpreted import INTERPRETED, repair  # before anything that imports Triton
+
+# isort: split
+import torch
+from torch import Tensor
+
+from benchmarks import machine
+from benchmarks.launches import watching
+from benchmarks.problems import FROZEN, PROBLEMS, Case, Problem
+from benchmarks.timing import CUDA, DEVICE, seconds
+from ual_kernels import linear_cross_entropy
+from ual_kernels._triton import linear_cross_entropy as kernels
+
+# two results that are both at bfloat16's floor, 2.3e-3 from the truth at most
+_APART = 5e-3
+SWEEP: tuple[dict[str, int], ...] = (
+    {"block_m": 128, "block_n": 256, "block_k": 64, "group": 8, "num_warps": 8, "num_stages": 3},
+    {"block_m": 128, "block_n": 256, "block_k": 64, "group": 16, "num_warps": 8, "num_stages": 3},
+    {"block_m": 128, "block_n": 256, "block_k": 64, "group": 8, "num_warps": 8, "num_stages": 4},
+    {"block_m": 128, "block_n": 128, "block_k": 64, "group": 8, "num_warps": 8, "num_stages": 4},
+    {"block_m": 128, "block_n": 128, "block_k": 64, "group": 8, "num_warps": 4, "num_stages": 4},
+    {"block_m": 256, "block_n": 128, "block_k": 64, "group": 8, "num_warps": 8, "num_stages": 3},
+    {"block_m": 256, "block_n": 64, "block_k": 64, "group": 8, "num_warps": 8, "num_stages": 4},
+    {"block_m": 64, "block_n": 256, "block_k": 64, "group": 8, "num_warps": 4, "num_stages": 4},
+)
+TINY_SWEEP = tuple(
+    {"block_m": m, "block_n": n, "block_k": 32, "group": 2, "num_warps": 4, "num_stages": 1}
+    for m, n in ((16, 64), (16, 128))
+)
+
+
+@contextmanager
+def planned(plan: Any) -> Iterator[None]:
+    """While inside, every fused GEMM is launched so."""
+    choose = kernels.gemm_plan
+    kernels.gemm_plan = lambda *_: plan
+    try:
+        yield
+    finally:
+        kernels.gemm_plan = choose
+
+
+class _Stopwatch:
+    """Seconds between entering and leaving, added up."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def around(self, _: dict[str, Any]) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.pairs.append((start, self._now()))
+
+    @staticmethod
+    def _now() -> Any:
+        if not CUDA:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def total(self) -> float:
+        if not CUDA:
+            return sum(end - start for start, end in self.pairs)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self.pairs) / 1e3
+
+
+def step(case: Case, variant: str) -> tuple[Tensor, Tensor]:
+    kernels.VARIANT = variant
+    loss = linear_cross_entropy(
+        case.hidden, case.head, case.target, label_smoothing=case.smoothing, backend="triton"
+    )
+    return loss.detach(), torch.autograd.grad(loss, case.hidden)[0]
+
+
+def _cublas(case: Case, rounds: int) -> float:
+    e, c = case.hidden.detach(), case.head.detach()
+    x = e.new_empty(len(e), len(c))
+    torch.mm(e, c.T, out=x)
+    return median(seconds(lambda: torch.mm(e, c.T, out=x)) for _ in range(rounds))
+
+
+def sweep(problem: Problem, rounds: int) -> list[dict[str, Any]]:
+    """A record for each plan, and one for cuBLAS."""
+    case = problem.case(FROZEN, DEVICE, torch.bfloat16)
+    flop = 2 * problem.rows * problem.vocab * problem.features
+    taken = _cublas(case, rounds)
+    cublas = flop / taken / 1e12
+    records: list[dict[str, Any]] = [
+        {"plan": "cuBLAS", "gemm_seconds": taken, "tflops": cublas, "of_cublas": 1.0, "step_seconds": None}
+    ]
+    loss, gradient = step(case, "cublas")
+    given = kernels.gemm_plan("cuda", False)
+    plans = [
+        given,
+        *(p for p in (given._replace(**p) for p in (SWEEP if CUDA else TINY_SWEEP)) if p != given),
+    ]
+    for plan in plans:
+        record: dict[str, Any] = {"plan": " ".join(f"{k}={v}" for k, v in plan._asdict().items())}
+        record["ours_now"] = plan == given
+        records.append(record)
+        try:
+            with planned(plan):
+                mine, mine_gradient = step(case, "fused")  # compiles
+                apart = ((mine_gradient - gradient).norm() / gradient.norm()).item()
+                record["apart"] = apart
+                if not (apart <= _APART and abs(mine - loss) <= 1e-4 * abs(loss)):
+                    record["wrong"] = f"loss {mine.item()} against {loss.item()}, gradients {apart:.1e} apart"
+                    continue
+                gemm, whole = [], []
+                for _ in range(rounds):
+                    watch = _Stopwatch()
+                    with watching(kernels, "_anchored_kernel", watch.around):
+                        whole.append(seconds(lambda: step(case, "fused")))
+                    gemm.append(watch.total())
+        except Exception as error:  # too much shared memory for this card, and the like
+            record["raised"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+            continue
+        record |= {"gemm_seconds": median(gemm), "step_seconds": median(whole)}
+        record["tflops"] = flop / record["gemm_seconds"] / 1e12
+        record["of_cublas"] = record["tflops"] / cublas
+    return records
+
+
+def report(found: dict[str, Any]) -> str:
+    """Tables in Markdown, one for each problem."""
+    text = [f"# Plans of the fused GEMM, {found['rounds']} rounds"]
+    if INTERPRETED:
+        text.append("Interpreted on a CPU: these times mean nothing.")
+    for name, records in found["problems"].items():
+        p = PROBLEMS[name]
+        text.append(f"## {name}: V {p.vocab}, D {p.features}, N {p.rows}")
+        rows = []
+        for r in records:
+            told = next((f"{word}: {r[word]}" for word in ("wrong", "raised") if word in r), "")
+            if told:
+                rows.append((r["plan"], *("-",) * 4, told))
+                continue
+            whole = "-" if r["step_seconds"] is None else f"{r['step_seconds'] * 1e3:.3g}"
+            rows.append(
+                (r["plan"], f"{r['gemm_seconds'] * 1e3:.3g}", f"{r['tflops']:.3g}", f"{r['of_cublas']:.2f}",
+                 whole, "ours now" if r.get("ours_now") else "")
+            )  # fmt: skip
+        text.append(machine.table(("plan", "GEMM ms", "TFLOP/s", "of cuBLAS", "step ms", ""), rows))
+    return "\n\n".join([*text, machine.headline(found["machine"])])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns 1 where a plan is wrong."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.plans",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = ["llama3", "llama2"] if CUDA else ["tiny"]
+    parser.add_argument("--problem", nargs="+", choices=PROBLEMS, default=default)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--json", type=Path, metavar="F", help="default: benchmarks/results/<machine>/...")
+    parser.add_argument("--markdown", type=Path, metavar="F", help="likewise")
+    given = parser.parse_args(arguments)
+    if given.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {given.rounds}")
+    repair()
+    found: dict[str, Any] = {"machine": machine.describe(), "rounds": given.rounds}
+    found["problems"] = {name: sweep(PROBLEMS[name], given.rounds) for name in given.problem}
+    text = report(found)
+    print(text)
+    machine.save(found, text, "plans", given.json, given.markdown)
+    return int(any("wrong" in r for records in found["problems"].values() for r in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
