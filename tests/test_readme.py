@@ -27,7 +27,7 @@ def test_the_configuration_is_valid_and_short() -> None:
 
 
 def test_the_losses_run_as_shown(stories: Path) -> None:
-    loss, fused = blocks("python")
+    loss, preset, fused = blocks("python")
     hidden, labels = torch.randn(2, 5, 8, requires_grad=True), torch.randint(11, (2, 5))
     names: dict[str, Any] = {
         "hidden": hidden,
@@ -39,6 +39,8 @@ def test_the_losses_run_as_shown(stories: Path) -> None:
     exec(loss, names)
     names["loss"].backward()
     assert hidden.grad is not None
+    exec(preset, names)
+    assert names["loss"].requires_grad
     names["model"] = AutoModelForCausalLM.from_pretrained(stories)
     names["ids"] = torch.randint(3, 512, (2, 5))
     exec(fused, names)
