@@ -295,7 +295,9 @@ def test_gem_does_not_overwrite_the_models_own_scale() -> None:
             cross_entropy(logits, target, **own, **losses.gem())  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("options", [losses.eaft(), losses.eaft(alpha=0.5), losses.dft()], ids=str)
+@pytest.mark.parametrize(
+    "options", [losses.eaft(), losses.eaft(alpha=0.5), losses.dft()], ids=["eaft", "root", "dft"]
+)
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 def test_certain_tokens_count_for_nothing(options: Any, backend: str, device: torch.device) -> None:
     """H, or p_y, is 0 to rounding: so are the weights, and not NaN."""
