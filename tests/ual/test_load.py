@@ -132,7 +132,7 @@ class TestFiles:
         lines = "".join(json.dumps(row) + "\r\n\n" for row in rows).encode()
         (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
         (tmp_path / "rows.json").write_text(json.dumps(rows))
-        (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines))
+        (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
         parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
         kinds = {
             "jsonl": ["line 1", "line 3"],
@@ -219,7 +219,12 @@ class TestFiles:
             ("a.jsonl", b'\n{"prompt": "\xff"}', ", line 2", "not UTF-8: invalid start byte at byte 12"),
             ("a.jsonl", b'"text"', ", line 1", "want an object, got str 'text'"),
             ("a.jsonl.gz", b"not gzip", "", "cannot read the file: Not a gzipped file (b'no')"),
-            ("a.jsonl.gz", gzip.compress(b"{}")[:-9], "", "cannot read the file: Compressed file ended"),
+            (
+                "a.jsonl.gz",
+                gzip.compress(b"{}", mtime=0)[:-9],
+                "",
+                "cannot read the file: Compressed file ended",
+            ),
             ("a.parquet", b"not parquet", "", "not a parquet file: "),
             ("a.csv", b"prompt,completion", "", "cannot tell how to read a file named 'a.csv'"),
         ],
