@@ -89,7 +89,7 @@ run() { limited "$python" -W ignore -m "$@" 2>&1 | tee -a "$summary"; }
 tests() { # LOG XML ARGUMENT...
     local log=$1 xml=$2
     shift 2
-    limited "$python" -m pytest -p no:cacheprovider -q --junitxml="$xml" "$@" 2>&1 | tee -a "$log"
+    limited "$python" -m pytest -p no:cacheprovider -p no:benchmark -q --junitxml="$xml" "$@" 2>&1 | tee -a "$log"
 }
 
 part_1() {

@@ -17,7 +17,9 @@ FILES = {
 
 
 def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    given = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
+    # the script's pytest is its own: neither a worker of this one nor measured for coverage with it
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    given = inherited | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
     command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *arguments]
     return subprocess.run(command, env=given, capture_output=True, text=True, timeout=550, check=False)
 
