@@ -19,8 +19,8 @@ test: .venv/.dev .venv/.quickstart  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 -p no:benchmark
 
 bench: .venv/.peers  ## error, time and memory of the losses beside others, on this machine
-	$(BIN)/python -m benchmarks.accuracy
-	$(BIN)/python -m benchmarks.timing
+	$(BIN)/python -m pytest benchmarks --short --results benchmarks/results; status=$$?; \
+		$(BIN)/ual-bench report && exit $$status
 
 mutants: .venv/.dev  ## break the code on purpose, line by line, and see that the tests notice
 	$(BIN)/python tests/mutants.py
@@ -49,7 +49,7 @@ clean:  ## remove .venv and caches
 	@touch $@
 
 .venv/.peers: .venv/.dev .venv/.quickstart
-	$(PIP) --no-deps liger-kernel cut-cross-entropy  # their own requirements would bring another torch
+	$(PIP) --no-deps liger-kernel cut-cross-entropy trl  # their own requirements would bring another torch
 	@touch $@
 
 .venv/.dev: .venv/.pip pyproject.toml constraints.txt

@@ -77,6 +77,9 @@ else
         refuse 'no CUDA device; wanted one, or --dry-run'
 fi
 
+# a GPU machine may lack the plugins that the project's own options name
+plain=(-o addopts=--strict-markers -p no:cacheprovider)
+
 say() { printf '%s\n' "$*" | tee -a "$summary"; }
 replaced() { [ -z "$dry" ] || say "dry run: $*"; }
 # until the part's time is up; SIGINT, so that what was measured by then is still written
@@ -89,7 +92,7 @@ run() { limited "$python" -W ignore -m "$@" 2>&1 | tee -a "$summary"; }
 tests() { # LOG XML ARGUMENT...
     local log=$1 xml=$2
     shift 2
-    limited "$python" -m pytest -p no:cacheprovider -p no:benchmark -q --junitxml="$xml" "$@" 2>&1 | tee -a "$log"
+    limited "$python" -m pytest "${plain[@]}" -p no:benchmark -q --junitxml="$xml" "$@" 2>&1 | tee -a "$log"
 }
 
 part_1() {
@@ -135,17 +138,31 @@ part_2() {
     tests "$log" "$out/part2.xml" tests/kernels/test_gpu.py -rs
 }
 
+# SUITES into $out/partN.json, and its tables into the summary
+suites() { # N ARGUMENT...
+    local json=$out/part$1.json log=$scratch/part$1.log status=0
+    shift
+    limited "$python" -W ignore -m pytest "${plain[@]}" -q --results "$json" "$@" >"$log" 2>&1 || status=$?
+    [ "$status" -eq 0 ] || tail -n 40 "$log" | tee -a "$summary"
+    if [ -s "$json" ]; then
+        cp "$json" "$scratch/report.json"
+        "$python" -m benchmarks report "$scratch/report.json" >/dev/null
+        tee -a "$summary" <"$scratch/report.md"
+    fi
+    return "$status"
+}
+
 part_3() {
-    local arguments=(--budget 400 --logits)
+    local arguments=(--budget 400)
     if [ -n "$dry" ]; then
         replaced 'part 3: CUDA events are the wall clock, no peak of an allocator is measured, shapes are tiny'
-        arguments=(--problem tiny --setting all --providers '*' --logits --no-memory --rounds 1)
-        [ -z "$quick" ] || arguments=(--problem tiny --no-memory --rounds 1)
-    elif [ -n "${PROBLEM:-}" ]; then
-        # shellcheck disable=SC2206
-        arguments+=(--problem $PROBLEM)
+        arguments=(--smoke -k 'not near_the_bare')
+        [ -z "$quick" ] || arguments+=(--setting frozen --provider ours --provider naive)
+    else
+        local name
+        for name in ${PROBLEM:-}; do arguments+=(--problem "$name"); done
     fi
-    run benchmarks.timing "${arguments[@]}" --json "$out/part3.json" --markdown "$scratch/part3.md"
+    suites 3 benchmarks/bench_cross_entropy.py benchmarks/bench_linear_cross_entropy.py "${arguments[@]}"
 }
 
 part_4() {
@@ -161,18 +178,12 @@ part_5() {
     local arguments=()
     if [ -n "$dry" ]; then
         replaced 'part 5: the hidden states of a real model are random numbers, few and small'
-        arguments=(--random --tokens 12)
-        [ -z "$quick" ] || arguments+=(--providers ours naive)
+        arguments=(--smoke)
+        [ -z "$quick" ] || arguments+=(--provider ours --provider naive)
     elif [ -n "${STATES:-}" ]; then
         arguments=(--states "$STATES")
     fi
-    local status=0
-    run benchmarks.accuracy "${arguments[@]}" --json "$out/part5.json" --markdown "$scratch/part5.md" || status=$?
-    if [ "$status" -eq 3 ]; then
-        echo '{"skipped": "nothing to measure; see summary.md"}' >"$out/part5.json"
-        return 0
-    fi
-    return "$status"
+    suites 5 benchmarks/bench_accuracy.py "${arguments[@]}"
 }
 
 [ -n "$part" ] || : >"$summary"

@@ -9,7 +9,6 @@ they were integers, and call libdevice, whose functions are stubs there. What is
     tl.dot of bfloat16     cut-cross-entropy's GEMMs; the products are exact in float32, as on tensor cores
     libdevice.log1p        cut-cross-entropy's logaddexp
     tl.reduce with "and"   cut-cross-entropy's filter: right without it, but a Python loop over 16384 numbers
-    torch.compile          cut-cross-entropy's argsort runs as it is written instead of through a C++ compiler
 
 An interpreted kernel gives a GPU's numbers up to the order of its sums: no small matter for
 cut-cross-entropy, whose sums are in bfloat16. It says nothing about speed.
@@ -81,7 +80,6 @@ def repair() -> None:
         return plain_reduce(self, values)
 
     ReduceOps.apply_impl = apply_impl
-    torch.compiler.set_stance("force_eager")
 
     # tests want many ragged tiles; here a GPU's tiles are wanted, and a tenth of the Python
     plan = ours.gemm_plan

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.launches import watching
+from benchmarks.measure import CUDA, DEVICE, seconds
 from benchmarks.problems import FROZEN, PROBLEMS, Case, Problem
-from benchmarks.timing import CUDA, DEVICE, seconds
 from ual_kernels import linear_cross_entropy
 from ual_kernels._triton import linear_cross_entropy as kernels
 

@@ -2,24 +2,41 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 IGNORED = -100
+LORA_RANK, LORA_SCALE = 16, 2.0
+
+Adapter: TypeAlias = tuple[Tensor, Tensor, float]  # A [R, D], B [V, R], scale
 
 
 class Case(NamedTuple):
     """One call of a loss, and what its gradient is multiplied by."""
 
-    hidden: Tensor  # [N, D]
-    head: Tensor  # [V, D]
+    hidden: Tensor  # [N, D]; the logits [N, V] themselves where there is no head
+    head: Tensor | None  # [V, D]
     target: Tensor  # [N], IGNORED where a row does not count
     smoothing: Tensor | float  # [N] float32, or one number for all rows
     weight: Tensor | None = None  # [N] float32
     reduction: str = "mean"
     upstream: Tensor | None = None  # [N] float32, for reduction="none"
+    lora: Adapter | None = None  # on top of the head
+
+    def wanted(self) -> dict[str, Tensor]:
+        """The inputs whose gradients a training step needs, under the names of those gradients."""
+        a, b, _ = self.lora or (None, None, 0)
+        named = {"dE" if self.head is not None else "dz": self.hidden, "dC": self.head, "dA": a, "dB": b}
+        return {name: t for name, t in named.items() if t is not None and t.requires_grad}
+
+    def merged(self) -> "Case":
+        """The same question with the adapter inside the head, for those who know no adapters."""
+        if self.lora is None or self.head is None:
+            return self
+        a, b, scale = self.lora
+        return self._replace(head=self.head + scale * (b @ a), lora=None)
 
 
 class Exact(NamedTuple):
@@ -27,45 +44,62 @@ class Exact(NamedTuple):
 
     rows: Tensor  # [N], times their weight
     loss: Tensor  # their mean
-    hidden: Tensor  # [N, D], gradient of the mean, or of sum(upstream * rows)
-    head: Tensor  # [V, D], likewise
+    gradients: dict[str, Tensor]  # of the mean, or of sum(upstream * rows)
 
 
 def exact(case: Case) -> Exact:
     """By definition, in float64."""
-    e, c = case.hidden.detach().double(), case.head.detach().double()
+    e = case.hidden.detach().double()
+    c = None if case.head is None else case.head.detach().double()
+    a, b, scale = (t.detach().double() if isinstance(t, Tensor) else t for t in case.lora or (None, None, 0))
+    effective = c if a is None else c + scale * (b @ a)
     s = torch.as_tensor(case.smoothing, device=e.device).double().expand(len(e))
     live = case.target != IGNORED
     y = torch.where(live, case.target, 0)[:, None]
-    scale = live.double()
+    share = live.double()
     if case.weight is not None:
-        scale = torch.where(live, case.weight.double(), 0.0)
-    log_p = torch.log_softmax(e @ c.T, -1)
-    rows = (-(1 - s) * log_p.gather(1, y).squeeze(1) - s * log_p.mean(1)) * scale
-    a = scale / scale.sum() if case.upstream is None else scale * case.upstream.double()
-    dz = log_p.exp_().sub_((s / len(c))[:, None])
-    dz.scatter_add_(1, y, (s - 1)[:, None]).mul_(a[:, None])
-    return Exact(rows, rows.sum() / scale.sum(), dz @ c, dz.T @ e)
+        share = torch.where(live, case.weight.double(), 0.0)
+    log_p = torch.log_softmax(e if effective is None else e @ effective.T, -1)
+    rows = (-(1 - s) * log_p.gather(1, y).squeeze(1) - s * log_p.mean(1)) * share
+    upstream = share / share.sum() if case.upstream is None else share * case.upstream.double()
+    vocab = log_p.shape[1]
+    dz = log_p.exp_().sub_((s / vocab)[:, None])
+    dz.scatter_add_(1, y, (s - 1)[:, None]).mul_(upstream[:, None])
+    loss = rows.sum() / share.sum()
+    if effective is None:
+        return Exact(rows, loss, {"dz": dz})
+    gradients = {"dE": dz @ effective, "dC": dz.T @ e}
+    if a is not None:
+        gradients |= {"dA": scale * (b.T @ gradients["dC"]), "dB": scale * (gradients["dC"] @ a.T)}
+    return Exact(rows, loss, gradients)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train: what is frozen, what differs between rows, how many of them count."""
+    """One way to train: what is trained, what differs between rows, how many of them count."""
 
     name: str
     trainable: bool = False
+    lora: bool = False  # rank LORA_RANK on a frozen head
     smoothed: bool = True
     weighted: bool = False  # with reduction="none" and an upstream gradient of its own for every row
     ignored: float = 0.0
+
+    @property
+    def products(self) -> int:
+        """Products of [N, V] with something that nobody can do without: E C^T, X C, and X^T E."""
+        return 3 if self.trainable or self.lora else 2
 
 
 FROZEN = Setting("frozen")
 SETTINGS = (
     FROZEN,
-    Setting("trainable", trainable=True),
     Setting("none+weights", weighted=True),
-    Setting("half-ignored", ignored=0.5),
+    Setting("trainable", trainable=True),
+    Setting("lora", lora=True),
     Setting("no-smoothing", smoothed=False),
+    Setting("half-ignored", ignored=0.5),
+    Setting("most-ignored", ignored=0.8),
 )
 
 
@@ -83,13 +117,28 @@ class Problem:
         def normal(*shape: int, scale: float) -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype).normal_(std=scale, generator=g)
 
-        n = self.rows
-        hidden = normal(n, self.features, scale=1.0).requires_grad_()
-        head = normal(self.vocab, self.features, scale=3 / math.sqrt(self.features))
+        n, d = self.rows, self.features
+        hidden = normal(n, d, scale=1.0).requires_grad_()
+        head = normal(self.vocab, d, scale=3 / math.sqrt(d)).requires_grad_(setting.trainable)
+        case = self._labelled(hidden, setting, g)._replace(head=head)
+        if setting.lora:
+            a = normal(LORA_RANK, d, scale=1 / math.sqrt(d)).requires_grad_()
+            b = normal(self.vocab, LORA_RANK, scale=0.1).requires_grad_()
+            case = case._replace(lora=(a, b, LORA_SCALE))
+        return case
+
+    def logits(self, device: torch.device, dtype: torch.dtype) -> Case:
+        """Random logits, given as such."""
+        g = torch.Generator(device).manual_seed(0)
+        values = torch.empty((self.rows, self.vocab), device=device, dtype=dtype)
+        return self._labelled(values.normal_(std=3, generator=g).requires_grad_(), FROZEN, g)
+
+    def _labelled(self, hidden: Tensor, setting: Setting, g: torch.Generator) -> Case:
+        n, device = self.rows, hidden.device
         target = torch.randint(self.vocab, (n,), device=device, generator=g)
-        smoothing = torch.rand(n, device=device, generator=g) * 0.2 if setting.smoothed else 0.0
         target[: int(n * setting.ignored)] = IGNORED  # prompts come first
-        case = Case(hidden, head.requires_grad_(setting.trainable), target, smoothing)
+        smoothing = torch.rand(n, device=device, generator=g) * 0.2 if setting.smoothed else 0.0
+        case = Case(hidden, None, target, smoothing)
         if not setting.weighted:
             return case
         weight = torch.rand(n, device=device, generator=g) + 0.5

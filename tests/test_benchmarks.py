@@ -1,6 +1,9 @@
 """What the benchmarks measure with is right itself."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import accuracy, machine
+from benchmarks import accuracy, compare, machine, report
 from benchmarks.problems import SETTINGS, TINY, Setting, exact
 from benchmarks.providers import PROVIDERS, chosen
 from tests.conftest import ROOT
@@ -19,15 +22,26 @@ from tests.kernels.cases import linear_definition
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
 def test_the_exact_answer_is_the_definition(setting: Setting, device: torch.device) -> None:
     case = TINY.case(setting, device, torch.float64)
-    hidden, head = case.hidden.detach().requires_grad_(), case.head.detach().requires_grad_()
+    case = case._replace(head=case.head.detach().requires_grad_())
+    wanted = case.wanted()
     truth = linear_definition(
-        hidden, case.target, linear_weight=head, label_smoothing=case.smoothing, sample_weight=case.weight,
-        reduction=case.reduction,
+        case.hidden, case.target, linear_weight=case.merged().head, label_smoothing=case.smoothing,
+        sample_weight=case.weight, reduction=case.reduction,
     )  # fmt: skip
-    gradients = torch.autograd.grad(truth, (hidden, head), case.upstream)
+    gradients = torch.autograd.grad(truth, list(wanted.values()), case.upstream)
     found = exact(case)
+    assert list(wanted) == (["dE", "dC", "dA", "dB"] if setting.lora else ["dE", "dC"])
     torch.testing.assert_close(found.rows if case.reduction == "none" else found.loss, truth)
-    torch.testing.assert_close((found.hidden, found.head), gradients)
+    torch.testing.assert_close([found.gradients[name] for name in wanted], list(gradients))
+
+
+def test_the_exact_answer_of_given_logits_is_the_definition(device: torch.device) -> None:
+    case = TINY.logits(device, torch.float64)
+    eye = torch.eye(TINY.vocab, dtype=torch.float64, device=device)
+    truth = linear_definition(case.hidden, case.target, linear_weight=eye, label_smoothing=case.smoothing)
+    found = exact(case)
+    torch.testing.assert_close(found.loss, truth)
+    torch.testing.assert_close(found.gradients["dz"], torch.autograd.grad(truth, case.hidden)[0])
 
 
 def test_a_machine_has_the_name_of_a_folder() -> None:
@@ -42,44 +56,228 @@ def test_providers_go_by_name() -> None:
     assert len(chosen(PROVIDERS, ["ours*"])) == 4
     assert chosen(PROVIDERS, []) == list(PROVIDERS)
     with pytest.raises(
-        ValueError, match="nobody is called 'our'; wanted a name, or its start and \\*: ours;"
+        ValueError, match="nobody is called 'our'; wanted a name, or its start and \\*, of: ours;"
     ):
         chosen(PROVIDERS, ["our"])
 
 
 @pytest.mark.parametrize("value", [2.3e-3, float("nan"), None])
 def test_a_missed_target_is_seen(value: float | None) -> None:
-    record: dict[str, Any] = {
-        "provider": "ours",
-        "ours": "high",
-        "loss": 1e-6,
-        "hidden": value,
-        "unrounded": 5e-4,
+    found: dict[str, Any] = {"loss": 1e-6, "hidden": value, "unrounded": 5e-4}
+    assert accuracy.missed(found) == [f"hidden {value}, wanted at most 0.0022"]
+    assert accuracy.missed(found | {"hidden": 1.8e-3}) == []
+
+
+# ---- the suites, in a pytest of their own ----
+
+
+def suite(folder: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    results = folder / "results.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--results", str(results)]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    return done, results
+
+
+def test_what_is_wrong_is_not_timed_and_who_sleeps_comes_last(tmp_path: Path) -> None:
+    names = ["ours", "naive", "sleeps", "forgets smoothing", "drops a row", "raises", "too large", "missing"]
+    wanted = [part for name in names for part in ("--provider", name)]
+    done, results = suite(
+        tmp_path, "-p", "tests.plugins.strangers", "benchmarks/bench_linear_cross_entropy.py", "--smoke",
+        "--setting", "frozen", "-k", "not near_the_bare", *wanted,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = report.load(results)
+    rows = {r["provider"]: r for r in found["rows"]}
+    assert list(rows) == ["ours", "naive", *names[2:]]
+    told = {name: report.failure(row) for name, row in rows.items()}
+    assert told["ours"] == told["naive"] == told["sleeps"] == ""
+    assert re.match(r"wrong: dE is off by \d\.\de-01 of its norm, 0.06 is allowed", told["forgets smoothing"])
+    assert told["drops a row"].startswith("wrong: ")
+    assert told["raises"] == "raised: ZeroDivisionError: by design"
+    assert told["too large"] == "raised: out of memory: by design"
+    assert told["missing"] == "skipped: stranger is not installed: pip install stranger"
+    assert {name for name, row in rows.items() if "seconds" in row} == {"ours", "naive", "sleeps"}
+    assert rows["sleeps"]["errors"]["dE"] < 1e-2
+    assert rows["sleeps"]["of_ours"] > 1 == rows["ours"]["of_ours"]
+    page = report.markdown(found)
+    ranks = [page.index(f"| {name} ") for name in ("naive", "sleeps", "raises")]
+    assert ranks == sorted(ranks)
+    assert page.index("**ours**") < page.index("| sleeps ")
+    assert "Not there, stranger is not installed: pip install stranger: missing." in page
+    assert "raises: ZeroDivisionError: by design" in done.stdout  # and the terminal says so, too
+
+
+def test_the_gate_sees_a_loss_that_is_not_fused(tmp_path: Path) -> None:
+    gate = ("benchmarks/bench_linear_cross_entropy.py", "--smoke", "-k", "near_the_bare")
+    done, results = suite(tmp_path, "-p", "tests.plugins.naive_ours", *gate)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (row,) = report.load(results)["rows"]
+    assert re.search(
+        r"ours took \d\.\d\d times the bare products in its best round, 2.0 is allowed", row["raised"]
+    )
+
+
+def test_every_suite_runs_and_its_report_is_whole(tmp_path: Path) -> None:
+    few = ["--provider", "ours*", "--provider", "naive", "--provider", "liger fused linear"]
+    done, results = suite(
+        tmp_path, "benchmarks", "--smoke", "-k", "not near_the_bare and not train_step", *few
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = report.load(results)
+    assert {r["suite"] for r in found["rows"]} == {
+        "linear_cross_entropy",
+        "cross_entropy",
+        "scaling",
+        "accuracy",
     }
-    assert accuracy.missed([record]) == [f"ours: hidden {value}, wanted at most 0.0022"]
-    assert accuracy.missed([record | {"ours": "fast"}]) == []
-    assert accuracy.missed([record | {"raised": "Error: x"}]) == ["ours raised Error: x"]
+    assert found["machine"]["versions"]["torch"] == torch.__version__
+    assert found["machine"]["commit"]
+    drawn = report.plots(found, tmp_path / "results")
+    assert [path.name for path in drawn] == ["results-time.svg"]  # a smoke run measures no memory
+    assert all(path.with_suffix(".png").stat().st_size > 10_000 for path in drawn)
+    page = report.markdown(found, [path.name for path in drawn])
+    for heading in (
+        "## Hidden states and head in",
+        "## Logits in",
+        "## Error against float64",
+        "### N grows; ",
+    ):
+        assert heading in page
+    assert "nan" not in page
 
 
-def test_without_the_text_it_says_that_it_measured_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--problem", "nobody"), "--problem: there is no 'nobody'; wanted one of gemma2, "),
+        (("--setting", "thawed"), "--setting: there is no 'thawed'; wanted one of frozen, "),
+        (("--provider", "our"), "--provider: nobody is called 'our'; wanted a name"),
+        (("--rounds", "0"), "--rounds must be at least 1, got 0"),
+        (("-n", "2"), "benchmarks take turns on one machine: run them without -n"),
+    ],
+)
+def test_refuses(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    done, results = suite(tmp_path, "benchmarks/bench_scaling.py", *arguments)
+    assert done.returncode == 4
+    assert said in done.stderr
+    assert not results.exists()
+
+
+# ---- report ----
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 1.5])
+def test_a_slope_is_the_power(power: float) -> None:
+    assert report.slope([(n, 3.0 * n**power) for n in (64, 256, 512, 4096)]) == pytest.approx(
+        power, abs=1e-12
+    )
+
+
+def test_a_row_without_numbers_is_ranked_last() -> None:
+    assert report.time({"wrong": "x"}) > report.time({"seconds": {"it": [1e9]}})
+
+
+def test_the_readme_holds_what_the_command_writes() -> None:
+    """Of the newest committed results; `ual-bench report --readme README.md` renews it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    committed = report.load(report.newest(machine.RESULTS))
+    assert report.put(text, report.readme_table(committed)) == text
+    with pytest.raises(ValueError, match="wanted the lines <!-- ual-bench report: begin -->"):
+        report.put("# no marks", "table")
+
+
+def test_committed_pages_are_those_of_their_results() -> None:
+    path = report.newest(machine.RESULTS)
+    names = sorted(p.name for p in path.parent.glob(f"{path.stem}-*.svg"))
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    order = [f"{path.stem}-{name}.svg" for name in ("time", "memory", "error")]
+    assert sorted(order) == names
+    assert report.markdown(report.load(path), order) == page
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"rows": []}'])
+def test_what_is_no_results_file_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"x\.json (cannot be read as|holds no) results"):
+        report.load(path)
+
+
+def test_the_command_says_where_the_suite_is(tmp_path: Path) -> None:
+    (tmp_path / "ual").mkdir()
+    shutil.copy(ROOT / "ual" / "bench.py", tmp_path / "ual")
+    command = [sys.executable, "-c", "import runpy; runpy.run_path('ual/bench.py')['main']()"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "the benchmark suite comes with the source tree" in done.stderr
+
+
+# ---- compare ----
+
+
+def results(*rows: dict[str, Any]) -> dict[str, Any]:
+    about = {"suite": "linear_cross_entropy", "problem": "p", "setting": "frozen", "dtype": "bf16"}
+    return {"machine": {}, "form": "full", "rows": [about | r for r in rows]}
+
+
+def timed(name: str, factor: float, **more: Any) -> dict[str, Any]:
+    """Rounds that wander by a tenth, on a clock that wanders by half."""
+    clock = [1 + 0.5 * (i % 3) for i in range(15)]
+    noise = [1 + 0.02 * ((7 * i) % 11 - 5) for i in range(15)]
+    it = [factor * c * n for c, n in zip(clock, noise, strict=True)]
+    return {"provider": name, "ours": True, "seconds": {"it": it, "products": clock}} | more
+
+
+def test_a_regression_is_one_beyond_its_noise() -> None:
+    before = results(timed("a", 1.2), timed("b", 1.2), timed("c", 1.2), timed("gone", 1))
+    after = results(timed("a", 1.5), timed("b", 1.21), timed("c", 0.9), {"provider": "new", "skipped": "x"})
+    found = compare.compare(before, after)
+    verdicts = {c.row.split()[-1]: c for c in found.changes}
+    assert [name for name, c in verdicts.items() if c.regressed] == ["a"]
+    assert verdicts["a"].ratio == pytest.approx(1.25)
+    assert verdicts["a"].low < 1.25 < verdicts["a"].high
+    assert verdicts["b"].low < 1.01 < verdicts["b"].high
+    assert [name.split()[-1] for name in found.only_a] == ["gone"]
+    assert found.only_b == []
+    assert not any(c.regressed for c in compare.compare(before, after, tolerance=0.3).changes)
+
+
+def test_memory_errors_and_failures_are_regressions_too() -> None:
+    old = {"peak_bytes": 100 << 20, "errors": {"loss": 1e-5, "dE": 2e-3}}
+    before = results(timed("a", 1.0, **old), timed("b", 1.0))
+    after = results(
+        timed("a", 1.0, peak_bytes=140 << 20, errors={"loss": 3e-5, "dE": 1e-2}),
+        {"provider": "b", "wrong": "dE"},
+    )
+    found = compare.compare(before, after)
+    assert {c.what for c in found.changes if c.regressed} == {"memory", "error of dE"}
+    assert [f.split()[-2:] for f in found.failed] == [["b:", "dE"]]
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1.4, 1)])
+def test_the_command_tells_by_its_exit_status(tmp_path: Path, factor: float, status: int) -> None:
+    for name, value in (("a", 1.0), ("b", factor)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results(timed("ours", value))))
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "compare",
+        str(tmp_path / "a.json"),
+        str(tmp_path / "b.json"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert f"{status} regressed" in done.stdout.splitlines()[-1]
+
+
+def test_without_the_text_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "ROOT", tmp_path / "main")
-    assert accuracy.main([]) == accuracy.SKIPPED == 3
-    said = capsys.readouterr().out
-    assert said.startswith("SKIPPED, nothing was measured: GSM8K is not here: ")
-    assert "give hidden states with --states" in said
-
-
-@pytest.mark.slow
-def test_peers_are_as_accurate_interpreted_as_their_arithmetic_allows(tmp_path: Path) -> None:
-    """In a process of its own, for the repairs of the interpreter stay."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.accuracy", "--random", "--tokens", "9"]
-    command += ["--json", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "a.md")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    records = json.loads((tmp_path / "a.json").read_text())["records"]
-    assert [r["provider"] for r in records[1:]] == [p.name for p in PROVIDERS]
-    for record in records:
-        assert "raised" not in record, record
-        assert "skipped" in record or record["hidden"] < 1e-2, record
+    with pytest.raises(
+        accuracy.NothingToMeasureError, match=r"GSM8K is not here: .*give hidden states with --states"
+    ):
+        accuracy.real_states(1)

@@ -1,0 +1,98 @@
+"""Hidden states and a head in, loss and gradients out: everybody beside the bare products."""
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+from benchmarks import grid
+from benchmarks.measure import (
+    CLOCK,
+    CUDA,
+    DEVICE,
+    DTYPES,
+    Step,
+    errors,
+    extra_memory_elsewhere,
+    fits,
+    peak_bytes,
+    products,
+    race,
+    ratio,
+    slice_of,
+    telling,
+    training_step,
+)
+from benchmarks.problems import CPU_PROBLEMS, FROZEN, Case, Problem, Setting
+from benchmarks.providers import PROVIDERS, Provider
+
+OURS = next(p for p in PROVIDERS if p.name == ("ours, triton fused" if CUDA else "ours"))
+# A pass that is not fused takes 3 products or more. Ours took 1.1 to 1.6 (two cores), and has to take 1.07
+# on a GPU; what is between allows for a machine that is shared.
+GATE = 1.5 if CUDA else 2.0
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "provider" not in metafunc.fixturenames:
+        return
+    given = grid.form(metafunc.config)
+    metafunc.parametrize(
+        ("problem", "setting", "dtype", "provider"),
+        [
+            pytest.param(p, s, dtype, who, id=f"{p.name}-{s.name}-{dtype}-{who.name}")
+            for p in given.problems
+            for dtype in given.dtypes
+            for s in grid.settings_of(given, dtype)
+            for who in grid.providers(metafunc.config, PROVIDERS)
+        ],
+    )
+
+
+@lru_cache(maxsize=1)
+def arena(problem: Problem, setting: Setting, dtype: str) -> tuple[Case, Step, Step]:
+    """The inputs, which everybody shares, the bare products and ours."""
+    case = problem.case(setting, DEVICE, DTYPES[dtype])
+    return case, products(case, setting), training_step(OURS.load(), OURS.ask(case))
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_linear_cross_entropy(
+    benchmark: Any,
+    row: dict[str, Any],
+    form: grid.Form,
+    problem: Problem,
+    setting: Setting,
+    dtype: str,
+    provider: Provider,
+) -> None:
+    benchmark.group, benchmark.extra_info = f"{problem.name} {setting.name} {dtype}", row
+    loss = grid.loaded(provider)
+    sample = telling(slice_of(problem).case(setting, DEVICE, DTYPES[dtype]))
+    row["errors"] = errors(loss, grid.asked(provider, sample))
+    if reason := fits(problem, provider):
+        raise MemoryError(reason)
+    case, bare, ours = arena(problem, setting, dtype)
+    step = training_step(loss, provider.ask(case))
+    beside = {"products": bare} | ({} if provider is OURS else {"ours": ours})
+    row["seconds"] = found = race(benchmark, step, beside, form.rounds, form.patience)
+    row["of_products"] = ratio(found["it"], found["products"])
+    row["of_ours"] = ratio(found["it"], found.get("ours", found["it"]))
+    live = problem.rows - int(problem.rows * setting.ignored)
+    row["flop"] = 2 * setting.products * live * problem.vocab * problem.features
+    if CUDA:
+        row["peak_bytes"] = peak_bytes(step)
+    elif setting == FROZEN and form.name != "smoke":
+        (row["peak_bytes"],) = extra_memory_elsewhere(provider, [problem], dtype)
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_ours_stays_near_the_bare_products(benchmark: Any, row: dict[str, Any]) -> None:
+    """The gate: a ratio within a run, and of its rounds the one that the machine disturbed least."""
+    problem = CPU_PROBLEMS[0]
+    benchmark.group, benchmark.extra_info = "gate", row
+    row |= {"problem": problem.name, "setting": FROZEN.name, "provider": OURS.name}
+    case = problem.case(FROZEN, DEVICE, DTYPES["bf16"])
+    step = training_step(OURS.load(), case)
+    row["seconds"] = found = race(benchmark, step, {"products": products(case, FROZEN)}, 15, 10.0)
+    best = min(a / b for a, b in zip(found["it"], found["products"], strict=True))
+    assert best <= GATE, f"ours took {best:.2f} times the bare products in its best round, {GATE} is allowed"

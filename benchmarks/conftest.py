@@ -1,0 +1,119 @@
+"""Every test here makes one row; rows go to one JSON file, whatever became of the test."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import benchmarks.interpreted  # noqa: F401  before anything that imports Triton
+
+# isort: split
+import pytest
+import torch
+
+from benchmarks import grid, machine
+from benchmarks.measure import WrongError
+
+# programs and libraries: nothing in them is a test or a doctest
+collect_ignore_glob = ["[!b]*.py"]
+_FOUND = pytest.StashKey[dict[str, Any]]()
+_DEADLINE = pytest.StashKey[grid.Deadline]()
+_MEMORY_ERRORS = (MemoryError, torch.OutOfMemoryError)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    grid.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    grid.check(config)
+    about = {"form": grid.form(config).name, "machine": machine.describe()}
+    config.stash[_FOUND] = about | {"rows": []}
+    config.stash[_DEADLINE] = grid.Deadline(config.getoption("budget"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:  # a peer's warning is no failure of ours
+        item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(autouse=True)
+def _within_budget(request: pytest.FixtureRequest) -> None:
+    request.config.stash[_DEADLINE].check()
+
+
+@pytest.fixture
+def form(request: pytest.FixtureRequest) -> grid.Form:
+    return grid.form(request.config)
+
+
+@pytest.fixture
+def row(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What is found out is put here; `benchmark.extra_info` is the same for suites that take times."""
+    return {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Iterator[None]:
+    report = yield
+    if call.when == "call" or (call.when == "setup" and call.excinfo):
+        arguments = getattr(item, "funcargs", {})
+        row = arguments.get("row")
+        if row is None:
+            row = getattr(arguments.get("benchmark"), "extra_info", {})
+        module = item.module.__name__.rpartition("bench_")[2] if isinstance(item, pytest.Function) else ""
+        parts = getattr(item, "callspec", None)
+        about = grid.described(**parts.params) if parts and "provider" in parts.params else {}
+        found = item.config.stash[_FOUND]
+        found["rows"].append({"suite": module} | about | row | _told(call))
+        _write(item.config)
+    return report
+
+
+def _told(call: pytest.CallInfo[Any]) -> dict[str, str]:
+    """What happened to a row that has no numbers."""
+    if call.excinfo is None:
+        return {}
+    error = call.excinfo.value
+    if isinstance(error, pytest.skip.Exception):
+        return {"skipped": str(error.msg)}
+    said = str(error).partition("\n")[0]
+    if isinstance(error, WrongError):
+        return {"wrong": said}
+    if isinstance(error, _MEMORY_ERRORS):
+        return {"raised": f"out of memory: {said}"}
+    return {"raised": f"{type(error).__name__}: {said}"}
+
+
+def _results(config: pytest.Config) -> Path:
+    given = Path(config.getoption("results") or config.rootpath / ".benchmarks" / "results.json")
+    if given.suffix == ".json":
+        return given
+    about = config.stash[_FOUND]["machine"]
+    return given / about["machine"] / f"{about['date']}-{about['commit']}.json"
+
+
+def _write(config: pytest.Config) -> None:
+    """After every row: a machine that runs out of memory ends the process without asking."""
+    path = _results(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(config.stash[_FOUND], indent=1, default=str) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    rows = config.stash[_FOUND]["rows"]
+    if not rows:
+        return
+    bad = [r for r in rows if "wrong" in r or "raised" in r]
+    path = _results(config)
+    terminalreporter.section("rows")
+    for r in bad:
+        name = " ".join(str(r[k]) for k in ("suite", "problem", "setting", "provider") if k in r)
+        terminalreporter.line(f"{name}: {'wrong: ' + r['wrong'] if 'wrong' in r else r['raised']}")
+    skipped = sum("skipped" in r for r in rows)
+    terminalreporter.line(
+        f"{len(rows) - skipped - len(bad)} measured, {skipped} skipped, {len(bad)} wrong or raised: {path}"
+    )
+    terminalreporter.line(f"tables and plots: ual-bench report {path}")

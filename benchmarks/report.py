@@ -1,0 +1,432 @@
+"""Tables of a results file, in Markdown, and its three plots."""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from benchmarks import machine
+
+Row = dict[str, Any]
+_MIB = 2**20
+_FAILURES = ("skipped", "wrong", "raised")
+README_START = "<!-- ual-bench report: begin -->"
+README_END = "<!-- ual-bench report: end -->"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A results file of `pytest benchmarks/`.
+
+    Raises:
+        ValueError: it is not one; says what is wrong with it.
+    """
+    import json
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as results: {error}") from error
+    if not isinstance(found, dict) or not {"rows", "machine"} <= found.keys():
+        raise ValueError(f"{path} holds no results: wanted what `pytest benchmarks/ --results FILE` writes")
+    return found
+
+
+def newest(folder: Path) -> Path:
+    """The results written last, of those under a folder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = sorted(folder.glob("*/*.json"), key=lambda path: (path.stem[:10], path.stat().st_mtime))
+    if not files:
+        raise ValueError(f"no results under {folder}; `make bench` writes some")
+    return files[-1]
+
+
+# ---- what a row says ----
+
+
+def failure(row: Row) -> str:
+    return next((f"{word}: {row[word]}" for word in _FAILURES if word in row), "")
+
+
+def time(row: Row) -> float:
+    """Median seconds; infinite where there are none, so that it is ranked last."""
+    return median(row["seconds"]["it"]) if "seconds" in row else math.inf
+
+
+def spread(row: Row) -> float:
+    """Half the distance between quartiles, of the median."""
+    taken = row["seconds"]["it"]
+    if len(taken) < 3:
+        return math.nan
+    low, _, high = quantiles(taken, n=4)
+    return (high - low) / 2 / median(taken)
+
+
+def grouped(rows: Iterable[Row], *keys: str) -> Iterable[tuple[tuple[Any, ...], list[Row]]]:
+    """Rows that agree on keys, in the order of their first."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(k) for k in keys)
+
+    rows = list(rows)
+    order = {k: i for i, k in reversed(list(enumerate(map(key, rows))))}
+    return [(k, list(g)) for k, g in groupby(sorted(rows, key=lambda r: order[key(r)]), key)]
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _ms(row: Row) -> str:
+    taken = time(row) * 1e3
+    return _cell(taken, ".0f" if taken >= 100 else ".3g")
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+# ---- tables ----
+
+
+def _timed(rows: list[Row], limit: str, rate: Callable[[Row], str], error: str) -> str:
+    header = (
+        "provider",
+        "solves",
+        "ms",
+        "±",
+        f"x {limit}",
+        "x ours",
+        "rate",
+        "extra MiB",
+        f"{error} error",
+        "",
+    )
+    lines = []
+    for r in sorted((r for r in rows if "skipped" not in r), key=time):
+        name = f"**{r['provider']}**" if r["ours"] else r["provider"]
+        numbers = "seconds" in r
+        memory = r.get("peak_bytes")
+        lines.append(
+            (name, r["solves"], _ms(r), f"{spread(r):.0%}" if numbers else "-",
+             _cell(r.get(f"of_{limit}"), ".2f"), _cell(r.get("of_ours"), ".2f"), rate(r) if numbers else "-",
+             "-" if memory is None else f"{memory / _MIB:.0f}", _error(r.get("errors", {}).get(error)),
+             failure(r))
+        )  # fmt: skip
+    return "\n\n".join([machine.table(header, lines), *_skipped(rows)])
+
+
+def _skipped(rows: list[Row]) -> list[str]:
+    """Who is not in a table, by reason."""
+    left_out = grouped((r for r in rows if "skipped" in r), "skipped")
+    return [
+        f"Not there, {reason}: {'; '.join(r['provider'] for r in group)}." for (reason,), group in left_out
+    ]
+
+
+def _linear(rows: list[Row]) -> list[str]:
+    text = [
+        "Forward and backward. `products`: the bare matrix products of the same numbers, into memory that is "
+        "there. `x`: the row's time over that, and over ours: the median of ratios within rounds. `±`: half "
+        "the distance between quartiles. Extra memory is a call's own at its highest. Errors are relative, "
+        "against float64, on a slice."
+    ]
+    for (problem, setting, dtype), group in grouped(rows, "problem", "setting", "dtype"):
+        r = group[0]
+        text.append(f"### {problem}: V {r['vocab']}, D {r['features']}, N {r['rows']}; {setting}, {dtype}")
+        text.append(_timed(group, "products", lambda r: f"{r['flop'] / time(r) / 1e12:.3g} TFLOP/s", "dE"))
+    return text
+
+
+def _logits(rows: list[Row]) -> list[str]:
+    text = ["`copy`: a plain copy of as many bytes as must be read and written at least."]
+    for (problem, dtype), group in grouped(rows, "problem", "dtype"):
+        r = group[0]
+        text.append(f"### {problem}: V {r['vocab']}, N {r['rows']}, {dtype}")
+        text.append(_timed(group, "copy", lambda r: f"{r['least_bytes'] / time(r) / 1e9:.3g} GB/s", "dz"))
+    return text
+
+
+def _accuracy(rows: list[Row]) -> list[str]:
+    header = ("provider", "solves", "loss", "its mean", "dE", "dE, p99 row", "dE unrounded", "dC", "")
+    text = [
+        "bfloat16 inputs. Loss: mean absolute error of the rows, and error of their mean as returned. dE, "
+        "dC: relative error in the Frobenius norm, as returned, and before rounding where float32 is kept. "
+        "Who knows no smoothing per row solves the easier problem that is named."
+    ]
+    for (_, source), group in grouped(rows, "problem", "source"):
+        if source is None:
+            continue
+        r = group[0]
+        text.append(f"### {source}: {r['rows']} tokens, V {r['vocab']}, D {r['features']}")
+        lines = []
+        for r in (r for r in group if "skipped" not in r):
+            a = r.get("accuracy", {})
+            names = ("loss", "mean_loss", "hidden", "hidden_p99", "unrounded", "head")
+            told = [
+                r.get("how", ""),
+                "mean in bfloat16" if a.get("mean_dtype") == "bfloat16" else "",
+                failure(r),
+            ]
+            name = f"**{r['provider']}**" if r.get("ours") else r["provider"]
+            lines.append(
+                (name, r["solves"], *(_error(a.get(n)) for n in names), ", ".join(filter(None, told)))
+            )
+        text += [machine.table(header, lines), *_skipped(group)]
+    return text
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """Of a straight line through the logarithms, by least squares; NaN for fewer than three points."""
+    logs = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
+    if len(logs) < 3:
+        return math.nan
+    mx, my = (sum(v) / len(logs) for v in zip(*logs, strict=True))
+    return sum((x - mx) * (y - my) for x, y in logs) / sum((x - mx) ** 2 for x, _ in logs)
+
+
+_AXES = {"rows": "N", "vocab": "V", "features": "D"}
+
+
+def _scaling(rows: list[Row]) -> list[str]:
+    text = [
+        "One of N, V and D grows, the others stay. The slope is that of log time (log extra memory) against "
+        "log size, over the upper half of the sizes, where constants no longer show: 1 is proportional, 0 "
+        "constant."
+    ]
+    for (axis,), group in grouped(rows, "setting"):
+        others = ", ".join(f"{_AXES[k]} {group[0][k]}" for k in _AXES if k != axis)
+        text.append(f"### {_AXES[axis]} grows; {others}")
+        sizes = sorted({r[axis] for r in group})
+        lines = []
+        for (provider,), mine in grouped(group, "provider"):
+            cells = {r[axis]: r for r in mine}
+            upper = [cells[s] for s in sizes[(len(sizes) - 1) // 2 :] if s in cells]
+            for what, of, form in (("ms", _seconds, _ms), ("MiB", _bytes, _mib)):
+                fitted = slope([(r[axis], of(r)) for r in upper])
+                cells_text = [form(cells[s]) if s in cells else "-" for s in sizes]
+                lines.append((provider, what, *cells_text, _cell(fitted, ".2f")))
+        text.append(machine.table(("provider", "", *map(str, sizes), "slope"), lines))
+        text += [f"{r['provider']} at {r[axis]}: {failure(r)}" for r in group if failure(r)]
+    return text
+
+
+def _seconds(row: Row) -> float:
+    return time(row) if "seconds" in row else 0.0
+
+
+def _bytes(row: Row) -> float:
+    return float(row.get("peak_bytes", 0.0))
+
+
+def _mib(row: Row) -> str:
+    return _cell(row["peak_bytes"] / _MIB, ".0f") if "peak_bytes" in row else "-"
+
+
+_SUITES: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
+    "linear_cross_entropy": ("Hidden states and head in", _linear),
+    "cross_entropy": ("Logits in", _logits),
+    "accuracy": ("Error against float64", _accuracy),
+    "scaling": ("As sizes grow", _scaling),
+}
+
+
+def markdown(found: dict[str, Any], plots: list[str] = ()) -> str:  # type: ignore[assignment]
+    """The whole report."""
+    text = ["# Benchmarks", machine.headline(found["machine"]) + f"; form: {found['form']}"]
+    text += [f"![{name}]({name})" for name in plots]
+    for suite, (title, tables) in _SUITES.items():
+        rows = [
+            r for r in found["rows"] if r["suite"] == suite and r.get("setting") != "gate" and "provider" in r
+        ]
+        rows = [r for r in rows if suite == "accuracy" or "dtype" in r]
+        if rows:
+            text += [f"## {title}", *tables(rows)]
+    return "\n\n".join(text) + "\n"
+
+
+# ---- the README's table ----
+
+
+def readme_table(found: dict[str, Any]) -> str:
+    """Time, memory and error of those who run here, frozen head, bfloat16."""
+    rows = [
+        r
+        for r in found["rows"]
+        if r["suite"] == "linear_cross_entropy" and r.get("setting") == "frozen" and r.get("dtype") == "bf16"
+    ]
+    accuracy = {
+        r["provider"]: r["accuracy"]["hidden"]
+        for r in found["rows"]
+        if r["suite"] == "accuracy" and r.get("problem") == "real" and "accuracy" in r
+    }
+    problems = [(key[0], group) for key, group in grouped(rows, "problem")]
+    header = ["", "solves"]
+    for _, group in problems:
+        header += [f"V {group[0]['vocab']}: time", "MiB"]
+    lines = []
+    for (name,), mine in grouped(sorted(rows, key=time), "provider"):
+        by_problem = {r["problem"]: r for r in mine}
+        if all("seconds" not in r for r in mine):
+            continue
+        line = [f"**{name}**" if mine[0]["ours"] else name, mine[0]["solves"]]
+        for problem, _ in problems:
+            r = by_problem.get(problem, {})
+            line += [_cell(r.get("of_products"), ".2f"), _mib(r)]
+        lines.append((*line, _error(accuracy.get(name))))
+    sizes = "; ".join(f"V {g[0]['vocab']}: N {g[0]['rows']}, D {g[0]['features']}" for _, g in problems)
+    about = (
+        f"Forward and backward, frozen head, bfloat16 ({sizes}). Time is over that of the two bare matrix "
+        "products in the same rounds; MiB is what a call needs on top; dE is the error of the gradient on "
+        f"SmolLM2's hidden states. {machine.headline(found['machine'])}."
+    )
+    return machine.table((*header, "dE"), lines) + "\n\n" + about
+
+
+def put(text: str, table: str) -> str:
+    """A README with the table between its marks.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    pattern = re.compile(f"{re.escape(README_START)}.*?{re.escape(README_END)}", re.S)
+    if not pattern.search(text):
+        raise ValueError(f"wanted the lines {README_START} and {README_END} where the table goes")
+    return pattern.sub(lambda _: f"{README_START}\n{table}\n{README_END}", text)
+
+
+# ---- plots ----
+
+_OURS, _THEIRS, _INK, _GRID = "#1f55d6", "#9aa5b4", "#1b2027", "#e3e7ec"
+_MARKS = {"s per row": "o", "s = 0": "^"}
+
+
+def plots(found: dict[str, Any], stem: Path) -> list[Path]:
+    """Draw what the rows hold, each as SVG and PNG beside the results.
+
+    Returns:
+        The SVG files.
+    """
+    written = []
+    for name, draw in (("time", _plot_time), ("memory", _plot_memory), ("error", _plot_error)):
+        figure = draw(found)
+        if figure is None:
+            continue
+        for suffix in (".png", ".svg"):
+            path = stem.with_name(f"{stem.name}-{name}{suffix}")
+            metadata = {"Date": None} if suffix == ".svg" else None  # the same results, the same file
+            figure.savefig(path, dpi=150, metadata=metadata)
+        written.append(path)
+    return written
+
+
+def _frozen(found: dict[str, Any]) -> list[Row]:
+    return [
+        r
+        for r in found["rows"]
+        if r["suite"] == "linear_cross_entropy"
+        and (r.get("setting"), r.get("dtype")) == ("frozen", "bf16")
+        and "of_products" in r
+    ]
+
+
+def _figure(width: float, height: float, columns: int = 1) -> Any:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = "ual-bench"
+    figure = Figure((width, height), layout="constrained", facecolor="white")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for a in axes:
+        a.spines[["top", "right"]].set_visible(False)
+        a.tick_params(colors=_INK, labelsize=8)
+        a.set_axisbelow(True)
+    return figure, axes
+
+
+def _plot_time(found: dict[str, Any]) -> Any:
+    groups = list(grouped(_frozen(found), "problem"))
+    if not groups:
+        return None
+    longest = max(len(group) for _, group in groups)
+    figure, axes = _figure(4.6 * len(groups) + 1.2, 0.34 * longest + 1.3, len(groups))
+    for a, ((problem,), group) in zip(axes, groups, strict=True):
+        group = sorted(group, key=time, reverse=True)
+        labels = [f"{r['provider']}  ({r['solves']})" for r in group]
+        bars = a.barh(
+            labels, [r["of_products"] for r in group], color=[_OURS if r["ours"] else _THEIRS for r in group]
+        )
+        a.bar_label(bars, [f"{r['of_products']:.2f}" for r in group], padding=3, fontsize=8, color=_INK)
+        a.axvline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        a.margins(x=0.14)
+        a.grid(axis="x", color=_GRID)
+        a.set_xlabel("time over that of the bare products (dashed: the limit)", fontsize=8)
+        r = group[0]
+        a.set_title(
+            f"{problem}: V {r['vocab']}, D {r['features']}, N {r['rows']}", fontsize=9, loc="left", color=_INK
+        )
+    return figure
+
+
+def _plot_memory(found: dict[str, Any]) -> Any:
+    rows = [
+        r
+        for r in found["rows"]
+        if r["suite"] == "scaling" and r.get("setting") == "rows" and r.get("peak_bytes", 0) > 0
+    ]
+    if not rows:
+        return None
+    figure, (a,) = _figure(5.4, 3.6)
+    for i, ((provider,), group) in enumerate(grouped(rows, "provider")):
+        group = sorted(group, key=lambda r: r["rows"])
+        colour = _OURS if group[0]["ours"] else ("#e2600c", "#0b9a72", "#8a1c7c")[i % 3]
+        sizes, used = [r["rows"] for r in group], [r["peak_bytes"] / _MIB for r in group]
+        a.plot(sizes, used, color=colour, marker="o", markersize=4)
+        a.annotate(provider, (sizes[-1], used[-1]), xytext=(5, 0), textcoords="offset points", fontsize=8,
+                   color=colour, va="center")  # fmt: skip
+    a.set_xscale("log", base=2)
+    a.set_yscale("log")
+    a.margins(x=0.12)
+    a.grid(color=_GRID)
+    a.set_xlabel("N, rows", fontsize=8)
+    a.set_ylabel("extra memory of one step (MiB)", fontsize=8)
+    r = rows[0]
+    a.set_title(f"Memory of forward and backward: V {r['vocab']}, D {r['features']}", fontsize=9, loc="left")
+    return figure
+
+
+def _plot_error(found: dict[str, Any]) -> Any:
+    frozen = list(grouped(_frozen(found), "problem"))
+    errors = {
+        r["provider"]: r["accuracy"]["hidden"]
+        for r in found["rows"]
+        if r["suite"] == "accuracy" and r.get("problem") == "real" and "accuracy" in r
+    }
+    floor = errors.get("exact, rounded once")
+    points = [r for r in frozen[0][1] if r["provider"] in errors] if frozen else []
+    if not points:
+        return None
+    figure, (a,) = _figure(6.2, 3.8)
+    for r in points:
+        x, y = r["of_products"], errors[r["provider"]]
+        colour = _OURS if r["ours"] else "#5a6472"
+        a.plot(x, y, _MARKS.get(r["solves"], "s"), color=colour, markersize=6)
+        a.annotate(
+            r["provider"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=7.5, color=colour
+        )
+    if floor:
+        a.axhline(floor, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    a.axvline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    a.set_xscale("log")
+    a.set_yscale("log")
+    a.margins(x=0.25, y=0.15)
+    a.grid(color=_GRID, which="both")
+    a.set_xlabel(f"time over that of the bare products ({frozen[0][0][0]}, frozen head)", fontsize=8)
+    a.set_ylabel("error of dE on real hidden states", fontsize=8)
+    a.set_title("Down and left is better; dashed: what arithmetic allows", fontsize=9, loc="left", color=_INK)
+    return figure

@@ -1,0 +1,44 @@
+"""Providers that are wrong, slow, broken, too large, or not installed."""
+
+import time
+
+from torch import Tensor
+
+from benchmarks import providers
+from benchmarks.problems import Case
+from benchmarks.providers import Loss, MissingError, Provider, Solves, naive
+
+
+def forgets_smoothing(c: Case) -> Tensor:
+    return naive(c._replace(smoothing=0.0))
+
+
+def drops_a_row(c: Case) -> Tensor:
+    return naive(c._replace(hidden=c.hidden * (c.target != c.target[-1])[:, None]))
+
+
+def sleeps(c: Case) -> Tensor:
+    time.sleep(0.05)
+    return naive(c)
+
+
+def raises(c: Case) -> Tensor:
+    raise ZeroDivisionError("by design")
+
+
+def too_large(c: Case) -> Tensor:
+    raise MemoryError("by design")
+
+
+def missing() -> Loss:
+    raise MissingError("stranger is not installed: pip install stranger")
+
+
+providers.PROVIDERS += (
+    Provider("sleeps", Solves.PER_ROW, lambda: sleeps),
+    Provider("forgets smoothing", Solves.PER_ROW, lambda: forgets_smoothing),
+    Provider("drops a row", Solves.PER_ROW, lambda: drops_a_row),
+    Provider("raises", Solves.PER_ROW, lambda: raises),
+    Provider("too large", Solves.PER_ROW, lambda: too_large),
+    Provider("missing", Solves.PER_ROW, missing),
+)
