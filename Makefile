@@ -4,6 +4,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STEPS ?= 36
 ROWS ?= 288
+PARTS ?= 1
+FORM ?= short
+RESULTS ?= benchmarks/results
 # threads that wait by spinning starve each other on a busy machine
 export OMP_WAIT_POLICY ?= passive
 
@@ -16,14 +19,14 @@ quickstart: .venv/.quickstart  ## fine-tune a real model three ways on this mach
 	$(BIN)/ual quickstart --steps $(STEPS) --rows $(ROWS)
 
 test: .venv/.dev .venv/.quickstart  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 -p no:benchmark
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup -p no:benchmark
 
-bench: .venv/.peers  ## error, time and memory of the losses beside others, on this machine
-	$(BIN)/python -m pytest benchmarks --short --results benchmarks/results; status=$$?; \
-		$(BIN)/ual-bench report && exit $$status
+bench: .venv/.peers  ## error, time and memory of the losses beside others; FORM=full, short or smoke
+	$(BIN)/python -m pytest benchmarks --$(FORM) --results $(RESULTS); status=$$?; \
+		$(BIN)/ual-bench report $(RESULTS) && exit $$status
 
 mutants: .venv/.dev  ## break the code on purpose, line by line, and see that the tests notice
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python tests/mutants.py --parts $(PARTS)
 
 lint: .venv/.dev  ## formatter, linter, types, floors
 	$(BIN)/ruff format --check .

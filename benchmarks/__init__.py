@@ -1,4 +1,4 @@
-"""How right and how fast the losses are, beside others: `accuracy`, `timing`, `gradient_filter`, `gpu.sh`."""
+"""How right, how fast and how large the losses are, beside others; docs/benchmarks.md says how."""
 
 import os
 

@@ -60,7 +60,7 @@ def test_cross_entropy(
 ) -> None:
     benchmark.group, benchmark.extra_info = f"{problem.name} logits {dtype}", row
     row["setting"] = "logits"
-    loss = grid.loaded(provider)
+    loss = grid.loaded(provider, form)
     sample = telling(slice_of(problem).logits(DEVICE, DTYPES[dtype]))
     row["errors"] = errors(loss, grid.asked(provider, sample))
     if reason := fits(problem, provider):

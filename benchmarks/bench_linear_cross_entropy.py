@@ -66,7 +66,7 @@ def test_linear_cross_entropy(
     provider: Provider,
 ) -> None:
     benchmark.group, benchmark.extra_info = f"{problem.name} {setting.name} {dtype}", row
-    loss = grid.loaded(provider)
+    loss = grid.loaded(provider, form)
     sample = telling(slice_of(problem).case(setting, DEVICE, DTYPES[dtype]))
     row["errors"] = errors(loss, grid.asked(provider, sample))
     if reason := fits(problem, provider):

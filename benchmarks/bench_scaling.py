@@ -57,7 +57,7 @@ def test_scaling(
 ) -> None:
     benchmark.group, benchmark.extra_info = f"scaling {axis} {provider.name}", row
     row |= {"setting": axis, "dtype": "bf16"}
-    loss = grid.loaded(provider)
+    loss = grid.loaded(provider, form)
     if reason := fits(problem, provider):
         raise MemoryError(reason)
     case = problem.case(FROZEN, DEVICE, DTYPES["bf16"])

@@ -24,7 +24,7 @@ err = Console(stderr=True)
 Results = Annotated[
     Path | None,
     typer.Argument(
-        help="A results file; by default the newest under benchmarks/results.", show_default=False
+        help="A file, or a folder, whose newest is taken; default: benchmarks/results.", show_default=False
     ),
 ]
 
@@ -49,7 +49,8 @@ def report(
 ) -> None:
     """Write tables (.md) and plots (.svg, .png) beside a results file."""
     try:
-        path = results or reports.newest(machine.RESULTS)
+        path = results or machine.RESULTS
+        path = reports.newest(path) if path.is_dir() else path
         found = _load(path)
         stem = path.with_suffix("")
         drawn = reports.plots(found, stem)

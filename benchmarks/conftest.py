@@ -29,6 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
     grid.check(config)
     about = {"form": grid.form(config).name, "machine": machine.describe()}
     config.stash[_FOUND] = about | {"rows": []}
+    if config.getoption("update"):
+        config.stash[_FOUND]["rows"] = _kept(config)
     config.stash[_DEADLINE] = grid.Deadline(config.getoption("budget"))
 
 
@@ -65,7 +67,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
         parts = getattr(item, "callspec", None)
         about = grid.described(**parts.params) if parts and "provider" in parts.params else {}
         found = item.config.stash[_FOUND]
-        found["rows"].append({"suite": module} | about | row | _told(call))
+        new = {"suite": module, "test": item.name} | about | row | _told(call)
+        found["rows"] = [r for r in found["rows"] if (r["suite"], r["test"]) != (module, item.name)] + [new]
         _write(item.config)
     return report
 
@@ -91,6 +94,22 @@ def _results(config: pytest.Config) -> Path:
         return given
     about = config.stash[_FOUND]["machine"]
     return given / about["machine"] / f"{about['date']}-{about['commit']}.json"
+
+
+def _kept(config: pytest.Config) -> list[dict[str, Any]]:
+    """Rows that are there already.
+
+    Raises:
+        pytest.UsageError: of another commit, which one file cannot mix.
+    """
+    path = _results(config)
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    there, here = found["machine"]["commit"], config.stash[_FOUND]["machine"]["commit"]
+    if there != here:
+        raise pytest.UsageError(f"--update: {path} is of commit {there}, here is {here}; wanted the same")
+    return list(found["rows"])
 
 
 def _write(config: pytest.Config) -> None:

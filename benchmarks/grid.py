@@ -42,6 +42,7 @@ SMOKE = Form("smoke", 3, 0.2, (TINY,), SETTINGS, ("bf16",))
 
 def add_options(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmarks of the losses")
+    group.addoption("--full", action="store_const", dest="form", const=FULL, help="all of it (default)")
     group.addoption("--short", action="store_const", dest="form", const=SHORT, default=FULL, help="minutes")
     group.addoption(
         "--smoke", action="store_const", dest="form", const=SMOKE, help="tiny: does it run, and the gate"
@@ -63,6 +64,7 @@ def add_options(parser: pytest.Parser) -> None:
         "--results", metavar="F",
         help="default: .benchmarks/results.json; in a folder: <machine>/<date>-<commit>.json",
     )  # fmt: skip
+    group.addoption("--update", action="store_true", help="keep the other rows of that file")
     group.addoption("--states", metavar="F", help="hidden states that `benchmarks.accuracy --export` wrote")
 
 
@@ -124,7 +126,7 @@ def settings_of(given: Form, dtype: str) -> tuple[Setting, ...]:
     return given.settings if dtype == given.dtypes[0] else tuple(s for s in given.settings if s == FROZEN)
 
 
-def loaded(provider: Provider) -> Loss:
+def loaded(provider: Provider, given: Form) -> Loss:
     """Its loss, for a suite that takes times.
 
     Raises:
@@ -132,6 +134,8 @@ def loaded(provider: Provider) -> Loss:
     """
     if provider.how:
         pytest.skip("its kernels need a GPU; here only their accuracy is measured")
+    if provider.compiles and given.name == SMOKE.name:
+        pytest.skip("it compiles longer than a smoke run lasts")
     try:
         return provider.load()
     except MissingError as error:

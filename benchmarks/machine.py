@@ -23,8 +23,10 @@ _FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
 
 def describe() -> dict[str, Any]:
     """What a result needs to be read later."""
+    now = datetime.datetime.now(datetime.UTC)
     return {
-        "date": datetime.date.today().isoformat(),
+        "date": now.date().isoformat(),
+        "time": now.isoformat(timespec="seconds"),
         "commit": _commit(),
         "machine": name(),
         "cpu": _cpu(),
@@ -101,13 +103,16 @@ def _gpu() -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         return None
     facts = torch.cuda.get_device_properties(0)
-    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    names = ("driver_version", "clocks.current.sm", "clocks.max.sm", "clocks.current.memory", "power.limit")
+    said = _said(("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader")).partition("\n")[0]
+    driver, *clocks = [part.strip() for part in said.split(",")] if said else ["unknown"]
     return {
         "name": facts.name,
         "memory_gib": round(facts.total_memory / 2**30, 1),
         "multiprocessors": facts.multi_processor_count,
         "l2_mib": facts.L2_cache_size / 2**20,
-        "driver": _said(query).partition("\n")[0] or "unknown",
+        "driver": driver,
+        "clocks": dict(zip(names[1:], clocks, strict=False)),
         "cuda": torch.version.cuda,
     }
 

@@ -51,6 +51,7 @@ class Provider:
     ours: str = ""  # "high" or "fast" where it is ours
     needs_gpu: bool = False
     overwrites: bool = False  # its input
+    compiles: bool = False  # for a while, for each shape
 
     def load(self) -> Loss:
         """Import it.
@@ -278,7 +279,7 @@ PROVIDERS = (
         ours=HIGH,
     ),
     Provider("naive", Solves.PER_ROW, lambda: naive, weights=True),
-    Provider("naive, torch.compile", Solves.PER_ROW, _naive_compiled, weights=True),
+    Provider("naive, torch.compile", Solves.PER_ROW, _naive_compiled, weights=True, compiles=True),
     Provider("torch chunked + rank one", Solves.PER_ROW, composed(_torch_chunked), weights=True),
     Provider("liger + rank one", Solves.PER_ROW, composed(_liger_fused), "liger-kernel", weights=True),
     Provider(
@@ -310,7 +311,7 @@ LOGITS_PROVIDERS = (
         overwrites=True,
     ),
     Provider("naive", Solves.PER_ROW, lambda: naive, weights=True),
-    Provider("naive, torch.compile", Solves.PER_ROW, _naive_compiled, weights=True),
+    Provider("naive, torch.compile", Solves.PER_ROW, _naive_compiled, weights=True, compiles=True),
     Provider("F.cross_entropy", Solves.ONE, lambda: _torch_whole),
     Provider("transformers LabelSmoother", Solves.ONE, _label_smoother, "transformers", rows=False),
     Provider("liger, in place", Solves.ONE, _liger_whole, "liger-kernel", overwrites=True),

@@ -1,15 +1,18 @@
 """Break the code on purpose, one line at a time, and see that the tests notice.
 
     python tests/mutants.py            every mutant
-    python tests/mutants.py chunked    those of files whose path contains a word
+    python tests/mutants.py _torch     those of files whose path contains a word
+    python tests/mutants.py --parts 3  a third of them, another one for another commit
 
 The unbroken code must pass first. Each mutant is tried in a copy of the tree, with the tests named beside it:
 they must fail (or the interpreter crash: an address out of bounds does that), not merely refuse to run.
 """
 
+import argparse
 import importlib
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +32,7 @@ LINEAR = "tests/kernels/test_linear_cross_entropy.py"
 TILES = "tests/kernels/test_linear_options.py"
 SHARDS = "tests/kernels/test_parallel.py"
 LOSSES = "tests/kernels/test_losses.py"
+BENCHMARKS = "tests/test_benchmarks.py"
 
 
 class Mutant(NamedTuple):
@@ -308,7 +312,7 @@ MUTANTS = [
             "test_logits_far_from_zero",
         ),
         ("logits[chunk].to(acc, copy=True)", "logits[chunk].to(acc)", "test_every_flag"),
-        ("p -= (s / p.shape[1])[:, None]", "p -= s[:, None]", "test_every_flag"),
+        ("p -= (scale * s / p.shape[1])[:, None]", "p -= (scale * s)[:, None]", "test_every_flag"),
         ("k + 2 * z_loss * lse", "k + z_loss * lse", "test_every_flag"),
         ("buffer.is_cpu and bool((scale == 1).all())", "buffer.is_cpu", "test_the_gradient_in_place"),
         (
@@ -503,12 +507,51 @@ MUTANTS = [
             "test_out_of_range_poisons_its_own_row_only",
         ),
     ),
+    *mutants(
+        "benchmarks/problems.py",
+        BENCHMARKS,
+        (
+            "dz.scatter_add_(1, y, (s - 1)[:, None])",
+            "dz.scatter_add_(1, y, -torch.ones_like(s)[:, None])",
+            "test_the_exact_answer_is_the_definition",
+        ),
+        (
+            '"dA": scale * (b.T @ gradients["dC"])',
+            '"dA": b.T @ gradients["dC"]',
+            "test_the_exact_answer_is_the_definition",
+        ),
+    ),
+    *mutants(
+        "benchmarks/report.py",
+        BENCHMARKS,
+        (
+            'if "seconds" in row else math.inf',
+            'if "seconds" in row else 0.0',
+            "test_a_row_without_numbers_is_ranked_last",
+        ),
+        ("(y - my) for x, y in logs", "y for x, y in logs if x > mx", "test_a_slope_is_the_power"),
+    ),
+    *mutants(
+        "benchmarks/compare.py",
+        BENCHMARKS,
+        (
+            "bool(low > 1 + tolerance)",
+            "bool(ratio > 1 + tolerance)",
+            "test_a_regression_is_one_beyond_its_noise",
+        ),
+        (
+            'np.asarray(s["it"]) / np.asarray(s[limit])',
+            'np.asarray(s["it"])',
+            "test_a_regression_is_one_beyond_its_noise",
+        ),
+        ("ratio <= ERROR_MARGIN", "ratio >= 0", "test_memory_errors_and_failures_are_regressions_too"),
+    ),
 ]
 
 
 def copy_of_the_tree(tree: Path) -> Path:
-    for name in ("ual", "ual_kernels", "tests"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("ual", "ual_kernels", "benchmarks", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", tree)
     return tree
 
@@ -558,12 +601,18 @@ def prepare() -> None:
         importlib.import_module(module)
 
 
-def main(word: str) -> int:
+def turn(parts: int) -> int:
+    """Which of so many parts it is this commit's turn to try."""
+    said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return int(said.stdout.strip() or "0", 16) % parts
+
+
+def main(word: str, parts: int) -> int:
     prepare()
-    chosen = [mutant for mutant in MUTANTS if word in mutant.file]
+    chosen = [mutant for mutant in MUTANTS if word in mutant.file][turn(parts) :: parts]
     problems = [
         f"{mutant.file}: not one place to break: {mutant.good!r}"
-        for mutant in chosen
+        for mutant in MUTANTS
         if (ROOT / mutant.file).read_text().count(mutant.good) != 1
     ]
     start = time.monotonic()
@@ -586,4 +635,10 @@ def main(word: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else ""))
+    parser = argparse.ArgumentParser(
+        "tests/mutants.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("word", nargs="?", default="", help="only files whose path contains it")
+    parser.add_argument("--parts", type=int, default=1, help="try one of so many parts, by the commit")
+    given = parser.parse_args()
+    sys.exit(main(given.word, given.parts))

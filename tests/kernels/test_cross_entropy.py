@@ -102,7 +102,7 @@ def test_logits_far_from_zero(backend: str, device: torch.device) -> None:
 
 @fused
 def test_more_rows_than_a_chunk(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ual_kernels._torch.cross_entropy._CHUNK_ELEMENTS", 3 * 17)
+    monkeypatch.setattr("ual_kernels._torch.cross_entropy._CHUNK_ELEMENTS", {device.type: 3 * 17})
     leaves, target = logits_case(11, 17, torch.float32, device)
     judge(leaves, target, options("all", 17, device), backend=backend)
     stats = cross_entropy(leaves["input"], target, return_statistics=True, backend=backend)[1]
