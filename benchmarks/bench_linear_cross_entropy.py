@@ -40,9 +40,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ("problem", "setting", "dtype", "provider"),
         [
             pytest.param(p, s, dtype, who, id=f"{p.name}-{s.name}-{dtype}-{who.name}")
-            for p in given.problems
+            # what a budget cuts off is the last settings, not the last problems
             for dtype in given.dtypes
             for s in grid.settings_of(given, dtype)
+            for p in given.problems
             for who in grid.providers(metafunc.config, PROVIDERS)
         ],
     )

@@ -19,7 +19,7 @@ environment:
   PYTHON   the interpreter (default: .venv/bin/python where there is one, else python3)
   WHEELS   a folder of wheels of missing peers, installed beside and not into the environment; no network
   STATES   hidden states for part 5, made by `python -m benchmarks.accuracy --export FILE` where the model is
-  PROBLEM  problems of part 3 (default: all)
+  PROBLEM  problems of part 3 (default: all), SETTING its settings (default: most, the telling ones first)
   COMMIT   what is measured, where the tree came without its history
   PYTEST_ADDOPTS   further options of parts 1 and 2, as pytest reads them: "-k triton"
 
@@ -153,14 +153,16 @@ suites() { # N ARGUMENT...
 }
 
 part_3() {
-    local arguments=(--budget 400)
+    local arguments=(--short --budget 400) name
     if [ -n "$dry" ]; then
         replaced 'part 3: CUDA events are the wall clock, no peak of an allocator is measured, shapes are tiny'
         arguments=(--smoke -k 'not near_the_bare')
         [ -z "$quick" ] || arguments+=(--setting frozen --provider ours --provider naive)
     else
-        local name
         for name in ${PROBLEM:-}; do arguments+=(--problem "$name"); done
+        for name in ${SETTING:-frozen none+weights trainable half-ignored no-smoothing lora}; do
+            arguments+=(--setting "$name")
+        done
     fi
     suites 3 benchmarks/bench_cross_entropy.py benchmarks/bench_linear_cross_entropy.py "${arguments[@]}"
 }
