@@ -36,7 +36,7 @@ class Form:
 
 _HERE = GPU_PROBLEMS if CUDA else CPU_PROBLEMS
 FULL = Form("full", 15, 20.0, (*CPU_PROBLEMS, *GPU_PROBLEMS) if CUDA else _HERE, SETTINGS, ("bf16", "fp32"))
-SHORT = Form("short", 9, 5.0, _HERE, SETTINGS[:3], ("bf16",))
+SHORT = Form("short", 7, 6.0, _HERE, SETTINGS[:3], ("bf16",))
 SMOKE = Form("smoke", 3, 0.2, (TINY,), SETTINGS, ("bf16",))
 
 
