@@ -60,8 +60,8 @@ class Endpoint:
             "extra_body": config.extra_body,
         }
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._requests = _limiter(config.requests_per_minute, at_once=config.requests_per_minute or 0)
-        self._tokens = _limiter(config.tokens_per_minute, at_once=(config.tokens_per_minute or 0) / 6)
+        self._requests = _limiter(config.requests_per_minute, seconds_at_once=1)
+        self._tokens = _limiter(config.tokens_per_minute, seconds_at_once=10)
         self._resume_at = 0.0
         secure = config.base_url.startswith("https:")
         self._client = openai.AsyncOpenAI(
@@ -348,11 +348,11 @@ def _sized(reply: Reply, request: Request) -> Reply:
     return replace(reply, prompt_tokens=request.size, completion_tokens=request.max_tokens)
 
 
-def _limiter(per_minute: float | None, *, at_once: float) -> AsyncLimiter | None:
-    """A bucket that leaks `per_minute`; what it lets through at once is a second's worth, or `at_once`."""
+def _limiter(per_minute: float | None, *, seconds_at_once: float) -> AsyncLimiter | None:
+    """A bucket that leaks `per_minute`, and lets through some seconds' worth at once."""
     if per_minute is None:
         return None
-    most = max(1.0, per_minute / 60, min(at_once, per_minute / 6))
+    most = max(1.0, per_minute * seconds_at_once / 60)
     return AsyncLimiter(most, most * 60 / per_minute)
 
 
