@@ -42,7 +42,12 @@ def completion(text: str | None = "0.25", **more: Any) -> dict[str, Any]:
 
 def response(body: Any, status: str = "200 OK", *headers: str) -> bytes:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"HTTP/1.1 {status}", "content-type: application/json", f"content-length: {len(content)}", *headers]
+    lines = [
+        f"HTTP/1.1 {status}",
+        "content-type: application/json",
+        f"content-length: {len(content)}",
+        *headers,
+    ]
     return "\r\n".join([*lines, "", ""]).encode() + content
 
 
@@ -53,7 +58,9 @@ async def well(asked: Asked, send: Send) -> None:
 async def storm(asked: Asked, send: Send) -> None:
     """Refuses the first three requests, and says when to come again."""
     if asked.number <= 3:
-        await send(response({"error": {"message": "slow down"}}, "429 Too Many Requests", "retry-after-ms: 150"))
+        await send(
+            response({"error": {"message": "slow down"}}, "429 Too Many Requests", "retry-after-ms: 150")
+        )
     else:
         await send(response(completion()))
 

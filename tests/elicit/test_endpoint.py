@@ -202,7 +202,12 @@ def test_addresses_that_a_key_is_not_sent_to(url: str, fault: str) -> None:
 
 
 def test_addresses_that_are_fine() -> None:
-    for url in ("https://example.com/v1", "http://localhost:8000/v1", "http://127.8.9.1/v1", "http://[::1]:80"):
+    for url in (
+        "https://example.com/v1",
+        "http://localhost:8000/v1",
+        "http://127.8.9.1/v1",
+        "http://[::1]:80",
+    ):
         check_address(url)
     check_address("http://gpu-box:8000/v1", allow_plain_http=True)
 
@@ -217,6 +222,12 @@ def test_parsing_a_refusal_and_log_probabilities() -> None:
     reply = parse(content)
     assert reply.truncated
     assert reply.tokens[0].alternatives == (("8", -1.0),)
-    for bad in ('{"choices": []}', '{"choices": [{"message": {"content": 7}}]}', "[]", "", '{"choices": [{}]}'):
+    for bad in (
+        '{"choices": []}',
+        '{"choices": [{"message": {"content": 7}}]}',
+        "[]",
+        "",
+        '{"choices": [{}]}',
+    ):
         with pytest.raises(ValueError, match="not a chat completion"):
             parse(bad)

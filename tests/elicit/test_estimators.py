@@ -209,7 +209,9 @@ def test_p_true_reads_the_first_token_alone() -> None:
 def test_white_box_and_column() -> None:
     scores = {"nll": 1.5, "tokens": 3, "mean_entropy": 0.5, "max_entropy": 2.0, "mean_margin": 4.0}
     for measure, value in (("nll", 1.5), ("max_entropy", 2.0), ("mean_margin", -4.0)):
-        found, (request,) = elicit({"name": "white_box", "measure": measure}, lambda _: Reply("", scores=scores))
+        found, (request,) = elicit(
+            {"name": "white_box", "measure": measure}, lambda _: Reply("", scores=scores)
+        )
         assert found.value == value
         assert (request.task, request.messages) == ("score", SAMPLE.messages)
     found, _ = elicit({"name": "white_box"}, lambda _: Reply(""))

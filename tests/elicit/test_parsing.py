@@ -73,7 +73,10 @@ def test_no_number_comes_from_a_text_without_digits(text: str) -> None:
     assert last_number(text) is None
 
 
-@given(st.decimals(0, 1, places=4), st.sampled_from(["{}", "**{}**", "Confidence: {}", '{{"probability": {}}}', " {}\n"]))
+@given(
+    st.decimals(0, 1, places=4),
+    st.sampled_from(["{}", "**{}**", "Confidence: {}", '{{"probability": {}}}', " {}\n"]),
+)
 def test_what_is_stated_is_what_is_read(value: object, form: str) -> None:
     assert probability(form.format(value)).value == pytest.approx(float(str(value)))
 
@@ -92,7 +95,9 @@ def test_two_different_numbers_are_none(values: list[int], between: str) -> None
     assert integer(between.join(map(str, values)), low=0, high=99).value is None
 
 
-@pytest.mark.parametrize("text", ["." * 20_000, "{" * 20_000, " " * 20_000, "1," * 9_000, "confidence: " * 1_500, "\n" * 20_000])
+@pytest.mark.parametrize(
+    "text", ["." * 20_000, "{" * 20_000, " " * 20_000, "1," * 9_000, "confidence: " * 1_500, "\n" * 20_000]
+)
 def test_hostile_text_is_read_in_linear_time(text: str) -> None:
     started = time.monotonic()
     probability(text)
