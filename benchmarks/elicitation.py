@@ -3,8 +3,8 @@
     python -m benchmarks.elicitation rows ../shared/data FOLDER --model MODEL [--rows 1000]
     python -m benchmarks.elicitation answer ../shared/data FOLDER
 
-`rows` writes rows and configurations for TruthfulQA, ChaosNLI and GSM8K. `answer` answers the batch files that
-`ual elicit gsm8k.yaml --export-batch batch` wrote with the recorded answers, as FOLDER/answers.jsonl.
+`rows` writes rows and configurations for TruthfulQA, ChaosNLI and GSM8K. `answer` answers the batch files
+that `ual elicit gsm8k.yaml --export-batch batch` wrote with the recorded answers, as FOLDER/answers.jsonl.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import yaml
 
 from ual import reliability
 from ual.data.answers import normalise
+
+_ANSWERS = 18  # recorded for all but 18 of 1,319 questions
 
 
 def truthfulqa(data: Path, count: int) -> Iterator[dict[str, Any]]:
@@ -63,9 +65,11 @@ def recorded(data: Path) -> Iterator[dict[str, Any]]:
 
 
 def gsm8k(data: Path) -> Iterator[dict[str, Any]]:
-    """Yield questions with the majority of the recorded answers, and whether it is right."""
+    """Yield the questions that have 18 recorded answers, with their majority, and whether it is right."""
     for i, row in enumerate(recorded(data)):
-        values = [normalise(sample["answer"]) for sample in row["samples"]]
+        values = [normalise(sample["answer"]) for sample in row["samples"][:_ANSWERS]]
+        if len(values) < _ANSWERS:
+            continue
         label = reliability.majority(values)
         if label is not None:
             right = label == normalise(row["gold"])
@@ -79,7 +83,7 @@ def write_rows(data: Path, folder: Path, model: str, count: int) -> None:
         {"name": "white_box", "measure": m, "label": m}
         for m in ("nll", "mean_entropy", "max_entropy", "mean_margin")
     ]
-    consistent = {"name": "self_consistency", "samples": 18, "answer": "last_number", "max_tokens": 256}
+    consistent = {"name": "self_consistency", "samples": _ANSWERS, "answer": "last_number", "max_tokens": 256}
     runs: dict[str, tuple[Iterator[dict[str, Any]], dict[str, Any]]] = {
         "truthfulqa": (
             truthfulqa(data, count),

@@ -2,8 +2,9 @@
 
     python -m benchmarks.elicitation_scale FOLDER [--rows 1000000]
 
-The backend answers at once and in this process, so that what is measured is the rest: reading, hashing, the
-cache, the evidence, the rows written. Prints one line of JSON. A second run of the same folder reads the cache.
+The backend answers at once and in this process, so that what is measured is the rest: reading, hashing,
+the cache, the evidence, the rows written. Prints one line of JSON. A second run of the same folder reads the
+cache.
 """
 
 import argparse

@@ -64,6 +64,9 @@ class LocalConfig(_Section):
     model: Annotated[ModelConfig, _from_name("path")]
     batch_size: Positive = 8
     max_length: Positive = Field(2048, description="tokens of a prompt with its reply; longer ones fail")
+    chat_template: str | None = Field(
+        None, description="'chatml', 'plain', or a Jinja file; None: the model's"
+    )
     seed: int = 0
     device: str | None = Field(None, description="such as cpu or cuda:0; null: the GPU where there is one")
 

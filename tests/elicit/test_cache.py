@@ -140,6 +140,11 @@ def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[8192:] = b"\xff" * (len(content) - 8192)
     path.write_bytes(content)
-    with pytest.raises(UserError, match="cannot be used"):
+
+    def read_all() -> None:
+        damaged = Cache(path)
         for i in range(2000):
-            Cache(path).get(f"{i}".encode())
+            damaged.get(f"{i}".encode())
+
+    with pytest.raises(UserError, match="cannot be used"):
+        read_all()

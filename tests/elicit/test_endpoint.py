@@ -1,4 +1,5 @@
-"""The client against a server that misbehaves: bounded in time, bytes and requests, and mute about its key."""
+"""The client against a server that misbehaves: bounded in time, bytes and requests, and mute about its
+key."""
 
 import asyncio
 import logging

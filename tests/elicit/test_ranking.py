@@ -1,6 +1,6 @@
 """AUROC, AUPRC and prediction rejection against their definitions, ties included."""
 
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_against_the_definitions(rows: list[tuple[int, bool]]) -> None:
     orders = [
         tuple(w for _, w in order)
         for order in permutations(rows)
-        if all(a[0] <= b[0] for a, b in zip(order, order[1:], strict=False))
+        if all(a[0] <= b[0] for a, b in pairwise(order))
     ]
     best, random = area(tuple(sorted(w for _, w in rows))), 1 - len(wrong) / len(rows)
     expected = (np.mean([area(order) for order in orders]) - random) / (best - random)

@@ -29,6 +29,7 @@ def identity(config: LocalConfig) -> dict[str, Any]:
         "dtype": config.model.dtype,
         "seed": config.seed,
         "max_length": config.max_length,
+        "chat_template": config.chat_template,
     }
 
 
@@ -68,7 +69,7 @@ def token_counter(config: LocalConfig) -> "_TokenCounter":
 class _TokenCounter:
     def __init__(self, config: LocalConfig) -> None:
         self._tokenizer: Any = load_tokenizer(config.model)
-        self._renderer = Renderer(self._tokenizer)
+        self._renderer = Renderer(self._tokenizer, chat_template=config.chat_template)
 
     def __call__(self, request: Request) -> int:
         return len(_prompt_ids(self._renderer, self._tokenizer, request.messages))
@@ -82,7 +83,13 @@ class _LocalModel:
         model.to(_device(config.device))
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         length = min(config.max_length, context or config.max_length)
-        self._renderer = Renderer(self._tokenizer, max_length=length, context_length=context, overlong="drop")
+        self._renderer = Renderer(
+            self._tokenizer,
+            chat_template=config.chat_template,
+            max_length=length,
+            context_length=context,
+            overlong="drop",
+        )
         self._model: Any = fuse(model)
         self._collate = Collator(self._tokenizer.pad_token_id, average="weights")
 
