@@ -26,7 +26,8 @@ _ANSWERS = 18  # recorded for all but 18 of 1,319 questions
 def truthfulqa(data: Path, count: int) -> Iterator[dict[str, Any]]:
     """Yield a sample of the answers, with their human verdicts."""
     lines = (data / "truthfulqa" / "finetune_truth.jsonl").read_text().splitlines()
-    for i in sorted(random.Random(0).sample(range(len(lines)), count)):
+    given = [i for i, line in enumerate(lines) if "\\nA: \\nTrue:" not in line]  # some answers are empty
+    for i in sorted(random.Random(0).sample(given, count)):
         row = json.loads(lines[i])
         question, _, rest = row["prompt"].removeprefix("Q: ").partition("\nA: ")
         yield {

@@ -218,7 +218,8 @@ def test_parsing_a_refusal_and_log_probabilities() -> None:
     assert parse(refusal).text is None
     content = (
         '{"choices": [{"message": {"content": "7"}, "finish_reason": "length", "logprobs": {"content": '
-        '[{"token": "7", "logprob": -0.5, "bytes": [55], "top_logprobs": [{"token": "8", "logprob": -1.0}]}]}}]}'
+        '[{"token": "7", "logprob": -0.5, "bytes": [55], '
+        '"top_logprobs": [{"token": "8", "logprob": -1.0}]}]}}]}'
     )
     reply = parse(content)
     assert reply.truncated

@@ -66,8 +66,13 @@ def test_a_judge_without_log_probabilities_takes_the_score() -> None:
 
 @pytest.mark.parametrize(
     ("reply", "reason"),
-    [(Reply("no idea"), "no number"), (Reply(None), "refusal"), (Reply("12"), "out of range"), (Reply("7", "length"), "truncated")],
-)  # fmt: skip
+    [
+        (Reply("no idea"), "no number"),
+        (Reply(None), "refusal"),
+        (Reply("12"), "out of range"),
+        (Reply("7", "length"), "truncated"),
+    ],
+)
 def test_a_judge_invents_no_score(reply: Reply, reason: str) -> None:
     found, _ = elicit({"name": "judge"}, lambda _: reply)
     assert found.value is None

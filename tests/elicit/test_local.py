@@ -114,9 +114,8 @@ def test_requests_are_batched_and_answered_in_their_places(stories: Path, loaded
     scores = replies[5].scores
     text = "User: Tell me a story\nAssistant:"
     prompt = tokenizer(text, add_special_tokens=False).input_ids
-    whole = tokenizer(text + " Once upon a time", add_special_tokens=False).input_ids + [
-        tokenizer.eos_token_id
-    ]
+    whole = tokenizer(text + " Once upon a time", add_special_tokens=False).input_ids
+    whole = [*whole, tokenizer.eos_token_id]
     whole = (
         [tokenizer.bos_token_id, *whole] if tokenizer("x").input_ids[0] == tokenizer.bos_token_id else whole
     )
@@ -149,9 +148,14 @@ def test_a_classifier_is_read_by_its_labels_names(tmp_path: Path) -> None:
     BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
     names = ("contradiction", "ENTAILMENT", "neutral")
     shape = BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )
     model = BertForSequenceClassification(shape).eval()
     model.save_pretrained(tmp_path)
     nli = ModelConfig(path=str(tmp_path))

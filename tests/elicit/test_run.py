@@ -92,9 +92,12 @@ def test_rows_get_an_uncertainty_and_the_second_run_asks_nobody(tmp_path: Path, 
 
 def test_limit_and_dry_run(tmp_path: Path, server: Server) -> None:
     config = configure(
-        tmp_path, server.url("well"), rows(4), estimators=["judge", {"name": "semantic_entropy", "samples": 3}],
+        tmp_path,
+        server.url("well"),
+        rows(4),
+        estimators=["judge", {"name": "semantic_entropy", "samples": 3}],
         backend={"prices": {"completion": 10.0}},
-    )  # fmt: skip
+    )
     said = invoke(config, "--dry-run")
     assert server.asked == []
     assert "What is 0 + 1?" in said
@@ -203,7 +206,10 @@ def test_failures_are_counted_and_many_in_a_row_stop_the_run(tmp_path: Path, ser
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"backend": {"kind": "endpoint", "model": "m", "api_key": "sk-x"}}, 'unknown key "backend.endpoint.api_key"; did you mean "api_key_env"'),
+        (
+            {"backend": {"kind": "endpoint", "model": "m", "api_key": "sk-x"}},
+            'unknown key "backend.endpoint.api_key"; did you mean "api_key_env"',
+        ),
         ({"backend": {"kind": "endpoint", "model": "m", "api_key_env": "UNSET"}}, "holds no key"),
         ({"backend": {"kind": "endpoint", "model": "m", "base_url": "http://example.com"}}, "plain http"),
         ({"estimators": ["white_box"]}, "needs a backend that can score"),
