@@ -97,7 +97,7 @@ def write_rows(data: Path, folder: Path, model: str, count: int) -> None:
                 "estimators": [
                     "column",
                     white_box[1],
-                    {"name": "self_consistency", "samples": 8, "answer": "text", "max_tokens": 4},
+                    {"name": "self_consistency", "samples": 5, "answer": "text", "max_tokens": 4},
                     judge,
                 ],
             },

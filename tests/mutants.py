@@ -625,7 +625,11 @@ MUTANTS = [
             "if False:",
             "test_a_wait_too_long_is_a_failure_at_once",
         ),
-        ("        async with self._slots:", "        if True:", "test_at_most_so_many_at_once"),
+        (
+            "        async with self._slots:",
+            "        if True:",
+            "test_waiting_for_a_slot_is_not_waiting_for_the_reply",
+        ),
         ("            await self._requests.acquire()", "            pass", "test_requests_per_minute"),
         (
             "used = most  # what was sent",

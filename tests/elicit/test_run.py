@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from ual.data import load
 from ual.elicit.run import run
 from ual.elicit_config import ElicitConfig
 from ual.errors import UserError
+from ual.uncertainty.registry import ESTIMATORS, build
 
 KEY = "sk-planted-9876543210"
 
@@ -268,6 +270,38 @@ def test_ten_thousand_rows_stream_in_bounded_memory(tmp_path: Path) -> None:
     few, many = found
     assert (few["values"], many["values"]) == (1_000, 10_000)
     assert many["peak_mib"] < few["peak_mib"] + 10  # 9,000 rows more
+
+
+def test_ctrl_c_ends_a_run_in_one_line(tmp_path: Path, server: Server) -> None:
+    config = configure(tmp_path, server.url("hang"), rows(12), backend={"concurrency": 2, "timeout": 60})
+    command = [sys.executable, "-m", "ual", "elicit", str(config)]
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT | {"PLANTED": KEY}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while len(server.asked) < 11 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130, said
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert "never retrieved" not in said
+    assert not (tmp_path / "run" / "rows.jsonl").exists()
+
+
+def test_the_configuration_of_the_docs_is_valid() -> None:
+    text = (ROOT / "docs" / "elicitation.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    config = ElicitConfig.model_validate(yaml.safe_load(block))
+    assert [estimator.label for estimator in build(config.estimators)] == ["judge", "self_consistency"]
+    assert all(f"| `{name}` |" in text for name in ESTIMATORS)
+
+
+def test_the_report_needs_a_finished_run(tmp_path: Path) -> None:
+    assert "ual elicit" in invoke("report", tmp_path / "nowhere", code=2)
+    (tmp_path / "elicited.jsonl").write_text('{"id": 1}\n')
+    assert "line 1" in invoke("report", tmp_path, code=2)
 
 
 def test_a_full_disk_says_so(tmp_path: Path, server: Server) -> None:

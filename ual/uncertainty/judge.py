@@ -50,8 +50,8 @@ class Judge(AskingEstimator):
         if self.read == "first_token":
             found = self._over(reply.tokens[0]) if reply.tokens else None
             if found is None:
-                evidence = {"reply": reply.shown, "unparsed": "no score among the likeliest first tokens"}
-                return Elicited(sample.id, self.label, None, evidence)
+                unread = {"reply": reply.shown, "unparsed": "no score among the likeliest first tokens"}
+                return Elicited(sample.id, self.label, None, unread)
             return Elicited(
                 sample.id, self.label, found["expected"] / self.high, {"reply": reply.shown, **found}
             )
