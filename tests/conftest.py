@@ -1,5 +1,6 @@
 """Choose where kernels run: the GPU when there is one, Triton's interpreter when there is none."""
 
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -43,6 +44,18 @@ def shared() -> Path:
 def stories(shared: Path) -> Path:
     """A real language model of 260 thousand parameters."""
     return shared / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct from its package, converted once for all workers."""
+    from ual.quickstart import model
+
+    try:
+        importlib.metadata.distribution(model.PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"needs the package {model.PACKAGE}")
+    return model.prepare(tmp_path_factory.getbasetemp().parent / "models")
 
 
 # what runs mostly in others' Python, where a tracer costs as much as the test and sees nothing of ours

@@ -546,6 +546,196 @@ MUTANTS = [
         ),
         ("ratio <= ERROR_MARGIN", "ratio >= 0", "test_memory_errors_and_failures_are_regressions_too"),
     ),
+    *mutants(
+        "ual/uncertainty/parsing.py",
+        "tests/elicit/test_parsing.py",
+        (
+            '    return value if 0 <= value <= 1 else "out of range"',
+            "    return value % 1",
+            "test_what_states_no_probability_says_why",
+        ),
+        ("    if len(values) > 1:", "    if len(values) > 9:", "test_what_states_no_probability_says_why"),
+        (
+            "if truncated and any(end >= len(text.rstrip())",
+            "if truncated and any(end > len(text)",
+            "test_a_number_at_the_edge_of_a_cut_reply_is_not_read",
+        ),
+        (
+            "if comma and len(digits) == 3",
+            "if comma and len(digits) == 9",
+            "test_what_states_no_probability_says_why",
+        ),
+        (
+            "        if match is None:  # a label",
+            "        if False:  # a label",
+            "test_what_states_no_probability_says_why",
+        ),
+        ("    if len(given) != 1 or", "    if", "test_what_states_no_probability_says_why"),
+    ),
+    *mutants(
+        "ual/uncertainty/cache.py",
+        "tests/elicit/test_cache.py",
+        (
+            "INSERT OR IGNORE INTO reply",
+            "INSERT OR REPLACE INTO reply",
+            "test_the_first_reply_of_a_key_stands_and_nothing_is_removed",
+        ),
+        (
+            "isolation_level=None",
+            'isolation_level="DEFERRED"',
+            "test_a_killed_writer_loses_nothing_that_it_had_added",
+        ),
+        (
+            "os.O_CREAT | os.O_RDWR, 0o600",
+            "os.O_CREAT | os.O_RDWR, 0o644",
+            "test_the_first_reply_of_a_key_stands_and_nothing_is_removed",
+        ),
+    ),
+    *mutants(
+        "ual/uncertainty/endpoint.py",
+        "tests/elicit/test_endpoint.py",
+        ("follow_redirects=False", "follow_redirects=True", "test_redirects_are_not_followed"),
+        (
+            "            self._left -= len(chunk)",
+            "            self._left -= 0",
+            "test_what_cannot_be_read_fails_in_bounded_time[endless-longer than max_response_bytes-1]",
+        ),
+        (
+            "async with asyncio.timeout(self._config.timeout):",
+            "if True:",
+            "test_what_cannot_be_read_fails_in_bounded_time[drip-no reply within 0.4 s-2]",
+        ),
+        (
+            "for name in set(request.headers) - _HEADERS:",
+            "for name in ():",
+            "test_the_key_is_sent_and_never_shown",
+        ),
+        (
+            'return text.replace(self._key.get_secret_value(), "[key]") if self._key else text',
+            "return text",
+            "test_the_key_is_sent_and_never_shown",
+        ),
+        (
+            "not allow_plain_http and not _loopback(host)",
+            "not allow_plain_http and 'localhost' not in host and '127' not in host",
+            "test_addresses_that_a_key_is_not_sent_to",
+        ),
+        (
+            "if wait is not None and wait > _LONGEST_WAIT:",
+            "if False:",
+            "test_a_wait_too_long_is_a_failure_at_once",
+        ),
+        (
+            "        async with self._slots:",
+            "        if True:",
+            "test_waiting_for_a_slot_is_not_waiting_for_the_reply",
+        ),
+        ("            await self._requests.acquire()", "            pass", "test_requests_per_minute"),
+        (
+            "used = most  # what was sent",
+            "used = Spent(1)  # what was sent",
+            "test_a_connection_that_broke_is_charged_in_full_since_it_may_have_been_answered",
+        ),
+    ),
+    *mutants(
+        "ual/uncertainty/meter.py",
+        "tests/elicit/test_endpoint.py",
+        (
+            "self.before + self.spent + self._held + most",
+            "self.before + self.spent + most",
+            "test_the_budget_is_never_exceeded",
+        ),
+        (
+            "                if not self._under_way:",
+            "                if True:",
+            "test_the_budget_is_never_exceeded",
+        ),
+    ),
+    *mutants(
+        "ual/uncertainty/session.py",
+        "tests/elicit/test_run.py",
+        (
+            "        self._cache.add(key, reply)",
+            "        pass",
+            "test_rows_get_an_uncertainty_and_the_second_run_asks_nobody",
+        ),
+        (
+            "if counts.in_a_row >= self._patience:",
+            "if False:",
+            "test_failures_are_counted_and_many_in_a_row_stop_the_run",
+        ),
+    ),
+    *mutants(
+        "ual/uncertainty/judge.py",
+        "tests/elicit/test_estimators.py",
+        (
+            "sum(i * m for i, m in enumerate(mass)) / total",
+            "sum(i * m for i, m in enumerate(mass))",
+            "test_a_judge_takes_the_expected_score_over_the_token_that_states_it",
+        ),
+    ),
+    *mutants(
+        "ual/uncertainty/semantic_entropy.py",
+        "tests/elicit/test_estimators.py",
+        (
+            "for first, second in ((a, b), (b, a)):",
+            "for first, second in ((a, b),):",
+            "test_semantic_entropy_clusters_by_entailment_in_both_directions",
+        ),
+    ),
+    *mutants(
+        "ual/uncertainty/rewording.py",
+        "tests/elicit/test_estimators.py",
+        (
+            "return normalise(texts[letters.index(letter)])",
+            "return letter",
+            "test_options_are_permuted_and_answers_mapped_back",
+        ),
+    ),
+    *mutants(
+        "ual/models/generate.py",
+        "tests/elicit/test_local.py",
+        (
+            "picked[row] = scores[row] / temperature -",
+            "picked[row] = scores[row] -",
+            "test_draws_have_the_softmax_frequencies",
+        ),
+        (
+            "generator=self._noise[row]",
+            "generator=self._noise[0]",
+            "test_draws_do_not_depend_on_the_rows_beside_them",
+        ),
+        (
+            "        mask[row, longest - len(prompt.input_ids) :] = 1",
+            "        mask[row] = 1",
+            "test_greedy_is_the_argmax_at_every_step_whatever_the_padding",
+        ),
+    ),
+    *mutants(
+        "ual/evaluate/ranking.py",
+        "tests/elicit/test_ranking.py",
+        ("(below + good / 2)", "(below + good)", "test_against_the_definitions"),
+        ("(g0 - a * n0) * steps", "(g0 + a * n0) * steps", "test_against_the_definitions"),
+        (
+            "    found, shown = np.cumsum(bad[::-1]), np.cumsum(size[::-1])",
+            "    found, shown = np.cumsum(bad), np.cumsum(size)",
+            "test_against_the_definitions",
+        ),
+    ),
+    *mutants(
+        "ual/report/elicitation.py",
+        "tests/elicit/test_run.py",
+        (
+            "        autoescape=True,",
+            "        autoescape=False,",
+            "test_a_key_markup_and_formulas_in_what_a_model_says",
+        ),
+        (
+            """    return f"'{text}" if text""",
+            """    return text if text""",
+            "test_a_key_markup_and_formulas_in_what_a_model_says",
+        ),
+    ),
 ]
 
 

@@ -86,6 +86,9 @@ PURE = [
     "ual.smoothing",
     "ual.reliability",
     "ual.data",
+    "ual.elicit_config",
+    "ual.elicit.run",
+    "ual.uncertainty.endpoint",
 ]
 
 

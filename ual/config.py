@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -128,6 +128,9 @@ class RunConfig(_Section):
         return self.name or Path(self.output_dir).name
 
 
+C = TypeVar("C", bound=BaseModel)
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply ``section.key=value`` overrides, validate.
 
@@ -139,6 +142,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: the file is missing or is not a mapping, a key is unknown (the nearest valid one is
             named), or a value does not fit.
     """
+    return load_as(RunConfig, path, overrides, example="model: PATH / data: FILE.jsonl")
+
+
+def load_as(schema: type[C], path: str | Path, overrides: Sequence[str] = (), *, example: str) -> C:
+    """Load a configuration of any schema that has an `output_dir`; see `load`."""
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -150,27 +158,33 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(
             "the configuration must be a mapping of sections",
             place=str(path),
-            remedy="start from:  model: PATH / data: FILE.jsonl",
+            remedy=f"start from:  {example}",
         )
     for override in overrides:
         _apply(raw, override)
     raw.setdefault("output_dir", str(Path("runs") / path.stem))
-    return parse(raw, place=str(path))
+    return parse_as(schema, raw, place=str(path))
 
 
 def parse(raw: Mapping[str, Any], *, place: str = "configuration") -> RunConfig:
     """Validate a mapping; see `load` for the errors."""
+    return parse_as(RunConfig, raw, place=place)
+
+
+def parse_as(schema: type[C], raw: Mapping[str, Any], *, place: str) -> C:
+    """Validate a mapping by any schema; see `load` for the errors."""
     try:
-        return RunConfig.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
+        command = "train" if schema is RunConfig else "elicit"
         raise UserError(
-            "\n  ".join(_explain(e) for e in error.errors()),
+            "\n  ".join(explain(e, schema) for e in error.errors()),
             place=place,
-            remedy="`ual train --help` shows an example; every key is described in `ual.config`",
+            remedy=f"`ual {command} --help` shows an example; `{schema.__module__}` describes every key",
         ) from error
 
 
-def dump(config: RunConfig) -> str:
+def dump(config: BaseModel) -> str:
     """Return the resolved configuration as YAML that `load` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
@@ -181,23 +195,32 @@ def nearest(name: str, valid: Sequence[str]) -> str:
     return f'did you mean "{close[0]}"?' if close else f"valid: {', '.join(sorted(valid))}"
 
 
-def _explain(error: Any) -> str:
+def explain(error: Any, schema: type[BaseModel]) -> str:
+    """Return one of pydantic's errors in the words of a configuration; unknown keys get the nearest name."""
     location = [str(part) for part in error["loc"]]
     where = ".".join(location)
     if error["type"] == "extra_forbidden":
-        return f'unknown key "{where}"; {nearest(location[-1], _valid_keys(location[:-1]))}'
+        return f'unknown key "{where}"; {nearest(location[-1], _valid_keys(schema, location[:-1]))}'
     if error["type"] == "missing":
         return f'"{where}" is required'
     return f"{where or 'configuration'}: {error['msg']}, got {error['input']!r}"
 
 
-def _valid_keys(location: Sequence[str]) -> list[str]:
-    section: Any = RunConfig
+def _valid_keys(schema: type[BaseModel], location: Sequence[str]) -> list[str]:
+    section: Any = schema
     for name in location:
+        if name not in section.model_fields:  # the tag of a union: `section` has been chosen by it
+            continue
         annotation = section.model_fields[name].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        sections = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        tagged = [s for s in sections if "kind" in s.model_fields and _tag(s) in location]
+        section = (tagged or sections)[0]
     return list(section.model_fields)
+
+
+def _tag(section: type[BaseModel]) -> str:
+    return str(getattr(section.model_fields["kind"].annotation, "__args__", ("",))[0])
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

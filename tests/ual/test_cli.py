@@ -27,7 +27,7 @@ def invoke(*words: object, code: int = 0) -> str:
 
 def test_version_and_help() -> None:
     assert invoke("--version").strip() == ual.__version__
-    for command in ("train", "report", "reliability", "quickstart"):
+    for command in ("train", "elicit", "report", "reliability", "quickstart"):
         assert command in invoke("--help")
         assert "Examples" in invoke(command, "--help")
 

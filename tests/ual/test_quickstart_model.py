@@ -1,6 +1,5 @@
 import base64
 import hashlib
-import importlib.metadata
 import json
 import shutil
 import signal
@@ -282,15 +281,6 @@ def test_a_damaged_package_is_a_user_error(tiny: Path, tmp_path: Path) -> None:
     tiny.unlink()
     with pytest.raises(UserError, match="without its GGUF file"):
         model.prepare(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        importlib.metadata.distribution(model.PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f"needs the package {model.PACKAGE}")
-    return model.prepare(tmp_path_factory.mktemp("cache"))
 
 
 def test_the_real_model_is_the_gguf_rounded_to_bfloat16(smollm2: Path) -> None:

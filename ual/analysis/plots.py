@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from ual.files import aside
@@ -158,8 +158,44 @@ def distribution(
     return figure
 
 
-def reliability_diagram(arms: Mapping[str, Sequence[Bin]], *, theme: Theme = LIGHT) -> Figure:
-    """Draw accuracy against confidence per bin, and below it where the tokens lie.
+def coverage_curves(arms: Mapping[str, Sequence[tuple[float, float]]], *, theme: Theme = LIGHT) -> Figure:
+    """Draw the accuracy of the rows that are kept against their share, the most certain being kept first.
+
+    Args:
+        arms: name -> (share kept, accuracy) by rising share; at least one point each.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    if not arms or not all(arms.values()):
+        raise ValueError("coverage_curves needs at least one arm, each with a point")
+    figure = _figure(theme)
+    axes = figure.subplots()
+    ends = []
+    for (name, pairs), colour in zip(arms.items(), _colours(arms, theme), strict=True):
+        points = np.asarray(pairs, dtype=np.float64)
+        axes.plot(points[:, 0], points[:, 1], color=colour, linewidth=1.8)
+        half = points[np.abs(points[:, 0] - 0.5).argmin()]
+        ends.append((float(half[0]), float(half[1]), label(name), colour))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
+    _dress(
+        axes, theme, xlabel="share of rows kept, the most certain first", ylabel="accuracy of the kept rows"
+    )
+    if len(ends) > 1:
+        _label_ends(axes, ends, theme)
+    title = f"Half the rows kept: accuracy {max(y for _, y, _, _ in ends):.3f} at best"
+    _title(figure, title, theme)
+    return figure
+
+
+def reliability_diagram(
+    arms: Mapping[str, Sequence[Bin]],
+    *,
+    unit: str = "tokens",
+    confidence: str = "confidence (top-1 probability)",
+    theme: Theme = LIGHT,
+) -> Figure:
+    """Draw accuracy against confidence per bin, and below it where the tokens, or other units, lie.
 
     Args:
         arms: name -> bins by rising confidence; an arm without bins is not drawn, but keeps its colour.
@@ -177,13 +213,13 @@ def reliability_diagram(arms: Mapping[str, Sequence[Bin]], *, theme: Theme = LIG
     for index, ((name, bins), colour) in enumerate(zip(arms.items(), _colours(arms, theme), strict=True)):
         if not bins:
             continue
-        confidence = np.array([b["confidence"] for b in bins])
+        stated = np.array([b["confidence"] for b in bins])
         accuracy = np.array([b["accuracy"] for b in bins])
         share = np.array([b["count"] for b in bins]) / sum(b["count"] for b in bins)
-        ece = float(share @ np.abs(accuracy - confidence))
-        gap = float(share @ (confidence - accuracy))
+        ece = float(share @ np.abs(accuracy - stated))
+        gap = float(share @ (stated - accuracy))
         axes.plot(
-            confidence,
+            stated,
             accuracy,
             color=colour,
             linewidth=1.6,
@@ -194,7 +230,7 @@ def reliability_diagram(arms: Mapping[str, Sequence[Bin]], *, theme: Theme = LIG
             label=f"{label(name)}  ECE {ece:.3f}",
         )
         shift = (index - (len(arms) - 1) / 2) * 0.006
-        strip.vlines(confidence + shift, 0, share, color=colour, linewidth=1.8)
+        strip.vlines(stated + shift, 0, share, color=colour, linewidth=1.8)
     axes.legend(
         loc="upper left",
         fontsize=8.5,
@@ -214,7 +250,7 @@ def reliability_diagram(arms: Mapping[str, Sequence[Bin]], *, theme: Theme = LIG
     strip.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=1))
     strip.yaxis.set_major_formatter(_percent)
     _dress(axes, theme, ylabel="accuracy")
-    _dress(strip, theme, xlabel="confidence (top-1 probability)", ylabel="tokens")
+    _dress(strip, theme, xlabel=confidence, ylabel=unit)
     _title(figure, title, theme)
     return figure
 

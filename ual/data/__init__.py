@@ -5,14 +5,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ual.data.load import load
+from ual.data.load import load, stream
 from ual.data.render import Renderer, Tokenised
 from ual.data.split import hold_out
 
 if TYPE_CHECKING:
     from ual.data.collate import Collator
 
-__all__ = ["Collator", "Renderer", "Tokenised", "hold_out", "load"]
+__all__ = ["Collator", "Renderer", "Tokenised", "hold_out", "load", "stream"]
 
 
 def __getattr__(name: str) -> Any:

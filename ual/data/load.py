@@ -7,11 +7,12 @@ import hashlib
 import json
 import logging
 import math
+import sqlite3
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ual.errors import UserError
 from ual.records import Message, Role, Sample
@@ -47,6 +48,14 @@ class _RowError(Exception):
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(problem)
         self.field, self.problem = field, problem
+
+
+@dataclass(slots=True)
+class _Faults:
+    """The wrong rows of a file, each with where it is, and what the rows were read as."""
+
+    rows: list[tuple[str, _RowError]] = field(default_factory=list)
+    form: str = ""
 
 
 def load(path_or_name: str, *, format: Format = "auto", split: str = "train") -> list[Sample]:
@@ -90,6 +99,72 @@ def load(path_or_name: str, *, format: Format = "auto", split: str = "train") ->
     else:
         rows = _file_rows(file)
     return _samples(path_or_name, rows, format)
+
+
+def stream(
+    path_or_name: str, *, format: Format = "auto", split: str = "train"
+) -> Iterator[tuple[Mapping[str, Any], Sample]]:
+    """Yield every row as it was written, with its sample, in order.
+
+    As `load`, in bounded memory: a ``.jsonl`` file is read line by line, and the ids that were seen are on
+    disk. The other kinds are read whole.
+
+    Raises:
+        UserError: see `load`; at the first wrong row.
+    """
+    file = Path(path_or_name).expanduser()
+    rows: Iterable[tuple[str, Any]]
+    if file.name.lower().endswith((".jsonl", ".jsonl.gz")) and file.is_file():
+        rows = _lines(file)
+    elif file.is_file() or _names_a_file(path_or_name):
+        rows = _file_rows(file)
+    else:
+        name, _, config = (path_or_name, "", "") if file.is_dir() else path_or_name.partition(":")
+        rows = _hub_rows(path_or_name, name, config or None, split, is_folder=file.is_dir())
+    faults = _Faults()
+    for row in _each(path_or_name, rows, format, _OnDisk(), _OnDisk(), faults):
+        if faults.rows:
+            break
+        yield row
+    if faults.rows:
+        raise _report(path_or_name, faults)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            for n, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"line {n}", line
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read the file: {error}", place=str(path)) from error
+
+
+class _OnDisk:
+    """A dictionary of strings in a temporary file that nobody else sees; what is not there is None."""
+
+    def __init__(self) -> None:
+        self._db = sqlite3.connect("", isolation_level=None)
+        self._db.execute("CREATE TABLE pair (key TEXT PRIMARY KEY, value) WITHOUT ROWID")
+        self._db.execute("PRAGMA synchronous=OFF")
+        self._db.execute("BEGIN")
+
+    def get(self, key: str) -> Any:
+        row = self._db.execute("SELECT value FROM pair WHERE key = ?", (key,)).fetchone()
+        return row[0] if row else None
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._db.execute("INSERT OR REPLACE INTO pair VALUES (?, ?)", (key, value))
+
+    def __del__(self) -> None:
+        self._db.close()
+
+
+class _Seen(Protocol):
+    """What both a dictionary and `_OnDisk` can do."""
+
+    def get(self, key: str, /) -> Any: ...
+    def __setitem__(self, key: str, value: Any, /) -> None: ...
 
 
 def _names_a_file(name: str) -> bool:
@@ -191,46 +266,57 @@ def _hub_rows(
 
 
 def _samples(path: str, rows: Iterable[tuple[str, Any]], format: Format) -> list[Sample]:
-    samples: list[Sample] = []
-    faults: list[tuple[str, _RowError]] = []
-    places: dict[str, str] = {}
-    copies: Counter[str] = Counter()
-    form = ""
+    faults = _Faults()
+    samples = [sample for _, sample in _each(path, rows, format, {}, {}, faults)]
+    if faults.rows:
+        raise _report(path, faults)
+    return samples
+
+
+def _each(
+    path: str,
+    rows: Iterable[tuple[str, Any]],
+    format: Format,
+    places: _Seen,
+    copies: _Seen,
+    faults: _Faults,
+) -> Iterator[tuple[Mapping[str, Any], Sample]]:
+    """Yield the right rows, and add the faults of the others."""
+    form, count = "", 0
     columns: tuple[str, ...] = ()
     for where, raw in rows:
         try:
             row = _mapping(raw)
             if not form:
                 form, columns = _detect(row, format, f"{path}, {where}")
+                faults.form = form
             sample = _sample(row, form, columns, copies, f"{path}, {where}")
-            if sample.id in places:
-                raise _RowError("id", f"{sample.id!r} is already the id of {places[sample.id]}")
+            if earlier := places.get(sample.id):
+                raise _RowError("id", f"{sample.id!r} is already the id of {earlier}")
         except _RowError as fault:
-            faults.append((where, fault))
+            faults.rows.append((where, fault))
         else:
             places[sample.id] = where
-            samples.append(sample)
-    if faults:
-        raise _report(path, faults, form)
-    if not samples:
+            count += 1
+            yield row, sample
+    if not count and not faults.rows:
         raise UserError("no rows", place=path)
-    _log.info("%s: %d rows, read as %s by the columns %s", path, len(samples), form, ", ".join(columns))
-    return samples
+    _log.info("%s: %d rows, read as %s by the columns %s", path, count, form, ", ".join(columns))
 
 
-def _report(path: str, faults: list[tuple[str, _RowError]], form: str) -> UserError:
+def _report(path: str, faults: _Faults) -> UserError:
     def place(where: str, field: str) -> str:
         return f'{where}, field "{field}"' if field else where
 
-    remedy = "correct or remove " + ("this row" if len(faults) == 1 else "these rows")
-    if form:
-        remedy += f'; the file is read as "{form}", data.format chooses another'
-    if len(faults) == 1:
-        where, fault = faults[0]
+    remedy = "correct or remove " + ("this row" if len(faults.rows) == 1 else "these rows")
+    if faults.form:
+        remedy += f'; the file is read as "{faults.form}", data.format chooses another'
+    if len(faults.rows) == 1:
+        where, fault = faults.rows[0]
         return UserError(fault.problem, place=f"{path}, {place(where, fault.field)}", remedy=remedy)
-    shown = [f"  {place(where, fault.field)}: {fault.problem}" for where, fault in faults[:_SHOWN]]
-    first = f"; the first {_SHOWN}" if len(faults) > _SHOWN else ""
-    return UserError("\n".join([f"{len(faults)} wrong rows{first}:", *shown]), place=path, remedy=remedy)
+    shown = [f"  {place(where, fault.field)}: {fault.problem}" for where, fault in faults.rows[:_SHOWN]]
+    first = f"; the first {_SHOWN}" if len(faults.rows) > _SHOWN else ""
+    return UserError("\n".join([f"{len(faults.rows)} wrong rows{first}:", *shown]), place=path, remedy=remedy)
 
 
 def _mapping(raw: Any) -> Mapping[str, Any]:
@@ -265,9 +351,7 @@ def _detect(row: Mapping[str, Any], format: Format, place: str) -> tuple[str, tu
     )
 
 
-def _sample(
-    row: Mapping[str, Any], form: str, columns: tuple[str, ...], copies: Counter[str], place: str
-) -> Sample:
+def _sample(row: Mapping[str, Any], form: str, columns: tuple[str, ...], copies: _Seen, place: str) -> Sample:
     for column in columns:
         if row.get(column) is None:
             raise _RowError(column, f"is missing, got {', '.join(row) or 'no columns'}")
@@ -355,13 +439,13 @@ def _check_order(turns: list[_Turn], field: str) -> None:
         raise _RowError(field, "the conversation needs a user turn before its first assistant turn")
 
 
-def _id(row: Mapping[str, Any], messages: tuple[Message, ...], copies: Counter[str]) -> str:
+def _id(row: Mapping[str, Any], messages: tuple[Message, ...], copies: _Seen) -> str:
     given = row.get("id")
     if given is None:
         text = json.dumps([[message.role, message.content] for message in messages])
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        copies[digest] += 1
-        return digest if copies[digest] == 1 else f"{digest}-{copies[digest]}"
+        copies[digest] = count = (copies.get(digest) or 0) + 1
+        return digest if count == 1 else f"{digest}-{count}"
     if isinstance(given, int) and not isinstance(given, bool):
         return str(given)
     if not (isinstance(given, str) and given.strip()):

@@ -1,4 +1,7 @@
-"""The interface of an estimator, and the simplest one: a column that the data set brings."""
+"""What `ual train` takes uncertainties from: the interface, and a column that the data set brings.
+
+`ual elicit` asks a model instead, sample by sample: see `ual.uncertainty.asking.AskingEstimator`.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol

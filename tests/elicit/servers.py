@@ -1,0 +1,221 @@
+"""A loopback server that misbehaves on demand: raw sockets, a behaviour per address."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+Send = Callable[[bytes], Awaitable[None]]
+Behaviour = Callable[["Asked", Send], Awaitable[None]]
+
+
+@dataclass
+class Asked:
+    """One request as it arrived; `number` counts those of its behaviour from 1."""
+
+    headers: str
+    body: dict[str, Any]
+    number: int
+
+
+@dataclass
+class Server:
+    """Where it listens, and everything that arrived."""
+
+    port: int = 0
+    asked: list[Asked] = field(default_factory=list)
+    at_once: int = 0
+    most_at_once: int = 0
+
+    def url(self, behaviour: str) -> str:
+        return f"http://127.0.0.1:{self.port}/{behaviour}"
+
+
+def completion(text: str | None = "0.25", **more: Any) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text}
+    usage = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
+    return {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage} | more
+
+
+def response(body: Any, status: str = "200 OK", *headers: str) -> bytes:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [
+        f"HTTP/1.1 {status}",
+        "content-type: application/json",
+        f"content-length: {len(content)}",
+        *headers,
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+async def well(asked: Asked, send: Send) -> None:
+    await send(response(completion()))
+
+
+async def storm(asked: Asked, send: Send) -> None:
+    """Refuses the first three requests, and says when to come again."""
+    if asked.number <= 3:
+        await send(
+            response({"error": {"message": "slow down"}}, "429 Too Many Requests", "retry-after-ms: 150")
+        )
+    else:
+        await send(response(completion()))
+
+
+async def patient(asked: Asked, send: Send) -> None:
+    await send(response({"error": {}}, "429 Too Many Requests", "retry-after: 7200"))
+
+
+async def broken(asked: Asked, send: Send) -> None:
+    await send(response({"error": {"message": "oops"}}, "500 Internal Server Error"))
+
+
+async def drip(asked: Asked, send: Send) -> None:
+    """A byte every 50 ms: no read ever times out, and the reply never ends."""
+    await send(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+    for _ in range(200):
+        await send(b" ")
+        await asyncio.sleep(0.05)
+
+
+async def endless(asked: Asked, send: Send) -> None:
+    """Ten gigabytes, if one lets it."""
+    await send(b"HTTP/1.1 200 OK\r\ncontent-length: 10000000000\r\n\r\n")
+    for _ in range(10_000):
+        await send(b" " * 1_000_000)
+
+
+async def bomb(asked: Asked, send: Send) -> None:
+    import gzip
+
+    await send(response(gzip.compress(b" " * 50_000_000), "200 OK", "content-encoding: gzip"))
+
+
+async def endless_error(asked: Asked, send: Send) -> None:
+    await send(b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 10000000000\r\n\r\n")
+    for _ in range(10_000):
+        await send(b" " * 1_000_000)
+
+
+async def away(asked: Asked, send: Send) -> None:
+    await send(response({}, "307 Temporary Redirect", "location: http://localhost:9/v1/chat/completions"))
+
+
+async def prose(asked: Asked, send: Send) -> None:
+    await send(response(b"<html>a proxy's page</html>"))
+
+
+async def schema(asked: Asked, send: Send) -> None:
+    await send(response({"choices": [{"message": {"content": ["not", "text"]}}]}))
+
+
+async def reset(asked: Asked, send: Send) -> None:
+    """Hangs up in the middle of the reply."""
+    await send(b"HTTP/1.1 200 OK\r\ncontent-length: 500\r\n\r\n{")
+
+
+async def flaky(asked: Asked, send: Send) -> None:
+    """Hangs up on the first request of each, then answers."""
+    if asked.number % 2:
+        return
+    await send(response(completion()))
+
+
+async def refuses_key(asked: Asked, send: Send) -> None:
+    """Repeats what it was sent, as some servers do."""
+    await send(response({"error": {"message": f"Incorrect API key: {asked.headers}"}}, "401 Unauthorized"))
+
+
+async def echo(asked: Asked, send: Send) -> None:
+    """A model that says what the headers were, and a formula, and markup."""
+    text = f"=HYPERLINK(1)<script>alert(1)</script>{asked.headers}"
+    await send(response(completion(text)))
+
+
+async def echo_error(asked: Asked, send: Send) -> None:
+    await send(response({"error": {"message": asked.headers}}, "400 Bad Request"))
+
+
+async def slow(asked: Asked, send: Send) -> None:
+    await asyncio.sleep(0.05)
+    await send(response(completion()))
+
+
+async def hang(asked: Asked, send: Send) -> None:
+    """Answers ten requests, and nobody after."""
+    if asked.number > 10:
+        await asyncio.sleep(30)
+    await send(response(completion()))
+
+
+BEHAVIOURS: dict[str, Behaviour] = {
+    f.__name__: f
+    for f in (
+        well, storm, patient, broken, drip, endless, bomb, endless_error, away, prose, schema, reset, flaky,
+        refuses_key, echo, echo_error, slow, hang,
+    )
+}  # fmt: skip
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    """Run the server in a thread of its own."""
+    server, started, stop = Server(), threading.Event(), asyncio.Event()
+    counts: dict[str, int] = {}
+
+    async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def send(data: bytes) -> None:
+            writer.write(data)
+            await writer.drain()
+
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                line, _, headers = head.decode("latin-1").partition("\r\n")
+                length = next(
+                    (int(h.split(":")[1]) for h in headers.lower().split("\r\n") if "content-length:" in h), 0
+                )
+                body = await reader.readexactly(length)
+                name = line.split("/")[1]
+                counts[name] = counts.get(name, 0) + 1
+                asked = Asked(head.decode("latin-1"), json.loads(body or b"{}"), counts[name])
+                server.asked.append(asked)
+                server.at_once += 1
+                server.most_at_once = max(server.most_at_once, server.at_once)
+                try:
+                    await BEHAVIOURS[name](asked, send)
+                finally:
+                    server.at_once -= 1
+                if name in ("reset", "flaky") and (name == "reset" or asked.number % 2):
+                    break
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def main() -> None:
+        listening = await asyncio.start_server(connection, "127.0.0.1", 0)
+        server.port = listening.sockets[0].getsockname()[1]
+        started.set()
+        await stop.wait()
+        listening.close()
+
+    loop = asyncio.new_event_loop()
+
+    def work() -> None:
+        loop.run_until_complete(main())
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield server
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)

@@ -1,0 +1,241 @@
+"""The client against a server that misbehaves: bounded in time, bytes and requests, and mute about its
+key."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from tests.elicit.servers import Server, serving
+from ual.elicit_config import EndpointConfig
+from ual.errors import UserError
+from ual.records import Message
+from ual.uncertainty.asking import AskError, Reply, Request
+from ual.uncertainty.endpoint import Endpoint, check_address, parse
+from ual.uncertainty.meter import Budget, BudgetReachedError, Meter, Prices, Spent
+
+KEY = "sk-planted-0123456789"
+QUESTION = Request((Message("user", "How sure are you?"),), max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving() as running:
+        yield running
+
+
+def ask(url: str, *requests: Request, meter: Meter | None = None, **options: Any) -> list[Any]:
+    """Send requests at once; return replies and errors."""
+    options = {"timeout": 5.0, "max_retries": 2} | options
+
+    async def main() -> list[Any]:
+        config = EndpointConfig(model="m", base_url=url, **options)
+        endpoint = Endpoint(config, SecretStr(KEY), meter or Meter())
+        try:
+            return await asyncio.gather(*map(endpoint, requests or [QUESTION]), return_exceptions=True)
+        finally:
+            await endpoint.close()
+
+    return asyncio.run(main())
+
+
+def test_a_reply_and_what_was_sent(server: Server) -> None:
+    request = replace(QUESTION, top_logprobs=5, draw=3, temperature=0.5, json_schema={"type": "object"})
+    (reply,) = ask(server.url("well"), request, extra_body={"guided": 1}, omit=["temperature"])
+    assert reply == Reply("0.25", prompt_tokens=10, completion_tokens=3)
+    body = server.asked[-1].body
+    assert body["messages"] == [{"role": "user", "content": "How sure are you?"}]
+    assert (body["seed"], body["max_tokens"], body["top_logprobs"], body["guided"]) == (3, 8, 5, 1)
+    assert body["response_format"]["json_schema"]["strict"] is True
+    assert "temperature" not in body
+
+
+def test_a_storm_of_429_passes_after_the_wait_it_asks_for(server: Server) -> None:
+    started = time.monotonic()
+    replies = ask(server.url("storm"), *[replace(QUESTION, draw=i) for i in range(6)], max_retries=6)
+    assert [reply.text for reply in replies] == ["0.25"] * 6
+    assert time.monotonic() - started > 0.15
+
+
+def test_a_wait_too_long_is_a_failure_at_once(server: Server) -> None:
+    before, started = len(server.asked), time.monotonic()
+    (error,) = ask(server.url("patient"))
+    assert "asks to wait 7200 s" in str(error)
+    assert len(server.asked) - before == 1
+    assert time.monotonic() - started < 2
+
+
+def test_500s_are_tried_again_and_counted(server: Server) -> None:
+    meter, before = Meter(), len(server.asked)
+    (error,) = ask(server.url("broken"), meter=meter, max_retries=2)
+    assert isinstance(error, AskError)
+    assert "500" in str(error)
+    assert "oops" in str(error)
+    assert len(server.asked) - before == meter.spent.requests == 3
+    assert meter.spent.tokens == 0  # an error status is not charged
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "says", "attempts"),
+    [
+        ("drip", "no reply within 0.4 s", 2),
+        ("endless", "longer than max_response_bytes", 1),
+        ("endless_error", "longer than max_response_bytes", 1),
+        ("bomb", "compresses", 1),
+        ("prose", "not a chat completion", 2),
+        ("schema", "choices.0.message.content", 2),
+        ("reset", "the connection failed", 2),
+        ("echo_error", "the server answered 400", 1),
+    ],
+)
+def test_what_cannot_be_read_fails_in_bounded_time(
+    server: Server, behaviour: str, says: str, attempts: int
+) -> None:
+    meter, started = Meter(), time.monotonic()
+    (error,) = ask(server.url(behaviour), meter=meter, timeout=0.4, max_retries=1)
+    assert isinstance(error, AskError), error
+    assert says in str(error)
+    assert meter.spent.requests == attempts
+    assert time.monotonic() - started < 4
+    assert KEY not in str(error)
+
+
+def test_a_connection_that_broke_is_charged_in_full_since_it_may_have_been_answered(server: Server) -> None:
+    meter = Meter()
+    ask(server.url("reset"), meter=meter, max_retries=0)
+    assert meter.spent == Spent(1, QUESTION.size, QUESTION.max_tokens)
+
+
+def test_a_dropped_connection_is_tried_again(server: Server) -> None:
+    (reply,) = ask(server.url("flaky"))
+    assert reply.text == "0.25"
+
+
+def test_redirects_are_not_followed(server: Server) -> None:
+    before = len(server.asked)
+    (error,) = ask(server.url("away"))
+    assert isinstance(error, UserError)
+    assert "localhost:9" in str(error)
+    assert len(server.asked) - before == 1
+
+
+def test_nobody_listens() -> None:
+    (error,) = ask("http://127.0.0.1:9", max_retries=0)
+    assert "the connection failed" in str(error)
+
+
+def test_at_most_so_many_at_once(server: Server) -> None:
+    server.most_at_once = 0
+    ask(server.url("slow"), *[replace(QUESTION, draw=i) for i in range(12)], concurrency=3)
+    assert server.most_at_once == 3
+
+
+def test_waiting_for_a_slot_is_not_waiting_for_the_reply(server: Server) -> None:
+    requests = [replace(QUESTION, draw=i) for i in range(24)]  # 50 ms each, one after another
+    replies = ask(server.url("slow"), *requests, concurrency=1, timeout=0.8, max_retries=0)
+    assert all(isinstance(reply, Reply) for reply in replies)
+
+
+def test_requests_per_minute(server: Server) -> None:
+    started = time.monotonic()
+    ask(server.url("well"), *[replace(QUESTION, draw=i) for i in range(14)], requests_per_minute=300)
+    assert 1.7 < time.monotonic() - started < 10  # 5 pass at once, then one every 200 ms
+
+
+def test_tokens_per_minute(server: Server) -> None:
+    large = replace(QUESTION, max_tokens=200)  # with the prompt, 208 tokens; 10 s' worth pass at once
+    started = time.monotonic()
+    ask(server.url("well"), *[replace(large, draw=i) for i in range(6)], tokens_per_minute=6000)
+    assert 0.2 < time.monotonic() - started < 5
+
+
+def test_the_budget_is_never_exceeded(server: Server) -> None:
+    requests = [replace(QUESTION, draw=i) for i in range(10)]
+    meter, before = Meter(Budget(requests=4)), len(server.asked)
+    results = ask(server.url("well"), *requests, meter=meter)
+    assert len(server.asked) - before == meter.spent.requests == 4
+    assert sum(isinstance(r, BudgetReachedError) for r in results) == 6
+    # one request may cost (33 + 8) tokens, and costs 13: the cap lets in as many as fit one after another
+    meter = Meter(Budget(tokens=QUESTION.size + 8 + 2 * 13))
+    assert sum(isinstance(r, Reply) for r in ask(server.url("well"), *requests, meter=meter)) == 3
+    assert meter.spent.tokens == 39
+    meter = Meter(Budget(money=1e-6), Prices(prompt=1.0))
+    assert all(isinstance(r, BudgetReachedError) for r in ask(server.url("well"), *requests, meter=meter))
+
+
+def test_the_key_is_sent_and_never_shown(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "x-other: sk-other-secret")
+    monkeypatch.setenv("OPENAI_ADMIN_KEY", "sk-admin-secret")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
+    caplog.set_level(logging.DEBUG)
+    (refused,) = ask(server.url("refuses_key"))
+    (failed,) = ask(server.url("echo_error"))
+    (reply,) = ask(server.url("echo"))
+    assert f"Bearer {KEY}" in server.asked[-1].headers
+    assert "secret" not in server.asked[-1].headers
+    assert isinstance(refused, UserError)
+    assert "[key]" in str(refused)
+    for where in (str(refused), repr(refused), str(failed), repr(reply), caplog.text):
+        assert KEY not in where
+    seen: list[BaseException] = [refused, failed]
+    for error in seen:
+        assert error.__cause__ is None or KEY not in repr(vars(error.__cause__))
+
+
+@pytest.mark.parametrize(
+    ("url", "fault"),
+    [
+        ("http://example.com/v1", "plain http"),
+        ("http://127.0.0.1.example.com/v1", "plain http"),
+        ("http://localhost@example.com/v1", "must not hold a user"),
+        ("https://me:sk-secret@example.com/v1", "must not hold a user"),
+        ("https://example.com/v1?key=sk-secret", "must not hold"),
+        ("ftp://example.com", "wanted https"),
+        ("https://", "wanted https"),
+        ("http://[::1", "not an address"),
+    ],
+)
+def test_addresses_that_a_key_is_not_sent_to(url: str, fault: str) -> None:
+    with pytest.raises(UserError, match=fault) as error:
+        check_address(url)
+    assert "sk-secret" not in str(error.value)
+
+
+def test_addresses_that_are_fine() -> None:
+    for url in (
+        "https://example.com/v1",
+        "http://localhost:8000/v1",
+        "http://127.8.9.1/v1",
+        "http://[::1]:80",
+    ):
+        check_address(url)
+    check_address("http://gpu-box:8000/v1", allow_plain_http=True)
+
+
+def test_parsing_a_refusal_and_log_probabilities() -> None:
+    refusal = '{"choices": [{"message": {"content": null, "refusal": "I will not"}}]}'
+    assert parse(refusal).text is None
+    content = (
+        '{"choices": [{"message": {"content": "7"}, "finish_reason": "length", "logprobs": {"content": '
+        '[{"token": "7", "logprob": -0.5, "bytes": [55], '
+        '"top_logprobs": [{"token": "8", "logprob": -1.0}]}]}}]}'
+    )
+    reply = parse(content)
+    assert reply.truncated
+    assert reply.tokens[0].alternatives == (("8", -1.0),)
+    for bad in (
+        '{"choices": []}',
+        '{"choices": [{"message": {"content": 7}}]}',
+        "[]",
+        "",
+        '{"choices": [{}]}',
+    ):
+        with pytest.raises(ValueError, match="not a chat completion"):
+            parse(bad)

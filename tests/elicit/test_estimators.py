@@ -1,0 +1,241 @@
+"""Each estimator on recorded replies: its value, its evidence, and None where nothing can be read."""
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from ual.errors import UserError
+from ual.records import Elicited, Message, Sample
+from ual.uncertainty.asking import Reply, Request, Token
+from ual.uncertainty.registry import ESTIMATORS, build
+
+SAMPLE = Sample("1", (Message("user", "What is 2 + 2?"), Message("assistant", "4")), uncertainty=0.7)
+CHOICE = Sample(
+    "2",
+    (Message("user", "Which is a fruit?\nA. rock\nB. apple\nC. lamp"), Message("assistant", "B")),
+)
+
+
+def elicit(
+    spec: dict[str, Any], reply: Callable[[Request], Reply], sample: Sample = SAMPLE
+) -> tuple[Elicited, list[Request]]:
+    (estimator,) = build([spec])
+    asked: list[Request] = []
+
+    async def ask(request: Request) -> Reply:
+        asked.append(request)
+        return reply(request)
+
+    return asyncio.run(estimator.estimate(sample, ask)), asked
+
+
+def in_turn(*texts: str | None) -> Callable[[Request], Reply]:
+    return lambda request: Reply(texts[request.draw])
+
+
+def tokens(*parts: tuple[str, Sequence[tuple[str, float]]]) -> tuple[Token, ...]:
+    """Build tokens from (text, [(alternative, probability)])."""
+    return tuple(
+        Token(text, 0.0, tuple((alternative, math.log(p)) for alternative, p in likely))
+        for text, likely in parts
+    )
+
+
+def test_a_judge_takes_the_expected_score_over_the_token_that_states_it() -> None:
+    likely = [("3", 0.5), ("5", 0.3), ("high", 0.2)]
+    said = tokens(('{"', []), ("score", []), ('":', []), (" 3", likely), ("}", []))
+    found, (request,) = elicit({"name": "judge"}, lambda _: Reply('{"score": 3}', tokens=said))
+    assert found.value == pytest.approx((0.5 * 3 + 0.3 * 5) / 0.8 / 9)
+    assert found.evidence["mass"] == pytest.approx(0.8)
+    assert request.json_schema is not None
+    assert request.temperature == 0
+    assert "What is 2 + 2?" in request.messages[0].content
+    assert "<response>\n4\n</response>" in request.messages[0].content
+
+
+def test_a_judge_without_log_probabilities_takes_the_score() -> None:
+    found, _ = elicit({"name": "judge"}, lambda _: Reply('{"score": 6}'))
+    assert found.value == pytest.approx(6 / 9)
+    split = tokens(("1", [("1", 0.9)]), ("0", [("0", 0.9)]))
+    found, _ = elicit({"name": "judge", "high": 10}, lambda _: Reply("10", tokens=split))
+    assert found.value == 1.0  # a number of two tokens has no expected value
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (Reply("no idea"), "no number"),
+        (Reply(None), "refusal"),
+        (Reply("12"), "out of range"),
+        (Reply("7", "length"), "truncated"),
+    ],
+)
+def test_a_judge_invents_no_score(reply: Reply, reason: str) -> None:
+    found, _ = elicit({"name": "judge"}, lambda _: reply)
+    assert found.value is None
+    assert found.evidence["unparsed"] == reason
+    assert found.evidence["reply"] == reply.text
+
+
+def test_a_judge_may_read_its_first_token() -> None:
+    spec = {"name": "judge", "read": "first_token", "max_tokens": 1}
+    found, _ = elicit(spec, lambda _: Reply("I", tokens=tokens(("I", [("I", 0.6), ("9", 0.3), ("0", 0.1)]))))
+    assert found.value == pytest.approx(0.75)
+    assert found.evidence["mass"] == pytest.approx(0.4)
+    found, _ = elicit(spec, lambda _: Reply("I", tokens=tokens(("I", [("I", 0.6)]))))
+    assert found.value is None
+
+
+def test_verbalised_confidence_in_one_stage() -> None:
+    found, asked = elicit({"name": "verbalised"}, lambda _: Reply("80 %"))
+    assert found.value == pytest.approx(0.2)
+    assert len(asked) == 1
+    found, _ = elicit({"name": "verbalised"}, lambda _: Reply("80"))
+    assert found.value is None
+
+
+def test_verbalised_confidence_in_two_stages_shows_the_models_own_answer() -> None:
+    replies = iter([Reply("It is five."), Reply("0.1")])
+    found, (first, second) = elicit({"name": "verbalised", "stages": 2}, lambda _: next(replies))
+    assert found.value == pytest.approx(0.9)
+    assert first.messages == SAMPLE.prompt
+    assert second.messages[1] == Message("assistant", "It is five.")
+    assert "4" in second.messages[2].content
+    found, asked = elicit({"name": "verbalised", "stages": 2}, lambda _: Reply(None))
+    assert (found.value, found.evidence["unparsed"], len(asked)) == (None, "refusal", 1)
+
+
+def test_self_consistency_is_the_entropy_of_the_answers() -> None:
+    spec = {"name": "self_consistency", "samples": 5, "answer": "last_number"}
+    texts = ["... 18", "it is 18.0", "#### 18", "26 #### 4", "18 eggs"]
+    found, asked = elicit(spec, in_turn(*texts))
+    assert found.value == pytest.approx(0.500, abs=1e-3)  # 4 of 5 alike
+    assert found.evidence["answers"] == {"18": 4, "4": 1}
+    assert [request.draw for request in asked] == [0, 1, 2, 3, 4]
+    assert {request.temperature for request in asked} == {1.0}
+
+
+def test_unreadable_answers_are_a_class_or_leave_no_value() -> None:
+    spec = {"name": "self_consistency", "samples": 4, "answer": "text"}
+    found, _ = elicit(spec, in_turn("a", "A.", "", None))
+    assert found.value == pytest.approx(math.log(2))
+    assert found.evidence["unparsed_answers"] == 2
+    found, _ = elicit(spec | {"unparsed": "drop_question"}, in_turn("a", "A.", "", None))
+    assert found.value is None
+    found, _ = elicit(spec, lambda _: Reply("cut", "length"))
+    assert found.value is None
+    assert found.evidence["first_unparsed"] == "cut"
+
+
+def entailing(pairs: set[tuple[str, str]], answers: Sequence[str]) -> Callable[[Request], Reply]:
+    def reply(request: Request) -> Reply:
+        text = request.messages[0].content
+        if "<first_answer>" not in text:
+            return Reply(answers[request.draw])
+        first, second = (
+            text.partition(f"<{place}_answer>\n")[2].partition("\n</")[0] for place in ("first", "second")
+        )
+        return Reply("Yes." if (first, second) in pairs else "No")
+
+    return reply
+
+
+def test_semantic_entropy_clusters_by_entailment_in_both_directions() -> None:
+    spec = {"name": "semantic_entropy", "samples": 4}
+    both = {("Paris", "It is Paris"), ("It is Paris", "Paris")}
+    answers = ["Paris", "It is Paris", "Paris", "Rome"]
+    found, _ = elicit(spec, entailing(both, answers))
+    assert found.value == pytest.approx(0.5623, abs=1e-4)  # 3 and 1
+    found, _ = elicit(spec, entailing({("Paris", "It is Paris")}, answers))
+    assert found.value == pytest.approx(1.0397, abs=1e-4)  # 2, 1 and 1: one direction is not enough
+
+
+def test_semantic_entropy_by_a_classifier() -> None:
+    def reply(request: Request) -> Reply:
+        if request.task == "generate":
+            return Reply(["yes", "yeah", "no"][request.draw])
+        alike = all("ye" in message.content.rpartition(" ")[2] for message in request.messages)
+        return Reply("", scores={"entailment": 0.5 if alike else 0.1, "neutral": 0.4, "contradiction": 0.1})
+
+    found, asked = elicit({"name": "semantic_entropy", "samples": 3, "entailment": "nli"}, reply)
+    assert found.value == pytest.approx(0.6365, abs=1e-4)
+    pair = next(request for request in asked if request.task == "entail").messages
+    assert pair[0].content == "What is 2 + 2? yes"
+
+
+def test_rewording_asks_each_wording() -> None:
+    def reply(request: Request) -> Reply:
+        content = request.messages[-1].content
+        if content.startswith("Reword"):
+            return Reply(f"Wording {request.draw}")
+        return Reply("5" if content == "Wording 2" else "4")
+
+    found, asked = elicit({"name": "rewording", "wordings": 4, "answer": "last_number"}, reply)
+    assert found.value == pytest.approx(0.5623, abs=1e-4)
+    assert found.evidence["wordings"] == ["What is 2 + 2?", "Wording 1", "Wording 2", "Wording 3"]
+    assert len(asked) == 7
+    found, _ = elicit({"name": "rewording"}, lambda _: Reply(None))
+    assert found.value is None
+
+
+def test_options_are_permuted_and_answers_mapped_back() -> None:
+    spec = {"name": "rewording", "by": "permute_options", "wordings": 5}
+
+    def finds_the_apple(request: Request) -> Reply:
+        line = next(l for l in request.messages[-1].content.splitlines() if "apple" in l)
+        return Reply(f"The answer is {line[0]}.")
+
+    found, asked = elicit(spec, finds_the_apple, CHOICE)
+    assert found.value == 0
+    assert found.evidence["answers"] == {"apple": 5}
+    assert len({request.messages for request in asked}) == 5
+    found, _ = elicit(spec, lambda _: Reply("A"), CHOICE)  # loves the first place, so disagrees with itself
+    assert found.value is not None
+    assert found.value > 0.9
+    found, _ = elicit(spec, lambda _: Reply("apple"), CHOICE)
+    assert found.value == 0
+    found, asked = elicit(spec, lambda _: Reply("A"), SAMPLE)
+    assert (found.value, asked) == (None, [])
+
+
+def test_p_true_reads_the_first_token_alone() -> None:
+    said = tokens(("A", [("A", 0.3), (" B", 0.2), ("C", 0.5), ("B", 0.1)]))
+    found, (request,) = elicit({"name": "p_true"}, lambda _: Reply("A", tokens=said))
+    assert found.value == pytest.approx(0.5)
+    assert request.max_tokens == 1
+    for reply in (Reply("A"), Reply("A", tokens=tokens(("C", [("C", 0.5)])))):
+        found, _ = elicit({"name": "p_true"}, lambda _, reply=reply: reply)  # type: ignore[misc]
+        assert found.value is None
+
+
+def test_white_box_and_column() -> None:
+    scores = {"nll": 1.5, "tokens": 3, "mean_entropy": 0.5, "max_entropy": 2.0, "mean_margin": 4.0}
+    for measure, value in (("nll", 1.5), ("max_entropy", 2.0), ("mean_margin", -4.0)):
+        found, (request,) = elicit(
+            {"name": "white_box", "measure": measure}, lambda _: Reply("", scores=scores)
+        )
+        assert found.value == value
+        assert (request.task, request.messages) == ("score", SAMPLE.messages)
+    found, _ = elicit({"name": "white_box"}, lambda _: Reply(""))
+    assert found.value is None
+    found, asked = elicit({"name": "column"}, lambda _: Reply(""))
+    assert (found.value, asked) == (0.7, [])
+
+
+def test_the_registry_refuses_what_it_does_not_know() -> None:
+    for spec, fault in (
+        ("juge", 'did you mean "judge"'),
+        ({"name": "judge", "hihg": 5}, 'did you mean "high"'),
+        ({"name": "judge", "high": 0}, "high"),
+        ({"name": "self_consistency", "samples": 1}, "samples"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            build([spec])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="label"):
+        build(["judge", {"name": "judge", "high": 5}])
+    two = build(["judge", {"name": "judge", "high": 5, "label": "coarse"}])
+    assert [estimator.label for estimator in two] == ["judge", "coarse"]
+    assert all(kind.__doc__ for kind in ESTIMATORS.values())

@@ -1,0 +1,1 @@
+"""`ual elicit`: rows in, rows with an uncertainty and its evidence out."""
