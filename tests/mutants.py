@@ -33,6 +33,7 @@ TILES = "tests/kernels/test_linear_options.py"
 SHARDS = "tests/kernels/test_parallel.py"
 LOSSES = "tests/kernels/test_losses.py"
 BENCHMARKS = "tests/test_benchmarks.py"
+PACK = "tests/ual/test_pack.py"
 
 
 class Mutant(NamedTuple):
@@ -735,6 +736,132 @@ MUTANTS = [
             """    return text if text""",
             "test_a_key_markup_and_formulas_in_what_a_model_says",
         ),
+        "ual/data/pack.py",
+        PACK,
+        (
+            "at = bisect_left(rooms, lengths[i])",
+            "at = len(rooms)",
+            "test_packing_prefers_the_fullest_sequence_that_has_room",
+        ),
+        (
+            "key=lambda i: (-lengths[i], i)",
+            "key=lambda i: i",
+            "test_packing_prefers_the_fullest_sequence_that_has_room",
+        ),
+    ),
+    *mutants(
+        "ual/data/collate.py",
+        PACK,
+        ("            of_row[0] = IGNORE_INDEX\n", "            pass\n", "test_packed_is_unpacked"),
+        (
+            "torch.arange(n) for n in (*lengths, padding)",
+            "torch.arange(length)",
+            "test_packed_is_unpacked",
+        ),
+        (
+            "torch.cat([smoothing, torch.zeros(1)]).repeat_interleave(spread)",
+            "smoothing.mean().expand(length)",
+            "test_packed_is_unpacked",
+        ),
+    ),
+    *mutants(
+        "ual/models/fused_loss.py",
+        PACK,
+        ('kwargs.setdefault("use_cache", False)', "pass", "test_a_cache_left_on_does_not_mix_rows"),
+    ),
+    *mutants(
+        "ual/models/isolation.py",
+        PACK,
+        (
+            "(beside - beside_other, 8 * eps",
+            "(alone - alone, 8 * eps",
+            "test_a_model_that_mixes_rows_is_refused",
+        ),
+        ("(beside - alone, eps**0.5", "(alone - alone, eps**0.5", "test_a_model_that_mixes_rows_is_refused"),
+    ),
+    *mutants(
+        "ual/data/cache.py",
+        "tests/ual/test_cache.py",
+        (
+            "[sample.id, chat, sample.tools]",
+            "[sample.id]",
+            "test_whatever_changes_the_tokens_is_in_the_key",
+        ),
+        (
+            'arrays["checksum"].tobytes() != _checksum(tokens, trained)',
+            "False",
+            "test_a_damaged_file_is_made_again",
+        ),
+        ("renderer.counts.update(counts)", "pass", "test_a_second_run_reads_what_the_first_made"),
+    ),
+    *mutants(
+        "ual/data/render.py",
+        "tests/ual/test_tools.py",
+        (
+            "tools=list(tools) or None",
+            "tools=None",
+            "test_every_word_of_a_tool_row_is_rendered_and_the_assistants_trained",
+        ),
+        ("        self._check_tools(sample, text)\n", "", "test_a_template_that_leaves_tools_out_is_refused"),
+        ("spans = spans[-1:]", "spans = spans[:1]", "test_only_the_last_turn_may_be_trained"),
+    ),
+    *mutants(
+        "ual/data/streaming.py",
+        "tests/ual/test_stream.py",
+        (
+            "default_rng([self._seed, self._epoch])",
+            "default_rng(self._seed)",
+            "test_an_epochs_order_is_its_own_and_always_the_same",
+        ),
+        (
+            "islice(rows, self._buffer)",
+            "islice(rows, self._buffer - 1)",
+            "test_an_epochs_order_is_its_own_and_always_the_same",
+        ),
+    ),
+    *mutants(
+        "ual/train/seen.py",
+        "tests/ual/test_seen.py",
+        (
+            "if values.ndim == 1 else values[:, :-1]",
+            "if values.ndim == 1 else values[:, 1:]",
+            "test_sums_by_hand",
+        ),
+        ("else groups[:, :-1]", "else groups[:, 1:]", "test_sums_by_hand"),
+        ("torch.where(groups < 0, nowhere, groups)", "groups.clamp(min=0)", "test_sums_by_hand"),
+        ("live.numel() + len(live)", "live.numel()", "test_sums_by_hand"),
+    ),
+    *mutants(
+        "ual/models/memory.py",
+        "tests/ual/test_estimate.py",
+        (
+            "if key in self._known or key in self._counted",
+            "if key in self._counted",
+            "test_a_real_steps_peak_is_what_was_estimated",
+        ),
+        ("            self._live -= size\n", "", "test_a_real_steps_peak_is_what_was_estimated"),
+    ),
+    *mutants(
+        "ual/train/estimate.py",
+        "tests/ual/test_estimate.py",
+        ("gpus if zero >= 2 else 1", "gpus if zero >= 1 else 1", "test_zero_shards_by_its_stages"),
+        ("(4 * (states + 1))", "(4 * states)", "test_zero_shards_by_its_stages"),
+    ),
+    *mutants(
+        "ual/models/merge.py",
+        "tests/ual/test_adapters.py",
+        (
+            "    _untie(loaded)  #",
+            "    #",
+            "test_an_adapter_is_trained_fused_as_unfused_and_merges[head adapted]",
+        ),
+        ('"dtype": "float32", "quantization"', '"quantization"', "test_merging_rounds_once"),
+    ),
+    *mutants(
+        "ual/preview.py",
+        "tests/ual/test_preview.py",
+        ("trained = [False, *(", "trained = [True, *(", "test_what_is_shown_is_what_is_trained"),
+        ("elif sample.sample_weight == 0:", "elif False:", "test_every_row_is_counted_once_with_its_reason"),
     ),
 ]
 

@@ -13,6 +13,7 @@ try:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
     from typer.core import TyperGroup
 except ModuleNotFoundError as missing:  # the loss alone was installed
     sys.exit(f"`ual` needs {missing.name}: pip install 'ual-kernels[train]'")
@@ -23,6 +24,8 @@ from ual.errors import UserError
 if TYPE_CHECKING:
     from ual.data.answers import Group, Summary
     from ual.elicit_config import ElicitConfig
+    from ual.preview import Preview
+    from ual.train.estimate import Estimate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -82,6 +85,7 @@ def train(
             resume=resume,
             trust_remote_code=trust_remote_code,
             console=err,
+            cache=_cache(),
         )
         _summary([result.metrics])
         out.print(f"report   {result.report}", highlight=False, soft_wrap=True)
@@ -90,6 +94,102 @@ def train(
                 f"stopped by a signal after step {result.metrics['steps']}; --resume goes on from there"
             )
             raise typer.Exit(128 + result.stopped_by)
+
+
+@app.command(
+    epilog="\b\n[bold]Examples[/bold]\n  ual merge runs/first -o merged\n"
+    "  ual merge runs/first --base HuggingFaceTB/SmolLM2-135M-Instruct -o merged"
+)
+def merge(
+    run: Annotated[Path, typer.Argument(help="The run's folder.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the model.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model, where it is no longer what config.yaml says.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Add a run's adapter to its base model and write one model in safetensors, with its tokenizer."""
+    with _errors(debug):
+        from ual.config import load
+
+        trained = load(run / "config.yaml")
+        if trained.lora is None:
+            raise UserError(
+                "this run trained all weights: there is no adapter to merge",
+                place=str(run),
+                remedy=f"its model is in {run / 'model'}",
+            )
+        _settle(run / "tensorboard")
+        from ual.models.merge import merge as merge_weights
+
+        model = trained.model.model_copy(update={"path": base} if base else {})
+        merge_weights(model, run / "adapter", output, trust_remote_code=trust_remote_code)
+        out.print(f"model    {output}", highlight=False, soft_wrap=True)
+
+
+@app.command(
+    epilog="\b\n[bold]Examples[/bold]\n  ual preview config.yaml\n"
+    "  ual preview config.yaml -n 10 data.overlong=truncate loss=uniform"
+)
+def preview(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    count: Annotated[int, typer.Option("-n", "--rows", min=0, help="Rows to show.")] = 3,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the tokenizer.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Show which tokens are trained, with what smoothing and weight, and what is dropped and why."""
+    with _errors(debug):
+        from ual.config import load
+
+        resolved = load(config, overrides or [])
+        _settle(Path(resolved.output_dir) / "tensorboard")
+        from ual.preview import preview as look
+
+        _previewed(look(resolved, count=count, cache=_cache(), trust_remote_code=trust_remote_code))
+
+
+@app.command(
+    epilog="\b\n[bold]Examples[/bold]\n  ual estimate config.yaml\n"
+    "  ual estimate config.yaml --gpus 8 --zero 3 training.gradient_checkpointing=true"
+)
+def estimate(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes that ZeRO shards over.")] = 1,
+    zero: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.")] = 0,
+    live: Annotated[
+        float, typer.Option(help="Share of the tokens that are trained; `ual preview` says.")
+    ] = 1,
+    cpu: Annotated[bool, typer.Option("--cpu", help="For training without a GPU.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Print the memory of a run on each GPU, from the model's config.json alone: no weights are loaded."""
+    with _errors(debug):
+        from ual.config import load
+
+        resolved = load(config, overrides or [])
+        _settle(Path(resolved.output_dir) / "tensorboard")
+        from ual.train.estimate import estimate as calculate
+
+        _estimated(
+            calculate(
+                resolved,
+                gpus=gpus,
+                zero=zero,  # type: ignore[arg-type]
+                live=live,
+                device="cpu" if cpu else "cuda",
+                trust_remote_code=trust_remote_code,
+            )
+        )
 
 
 @app.command(
@@ -443,6 +543,82 @@ def _summary(arms: list[dict[str, Any]]) -> None:
             *(_figures(after) if after else ["not measured", "", "", ""]),
         )
     out.print(table)
+
+
+def _previewed(found: "Preview") -> None:
+    """Print rows with their trained text in green, or between marks where there is no colour, then counts."""
+    for row in found.rows:
+        smoothing = "unknown yet" if row.smoothing is None else f"{row.smoothing:.3f}"
+        trained = sum(span.tokens for span in row.spans if span.trained)
+        total = sum(span.tokens for span in row.spans)
+        cut = ", cut at data.max_length" if row.truncated else ""
+        out.print(
+            f"[bold]{escape(row.sample.id)}[/bold]  smoothing {smoothing}, weight {row.weight:g}, "
+            f"{trained} of {total} tokens trained{cut}"
+            f"[dim]  {escape(row.sample.source)}  {escape(row.sample.place)}[/dim]",
+            highlight=False,
+            soft_wrap=True,
+        )
+        shown = Text()
+        for span in row.spans:
+            if out.color_system is None:
+                shown.append(f"«{span.text}»" if span.trained else span.text)
+            else:
+                shown.append(span.text, style="bold green" if span.trained else "dim")
+        out.print(shown, soft_wrap=True)
+        out.print()
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("rows read", f"{found.count:,}")
+    for why, number in found.dropped.items():
+        table.add_row(f"  not trained: {escape(why)}", f"{number:,}")
+    table.add_row("rows trained", f"{found.trained_rows:,}")
+    if found.truncated:
+        table.add_row(f"  cut at {found.max_length} tokens", f"{found.truncated:,}")
+    if len(found.sources) > 1:
+        for source, number in list(found.sources.items())[:8]:
+            table.add_row(f"  from {escape(source or '(unnamed)')}", f"{number:,}")
+    if found.sequences is not None:
+        table.add_row(f"packed sequences of at most {found.max_length} tokens", f"{found.sequences:,}")
+    share = found.trained_tokens / found.tokens if found.tokens else 0.0
+    table.add_row("tokens", f"{found.tokens:,}")
+    table.add_row("tokens trained", f"{found.trained_tokens:,}  ({share:.0%})")
+    if found.held_out:
+        table.add_row("rows held out", f"{found.held_out:,}")
+    out.print(table)
+    for note in found.notes:
+        out.print(escape(note), highlight=False)
+
+
+def _estimated(found: "Estimate") -> None:
+    """Print the parts of a step's memory, and their sums under both losses."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in (
+        ("GiB on each GPU", "left"),
+        ("transformers' loss", "right"),
+        ("fused loss", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name, size in (
+        ("weights", found.weights),
+        ("layers gathered by ZeRO-3", found.gathered),
+        ("gradients", found.gradients),
+        ("optimizer", found.optimizer),
+        ("activations", found.activations),
+    ):
+        if size or name != "layers gathered by ZeRO-3":
+            table.add_row(name, _gib(size), _gib(size))
+    table.add_row("head and loss", _gib(found.naive_head), _gib(found.fused_head))
+    table.add_row("together", _gib(found.naive), _gib(found.fused), style="bold")
+    out.print(table)
+    out.print(
+        "one micro-batch of full length; not counted: CUDA's context, fragmentation, communication buffers"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f}"
 
 
 def _levels(summary: "Summary") -> None:

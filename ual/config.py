@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ual.errors import UserError
 
@@ -25,6 +33,9 @@ class ModelConfig(_Section):
     tokenizer: str | None = Field(None, description="defaults to `path`")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str | None = None
+    quantization: Literal["nf4", "int8"] | None = Field(
+        None, description="the frozen base in bitsandbytes' types (QLoRA); needs a CUDA GPU"
+    )
 
 
 class DataConfig(_Section):
@@ -43,6 +54,25 @@ class DataConfig(_Section):
     chat_template: str | None = Field(
         None, description="'chatml', 'plain', or a Jinja file; None: the model's"
     )
+    system_prompt: str | None = Field(None, description="for conversations without a system turn")
+    train_on: Literal["all", "last"] = Field("all", description="assistant turns that are trained")
+    packing: bool = Field(False, description="several rows in one sequence of max_length, none of them cut")
+    streaming: bool = Field(
+        False, description="rows are read as they are trained; needs training.max_steps and `overlong`"
+    )
+    shuffle_buffer: Annotated[int, Field(ge=1)] = Field(
+        1024, description="streamed rows that are shuffled, and packed, together"
+    )
+
+    @model_validator(mode="after")
+    def _streamable(self) -> Self:
+        if self.streaming and self.overlong == "refuse":
+            raise ValueError(
+                'streaming finds a long row too late to refuse it: set overlong to "truncate" or "drop"'
+            )
+        if self.streaming and self.eval_fraction:
+            raise ValueError("streaming cannot hold out a share of its rows: name held-out rows in data.eval")
+        return self
 
 
 class UncertaintyConfig(_Section):
@@ -83,6 +113,13 @@ class LoraConfig(_Section):
     use_dora: bool = False
     modules_to_save: list[str] = []
 
+    @field_validator("target_modules")
+    @classmethod
+    def _named(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError('name at least one module, or "all-linear"')
+        return value
+
 
 class LossConfig(_Section):
     """What is minimised.
@@ -121,7 +158,28 @@ class RunConfig(_Section):
     smoothing: SmoothingConfig = SmoothingConfig()
     lora: LoraConfig | None = LoraConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    statistics: Literal["every", "logged", "never"] = Field(
+        "logged", description="steps whose tokens' entropy, margin, p and loss by source are recorded"
+    )
     training: dict[str, Any] = Field({}, description="transformers.TrainingArguments, by their own names")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.model.quantization and self.lora is None:
+            raise ValueError("model.quantization freezes the base model: it needs the `lora` section")
+        if self.data.streaming:
+            if self.training.get("max_steps", -1) <= 0:
+                raise ValueError("data.streaming does not know where an epoch ends: set training.max_steps")
+            if self.training.get("dataloader_num_workers", 0):
+                raise ValueError(
+                    "data.streaming reads in one process: remove training.dataloader_num_workers"
+                )
+            if self.loss.kind == "ual" and self.uncertainty.estimator != "column":
+                raise ValueError(
+                    "data.streaming does not keep rows to ask a model about them: bring their uncertainty as "
+                    'a column and set uncertainty to "column"'
+                )
+        return self
 
     @property
     def label(self) -> str:

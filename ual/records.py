@@ -9,10 +9,22 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    An assistant's turn may call tools (each call a mapping as chat templates know it), a tool's turn may say
+    who it is and which call it answers.
+    """
 
     role: Role
     content: str
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    name: str = ""
+    tool_call_id: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The turn as a chat template takes it; what it does not have is left out."""
+        extra = {"tool_calls": list(self.tool_calls), "name": self.name, "tool_call_id": self.tool_call_id}
+        return {"role": self.role, "content": self.content} | {k: v for k, v in extra.items() if v}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +33,8 @@ class Sample:
 
     `uncertainty` is whatever the data set says, in its own units; `label_smoothing` in [0, 1] overrides
     what would be derived from the uncertainty; `sample_weight` >= 0 multiplies the sample's loss.
-    `source` groups rows in tables; `place` says where the row came from (``train.jsonl, line 7``).
+    `source` groups rows in tables; `place` says where the row came from (``train.jsonl, line 7``); `tools`
+    are the JSON schemas of what the assistant may call, which the chat template shows it.
     """
 
     id: str
@@ -31,6 +44,7 @@ class Sample:
     label_smoothing: float | None = None
     sample_weight: float = 1.0
     place: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def prompt(self) -> tuple[Message, ...]:

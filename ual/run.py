@@ -6,13 +6,12 @@ load rows -> render -> uncertainty -> smoothing -> LoRA -> UALTrainer -> adapter
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import transformers
 from rich.console import Console
 from rich.progress import (
@@ -24,15 +23,25 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ual import smoothing
+from ual import rows
 from ual.config import RunConfig
-from ual.data import Collator, Renderer, Tokenised, hold_out, load
+from ual.data import Collator, PackedCollator, Renderer, Tokenised, tokenise
 from ual.errors import UserError
 from ual.evaluate import Evaluation, evaluate
-from ual.models import TokenScores, attach_lora, fuse, load_model, load_tokenizer, score
-from ual.records import Elicited, Sample, Scored
+from ual.models import (
+    TokenScores,
+    attach_lora,
+    check_isolation,
+    fuse,
+    is_padding_free,
+    load_model,
+    load_tokenizer,
+    score,
+)
+from ual.records import Elicited, Sample
+from ual.report import card
 from ual.report import write as write_report
-from ual.train import RunFolder, UALTrainer, training_arguments
+from ual.train import RunFolder, UALTrainer, publish, training_arguments
 from ual.train.callbacks import History, ProgressBar, StopOnNonFinite, StopOnSignal
 from ual.train.folder import environment
 from ual.train.trainer import Features
@@ -60,6 +69,7 @@ def run(
     resume: bool = False,
     trust_remote_code: bool = False,
     console: Console | None = None,
+    cache: Path | None = None,
 ) -> Result:
     """Train as `config` says, into the folder `config.output_dir`.
 
@@ -69,6 +79,7 @@ def run(
         resume: go on from the last checkpoint of a run that stopped, reusing its uncertainties.
         trust_remote_code: run model code that comes with the weights.
         console: where progress is drawn; None is silent.
+        cache: where tokenised rows are kept for the next run; None keeps none.
 
     Raises:
         UserError: anything a user can mend; the run folder is whole and, after the first checkpoint,
@@ -80,60 +91,31 @@ def run(
     with _log_file(folder.log), _Progress(console) as progress:
         log.info("command: %s", " ".join(command))
         transformers.set_seed(arguments.seed)
-        job = _prepare(config, arguments.device, trust_remote_code, progress)
+        job = _prepare(config, arguments.device, trust_remote_code, progress, cache)
 
-        scored = score_rows(job.train, _elicit(job, folder, progress), config)
-        folder.write_rows("samples.jsonl", _sample_rows(scored, job))
+        training = _rows(job, folder, progress)
+        folder.write_rows("samples.jsonl", _sample_rows(training, job))
         before = _evaluate_before(job, folder, progress, resume=resume)
 
         model = attach_lora(job.model, config.lora) if config.lora else job.model
         folder.write_json("environment.json", _environment(config, command, model))
-        metrics = _facts(config, scored, job, before)
-        stopped_by, metrics = _train(job, model, scored, arguments, folder, metrics, progress, resume=resume)
+        metrics = _facts(config, training, before)
+        stopped_by, metrics = _train(
+            job, model, training, arguments, folder, metrics, progress, resume=resume
+        )
         if stopped_by is None:
             after = _evaluate(job, model, "evaluating the trained model", progress)
             folder.write_json("evaluation.json", {"before": before, "after": after})
             metrics["eval"] = _headline(after)
             folder.write_json("metrics.json", metrics)
+            about = card(config, metrics, json.loads((folder.path / "environment.json").read_text("utf-8")))
+            folder.write(f"{_weights(config)}/README.md", about)
+            if config.training.get("push_to_hub"):
+                name = config.training.get("hub_model_id") or config.label
+                url = publish(folder.path / _weights(config), name, config.training.get("hub_private_repo"))
+                progress.say(f"published at {url}")
         report = write_report([folder.path])
     return Result(folder.path, metrics, report, stopped_by)
-
-
-def score_rows(
-    samples: Sequence[Sample], elicited: Mapping[str, Elicited], config: RunConfig
-) -> list[Scored]:
-    """Turn uncertainties into each sample's smoothing and weight.
-
-    Args:
-        samples: training rows. Under loss.kind "ual" a row's own `label_smoothing` wins over what is derived.
-        elicited: records by sample id; only "ual" needs them.
-        config: `loss.kind`, `uncertainty.missing` and `smoothing` decide.
-    """
-    n = len(samples)
-    own = np.array([_nan_if_none(s.label_smoothing) for s in samples])
-    values = np.array([_nan_if_none(e.value if (e := elicited.get(s.id)) else None) for s in samples])
-    keep, scaled, derived = np.ones(n, dtype=bool), np.full(n, np.nan), np.zeros(n)
-    if config.loss.kind == "uniform":
-        derived[:] = _uniform(config)
-    elif config.loss.kind == "ual" and np.isnan(own).any():
-        filled, keep, missing = smoothing.fill_missing(values, config.uncertainty.missing)
-        if missing:
-            log.warning("%d of %d rows have no uncertainty: %s", missing, n, config.uncertainty.missing)
-        scaled[keep], derived[keep] = smoothing.from_config(filled[keep], config.smoothing)
-    if config.loss.kind == "ual":
-        keep |= ~np.isnan(own)
-        derived = np.where(np.isnan(own), derived, own)
-    return [
-        Scored(
-            sample=sample,
-            uncertainty=_none_if_nan(values[i]),
-            scaled_uncertainty=_none_if_nan(scaled[i]),
-            label_smoothing=float(derived[i]),
-            sample_weight=sample.sample_weight,
-        )
-        for i, sample in enumerate(samples)
-        if keep[i]
-    ]
 
 
 # ---- the steps ----
@@ -147,55 +129,31 @@ class _Job:
     model: Any
     tokenizer: Any
     renderer: Renderer
-    collate: Collator
+    collate: Collator | PackedCollator
     train: list[Sample]
     held_out: list[Sample]
     tokenised: dict[str, Tokenised]
 
     def features(self, samples: Iterable[Sample]) -> list[dict[str, Any]]:
-        """Rows as the collator wants them, without smoothing and of weight 1."""
-        return [
-            {
-                "id": sample.id,
-                "input_ids": self.tokenised[sample.id].input_ids,
-                "labels": self.tokenised[sample.id].labels,
-                "label_smoothing": 0.0,
-                "sample_weight": 1.0,
-            }
-            for sample in samples
-        ]
+        """Rows to measure: without smoothing, each of weight 1."""
+        return [rows.features(self.tokenised[sample.id]) for sample in samples]
 
 
-def _prepare(config: RunConfig, device: Any, trust_remote_code: bool, progress: "_Progress") -> _Job:
+def _prepare(
+    config: RunConfig, device: Any, trust_remote_code: bool, progress: "_Progress", cache: Path | None
+) -> _Job:
     data = config.data
-    train = load(data.train, format=data.format, split=data.train_split)
-    if data.eval is not None:
-        held_out = load(data.eval, format=data.format, split=data.eval_split)
-    else:
-        train, held_out = hold_out(train, data.eval_fraction) if data.eval_fraction else (train, [])
-    shared = {s.id for s in train} & {s.id for s in held_out}
-    if shared:
-        raise UserError(
-            f"{len(shared)} ids are in both the training and the held-out rows, such as {min(shared)!r}",
-            place=f"{data.train} and {data.eval}",
-            remedy="remove them from one of the files",
-        )
+    train, held_out = rows.read(config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=trust_remote_code)
     model: Any = load_model(config.model, trust_remote_code=trust_remote_code)
-    model.to(device)
-    renderer = Renderer(
-        tokenizer,
-        chat_template=data.chat_template,
-        max_length=data.max_length,
-        context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
-        overlong=data.overlong,
-    )
+    if not config.model.quantization:  # whose weights are on the device already
+        model.to(device)
+    renderer = rows.renderer(config, tokenizer, model.config)
+    if data.packing:
+        check_isolation(model)
     advance = progress.task("rendering", len(train) + len(held_out))
-    tokenised = {}
-    for sample in (*train, *held_out):
-        if (row := renderer.render(sample)) is not None:
-            tokenised[sample.id] = row
-        advance(1)
+    folder = None if cache is None else cache / "tokenised"
+    tokenised = tokenise([*train, *held_out], renderer, folder, advance)
     log.info("rows: %s", dict(renderer.counts))
     if renderer.counts["dropped"] or renderer.counts["truncated"]:
         progress.say(
@@ -203,18 +161,36 @@ def _prepare(config: RunConfig, device: Any, trust_remote_code: bool, progress: 
             f"{renderer.max_length} tokens (data.overlong: {data.overlong})"
         )
     train = [s for s in train if s.id in tokenised]
-    if not train:
+    if not train and not data.streaming:
         raise UserError("no training row is left", place=data.train, remedy="raise data.max_length")
     return _Job(
         config=config,
         model=fuse(model, smoothing_over=config.smoothing.over, backend=config.loss.backend),
         tokenizer=tokenizer,
         renderer=renderer,
-        collate=Collator(tokenizer.pad_token_id, average=config.loss.average),
+        collate=_collator(config, tokenizer.pad_token_id, model),
         train=train,
         held_out=[s for s in held_out if s.id in tokenised],
         tokenised=tokenised,
     )
+
+
+def _collator(config: RunConfig, pad_token_id: int, model: Any) -> Collator | PackedCollator:
+    if not config.data.packing:
+        return Collator(pad_token_id, average=config.loss.average)
+    padding_free = is_padding_free(model)
+    return PackedCollator(pad_token_id, average=config.loss.average, padding_free=padding_free)
+
+
+def _rows(job: _Job, folder: RunFolder, progress: "_Progress") -> rows.TrainingRows:
+    if job.config.data.streaming:
+        advance = progress.task("reading every row once", None)
+        return rows.streamed(job.config, job.renderer, advance)
+    elicited = _elicit(job, folder, progress)
+    found = rows.in_memory(job.config, job.train, elicited, job.tokenised, job.renderer.max_length)
+    if job.config.data.packing:
+        progress.say(f"{found.count} rows packed into {len(found.dataset)} sequences")  # type: ignore[arg-type]
+    return found
 
 
 def _elicit(job: _Job, folder: RunFolder, progress: "_Progress") -> dict[str, Elicited]:
@@ -270,7 +246,7 @@ def _evaluate(job: _Job, model: Any, what: str, progress: "_Progress") -> Evalua
 def _train(
     job: _Job,
     model: Any,
-    scored: Sequence[Scored],
+    training: rows.TrainingRows,
     arguments: transformers.TrainingArguments,
     folder: RunFolder,
     metrics: dict[str, Any],
@@ -279,15 +255,14 @@ def _train(
     resume: bool,
 ) -> tuple[int | None, dict[str, Any]]:
     """Train and save; return the signal that stopped it, if any, and the metrics so far."""
-    rows = job.features(s.sample for s in scored)
-    for row, s in zip(rows, scored, strict=True):
-        row |= {"label_smoothing": s.label_smoothing, "sample_weight": s.sample_weight}
     stop = StopOnSignal()
     trainer = UALTrainer(
         model=model,
         args=arguments,
         average=job.config.loss.average,
-        train_dataset=Features(rows),
+        groups=training.groups.names,
+        statistics=job.config.statistics,
+        train_dataset=training.dataset,
         eval_dataset=Features(job.features(job.held_out)) if job.held_out else None,
         data_collator=job.collate,
         processing_class=job.tokenizer,
@@ -304,7 +279,7 @@ def _train(
     try:
         if checkpoint is None or not trainer.is_finished(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        target = folder.path / ("adapter" if job.config.lora else "model")
+        target = folder.path / _weights(job.config)
         trainer.save_model(str(target))
         (target / transformers.trainer.TRAINING_ARGS_NAME).unlink(
             missing_ok=True
@@ -324,11 +299,16 @@ def _train(
     return stop.received, metrics
 
 
+def _weights(config: RunConfig) -> str:
+    """The folder, within the run's, of what was trained."""
+    return "adapter" if config.lora else "model"
+
+
 # ---- what is written down ----
 
 
-def _sample_rows(scored: Iterable[Scored], job: _Job) -> Iterator[dict[str, Any]]:
-    for s in scored:
+def _sample_rows(training: rows.TrainingRows, job: _Job) -> Iterator[dict[str, Any]]:
+    for s in training.shown:
         yield {
             "id": s.sample.id,
             "source": s.sample.source,
@@ -336,7 +316,7 @@ def _sample_rows(scored: Iterable[Scored], job: _Job) -> Iterator[dict[str, Any]
             "scaled_uncertainty": s.scaled_uncertainty,
             "label_smoothing": s.label_smoothing,
             "sample_weight": s.sample_weight,
-            "response_tokens": job.tokenised[s.sample.id].live_tokens,
+            "response_tokens": training.live_tokens[s.sample.id],
             "prompt": job.renderer.render_prompt(s.sample)[:_TEXT_SHOWN],
             "response": s.sample.response[:_TEXT_SHOWN],
         }
@@ -357,15 +337,13 @@ def _environment(config: RunConfig, command: Sequence[str], model: Any) -> dict[
     )
 
 
-def _facts(
-    config: RunConfig, scored: Sequence[Scored], job: _Job, before: Evaluation | None
-) -> dict[str, Any]:
+def _facts(config: RunConfig, training: rows.TrainingRows, before: Evaluation | None) -> dict[str, Any]:
     return {
         "name": config.label,
         "loss_kind": config.loss.kind,
-        "trained_rows": len(scored),
-        "tokens_per_epoch": sum(job.tokenised[s.sample.id].live_tokens for s in scored),
-        "mean_smoothing": float(np.mean([s.label_smoothing for s in scored])),
+        "trained_rows": training.count,
+        "tokens_per_epoch": training.tokens,
+        "mean_smoothing": training.mean_smoothing,
         "eval_before": _headline(before),
         "eval": None,
     }
@@ -396,19 +374,6 @@ def _headline(evaluation: Evaluation | None) -> dict[str, float] | None:
     }
 
 
-def _uniform(config: RunConfig) -> float:
-    matched = config.smoothing.match_mean
-    return (config.smoothing.min + config.smoothing.max) / 2 if matched is None else matched
-
-
-def _nan_if_none(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
-def _none_if_nan(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
 # ---- what is seen ----
 
 
@@ -433,7 +398,7 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
-    def task(self, what: str, total: int) -> Callable[[int], None]:
+    def task(self, what: str, total: int | None) -> Callable[[int], None]:
         """Add a bar; return what moves it on."""
         task = self.bars.add_task(what, total=total)
         return lambda done: self.bars.advance(task, done)

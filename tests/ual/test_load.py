@@ -270,7 +270,8 @@ class TestRows:
             (GOOD | {"id": 1.5}, "id", "want a non-empty string or an integer, got 1.5"),
             (GOOD | {"id": True}, "id", "want a non-empty string or an integer, got True"),
             (GOOD | {"source": 3}, "source", "want a string, got 3"),
-            (GOOD | {"tools": [{"name": "f"}]}, "tools", "is not supported"),
+            (GOOD | {"tools": "[{"}, "tools", "invalid JSON: "),
+            (GOOD | {"tools": ["f"]}, "tools", "want a list of objects, or its JSON, got list ['f']"),
         ],
     )
     def test_faults_of_a_value(self, tmp_path, row, field, problem):
@@ -312,9 +313,9 @@ class TestRows:
                 "the response is empty",
             ),
             (
-                [CHAT[0], {"role": "assistant", "content": "x", "tool_calls": [{}]}],
-                "messages[1].tool_calls",
-                "is not supported",
+                [CHAT[0] | {"tool_calls": [{"name": "f"}]}, CHAT[1]],
+                "messages[0].tool_calls",
+                "only the assistant calls tools, got the role 'user'",
             ),
             ([CHAT[0], CHAT[1] | {"weight": 0}], "messages[1].weight", "is not supported"),
         ],

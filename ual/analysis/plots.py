@@ -66,14 +66,22 @@ _LONGEST_LABEL = 22
 _RASTER_ABOVE = 2000
 
 
-def loss_curves(arms: Mapping[str, Sequence[tuple[float, float]]], *, theme: Theme = LIGHT) -> Figure:
-    """Draw training loss against step: every logged value faint, its running mean on top.
+def loss_curves(
+    arms: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    title: str = "",
+    quantity: str = "training loss (nats per token)",
+    theme: Theme = LIGHT,
+) -> Figure:
+    """Draw training loss, or the like, against step: every logged value faint, its running mean on top.
 
     The mean is centred and spans a tenth of the logged steps, half of that at the ends.
 
     Args:
         arms: name -> (step, loss) pairs by rising step; pairs whose loss is not finite leave a gap. An arm
             without a finite loss is not drawn, but keeps its colour, here and in the other figures.
+        title: what is seen; by default, how far the loss went.
+        quantity: the y axis' label.
 
     Raises:
         ValueError: nothing to draw.
@@ -104,15 +112,15 @@ def loss_curves(arms: Mapping[str, Sequence[tuple[float, float]]], *, theme: The
     if not ends:
         raise ValueError("loss_curves needs at least one arm with a finite loss")
     last_step = max(end[0] for end in ends)
-    if len(ends) == 1:
+    if len(ends) > 1:
+        _label_ends(axes, ends, theme)
+        title = title or f"Training loss of {len(ends)} arms over {last_step:,.0f} steps"
+    elif not title:
         title = (
             f"Training loss went from {first_last[0]:.2f} to {first_last[1]:.2f} in {last_step:,.0f} steps"
         )
-    else:
-        title = f"Training loss of {len(ends)} arms over {last_step:,.0f} steps"
-        _label_ends(axes, ends, theme)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _dress(axes, theme, xlabel="optimizer step", ylabel="training loss (nats per token)")
+    _dress(axes, theme, xlabel="optimizer step", ylabel=quantity)
     _title(figure, title, theme)
     return figure
 

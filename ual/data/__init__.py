@@ -1,23 +1,41 @@
-"""Rows to batches: load and validate, hold out, render through a chat template, collate.
+"""Rows to batches: load and validate, hold out, render through a chat template, pack, collate.
 
-`import ual.data` needs no torch; `Collator`, which does, is imported when first asked for.
+`import ual.data` needs no torch; what does (`Collator`, `PackedCollator`, `Stream`) is imported when first
+asked for.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from ual.data.cache import tokenise
+from ual.data.groups import Groups
 from ual.data.load import load, stream
+from ual.data.pack import pack
 from ual.data.render import Renderer, Tokenised
 from ual.data.split import hold_out
 
 if TYPE_CHECKING:
-    from ual.data.collate import Collator
+    from ual.data.collate import Collator, PackedCollator
+    from ual.data.streaming import Stream
 
-__all__ = ["Collator", "Renderer", "Tokenised", "hold_out", "load", "stream"]
+__all__ = [
+    "Collator",
+    "Groups",
+    "PackedCollator",
+    "Renderer",
+    "Stream",
+    "Tokenised",
+    "hold_out",
+    "load",
+    "pack",
+    "stream",
+    "tokenise",
+]
+
+_NEED_TORCH = {"Collator": "collate", "PackedCollator": "collate", "Stream": "streaming"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Collator":
-        from ual.data.collate import Collator
-
-        return Collator
+    if name in _NEED_TORCH:
+        return getattr(importlib.import_module(f"ual.data.{_NEED_TORCH[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,15 +1,17 @@
-"""Tokenised rows to a batch of tensors."""
+"""Tokenised rows to a batch of tensors: one row a sequence, or several with their borders kept."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ual.data.render import IGNORE_INDEX
 from ual.errors import UserError
 
 _NUMBERS = ("label_smoothing", "sample_weight")
+Average = Literal["weights", "tokens", "samples"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Collator:
     Calling it takes features with `input_ids` and `labels` (lists of int of one length), `label_smoothing`
     and `sample_weight` (floats; further keys are left out) and returns `input_ids`, `attention_mask` and
     `labels` [B, T] int64, `label_smoothing` and `sample_weight` [B] float32, and `live_rows`: how many labels
-    are trained, counted here so that no loss has to wait for a device to know it.
+    are trained, counted here so that no loss has to wait for a device to know it. Where the features say
+    to which `groups` they belong (a list of K ints each), `groups` is [B, K] int64.
 
     Raises:
         UserError: a feature has lost its `label_smoothing` or `sample_weight`.
@@ -40,18 +43,12 @@ class Collator:
 
     pad_token_id: int
     pad_to_multiple_of: int = 8
-    average: Literal["weights", "tokens", "samples"] = "weights"
+    average: Average = "weights"
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        for name in _NUMBERS:
-            if any(name not in feature for feature in features):
-                raise UserError(
-                    f'a row reached the collator without "{name}"',
-                    remedy="set remove_unused_columns=False in TrainingArguments, which drops the column",
-                )
+        _check(features)
         longest = max(len(feature["input_ids"]) for feature in features)
-        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(features), length)
+        shape = (len(features), _round_up(longest, self.pad_to_multiple_of))
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
         labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -60,14 +57,11 @@ class Collator:
             input_ids[i, :n] = torch.as_tensor(feature["input_ids"])
             labels[i, :n] = torch.as_tensor(feature["labels"])
             attention_mask[i, :n] = 1
-        smoothing, weight = (
-            torch.tensor([float(feature[name]) for feature in features], dtype=torch.float32)
-            for name in _NUMBERS
-        )
         live_tokens = (labels[:, 1:] != IGNORE_INDEX).sum(1)
+        smoothing, weight = _numbers(features)
         if self.average == "samples":
             weight = weight / live_tokens.clamp(min=1)
-        return {
+        batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
@@ -75,3 +69,103 @@ class Collator:
             "sample_weight": weight,
             "live_rows": int(live_tokens.sum()),
         }
+        if "groups" in features[0]:
+            batch["groups"] = torch.tensor([feature["groups"] for feature in features])
+        return batch
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Several rows in one sequence, as if each were alone: called with a list of ``{"rows": features}``.
+
+    Called with single features, as they are measured, it is `Collator`.
+
+    `position_ids` begin at 0 with every row, which is how transformers tells the rows of a sequence apart: it
+    builds block-diagonal attention from them, and only where no attention mask is given, so there is none
+    (`ual.models.check_isolation` makes sure). No row's first token is predicted from the row before it.
+
+    Args:
+        pad_token_id, pad_to_multiple_of, average: as in `Collator`. What pads a sequence is a row of its own
+            without labels.
+        padding_free: one sequence [1, T] of all rows, unpadded, for flash attention's kernels of variable
+            length, which read rows only from a batch of one.
+
+    Returns `input_ids`, `position_ids`, `labels` [B, T] int64, `label_smoothing` and `sample_weight` [B, T]
+    float32 (every token has its own row's), `live_rows`, and `groups` [B, T, K] where features have them.
+
+    Raises:
+        UserError: as `Collator`.
+
+    >>> row = {"input_ids": [5, 6], "labels": [5, 6], "label_smoothing": 0.1, "sample_weight": 1.0}
+    >>> batch = PackedCollator(0)([{"rows": [row, row, row]}])
+    >>> batch["position_ids"].tolist(), batch["labels"].tolist()
+    ([[0, 1, 0, 1, 0, 1, 0, 1]], [[-100, 6, -100, 6, -100, 6, -100, -100]])
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int = 8
+    average: Average = "weights"
+    padding_free: bool = False
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if "rows" not in features[0]:
+            return Collator(self.pad_token_id, self.pad_to_multiple_of, self.average)(features)
+        packs = [list(feature["rows"]) for feature in features]
+        if self.padding_free:
+            packs = [[row for pack in packs for row in pack]]
+        _check([row for pack in packs for row in pack])
+        longest = max(sum(len(row["input_ids"]) for row in pack) for pack in packs)
+        length = longest if self.padding_free else _round_up(longest, self.pad_to_multiple_of)
+        sequences = [self._sequence(pack, length) for pack in packs]
+        batch: dict[str, Any] = {
+            name: torch.stack([sequence[name] for sequence in sequences]) for name in sequences[0]
+        }
+        return batch | {"live_rows": int((batch["labels"] != IGNORE_INDEX).sum())}
+
+    def _sequence(self, rows: Sequence[Mapping[str, Any]], length: int) -> dict[str, Tensor]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        padding = length - sum(lengths)
+        labels = [torch.as_tensor(row["labels"]).clone() for row in rows]
+        for of_row in labels:
+            of_row[0] = IGNORE_INDEX
+        smoothing, weight = _numbers(rows)
+        if self.average == "samples":
+            live = torch.stack([(of_row != IGNORE_INDEX).sum() for of_row in labels])
+            weight = weight / live.clamp(min=1)
+        spread = torch.tensor([*lengths, padding])
+        sequence = {
+            "input_ids": torch.cat(
+                [
+                    *(torch.as_tensor(row["input_ids"]) for row in rows),
+                    torch.full((padding,), self.pad_token_id),
+                ]
+            ),
+            "position_ids": torch.cat([torch.arange(n) for n in (*lengths, padding)]),
+            "labels": torch.cat([*labels, torch.full((padding,), IGNORE_INDEX)]),
+            "label_smoothing": torch.cat([smoothing, torch.zeros(1)]).repeat_interleave(spread),
+            "sample_weight": torch.cat([weight, torch.zeros(1)]).repeat_interleave(spread),
+        }
+        if "groups" in rows[0]:
+            groups = torch.tensor([row["groups"] for row in rows])
+            sequence["groups"] = torch.cat([groups, groups[-1:]]).repeat_interleave(spread, dim=0)
+        return sequence
+
+
+def _check(features: Sequence[Mapping[str, Any]]) -> None:
+    for name in _NUMBERS:
+        if any(name not in feature for feature in features):
+            raise UserError(
+                f'a row reached the collator without "{name}"',
+                remedy="set remove_unused_columns=False in TrainingArguments, which drops the column",
+            )
+
+
+def _numbers(features: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+    smoothing, weight = (
+        torch.tensor([float(feature[name]) for feature in features], dtype=torch.float32) for name in _NUMBERS
+    )
+    return smoothing, weight
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

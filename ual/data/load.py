@@ -36,7 +36,7 @@ _ROLES: dict[str, Role] = {
     "gpt": "assistant",
 }
 # Each would change what is trained, and `Message` cannot hold it.
-_UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content", "weight")
+_UNSUPPORTED = ("function_call", "reasoning_content", "weight")
 _SHOWN = 5
 
 _Turn = tuple[str, Message]  # the field that it was read from, for complaints
@@ -78,10 +78,11 @@ def load(path_or_name: str, *, format: Format = "auto", split: str = "train") ->
 
     Returns:
         One sample per row, in order. The optional columns `id`, `source`, `uncertainty` (finite),
-        `label_smoothing` (in [0, 1]) and `sample_weight` (finite, >= 0) are taken over, null meaning absent;
-        further columns are ignored. A row without `id` gets a hash of its conversation, the second of two
-        equal rows with ``-2`` behind it. Places count lines from 1 in JSONL, array indices and parquet or
-        hub rows from 0.
+        `label_smoothing` (in [0, 1]), `sample_weight` (finite, >= 0) and `tools` (JSON schemas, a list or its
+        JSON) are taken over, null meaning absent; further columns are ignored. Messages may have
+        `tool_calls`, `name` and `tool_call_id`. A row without `id` gets a hash of its conversation, the
+        second of two equal rows with ``-2`` behind it. Places count lines from 1 in JSONL, array indices and
+        parquet or hub rows from 0.
 
     Raises:
         UserError: nothing could be read, or rows are wrong: the first five are named with their line and
@@ -106,8 +107,8 @@ def stream(
 ) -> Iterator[tuple[Mapping[str, Any], Sample]]:
     """Yield every row as it was written, with its sample, in order.
 
-    As `load`, in bounded memory: a ``.jsonl`` file is read line by line, and the ids that were seen are on
-    disk. The other kinds are read whole.
+    As `load`, in bounded memory: ``.jsonl`` is read line by line, parquet in batches, hub data sets as they
+    stream, and the ids that were seen are on disk. A ``.json`` array is read whole.
 
     Raises:
         UserError: see `load`; at the first wrong row.
@@ -116,11 +117,13 @@ def stream(
     rows: Iterable[tuple[str, Any]]
     if file.name.lower().endswith((".jsonl", ".jsonl.gz")) and file.is_file():
         rows = _lines(file)
+    elif file.name.lower().endswith(".parquet") and file.is_file():
+        rows = _parquet_rows(file)
     elif file.is_file() or _names_a_file(path_or_name):
         rows = _file_rows(file)
     else:
         name, _, config = (path_or_name, "", "") if file.is_dir() else path_or_name.partition(":")
-        rows = _hub_rows(path_or_name, name, config or None, split, is_folder=file.is_dir())
+        rows = _hub_rows(path_or_name, name, config or None, split, is_folder=file.is_dir(), streaming=True)
     faults = _Faults()
     for row in _each(path_or_name, rows, format, _OnDisk(), _OnDisk(), faults):
         if faults.rows:
@@ -233,14 +236,18 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             "parquet needs pyarrow", place=str(path), remedy="pip install 'ual-kernels[train]'"
         ) from error
     try:
-        table = parquet.read_table(path)
+        batches = parquet.ParquetFile(path).iter_batches(1024)
+        i = 0
+        for batch in batches:
+            for row in batch.to_pylist():
+                yield f"row {i}", row
+                i += 1
     except pa.ArrowInvalid as error:
         raise UserError(f"not a parquet file: {error}", place=str(path)) from error
-    return ((f"row {i}", row) for i, row in enumerate(table.to_pylist()))
 
 
 def _hub_rows(
-    place: str, name: str, config: str | None, split: str, *, is_folder: bool
+    place: str, name: str, config: str | None, split: str, *, is_folder: bool, streaming: bool = False
 ) -> Iterator[tuple[str, Any]]:
     try:
         import datasets  # type: ignore[import-untyped]
@@ -251,7 +258,7 @@ def _hub_rows(
             remedy="correct the path, or pip install 'ual-kernels[train]'",
         ) from error
     try:
-        dataset = datasets.load_dataset(name, config, split=split)
+        dataset = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # the hub client raises whatever its transport does
         first_line = next(iter(str(error).splitlines()), "")
         said = f"{type(error).__name__}: {first_line}"
@@ -355,8 +362,6 @@ def _sample(row: Mapping[str, Any], form: str, columns: tuple[str, ...], copies:
     for column in columns:
         if row.get(column) is None:
             raise _RowError(column, f"is missing, got {', '.join(row) or 'no columns'}")
-    if row.get("tools"):
-        raise _RowError("tools", "is not supported, and to leave it out would change the prompt")
     if form == "messages":
         turns = _messages(row[columns[0]], columns[0])
     elif form == "prompt_completion":
@@ -369,14 +374,16 @@ def _sample(row: Mapping[str, Any], form: str, columns: tuple[str, ...], copies:
     messages = tuple(message for _, message in turns)
     smoothing = _number(row, "label_smoothing", low=0, high=1)
     weight = _number(row, "sample_weight", low=0)
+    tools = _mappings(row.get("tools"), "tools")
     return Sample(
-        id=_id(row, messages, copies),
+        id=_id(row, messages, tools, copies),
         messages=messages,
         source="" if row.get("source") is None else _text(row["source"], "source"),
         uncertainty=_number(row, "uncertainty"),
         label_smoothing=smoothing,
         sample_weight=1.0 if weight is None else weight,
         place=place,
+        tools=tools,
     )
 
 
@@ -401,7 +408,41 @@ def _message(item: Any, field: str) -> _Turn:
     if not isinstance(role, str) or role not in _ROLES:
         raise _RowError(f"{field}.{role_key}", f"unknown role {_describe(role)}; valid: {', '.join(_ROLES)}")
     content_field = f"{field}.{content_key}"
-    return content_field, Message(_ROLES[role], _text(item.get(content_key), content_field))
+    calls = _mappings(item.get("tool_calls"), f"{field}.tool_calls")
+    if calls and _ROLES[role] != "assistant":
+        raise _RowError(f"{field}.tool_calls", f"only the assistant calls tools, got the role {role!r}")
+    content = item.get(content_key)
+    return content_field, Message(
+        _ROLES[role],
+        "" if calls and content is None else _text(content, content_field),
+        tool_calls=calls,
+        **{
+            key: _text(item[key], f"{field}.{key}")
+            for key in ("name", "tool_call_id")
+            if item.get(key) is not None
+        },
+    )
+
+
+def _mappings(value: Any, field: str) -> tuple[Mapping[str, Any], ...]:
+    """Tool schemas or calls: a list of objects, or the JSON of one, since Arrow wants objects to be alike."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise _RowError(field, f"invalid JSON: {error.msg}, column {error.colno}") from error
+    if value in (None, "", {}):
+        return ()
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        raise _RowError(field, f"want a list of objects, or its JSON, got {_describe(value)}")
+    return tuple(_without_nulls(item) for item in value)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every struct the keys of all others, as null."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _speech(value: Any, field: str, role: Role) -> list[_Turn]:
@@ -432,17 +473,23 @@ def _check_order(turns: list[_Turn], field: str) -> None:
     if roles[-1] != "assistant":
         raise _RowError(field, f"the conversation must end with an assistant turn, it ends with {roles[-1]}")
     for content_field, message in turns:
-        if message.role in ("user", "assistant") and not message.content.strip():
+        if message.role in ("user", "assistant") and not (message.content.strip() or message.tool_calls):
             kind = "response" if message.role == "assistant" else "prompt"
             raise _RowError(content_field, f"the {kind} is empty")
     if "user" not in roles[: roles.index("assistant")]:
         raise _RowError(field, "the conversation needs a user turn before its first assistant turn")
 
 
-def _id(row: Mapping[str, Any], messages: tuple[Message, ...], copies: _Seen) -> str:
+def _id(
+    row: Mapping[str, Any],
+    messages: tuple[Message, ...],
+    tools: tuple[Mapping[str, Any], ...],
+    copies: _Seen,
+) -> str:
     given = row.get("id")
     if given is None:
-        text = json.dumps([[message.role, message.content] for message in messages])
+        said: list[Any] = [[message.role, message.content, *message.tool_calls] for message in messages]
+        text = json.dumps([*said, tools] if tools else said)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         copies[digest] = count = (copies.get(digest) or 0) + 1
         return digest if count == 1 else f"{digest}-{count}"

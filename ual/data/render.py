@@ -10,10 +10,13 @@ to an assistant turn. Which characters those are comes from one of two sources:
   to the marker, are prefixes of the whole; a template for which they are not is refused.
 """
 
+import hashlib
+import importlib.metadata
+import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -86,9 +89,13 @@ class Renderer:
         context_length: tokens the model can see; None for what the tokenizer says, if anything.
         overlong: ``refuse``; ``truncate`` to the first `max_length` tokens, without EOS, and drop the sample
             if none of those is the assistant's; or ``drop``.
+        system_prompt: the system turn of conversations that have none.
+        train_on: ``all`` assistant turns, or only the ``last`` one (of a template with ``{% generation %}``,
+            its last block).
 
     Attributes:
         max_length: the limit in force.
+        fingerprint: a hash of all that decides which tokens a conversation becomes, but the conversation.
         counts: how many samples were "rendered" (whole), "truncated" and "dropped" so far.
 
     Raises:
@@ -104,6 +111,8 @@ class Renderer:
         max_length: int | None = None,
         context_length: int | None = None,
         overlong: Literal["refuse", "truncate", "drop"] = "refuse",
+        system_prompt: str | None = None,
+        train_on: Literal["all", "last"] = "all",
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
@@ -125,7 +134,21 @@ class Renderer:
         self._context_length = _context_length(tokenizer, context_length)
         self.max_length = _max_length(max_length, self._context_length)
         self._overlong = overlong
+        self._system_prompt = system_prompt
+        self._train_on = train_on
         self.counts: Counter[str] = Counter()
+
+    @property
+    def fingerprint(self) -> str:
+        made_by = {
+            "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
+            "special": {k: str(v) for k, v in self._tokenizer.special_tokens_map.items()},
+            "template": self._template,
+            "options": [self.max_length, self._overlong, self._system_prompt, self._train_on],
+            "code": Path(__file__).read_text(encoding="utf-8"),
+            "versions": [importlib.metadata.version(p) for p in ("transformers", "tokenizers")],
+        }
+        return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
     def render(self, sample: Sample) -> Tokenised | None:
         """Return the sample's tokens and labels, or None where it was dropped for its length.
@@ -134,7 +157,9 @@ class Renderer:
             UserError: the template refuses the conversation, does not say exactly which characters are the
                 assistant's, or yields none; or the sample is too long and is to be refused.
         """
-        text, spans = self._turns(sample)
+        text, spans = self._turns(self._with_system(sample))
+        if self._train_on == "last":
+            spans = spans[-1:]
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         end = max([len(text.rstrip()), *(b for _, b in spans)])
         tokens = [
@@ -163,7 +188,13 @@ class Renderer:
 
     def render_prompt(self, sample: Sample) -> str:
         """Return the text that prompts the final response, through the generation prompt."""
-        return self._text(sample.prompt, place=sample.place, generation_prompt=True)
+        sample = self._with_system(sample)
+        return self._text(sample.prompt, sample, generation_prompt=True)
+
+    def _with_system(self, sample: Sample) -> Sample:
+        if not self._system_prompt or sample.messages[0].role == "system":
+            return sample
+        return replace(sample, messages=(Message("system", self._system_prompt), *sample.messages))
 
     def _fit(self, sample: Sample, tokenised: Tokenised) -> Tokenised | None:
         n = len(tokenised.input_ids)
@@ -190,17 +221,30 @@ class Renderer:
         return None
 
     def _turns(self, sample: Sample) -> tuple[str, list[_Span]]:
-        if self._marks_turns:
-            return self._render(sample.messages, sample.place, marks=True)
-        text = self._text(sample.messages, place=sample.place)
-        return text, list(self._prefix_spans(sample, text))
+        text, spans = self._render(sample.messages, sample.place, sample.tools, marks=self._marks_turns)
+        self._check_tools(sample, text)
+        return text, spans if self._marks_turns else list(self._prefix_spans(sample, text))
+
+    def _check_tools(self, sample: Sample, text: str) -> None:
+        """Refuse a template that leaves out what the row brings: the prompt would be another."""
+        bare = tuple(replace(message, tool_calls=()) for message in sample.messages)
+        for field, there, messages, tools in (
+            ("tools", bool(sample.tools), sample.messages, ()),
+            ("tool_calls", bare != sample.messages, bare, sample.tools),
+        ):
+            if there and self._render(messages, sample.place, tools)[0] == text:
+                raise UserError(
+                    f"{self._place} leaves out the row's {field}",
+                    place=sample.place,
+                    remedy=f"give data.chat_template one that shows {field}, or remove them from the rows",
+                )
 
     def _prefix_spans(self, sample: Sample, text: str) -> Iterator[_Span]:
         for k, message in enumerate(sample.messages):
             if message.role != "assistant":
                 continue
-            before = self._text(sample.messages[:k], place=sample.place, generation_prompt=True)
-            through = self._text(sample.messages[: k + 1], place=sample.place)
+            before = self._text(sample.messages[:k], sample, generation_prompt=True)
+            through = self._text(sample.messages[: k + 1], sample)
             body = through.removesuffix(self._closing)
             if not (through.endswith(self._closing) and text.startswith(body) and body.startswith(before)):
                 raise self._inexact(sample, k, "renders the turn differently once other turns surround it")
@@ -233,8 +277,9 @@ class Renderer:
     def _probe(self) -> str:
         """Render a short conversation, to fail early, and return what follows its last response."""
         turns = (Message("user", "question"), Message("assistant", _PROBE))
-        self._text(turns[:1], place="", generation_prompt=True)
-        _, found, closing = self._text(turns, place="").rpartition(_PROBE)
+        probe = Sample("", turns)
+        self._text(turns[:1], probe, generation_prompt=True)
+        _, found, closing = self._text(turns, probe).rpartition(_PROBE)
         if not found:
             raise UserError(
                 f"{self._place} leaves out the assistant's text",
@@ -242,11 +287,17 @@ class Renderer:
             )
         return closing
 
-    def _text(self, messages: Sequence[Message], *, place: str, generation_prompt: bool = False) -> str:
-        return self._render(messages, place, generation_prompt=generation_prompt)[0]
+    def _text(self, messages: Sequence[Message], sample: Sample, *, generation_prompt: bool = False) -> str:
+        return self._render(messages, sample.place, sample.tools, generation_prompt=generation_prompt)[0]
 
     def _render(
-        self, messages: Sequence[Message], place: str, *, generation_prompt: bool = False, marks: bool = False
+        self,
+        messages: Sequence[Message],
+        place: str,
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        generation_prompt: bool = False,
+        marks: bool = False,
     ) -> tuple[str, list[_Span]]:
         from jinja2 import TemplateError
 
@@ -258,7 +309,8 @@ class Renderer:
         render: Any = chat_template_utils.render_jinja_template  # annotated -> str, returns a pair of lists
         try:
             texts, spans = render(
-                conversations=[[{"role": m.role, "content": m.content} for m in messages]],
+                conversations=[[message.as_dict() for message in messages]],
+                tools=list(tools) or None,
                 chat_template=self._template,
                 add_generation_prompt=generation_prompt,
                 return_assistant_tokens_mask=marks,

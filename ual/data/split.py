@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from ual.errors import UserError
 from ual.records import Sample
@@ -48,5 +49,6 @@ def hold_out(samples: Sequence[Sample], eval_fraction: float) -> tuple[list[Samp
 
 
 def _prompt_hash(sample: Sample) -> str:
-    text = json.dumps([[message.role, message.content] for message in sample.prompt])
+    said: list[Any] = [[message.role, message.content, *message.tool_calls] for message in sample.prompt]
+    text = json.dumps([*said, sample.tools] if sample.tools else said)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -7,9 +7,13 @@ from ual.models.fused_loss import unfuse as unfuse
 from ual.models.generate import Generated as Generated
 from ual.models.generate import Prompt as Prompt
 from ual.models.generate import generate as generate
+from ual.models.isolation import check_isolation as check_isolation
+from ual.models.isolation import is_padding_free as is_padding_free
 from ual.models.load import attach_lora as attach_lora
+from ual.models.load import load_config as load_config
 from ual.models.load import load_model as load_model
 from ual.models.load import load_tokenizer as load_tokenizer
+from ual.models.merge import merge as merge
 from ual.models.score import TokenScores as TokenScores
 from ual.models.score import score as score
 
@@ -20,10 +24,14 @@ __all__ = [
     "Prompt",
     "TokenScores",
     "attach_lora",
+    "check_isolation",
     "fuse",
     "generate",
+    "is_padding_free",
+    "load_config",
     "load_model",
     "load_tokenizer",
+    "merge",
     "score",
     "unfuse",
 ]

@@ -109,6 +109,9 @@ def fuse(
             return unfused(*args, **kwargs)
         kwargs.pop("logits_to_keep", None)
         kwargs.pop("return_dict", None)
+        if "position_ids" in kwargs:
+            # a cache, which transformers makes unasked, would hide from it that a sequence is packed
+            kwargs.setdefault("use_cache", False)
         body = self.base_model(*args, **kwargs)
         if shift_labels is None:
             assert labels is not None

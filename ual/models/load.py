@@ -1,5 +1,6 @@
 """Load what a configuration names: the tokenizer, the base model, its LoRA adapter."""
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,15 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ual.config import LoraConfig, ModelConfig
 from ual.errors import UserError
@@ -27,23 +36,41 @@ def load_tokenizer(config: ModelConfig, *, trust_remote_code: bool = False) -> P
             name, revision=config.revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise _cannot_load("tokenizer", name, error) from error
+        raise cannot_load("tokenizer", name, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_config(config: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Load what a model says of itself, without its weights.
+
+    Raises:
+        UserError: nothing of that name can be loaded.
+    """
+    try:
+        found = AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise cannot_load("model", config.path, error) from error
+    assert isinstance(found, PreTrainedConfig)
+    return found
 
 
 def load_model(config: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load the base model from safetensors.
 
     Raises:
-        UserError: nothing of that name can be loaded, or the device cannot compute in the dtype asked for.
+        UserError: nothing of that name can be loaded, or `quantization` is asked for where it cannot run.
     """
     options: dict[str, Any] = {
         "dtype": config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     }
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
+    if config.quantization:
+        options |= _quantised(config.quantization)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             config.path,
@@ -53,10 +80,36 @@ def load_model(config: ModelConfig, *, trust_remote_code: bool = False) -> PreTr
             **options,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise _cannot_load("model", config.path, error) from error
+        raise cannot_load("model", config.path, error) from error
     model.config.use_cache = False
     log.info("loaded %s: %d parameters in %s", config.path, model.num_parameters(), model.dtype)
     return model
+
+
+def _quantised(kind: str) -> dict[str, Any]:
+    """Options of QLoRA's base: 4 or 8 bits for linear layers but the head, on this process's GPU."""
+    place = "configuration, model.quantization"
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"{kind!r} needs a CUDA GPU, and there is none",
+            place=place,
+            remedy="remove it and train LoRA on the weights as they are",
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{kind!r} needs bitsandbytes", place=place, remedy="pip install 'ual-kernels[qlora]'"
+        )
+    chosen = (
+        BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        if kind == "nf4"
+        else BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    )
+    return {"quantization_config": chosen, "device_map": {"": torch.cuda.current_device()}}
 
 
 def attach_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -92,7 +145,8 @@ def attach_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     return wrapped
 
 
-def _cannot_load(what: str, name: str, error: Exception) -> UserError:
+def cannot_load(what: str, name: str, error: Exception) -> UserError:
+    """Say which of model and tokenizer cannot be loaded, and what a name may be."""
     folder = Path(name)
     if folder.is_dir():
         problem = f"cannot load a {what} from the folder {name}: {_first_line(error)}"

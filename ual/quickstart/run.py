@@ -66,7 +66,7 @@ def run(
         if done is None:
             say(f"\n[bold]{arm}[/bold]  {_EXPLAINED[arm]}", highlight=False)
             resume = (folder / arm / "config.yaml").exists()
-            result = train(config, command=command, resume=resume, console=console)
+            result = train(config, command=command, resume=resume, console=console, cache=cache)
             if result.stopped_by is not None:
                 raise UserError(
                     f"stopped by a signal in the arm {arm} after step {result.metrics['steps']}",

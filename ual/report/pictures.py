@@ -12,8 +12,11 @@ from ual.analysis import plots
 from ual.report.runs import Run, number
 
 _MOST_SOURCES = 4  # beyond it, sources are drawn together
+_MOST_CURVES = 6  # colours that can be told apart
 
 Draw = Callable[[], Figure]
+Described = tuple[Draw | None, str, str]
+_NLL = "loss without smoothing (nats per token)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +34,18 @@ def pictures(runs: Sequence[Run], folder: Path) -> Iterator[Picture]:
     """Draw what the runs allow, and write each figure as PNG into `folder`."""
     for name, describe in (
         ("loss", _loss),
+        ("plain-loss", _plain_loss),
+        ("loss-by-source", _loss_by_source),
+        ("loss-by-uncertainty", _loss_by_uncertainty),
+        ("tokens", _tokens),
         ("reliability", _reliability),
         ("uncertainty", _uncertainty),
         ("smoothing", _smoothing),
     ):
-        draw, alt, caption = describe(runs)
+        found = describe(runs)
+        if found is None:
+            continue
+        draw, alt, caption = found
         if draw is None:
             yield Picture(name, caption)
             continue
@@ -46,7 +56,7 @@ def pictures(runs: Sequence[Run], folder: Path) -> Iterator[Picture]:
         yield Picture(name, caption, alt, plots.data_uri(figure), dark)
 
 
-def _loss(runs: Sequence[Run]) -> tuple[Draw | None, str, str]:
+def _loss(runs: Sequence[Run]) -> Described:
     losses = {run.name: [(float(step), loss) for step, loss in run.losses] for run in runs}
     if not any(np.isfinite(loss) for pairs in losses.values() for _, loss in pairs):
         return None, "", "No training loss was logged."
@@ -62,7 +72,87 @@ def _loss(runs: Sequence[Run]) -> tuple[Draw | None, str, str]:
     )
 
 
-def _reliability(runs: Sequence[Run]) -> tuple[Draw | None, str, str]:
+def _plain_loss(runs: Sequence[Run]) -> Described | None:
+    """Of several arms the one loss that is the same quantity in all of them."""
+    curves = _curves({run.name: run.series.get("token_nll", ()) for run in runs})
+    if len(runs) == 1 or not any(curves.values()):
+        return None
+    return (
+        lambda: plots.loss_curves(curves, title="The arms' loss without smoothing", quantity=_NLL),
+        f"Line chart of plain training loss by step: {', '.join(curves)}.",
+        "\N{MINUS SIGN}ln p of the trained tokens, before their step: one quantity in all arms.",
+    )
+
+
+def _loss_by_source(runs: Sequence[Run]) -> Described | None:
+    curves = _group_curves(runs, "nll/source/")
+    if not curves:
+        return None
+    return (
+        lambda: plots.loss_curves(curves, title=_fell_most(curves, "source"), quantity=_NLL),
+        f"Line chart of plain training loss by source: {', '.join(curves)}.",
+        "Without smoothing, by where the rows come from.",
+    )
+
+
+def _loss_by_uncertainty(runs: Sequence[Run]) -> Described | None:
+    curves = _group_curves(runs, "nll/uncertainty/")
+    if not curves:
+        return None
+    quarters = {f"quarter {name[1:]}": points for name, points in sorted(curves.items())}
+    return (
+        lambda: plots.loss_curves(quarters, title=_fell_most(quarters, "uncertainty"), quantity=_NLL),
+        f"Line chart of plain training loss by uncertainty: {', '.join(quarters)}.",
+        "Without smoothing, by quarters of the rows' uncertainty, from the most certain to the least.",
+    )
+
+
+def _tokens(runs: Sequence[Run]) -> Described | None:
+    """Of one run what the loss found out about its tokens."""
+    names = {"NLL": "token_nll", "entropy": "token_entropy", "margin": "token_margin"}
+    curves = _curves({name: runs[0].series.get(key, ()) for name, key in names.items()})
+    if len(runs) > 1 or not any(curves.values()):
+        return None
+    p = runs[0].series.get("token_p", ())
+    title = f"Mean probability of a token: {p[0][1]:.2f} to {p[-1][1]:.2f}" if p else "Trained tokens"
+    return (
+        lambda: plots.loss_curves(curves, title=title, quantity="nats per token"),
+        "Line chart of the trained tokens' NLL, entropy and margin by step.",
+        "Means over trained tokens. Margin: the largest logit minus the second largest.",
+    )
+
+
+def _group_curves(runs: Sequence[Run], prefix: str) -> dict[str, list[tuple[float, float]]]:
+    """The curves of one run's groups, those with at least two points; a comparison has none."""
+    if len(runs) > 1:
+        return {}
+    found = {
+        key.removeprefix(prefix): points for key, points in runs[0].series.items() if key.startswith(prefix)
+    }
+    curves = {name: points for name, points in _curves(found).items() if len(points) > 1}
+    return dict(list(curves.items())[:_MOST_CURVES]) if len(curves) > 1 else {}
+
+
+def _curves(
+    series: Mapping[str, Sequence[tuple[int, float]]],
+) -> dict[str, list[tuple[float, float]]]:
+    return {name: [(float(step), value) for step, value in points] for name, points in series.items()}
+
+
+def _fell_most(curves: Mapping[str, Sequence[tuple[float, float]]], what: str) -> str:
+    """Compare the means of each curve's first and last thirds."""
+    falls = {}
+    for name, points in curves.items():
+        values = np.array([value for _, value in points])
+        third = max(1, len(values) // 3)
+        falls[name] = float(values[:third].mean() - values[-third:].mean())
+    name = max(falls, key=lambda name: falls[name])
+    if falls[name] <= 0:
+        return f"Loss by {what}: none fell"
+    return f"Loss by {what}: {plots.label(name)} fell most, by {falls[name]:.2f}"
+
+
+def _reliability(runs: Sequence[Run]) -> Described:
     if len(runs) == 1:
         bins = {"before": _bins(runs[0].before), "after": _bins(runs[0].after)}
         bins = {when: filled for when, filled in bins.items() if filled}
@@ -78,7 +168,7 @@ def _reliability(runs: Sequence[Run]) -> tuple[Draw | None, str, str]:
     )
 
 
-def _uncertainty(runs: Sequence[Run]) -> tuple[Draw | None, str, str]:
+def _uncertainty(runs: Sequence[Run]) -> Described:
     owner = next((run for run in runs if any(row.uncertainty is not None for row in run.rows)), None)
     if owner is None:
         return None, "", "No row has an uncertainty; plain and uniform fine-tuning never ask for one."
@@ -104,7 +194,7 @@ def _uncertainty(runs: Sequence[Run]) -> tuple[Draw | None, str, str]:
     )
 
 
-def _smoothing(runs: Sequence[Run]) -> tuple[Draw | None, str, str]:
+def _smoothing(runs: Sequence[Run]) -> Described:
     known = {
         run.name: [(row.source, row.label_smoothing) for row in run.rows if row.label_smoothing is not None]
         for run in runs

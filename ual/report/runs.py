@@ -29,8 +29,9 @@ class Row:
 class Run:
     """A run folder in memory. Absent files leave empty mappings and tuples.
 
-    `losses` holds (step, loss) by rising step; `before` and `after` are evaluations as
-    `ual.evaluate.Evaluation` describes them, or None.
+    `losses` holds (step, loss) by rising step, `series` likewise what else was logged of the tokens: their
+    plain loss by group (``nll/source/...``) and their statistics (``token_entropy``). `before` and `after`
+    are evaluations as `ual.evaluate.Evaluation` describes them, or None.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class Run:
     environment: Mapping[str, Any]
     metrics: Mapping[str, Any]
     losses: tuple[tuple[int, float], ...]
+    series: Mapping[str, tuple[tuple[int, float], ...]]
     rows: tuple[Row, ...]
     before: Mapping[str, Any] | None
     after: Mapping[str, Any] | None
@@ -82,10 +84,18 @@ def read(path: Path) -> Run:
     config, config_text = _config(path / "config.yaml", missing)
     name = text(metrics, "name") or (config.label if config else "") or path.resolve().name
     losses = {}
+    series: dict[str, dict[int, float]] = {}
     for _, entry in _lines(path / "history.jsonl", missing):
         step, loss = number(entry, "step"), entry.get("loss")
         if step is not None and isinstance(loss, int | float):
             losses[int(step)] = float(loss)  # a resumed run logs a step again: the later word counts
+        for key in entry:
+            if (
+                step is not None
+                and key.startswith(("nll/", "token_"))
+                and (value := number(entry, key)) is not None
+            ):
+                series.setdefault(key, {})[int(step)] = value
     if not losses:
         missing.append("history.jsonl holds no training loss, so there is no curve to draw.")
     elif unbounded := sum(not math.isfinite(loss) for loss in losses.values()):
@@ -110,6 +120,7 @@ def read(path: Path) -> Run:
         environment=environment,
         metrics=metrics,
         losses=tuple(sorted(losses.items())),
+        series={key: tuple(sorted(points.items())) for key, points in series.items()},
         rows=rows,
         before=before,
         after=after,

@@ -59,6 +59,9 @@ def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArgument
             )
     given = {name: _checked(name, value, place) for name, value in config.training.items()}
     cuda = torch.cuda.is_available()
+    given.pop("push_to_hub", None)  # `ual.train.publish` does, at the end: what is uploaded is then whole
+    if config.data.streaming:  # every process reads for itself: what rank 0 sent would be tensors only
+        given["accelerator_config"] = {**(given.get("accelerator_config") or {}), "dispatch_batches": False}
     values = _DEFAULTS | {"bf16": cuda and torch.cuda.is_bf16_supported()} | given
     try:
         return TrainingArguments(

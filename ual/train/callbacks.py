@@ -1,7 +1,7 @@
 """What watches a training run: progress on the terminal, history on disk, signals, non-finite numbers."""
 
 import signal
-import time
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -14,16 +14,10 @@ from ual.train.folder import RunFolder
 
 
 class History(TrainerCallback):
-    """Append every log of the trainer to history.jsonl, with the speed since the last one."""
+    """Append every log of the trainer to history.jsonl."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
-        self._since = time.monotonic()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._since = time.monotonic()
 
     def on_log(
         self,
@@ -36,15 +30,11 @@ class History(TrainerCallback):
         logs = dict(logs or {})
         if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
-        if "live_tokens" in logs:
-            now = time.monotonic()
-            logs["tokens_per_second"] = logs["live_tokens"] / max(now - self._since, 1e-9)
-            self._since = now
         self._folder.append_history({"step": state.global_step, **logs})
 
 
 class ProgressBar(TrainerCallback):
-    """Draw steps, loss and remaining time; the display belongs to the caller."""
+    """Draw steps and the last logged figures; the display, with times, belongs to the caller."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -70,7 +60,26 @@ class ProgressBar(TrainerCallback):
         **_: Any,
     ) -> None:
         if self._task is not None and logs and "loss" in logs:
-            self._progress.update(self._task, description=f"training, loss {logs['loss']:.3f}")
+            self._progress.update(self._task, description=describe(logs))
+
+
+def describe(logs: Mapping[str, Any]) -> str:
+    """Return the line beside the bar.
+
+    >>> describe({"loss": 1.5, "tokens_per_second": 1234.5, "mean_smoothing": 0.1, "live_fraction": 0.25})
+    'training, loss 1.500, 1,234 tokens/s, smoothing 0.100, 25% live'
+    """
+    parts = [
+        f"{title}{logs[name]:{form}}{unit}"
+        for name, title, form, unit in (
+            ("loss", "loss ", ".3f", ""),
+            ("tokens_per_second", "", ",.0f", " tokens/s"),
+            ("mean_smoothing", "smoothing ", ".3f", ""),
+            ("live_fraction", "", ".0%", " live"),
+        )
+        if name in logs
+    ]
+    return ", ".join(["training", *parts])
 
 
 class StopOnSignal(TrainerCallback):

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ual.errors import UserError
+from ual.train.seen import BatchStatistics, spread
 from ual_kernels import IGNORE_INDEX
 
 _PARTIAL = ".partial"
@@ -29,6 +31,9 @@ class UALTrainer(Trainer):
         average: what the sum of weighted token losses is divided by. "weights": the sum of the tokens'
             weights. "tokens": the number of live tokens, so that weights below 1 also lower the loss.
             "samples": as "weights", where the collator has divided each sample's weight by its tokens.
+        groups: names of what the batches' `groups` count; logs then have the plain loss of each.
+        statistics: at which steps entropy, margin, probability and loss by group are taken from the
+            loss's own pass (docs/training.md says what that costs).
         *args, **kwargs: as `transformers.Trainer`.
 
     Raises:
@@ -36,7 +41,12 @@ class UALTrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, average: Literal["weights", "tokens", "samples"] = "weights", **kwargs: Any
+        self,
+        *args: Any,
+        average: Literal["weights", "tokens", "samples"] = "weights",
+        groups: Sequence[str] = (),
+        statistics: Literal["every", "logged", "never"] = "never",
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
@@ -45,7 +55,9 @@ class UALTrainer(Trainer):
                 remedy="start one process per GPU: torchrun --nproc_per_node N, or deepspeed --num_gpus N",
             )
         self.average = average
-        self._seen: dict[str, Tensor] = {}
+        self.seen = BatchStatistics(groups)
+        self._statistics = statistics
+        self._since = time.monotonic()
         self._partial: Path | None = None
 
     def compute_loss(
@@ -56,22 +68,31 @@ class UALTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Count what the batch holds (on the device, unread), then let the model compute its loss."""
-        if model.training:
-            live = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum(1)
-            self._count(
-                tokens=live.sum(),
-                positions=torch.tensor(inputs["labels"].numel()),
-                smoothing=(inputs["label_smoothing"] * live).sum(),
-                weight=(inputs["sample_weight"] * live).sum(),
-            )
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        groups = inputs.pop("groups", None)
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.seen.is_empty:
+            self._since = time.monotonic()
+        live = inputs["labels"][:, 1:] != IGNORE_INDEX
+        self.seen.count(live, inputs["label_smoothing"], inputs["sample_weight"])
+        wanted = self._statistics == "every" or (self._statistics == "logged" and self._will_be_logged())
+        loss, outputs = super().compute_loss(
+            model, inputs | {"return_statistics": True} if wanted else inputs, True, num_items_in_batch
+        )
+        if wanted:
+            self.seen.observe(live, outputs.statistics, groups)
+        return (loss, outputs) if return_outputs else loss
+
+    def _will_be_logged(self) -> bool:
+        step, every = self.state.global_step + 1, max(1, round(self.state.logging_steps))
+        return step % every == 0 or (step == 1 and self.args.logging_first_step)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Sum the weights of live tokens in place of counting them, over micro-batches and devices."""
         if self.average == "tokens" or not batch_samples:
             return super()._get_num_items_in_batch(batch_samples, device)
         total = sum(
-            ((batch["labels"][:, 1:] != IGNORE_INDEX).sum(1) * batch["sample_weight"]).sum()
+            spread(batch["sample_weight"], batch["labels"][:, 1:] != IGNORE_INDEX).sum()
             for batch in batch_samples
         )
         assert isinstance(total, Tensor)
@@ -83,17 +104,12 @@ class UALTrainer(Trainer):
         return torch.where(total == 0, 1.0, total)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add what the batches since the last log held: live share, their mean smoothing and weight."""
-        if "loss" in logs and self._seen:
-            seen = {name: value.item() for name, value in self._seen.items()}
-            tokens = max(seen["tokens"], 1)
-            logs |= {
-                "live_tokens": seen["tokens"],
-                "live_fraction": seen["tokens"] / seen["positions"],
-                "mean_smoothing": seen["smoothing"] / tokens,
-                "mean_weight": seen["weight"] / tokens,
-            }
-            self._seen = {}
+        """Add what the batches since the last log held, on all devices, and how fast they went."""
+        if "loss" in logs and not self.seen.is_empty:
+            seconds = time.monotonic() - self._since
+            seen = self.seen.read(lambda totals: self.accelerator.reduce(totals, "sum"))
+            logs |= seen | {"tokens_per_second": seen["live_tokens"] / max(seconds, 1e-9)}
+            self._since = time.monotonic()
         super().log(logs, *args, **kwargs)
 
     def is_finished(self, checkpoint: Path) -> bool:
@@ -102,21 +118,19 @@ class UALTrainer(Trainer):
         transformers, asked to resume from its own last step, trains one step too many.
         """
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            return self._finish(checkpoint, state) if state.global_step >= self.args.max_steps else False
         rows = math.ceil(len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))  # type: ignore[arg-type]
         per_epoch = math.ceil(rows / self.args.gradient_accumulation_steps)
         planned = self.args.max_steps
         if planned <= 0:
             planned = math.ceil(self.args.num_train_epochs * per_epoch)
-        if state.global_step < planned:
-            return False
+        return self._finish(checkpoint, state) if state.global_step >= planned else False
+
+    def _finish(self, checkpoint: Path, state: TrainerState) -> bool:
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
         return True
-
-    def _count(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            value = value.detach().to(self.args.device, torch.float64 if self.args.use_cpu else torch.float32)
-            self._seen[name] = self._seen[name] + value if name in self._seen else value
 
     # ---- checkpoints are whole or absent ----
 

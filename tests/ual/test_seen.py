@@ -1,0 +1,137 @@
+"""What training logs of its batches is what they held, packed or not."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ual.data.groups import assign
+from ual.train.callbacks import describe
+from ual.train.seen import BatchStatistics, spread
+from ual_kernels import TokenStatistics
+
+NAMES = ("source/a", "source/b", "uncertainty/q1")
+GROUPS = ([0, 2], [1, -1], [0, -1])
+LENGTHS = (4, 3, 5)
+SMOOTHING, WEIGHT = (0.1, 0.2, 0.0), (1.0, 2.0, 0.5)
+
+
+def facts(shape: tuple[int, ...], seed: int = 0) -> TokenStatistics:
+    generator = torch.Generator().manual_seed(seed)
+    log_prob, entropy, margin = (-torch.rand(shape, generator=generator) for _ in range(3))
+    nothing = torch.full(shape, torch.nan)
+    return TokenStatistics(nothing, log_prob, -entropy, nothing, -margin, nothing, nothing > 0, nothing)
+
+
+def batch(packed: bool) -> tuple[torch.Tensor, Any, Any, Any]:
+    """Live mask [B, T - 1], smoothing, weight and groups of three rows."""
+    if not packed:
+        live = torch.zeros(3, 5, dtype=torch.bool)
+        for i, n in enumerate(LENGTHS):
+            live[i, 1 : n - 1] = True
+        return live, torch.tensor(SMOOTHING), torch.tensor(WEIGHT), torch.tensor(GROUPS)
+    live, columns = [], [[], [], []]
+    for i, n in enumerate(LENGTHS):
+        live += [j not in (0, n - 1) for j in range(n)]
+        for column, values in zip(columns, (SMOOTHING, WEIGHT, GROUPS), strict=True):
+            column += [values[i]] * n
+    return (torch.tensor([live[:-1]]), *(torch.tensor([column]) for column in columns))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sums_by_hand(packed: bool) -> None:
+    live, smoothing, weight, groups = batch(packed)
+    seen = BatchStatistics(NAMES)
+    assert seen.is_empty
+    expected: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    every: list[tuple[float, float, float]] = []
+    for step in range(2):
+        statistics = facts((live.shape[0], live.shape[1] + 1), step)
+        seen.count(live, smoothing, weight)
+        seen.observe(live, statistics, groups)
+        for b, t in live.nonzero().tolist():
+            for group in groups[b, t].tolist() if packed else groups[b].tolist():
+                if group >= 0:
+                    expected[group].append(-statistics.log_prob[b, t].item())
+            every.append((*tuple(x[b, t].item() for x in statistics[1:3]), statistics.margin[b, t].item()))
+    logs = seen.read()
+    assert seen.is_empty
+    tokens = 2 * (2 + 1 + 3)
+    assert logs["live_tokens"] == tokens
+    assert logs["live_fraction"] == tokens / (2 * (live.numel() + len(live)))
+    of_tokens = np.repeat(SMOOTHING, (2, 1, 3))
+    assert logs["mean_smoothing"] == pytest.approx(of_tokens.mean())
+    assert logs["std_smoothing"] == pytest.approx(of_tokens.std())
+    assert logs["mean_weight"] == pytest.approx(np.repeat(WEIGHT, (2, 1, 3)).mean())
+    log_prob, entropy, margin = np.array(every).T
+    assert logs["token_nll"] == pytest.approx(-log_prob.mean())
+    assert logs["token_p"] == pytest.approx(np.exp(log_prob).mean())
+    assert logs["token_entropy"] == pytest.approx(entropy.mean())
+    assert logs["token_margin"] == pytest.approx(margin.mean())
+    for group, name in enumerate(NAMES):
+        assert logs[f"nll/{name}"] == pytest.approx(np.mean(expected[group])), name
+
+
+def test_steps_without_statistics_and_rows_that_took_no_part() -> None:
+    live, smoothing, weight, groups = batch(packed=False)
+    seen = BatchStatistics(NAMES)
+    seen.count(live, smoothing, weight)
+    assert "token_nll" not in seen.read()
+    seen.count(live, smoothing, weight)
+    statistics = facts((3, 6))
+    statistics.log_prob[1] = torch.nan  # a row of weight 0 leaves before the pass
+    seen.observe(live, statistics, groups)
+    logs = seen.read()
+    assert "nll/source/b" not in logs
+    assert all(np.isfinite(value) for value in logs.values())
+    nothing = torch.zeros_like(live)
+    seen.count(nothing, smoothing, weight)
+    assert seen.read()["mean_smoothing"] == 0
+
+
+def test_processes_are_added_up() -> None:
+    live, smoothing, weight, _ = batch(packed=False)
+    seen = BatchStatistics()
+    seen.count(live, smoothing, weight)
+    logs = seen.read(lambda totals: 2 * totals)
+    assert logs["live_tokens"] == 12
+    assert logs["mean_smoothing"] == pytest.approx(np.repeat(SMOOTHING, (2, 1, 3)).mean())
+
+
+def test_spread() -> None:
+    live = torch.tensor([[True, False], [True, True]])
+    assert spread(torch.tensor([2.0, 3.0]), live).tolist() == [[2, 0], [3, 3]]
+    assert spread(torch.tensor([[1.0, 2, 3], [4, 5, 6]]), live).tolist() == [[1, 0], [4, 5]]
+
+
+def test_the_line_beside_the_bar_says_what_is_known() -> None:
+    assert describe({"loss": 2.0}) == "training, loss 2.000"
+
+
+values = st.lists(st.floats(-5, 5) | st.just(float("nan")), min_size=1, max_size=40)
+
+
+@given(values)
+def test_quarters_are_ordered_and_ties_stay_together(uncertainty: list[float]) -> None:
+    groups = assign(["x"] * len(uncertainty), uncertainty)
+    assert (groups.of_rows[:, 0] == -1).all()  # one source is no group
+    known = [(u, q) for u, q in zip(uncertainty, groups.of_rows[:, 1].tolist(), strict=True) if u == u]
+    assert all(q == -1 for u, q in zip(uncertainty, groups.of_rows[:, 1].tolist(), strict=True) if u != u)
+    assert all(0 <= q < 4 for _, q in known)
+    for u, q in known:
+        for v, r in known:
+            assert q <= r or u > v
+    if len({u for u, _ in known}) >= 4 == len(known):
+        assert {q for _, q in known} == {0, 1, 2, 3}
+
+
+def test_many_sources_share_what_is_beyond_the_largest() -> None:
+    sources = [f"s{i}" for i in range(12) for _ in range(20 - i)]
+    groups = assign(sources, [float("nan")] * len(sources))
+    assert groups.names == (*(f"source/s{i}" for i in range(8)), "source/(others)")
+    named = [groups.names[i] for i in groups.of_rows[:, 0]]
+    assert named[0] == "source/s0"
+    assert named[-1] == "source/(others)"

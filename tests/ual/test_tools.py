@@ -1,0 +1,140 @@
+"""Rows with tools: what they bring reaches the template, or is refused, from every kind of file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from transformers import AutoTokenizer
+
+from ual.data import Renderer, load
+from ual.errors import UserError
+
+SCHEMA = {"type": "function", "function": {"name": "add", "parameters": {"a": {"type": "integer"}}}}
+CALL = {"id": "1", "function": {"name": "add", "arguments": {"a": 2}}}
+ROW = {
+    "messages": [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "4", "name": "add", "tool_call_id": "1"},
+        {"role": "assistant", "content": "It is 4."},
+    ],
+    "tools": [SCHEMA],
+}
+TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+    "{% for m in messages %}[{{ m.role }}{% if m.name %} {{ m.name }} {{ m.tool_call_id }}{% endif %}]"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}"
+    "[/{{ m.role }}]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(tiny: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny)
+
+
+def renderer(tokenizer: Any, folder: Path, template: str = TEMPLATE, **options: Any) -> Renderer:
+    path = folder / "template.jinja"
+    path.write_text(template)
+    return Renderer(tokenizer, chat_template=str(path), max_length=512, context_length=512, **options)
+
+
+def as_jsonl(folder: Path) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW | {"tools": json.dumps([SCHEMA])}) + "\n")
+    return path
+
+
+def as_parquet(folder: Path) -> Path:
+    """Arrow fills in the keys that one struct has and another lacks, with null."""
+    path = folder / "rows.parquet"
+    other = {"type": "function", "function": {"name": "sub", "strict": True}}
+    parquet.write_table(pa.Table.from_pylist([ROW, ROW | {"tools": [other]}]), path)
+    return path
+
+
+@pytest.mark.parametrize("write", [as_jsonl, as_parquet])
+def test_every_word_of_a_tool_row_is_rendered_and_the_assistants_trained(
+    write: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    first, second = load(str(write(tmp_path)))
+    assert json.loads(json.dumps(first.tools)) == [SCHEMA]
+    assert second.tools[0]["function"]["name"] in ("add", "sub")
+    assert first.messages[1].tool_calls == (CALL,)
+    assert (first.messages[2].name, first.messages[2].tool_call_id) == ("add", "1")
+    row = renderer(tokenizer, tmp_path).render(first)
+    assert row is not None
+    text = tokenizer.decode(row.input_ids)
+    for piece in ("<tools>", '"name": "add"', "[tool add 1]", "<call>", "It is 4."):
+        assert piece in text
+    runs, last = [], -100
+    for label in row.labels:
+        if label != -100:
+            runs = [*runs, [label]] if last == -100 else [*runs[:-1], [*runs[-1], label]]
+        last = label
+    said = [tokenizer.decode(run).replace(" ", "") for run in runs]
+    assert said[0].startswith("<call>")
+    assert '"a":2' in said[0]
+    assert said[-1].startswith("Itis4.")
+    assert len(said) == 2
+    assert "<tools>" in renderer(tokenizer, tmp_path).render_prompt(first)
+
+
+@pytest.mark.parametrize(
+    ("template", "field"),
+    [
+        (TEMPLATE.replace("{% if tools %}", "{% if nothing %}"), "tools"),
+        (TEMPLATE.replace("m.tool_calls or []", "[]"), "tool_calls"),
+    ],
+)
+def test_a_template_that_leaves_tools_out_is_refused(
+    template: str, field: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    (first, _) = load(str(as_jsonl(tmp_path)))
+    with pytest.raises(UserError, match=f"leaves out the row's {field}"):
+        renderer(tokenizer, tmp_path, template).render(first)
+
+
+def test_tools_are_part_of_a_rows_identity(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (ROW, ROW | {"tools": []})))
+    with_tools, without = load(str(path))
+    assert with_tools.id.partition("-")[0] != without.id.partition("-")[0]
+
+
+def test_a_system_prompt_for_rows_that_have_none(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    own = [{"role": "system", "content": "mine"}, *chat]
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (chat, own)))
+    render = renderer(tokenizer, tmp_path, system_prompt="Be brief.")
+    bare, with_own = (tokenizer.decode(render.render(s).input_ids) for s in load(str(path)))
+    assert "Be brief." in bare
+    assert "Be brief." not in with_own
+    assert "mine" in with_own
+    assert "Be brief." in render.render_prompt(load(str(path))[0])
+
+
+@pytest.mark.parametrize("template", ["chatml", None])
+def test_only_the_last_turn_may_be_trained(template: str | None, tokenizer: Any, tmp_path: Path) -> None:
+    """With a template that marks turns, and with one that does not."""
+    path = tmp_path / "rows.jsonl"
+    chat = [("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two")]
+    path.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in chat]}) + "\n")
+    (sample,) = load(str(path))
+    trained = {}
+    for which in ("all", "last"):
+        made = (
+            Renderer(tokenizer, chat_template=template, context_length=512, train_on=which)
+            if template
+            else renderer(tokenizer, tmp_path, train_on=which)
+        )
+        row = made.render(sample)
+        trained[which] = tokenizer.decode([label for label in row.labels if label != -100])
+    assert "one" in trained["all"]
+    assert "two" in trained["all"]
+    assert "one" not in trained["last"]
+    assert "two" in trained["last"]

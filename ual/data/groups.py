@@ -1,0 +1,50 @@
+"""Rows by source and by uncertainty, so that training can be watched for each of them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ual import smoothing
+
+QUANTILES = 4
+_MOST_SOURCES = 8
+
+
+class Groups(NamedTuple):
+    """`names` of all groups, and for each row the indices of its source and its quantile, -1 for none."""
+
+    names: tuple[str, ...]
+    of_rows: NDArray[np.int64]  # [n, 2]
+
+
+def assign(sources: Sequence[str], uncertainty: ArrayLike) -> Groups:
+    """Name groups ``source/<name>`` and ``uncertainty/q1`` (the most certain quarter) to ``q4``.
+
+    Args:
+        sources: [n]; beyond the eight largest they share ``source/(others)``, and a single one is no group.
+        uncertainty: [n], NaN where missing; equal values share a quarter.
+
+    >>> groups = assign(["a", "b", "a", "a"], [0.1, 0.2, 0.3, float("nan")])
+    >>> groups.names[:3], groups.of_rows.tolist()
+    (('source/a', 'source/b', 'uncertainty/q1'), [[0, 2], [1, 4], [0, 5], [0, -1]])
+    """
+    sizes = Counter(sources)
+    largest = [name for name, _ in sizes.most_common(_MOST_SOURCES)] if len(sizes) > 1 else []
+    names = [f"source/{name or '(unnamed)'}" for name in largest]
+    others = len(names)
+    if len(sizes) > _MOST_SOURCES:
+        names.append("source/(others)")
+    place = {name: i for i, name in enumerate(largest)}
+    of_rows = np.full((len(sources), 2), -1, dtype=np.int64)
+    if largest:
+        of_rows[:, 0] = [place.get(name, others) for name in sources]
+    values = np.asarray(uncertainty, dtype=np.float64)
+    known = ~np.isnan(values)
+    if known.any():
+        quantile = np.minimum(smoothing.scale(values)[known] * QUANTILES, QUANTILES - 1).astype(np.int64)
+        of_rows[known, 1] = len(names) + quantile
+        names += [f"uncertainty/q{i + 1}" for i in range(QUANTILES)]
+    return Groups(tuple(names), of_rows)

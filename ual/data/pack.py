@@ -1,0 +1,47 @@
+"""Which rows share a sequence, so that little of a batch is padding."""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put rows into as few sequences as best fit decreasing finds; no row is cut.
+
+    The longest row first, each into the sequence in which it leaves the least room, as in "Fewer Truncations
+    Improve Language Modeling" (arXiv 2404.10830): at most 11/9 of the fewest possible sequences, plus 1.
+
+    Args:
+        lengths: tokens of each row, each in [1, capacity].
+        capacity: tokens of a sequence.
+
+    Returns:
+        Indices into `lengths`, each once: rising within a sequence, sequences by their first.
+
+    Raises:
+        ValueError: a row does not fit any sequence.
+
+    >>> pack([5, 3, 2, 6], 8)
+    [[0, 1], [2, 3]]
+    """
+    if lengths and not 1 <= min(lengths) <= max(lengths) <= capacity:
+        raise ValueError(f"lengths must be in [1, {capacity}], got {min(lengths)} to {max(lengths)}")
+    packs: list[list[int]] = []
+    rooms: list[int] = []  # what some sequence has left, rising, each number once
+    with_room: dict[int, list[int]] = {}
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect_left(rooms, lengths[i])
+        if at == len(rooms):
+            room, target = capacity, len(packs)
+            packs.append([])
+        else:
+            room = rooms[at]
+            target = with_room[room].pop()
+            if not with_room[room]:
+                del rooms[at]
+        packs[target].append(i)
+        if left := room - lengths[i]:
+            others = with_room.setdefault(left, [])
+            if not others:
+                insort(rooms, left)
+            others.append(target)
+    return sorted(sorted(indices) for indices in packs)

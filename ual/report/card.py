@@ -1,0 +1,100 @@
+"""The model card of an adapter: README.md as the Hugging Face hub reads it, from the run's own facts."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ual import __version__
+from ual.config import RunConfig
+from ual.report.findings import METRICS, duration
+from ual.report.runs import number, section, text
+
+
+def card(config: RunConfig, metrics: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    """Return the card as Markdown with a YAML head.
+
+    Args:
+        config: of the run; paths of this machine are reduced to their last part.
+        metrics: as in metrics.json; what was not measured is not claimed.
+        environment: as in environment.json.
+    """
+    head: dict[str, Any] = {"library_name": "peft" if config.lora else "transformers"}
+    if _is_hub_name(config.model.path):
+        head["base_model"] = config.model.path
+    head["tags"] = ["ual", "label-smoothing", f"loss:{config.loss.kind}", *(["lora"] if config.lora else [])]
+    head["pipeline_tag"] = "text-generation"
+    lines = [
+        f"# {config.label}",
+        "",
+        *_training(config, metrics),
+        "",
+        *_figures(metrics),
+        *_origin(environment),
+    ]
+    return "---\n" + yaml.safe_dump(head, sort_keys=False) + "---\n\n" + "\n".join(lines).rstrip() + "\n"
+
+
+def _training(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[str]:
+    what = "A LoRA adapter for" if config.lora else "All weights of"
+    yield f"{what} `{_name(config.model.path)}`, fine-tuned on `{_name(config.data.train)}`:"
+    yield ""
+    yield f"- loss `{config.loss.kind}`, label smoothing {metrics['mean_smoothing']:.3f} on average"
+    if config.loss.kind == "ual":
+        s = config.smoothing
+        yield (
+            f"- each row's smoothing from its uncertainty ({config.uncertainty.estimator}), {s.scale} scale, "
+            f"{s.map} map to [{s.min:g}, {s.max:g}]"
+        )
+    if config.lora:
+        kinds = [
+            name for name, on in (("rsLoRA", config.lora.use_rslora), ("DoRA", config.lora.use_dora)) if on
+        ]
+        kind = f" ({', '.join(kinds)})" if kinds else ""
+        yield (
+            f"- LoRA{kind} of rank {config.lora.r}, alpha {config.lora.alpha:g}, dropout "
+            f"{config.lora.dropout:g}, on {config.lora.target_modules}"
+        )
+    tokens, seconds = number(metrics, "trained_tokens"), number(metrics, "seconds")
+    yield (
+        f"- {metrics['trained_rows']:,} rows, {metrics['steps']:,} steps, "
+        f"{tokens or 0:,.0f} trained tokens in {duration(seconds)}; the run is {metrics['status']}"
+    )
+
+
+def _figures(metrics: Mapping[str, Any]) -> Iterator[str]:
+    before, after = metrics.get("eval_before"), metrics.get("eval")
+    if after is None:
+        yield "It was not measured on held-out rows."
+        yield ""
+        return
+    yield "On held-out rows, token level:"
+    yield ""
+    yield "| | before | after |"
+    yield "|---|---|---|"
+    for metric in METRICS:
+        old = metric.show(number(before or {}, metric.key))
+        yield f"| {metric.name} | {old} | {metric.show(number(after, metric.key))} |"
+    yield ""
+
+
+def _origin(environment: Mapping[str, Any]) -> Iterator[str]:
+    versions = section(environment, "versions")
+    named = ", ".join(
+        f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions
+    )
+    commit = text(environment, "git_commit")
+    at = f" at {commit[:12]}" if commit else ""
+    yield f"Made by ual {__version__}{at} ({named}), {text(environment, 'created')}."
+    for path, digest in section(environment, "data_sha256").items():
+        yield f"SHA-256 of {_name(path)}: `{digest}`."
+
+
+def _name(path: str) -> str:
+    return path if _is_hub_name(path) else Path(path).name
+
+
+def _is_hub_name(path: str) -> bool:
+    """Whether this reads as owner/name, and is no folder or file here."""
+    return path.count("/") == 1 and path[0] not in "./~" and not Path(path).exists()
