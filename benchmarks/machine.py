@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
     "torch", "triton", "numpy", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels",
-    "flash-attn", "ual-kernels",
+    "flash-attn", "trl", "peft", "ual-kernels",
 )  # fmt: skip
 _FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
 

@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import re
 import resource
 import subprocess
@@ -265,36 +266,48 @@ def extra_memory(provider: Provider, problems: list[Problem], dtype: torch.dtype
         case = provider.ask(problem.case(FROZEN, DEVICE, dtype))
         step = training_step(loss, case)
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier sizes left behind
-        try:
-            # the high-water mark starts again from here; ru_maxrss would remember this process's parent
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-            before = resident("VmRSS")
-            step()
-            found.append(resident("VmHWM") - before)
-        except OSError:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            step()
-            found.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        found.append(above_resident(step))
         del case, step
     return found[1:]
 
 
-def extra_memory_elsewhere(provider: Provider, problems: list[Problem], dtype: str) -> list[int]:
-    """`extra_memory` in a fresh process.
+def above_resident(step: Step) -> int:
+    """Bytes that are resident at the highest during a step, beyond those before it; of this process."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before
+    try:
+        # the high-water mark starts again from here; ru_maxrss would remember this process's parent
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = resident("VmRSS")
+        step()
+        return resident("VmHWM") - before
+    except OSError:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def elsewhere(module: str, *arguments: str) -> Any:
+    """What a module of ours prints in a fresh process, as JSON.
 
     Raises:
         RuntimeError: with that process's last words.
     """
-    sizes = [f"{p.rows}:{p.features}:{p.vocab}" for p in problems]
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.measure", "--memory", provider.name, *sizes]
+    # what is freed is given back at once, else the high-water mark is the allocator's
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
     done = subprocess.run(
-        [*command, "--dtype", dtype], cwd=machine.ROOT, capture_output=True, text=True, check=False
+        command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, check=False
     )
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2]
         raise RuntimeError(f"a process for its memory ended with {done.returncode}: {last}")
-    return list(json.loads(done.stdout))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def extra_memory_elsewhere(provider: Provider, problems: list[Problem], dtype: str) -> list[int]:
+    """`extra_memory` in a fresh process."""
+    sizes = [f"{p.rows}:{p.features}:{p.vocab}" for p in problems]
+    return list(elsewhere("benchmarks.measure", "--memory", provider.name, *sizes, "--dtype", dtype))
 
 
 def main() -> None:

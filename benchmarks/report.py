@@ -60,7 +60,7 @@ def time(row: Row) -> float:
 
 def spread(row: Row) -> float:
     """Half the distance between quartiles, of the median."""
-    taken = row["seconds"]["it"]
+    taken = row["seconds"]["it"] if "seconds" in row else []
     if len(taken) < 3:
         return math.nan
     low, _, high = quantiles(taken, n=4)
@@ -113,7 +113,7 @@ def _timed(rows: list[Row], limit: str, rate: Callable[[Row], str], error: str) 
         numbers = "seconds" in r
         memory = r.get("peak_bytes")
         lines.append(
-            (name, r["solves"], _ms(r), f"{spread(r):.0%}" if numbers else "-",
+            (name, r["solves"], _ms(r), _cell(spread(r), ".0%"),
              _cell(r.get(f"of_{limit}"), ".2f"), _cell(r.get("of_ours"), ".2f"), rate(r) if numbers else "-",
              "-" if memory is None else f"{memory / _MIB:.0f}", _error(r.get("errors", {}).get(error)),
              failure(r))
@@ -190,6 +190,25 @@ def slope(points: list[tuple[float, float]]) -> float:
     return sum((x - mx) * (y - my) for x, y in logs) / sum((x - mx) ** 2 for x, _ in logs)
 
 
+def _step(rows: list[Row]) -> list[str]:
+    header = ("loss", "solves", "ms", "±", "x transformers", "head's share", "extra MiB", "")
+    text = ["Forward, backward and optimizer, LoRA on the attention; half of the tokens count."]
+    for (problem, dtype), group in grouped(rows, "problem", "dtype"):
+        measured = [r for r in group if "skipped" not in r]
+        if measured:
+            r = measured[0]
+            text.append(f"### {problem}: V {r['vocab']}, D {r['features']}, {r['rows']} tokens, {dtype}")
+            lines = [
+                (f"**{r['provider']}**" if r["ours"] else r["provider"], r["solves"], _ms(r),
+                 _cell(spread(r), ".0%"), _cell(r.get("of_transformers"), ".2f"),
+                 _cell(r.get("head_share"), ".0%"), _mib(r), failure(r))
+                for r in measured
+            ]  # fmt: skip
+            text.append(machine.table(header, lines))
+        text += _skipped(group)
+    return text
+
+
 _AXES = {"rows": "N", "vocab": "V", "features": "D"}
 
 
@@ -231,6 +250,7 @@ def _mib(row: Row) -> str:
 _SUITES: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
     "linear_cross_entropy": ("Hidden states and head in", _linear),
     "cross_entropy": ("Logits in", _logits),
+    "train_step": ("A whole step of training", _step),
     "accuracy": ("Error against float64", _accuracy),
     "scaling": ("As sizes grow", _scaling),
 }
