@@ -736,6 +736,8 @@ MUTANTS = [
             """    return text if text""",
             "test_a_key_markup_and_formulas_in_what_a_model_says",
         ),
+    ),
+    *mutants(
         "ual/data/pack.py",
         PACK,
         (
