@@ -41,7 +41,7 @@ def rows(count: int, **more: Any) -> list[dict[str, Any]]:
 
 
 def configure(folder: Path, url: str, data: list[dict[str, Any]], **sections: Any) -> Path:
-    backend = {"kind": "endpoint", "model": "m", "base_url": url, "api_key_env": "PLANTED", "timeout": 5}
+    backend = {"kind": "endpoint", "model": "m", "base_url": url, "api_key_env": "PLANTED", "timeout": 60}
     config = {
         "data": {"path": str(write_rows(folder / "rows.jsonl", data)), "label": sections.pop("label", None)},
         "backend": backend | sections.pop("backend", {}),
@@ -270,6 +270,27 @@ def test_ten_thousand_rows_stream_in_bounded_memory(tmp_path: Path) -> None:
     few, many = found
     assert (few["values"], many["values"]) == (1_000, 10_000)
     assert many["peak_mib"] < few["peak_mib"] + 10  # 9,000 rows more
+
+
+def test_recorded_answers_become_uncertainties_as_the_docs_do_it(tmp_path: Path, shared: Path) -> None:
+    """The commands behind the figures of docs/elicitation.md, on three questions."""
+    from benchmarks import elicitation
+
+    elicitation.write_rows(shared / "data", tmp_path, "unused", 5)
+    config = tmp_path / "gsm8k.yaml"
+    said = invoke(config, "--limit", 3, "--export-batch", tmp_path / "batch")
+    assert "54 requests" in said
+    elicitation.answer(shared / "data", tmp_path)
+    assert "54 imported" in invoke(config, "--import-batch", tmp_path / "answers.jsonl")
+    invoke(config, "--limit", 3, "--replay")
+    records = lines(tmp_path / "gsm8k" / "elicited.jsonl")
+    assert [record["correct"] for record in records] == [True, True, True]
+    found = records[0]["estimates"]["self_consistency"]
+    assert sum(found["answers"].values()) + found["unparsed_answers"] == 18
+    assert max(found["answers"], key=found["answers"].get) == "18"
+    assert len(load(str(tmp_path / "truthfulqa-rows.jsonl"))) == 5
+    human = [sample.uncertainty for sample in load(str(tmp_path / "chaosnli-rows.jsonl"))]
+    assert all(u is not None and 0 <= u <= 1.0987 for u in human)
 
 
 def test_ctrl_c_ends_a_run_in_one_line(tmp_path: Path, server: Server) -> None:
