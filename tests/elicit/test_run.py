@@ -319,6 +319,34 @@ def test_the_configuration_of_the_docs_is_valid() -> None:
     assert all(f"| `{name}` |" in text for name in ESTIMATORS)
 
 
+def test_the_report_says_how_good_an_uncertainty_is(tmp_path: Path, server: Server) -> None:
+    data = [row | {"uncertainty": i / 10, "right": i < 4} for i, row in enumerate(rows(8))]
+    data.append(rows(9)[8] | {"right": None})
+    config = configure(tmp_path, server.url("well"), data, estimators=["column", "verbalised"], label="right")
+    invoke(config)
+    figures = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (figures["rows"], figures["labelled"], figures["accuracy"]) == (9, 8, 0.5)
+    column, verbalised = (figures["estimators"][name] for name in ("column", "verbalised"))
+    assert [column["ranking"][name]["value"] for name in ("auroc", "auprc", "prr")] == pytest.approx(
+        [1, 1, 1]
+    )
+    assert (column["missing"], column["distinct"]) == (1, 8)
+    assert verbalised["ranking"]["auroc"]["value"] == 0.5
+    assert (verbalised["distinct"], verbalised["commonest_share"]) == (1, 1.0)
+    assert verbalised["calibration"]["ece"] == pytest.approx(0.25)  # says .25, is right half the time
+    assert verbalised["calibration"]["brier"] == pytest.approx(0.3125)
+    assert figures["spearman"] == [{"a": "column", "b": "verbalised", "n": 8, "rho": None}]
+    page = (tmp_path / "run" / "report.html").read_text()
+    for text in (
+        "Does it find the wrong ones?",
+        "1.000 [1.000, 1.000]",
+        "Is stated confidence calibrated?",
+        "constant",
+    ):
+        assert text in page
+    assert page.count("<figure>") == 4  # two distributions, coverage, reliability
+
+
 def test_the_report_needs_a_finished_run(tmp_path: Path) -> None:
     assert "ual elicit" in invoke("report", tmp_path / "nowhere", code=2)
     (tmp_path / "elicited.jsonl").write_text('{"id": 1}\n')
