@@ -76,7 +76,7 @@ async def broken(asked: Asked, send: Send) -> None:
 async def drip(asked: Asked, send: Send) -> None:
     """A byte every 50 ms: no read ever times out, and the reply never ends."""
     await send(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
-    for _ in range(200):
+    for _ in range(400):
         await send(b" ")
         await asyncio.sleep(0.05)
 

@@ -41,7 +41,7 @@ def rows(count: int, **more: Any) -> list[dict[str, Any]]:
 
 
 def configure(folder: Path, url: str, data: list[dict[str, Any]], **sections: Any) -> Path:
-    backend = {"kind": "endpoint", "model": "m", "base_url": url, "api_key_env": "PLANTED", "timeout": 5}
+    backend = {"kind": "endpoint", "model": "m", "base_url": url, "api_key_env": "PLANTED", "timeout": 60}
     config = {
         "data": {"path": str(write_rows(folder / "rows.jsonl", data)), "label": sections.pop("label", None)},
         "backend": backend | sections.pop("backend", {}),
@@ -272,6 +272,27 @@ def test_ten_thousand_rows_stream_in_bounded_memory(tmp_path: Path) -> None:
     assert many["peak_mib"] < few["peak_mib"] + 10  # 9,000 rows more
 
 
+def test_recorded_answers_become_uncertainties_as_the_docs_do_it(tmp_path: Path, shared: Path) -> None:
+    """The commands behind the figures of docs/elicitation.md, on three questions."""
+    from benchmarks import elicitation
+
+    elicitation.write_rows(shared / "data", tmp_path, "unused", 5)
+    config = tmp_path / "gsm8k.yaml"
+    said = invoke(config, "--limit", 3, "--export-batch", tmp_path / "batch")
+    assert "54 requests" in said
+    elicitation.answer(shared / "data", tmp_path)
+    assert "54 imported" in invoke(config, "--import-batch", tmp_path / "answers.jsonl")
+    invoke(config, "--limit", 3, "--replay")
+    records = lines(tmp_path / "gsm8k" / "elicited.jsonl")
+    assert [record["correct"] for record in records] == [True, True, True]
+    found = records[0]["estimates"]["self_consistency"]
+    assert sum(found["answers"].values()) + found["unparsed_answers"] == 18
+    assert max(found["answers"], key=found["answers"].get) == "18"
+    assert len(load(str(tmp_path / "truthfulqa-rows.jsonl"))) == 5
+    human = [sample.uncertainty for sample in load(str(tmp_path / "chaosnli-rows.jsonl"))]
+    assert all(u is not None and 0 <= u <= 1.0987 for u in human)
+
+
 def test_ctrl_c_ends_a_run_in_one_line(tmp_path: Path, server: Server) -> None:
     config = configure(tmp_path, server.url("hang"), rows(12), backend={"concurrency": 2, "timeout": 60})
     command = [sys.executable, "-m", "ual", "elicit", str(config)]
@@ -296,6 +317,34 @@ def test_the_configuration_of_the_docs_is_valid() -> None:
     config = ElicitConfig.model_validate(yaml.safe_load(block))
     assert [estimator.label for estimator in build(config.estimators)] == ["judge", "self_consistency"]
     assert all(f"| `{name}` |" in text for name in ESTIMATORS)
+
+
+def test_the_report_says_how_good_an_uncertainty_is(tmp_path: Path, server: Server) -> None:
+    data = [row | {"uncertainty": i / 10, "right": i < 4} for i, row in enumerate(rows(8))]
+    data.append(rows(9)[8] | {"right": None})
+    config = configure(tmp_path, server.url("well"), data, estimators=["column", "verbalised"], label="right")
+    invoke(config)
+    figures = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (figures["rows"], figures["labelled"], figures["accuracy"]) == (9, 8, 0.5)
+    column, verbalised = (figures["estimators"][name] for name in ("column", "verbalised"))
+    assert [column["ranking"][name]["value"] for name in ("auroc", "auprc", "prr")] == pytest.approx(
+        [1, 1, 1]
+    )
+    assert (column["missing"], column["distinct"]) == (1, 8)
+    assert verbalised["ranking"]["auroc"]["value"] == 0.5
+    assert (verbalised["distinct"], verbalised["commonest_share"]) == (1, 1.0)
+    assert verbalised["calibration"]["ece"] == pytest.approx(0.25)  # says .25, is right half the time
+    assert verbalised["calibration"]["brier"] == pytest.approx(0.3125)
+    assert figures["spearman"] == [{"a": "column", "b": "verbalised", "n": 8, "rho": None}]
+    page = (tmp_path / "run" / "report.html").read_text()
+    for text in (
+        "Does it find the wrong ones?",
+        "1.000 [1.000, 1.000]",
+        "Is stated confidence calibrated?",
+        "constant",
+    ):
+        assert text in page
+    assert page.count("<figure>") == 4  # two distributions, coverage, reliability
 
 
 def test_the_report_needs_a_finished_run(tmp_path: Path) -> None:
