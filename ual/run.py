@@ -126,7 +126,9 @@ def run(
             metrics["eval"] = _headline(after)
             folder.write_json("metrics.json", metrics)
             if ranks.is_writer():
-                about = card(config, metrics, json.loads((folder.path / "environment.json").read_text("utf-8")))
+                about = card(
+                    config, metrics, json.loads((folder.path / "environment.json").read_text("utf-8"))
+                )
                 folder.write(f"{_weights(config)}/README.md", about)
                 if config.training.get("push_to_hub"):
                     name = config.training.get("hub_model_id") or config.label

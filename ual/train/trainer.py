@@ -324,7 +324,8 @@ class UALTrainer(Trainer):
     @property
     def rows_per_step(self) -> int:
         """Rows of one optimizer step, over micro-batches and processes."""
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        rows: int = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return rows
 
 
 class Features(torch.utils.data.Dataset[dict[str, Any]]):
