@@ -313,6 +313,9 @@ class UALTrainer(Trainer):
         prepared = prepare(max_steps, train_dataloader, None)
         adapter_state.load_moments(path, self._module, self._zero)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)  # under DeepSpeed the scheduler alone
+        scheduler: Any = self.lr_scheduler
+        for group, rate in zip(self._zero.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate  # a schedule knows the rate of now, but sets it only when it moves on
         return prepared
 
     @property
