@@ -82,9 +82,9 @@ def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path: Path) -> None:
         checkpoint.require_room(tmp_path, 2 * free)
 
 
-def test_a_run_passes_over_its_damaged_checkpoint(tmp_path: Path, stories: Path) -> None:
+def test_a_run_passes_over_its_damaged_checkpoint(tmp_path: Path, tiny: Path) -> None:
     """It goes on from the one before, and ends with the weights that it had."""
-    config = configure(tmp_path, stories, ROWS, uncertainty="column")
+    config = configure(tmp_path, tiny, ROWS, uncertainty="column")
     assert CliRunner().invoke(app, ["train", str(config)]).exit_code == 0
     run = tmp_path / "run"
     expected = load_file(run / "adapter" / "adapter_model.safetensors")
@@ -102,20 +102,20 @@ def test_a_run_passes_over_its_damaged_checkpoint(tmp_path: Path, stories: Path)
     assert [row["step"] for row in history(run) if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
-def test_nothing_to_go_on_with(tmp_path: Path, stories: Path) -> None:
-    config = configure(tmp_path, stories, ROWS, uncertainty="column", training={"max_steps": 2})
+def test_nothing_to_go_on_with(tmp_path: Path, tiny: Path) -> None:
+    config = configure(tmp_path, tiny, ROWS, uncertainty="column", training={"max_steps": 2})
     assert "--resume auto" in refuse(config, "--resume")
     assert not (tmp_path / "run").exists()
     result = CliRunner().invoke(app, ["train", str(config), "--resume", "auto"])
     assert result.exit_code == 0, result.output
 
 
-def test_a_gradient_that_is_not_finite_names_the_samples(tmp_path: Path, stories: Path) -> None:
+def test_a_gradient_that_is_not_finite_names_the_samples(tmp_path: Path, tiny: Path) -> None:
     """A weight near the largest float overflows one row's gradient; the step before has been saved."""
     rows = [row | {"id": f"row {i}", "sample_weight": 1.0} for i, row in enumerate(ROWS)]
     rows[6]["sample_weight"] = 3e38
     training = {"max_steps": 8, "save_steps": 1, "per_device_train_batch_size": 1, "seed": 3}
-    config = configure(tmp_path, stories, rows, uncertainty="column", training=training)
+    config = configure(tmp_path, tiny, rows, uncertainty="column", training=training)
     said = refuse(config, "loss.average=tokens")
     assert "not finite" in said
     assert re.search(r"Samples: row 6 ", said), said
@@ -129,10 +129,10 @@ def test_a_gradient_that_is_not_finite_names_the_samples(tmp_path: Path, stories
 SECRET = "hf_planted0123456789secret"
 
 
-def test_secrets_are_not_written_down(tmp_path: Path, stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_not_written_down(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, SECRET)
-    config = configure(tmp_path, stories, ROWS, uncertainty="column", training={"max_steps": 2})
+    config = configure(tmp_path, tiny, ROWS, uncertainty="column", training={"max_steps": 2})
     result = CliRunner().invoke(app, ["train", str(config), "training.report_to=tensorboard"])
     assert result.exit_code == 0, result.output
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -163,12 +163,12 @@ def test_secrets_are_not_written_down(tmp_path: Path, stories: Path, monkeypatch
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
 def test_what_cannot_be_is_refused_before_the_model_is_loaded(
-    tmp_path: Path, stories: Path, sections: dict[str, Any], messages: list[str]
+    tmp_path: Path, tiny: Path, sections: dict[str, Any], messages: list[str]
 ) -> None:
     """The weights are not even there."""
     model = tmp_path / "no-weights"
     model.mkdir()
-    for path in stories.iterdir():
+    for path in tiny.iterdir():
         if path.suffix == ".json":
             shutil.copy(path, model)
     config = configure(tmp_path, model, ROWS, **({"uncertainty": "column"} | sections))
@@ -195,7 +195,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
     ids=["section", "stage", "key", "float16", "no weights saved"],
 )
 def test_a_deepspeed_file_is_checked(
-    tmp_path: Path, stories: Path, change: Callable[[dict[str, Any]], object], message: str
+    tmp_path: Path, tiny: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     from ual.train.zero import PROFILES
 
@@ -203,13 +203,13 @@ def test_a_deepspeed_file_is_checked(
     change(values)
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(values))
-    assert message in refuse(configure(tmp_path, stories, ROWS, uncertainty="column", deepspeed=str(path)))
+    assert message in refuse(configure(tmp_path, tiny, ROWS, uncertainty="column", deepspeed=str(path)))
 
 
-def test_dry_run_shows_the_plan_and_a_batch_and_writes_nothing(tmp_path: Path, stories: Path) -> None:
+def test_dry_run_shows_the_plan_and_a_batch_and_writes_nothing(tmp_path: Path, tiny: Path) -> None:
     model = tmp_path / "no-weights"
     model.mkdir()
-    for path in stories.iterdir():
+    for path in tiny.iterdir():
         if path.suffix == ".json":
             shutil.copy(path, model)
     config = configure(tmp_path, model, ROWS, uncertainty="column")

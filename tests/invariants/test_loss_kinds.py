@@ -28,7 +28,7 @@ def rows(weight: float = 1.0) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     made = []
     for i in range(4):
-        ids = torch.randint(3, 512, (9 + i,), generator=generator).tolist()
+        ids = torch.randint(3, 264, (9 + i,), generator=generator).tolist()
         made.append({"id": f"row {i}", "input_ids": ids, "labels": [-100, -100, *ids[2:]]})
     return [row | {"label_smoothing": 0.0, "sample_weight": weight} for row in made]
 
@@ -46,10 +46,10 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
 
 
 @pytest.mark.parametrize("kind", RULES)
-def test_the_loss_is_its_definition(kind: str, stories: Path, tmp_path: Path) -> None:
+def test_the_loss_is_its_definition(kind: str, tiny: Path, tmp_path: Path) -> None:
     """Two micro-batches of two rows; MiLe's mean is that of each; the weights have no gradient."""
     options, rule = RULES[kind]
-    model = AutoModelForCausalLM.from_pretrained(stories)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
     batches, total = [rows()[:2], rows()[2:]], sum(len(row["labels"]) - 2 for row in rows())
     expected = torch.zeros(())
     for batch in batches:
@@ -86,13 +86,13 @@ def test_the_loss_is_its_definition(kind: str, stories: Path, tmp_path: Path) ->
     assert (step - gradient).abs().max() <= 1e-4 * gradient.abs().max()
 
 
-def test_rows_with_weights_are_refused_where_the_loss_makes_them(stories: Path, tmp_path: Path) -> None:
+def test_rows_with_weights_are_refused_where_the_loss_makes_them(tiny: Path, tmp_path: Path) -> None:
     args = TrainingArguments(
         output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True, remove_unused_columns=False,
         disable_tqdm=True, label_names=["labels"], save_strategy="no",
     )  # fmt: skip
     trainer = UALTrainer(
-        model=fuse(AutoModelForCausalLM.from_pretrained(stories)), args=args, data_collator=Collator(0),
+        model=fuse(AutoModelForCausalLM.from_pretrained(tiny)), args=args, data_collator=Collator(0),
         train_dataset=Features(rows(weight=0.5)), objective=objective(LossConfig(kind="dft")),
     )  # fmt: skip
     with pytest.raises(UserError, match="has a weight"):

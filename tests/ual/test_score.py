@@ -16,14 +16,14 @@ from ual.models.score import collect
 def features(count: int) -> list[dict[str, Any]]:
     rows = []
     for i in range(count):
-        ids = torch.randint(3, 512, (6 + i,)).tolist()
+        ids = torch.randint(3, 264, (6 + i,)).tolist()
         rows.append({"id": f"row {i}", "input_ids": ids, "labels": [-100, *ids[1:]]})
     return [row | {"label_smoothing": 0.0, "sample_weight": 1.0} for row in rows]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_shares_together_are_the_whole(stories: Path, world_size: int) -> None:
-    model = fuse(AutoModelForCausalLM.from_pretrained(stories))
+def test_shares_together_are_the_whole(tiny: Path, world_size: int) -> None:
+    model = fuse(AutoModelForCausalLM.from_pretrained(tiny))
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
     rows, collate = features(5), Collator(0)
