@@ -1,7 +1,6 @@
 """The command line: the only reader of arguments and environment, and the only printer."""
 
 import os
-import socket
 import sys
 import time
 import warnings
@@ -599,16 +598,13 @@ def _rank() -> int:
 
 
 def _be_a_world_of_one() -> None:
-    """DeepSpeed wants what a launcher sets, or MPI."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    """DeepSpeed wants what a launcher sets, or MPI. Port 0 is any that is free."""
     alone = {
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": "0",
     }
     os.environ |= {name: value for name, value in alone.items() if name not in os.environ}
 

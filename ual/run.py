@@ -132,7 +132,9 @@ def run(
                 folder.write(f"{_weights(config)}/README.md", about)
                 if config.training.get("push_to_hub"):
                     name = config.training.get("hub_model_id") or config.label
-                    url = publish(folder.path / _weights(config), name, config.training.get("hub_private_repo"))
+                    url = publish(
+                        folder.path / _weights(config), name, config.training.get("hub_private_repo")
+                    )
                     progress.say(f"published at {url}")
         report = ranks.from_first(lambda: write_report([folder.path]))
     return Result(folder.path, metrics, report, stopped_by)

@@ -76,20 +76,16 @@ def test_whatever_launched_and_stopped_it_the_weights_are_the_same(whole: Path, 
 
 def test_an_adapter_goes_on_in_another_number_of_processes_and_stage(whole: Path, stopped: Path) -> None:
     """One process, ZeRO-3, from a checkpoint of two under ZeRO-2: equal but for the order of sums."""
-    config = stopped.parent.with_name("other-world") / "config.yaml"
-    out = config.parent / "run"
+    out = stopped.parent.with_name("other-world") / "run"
     words = ["deepspeed=zero3", "training.per_device_train_batch_size=4", f"output_dir={out}", *AUTO]
-    text = config.read_text().replace(str(stopped.parent), str(config.parent))
-    config.write_text(text)
-    before = last_step(config)
-    launch = Launch(config, "ual", words)
+    launch = Launch(stopped, "ual", words)
     assert launch.end() == 0, launch.printed()[-3000:]
     runs = whole.parent / "run", out
     expected, got = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
     moved = max(tensor.abs().max().item() for tensor in expected.values())
     off = max((expected[name] - got[name]).abs().max().item() for name in expected)
-    # float32 sums over rows in another order, through the steps left; Adam normalises, so relative to the rate
-    assert off <= 1e-3 * moved, (before, off, moved)
+    # float32 sums over rows in another order, through the steps that are left
+    assert off <= 1e-3 * moved, (off, moved)
     assert torch.tensor([row["loss"] for row in history(out)]).isfinite().all()
 
 
