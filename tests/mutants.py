@@ -865,6 +865,63 @@ MUTANTS = [
         ("trained = [False, *(", "trained = [True, *(", "test_what_is_shown_is_what_is_trained"),
         ("elif sample.sample_weight == 0:", "elif False:", "test_every_row_is_counted_once_with_its_reason"),
     ),
+    *mutants(
+        "ual/train/checkpoint.py",
+        "tests/faults/test_checkpoints.py",
+        ("if present != set(files):", "if set(files) - present:", "test_a_damaged_checkpoint_is_passed_over"),
+        (
+            '!= recorded["sha256"]:',
+            '!= recorded["sha256"] and not recorded["bytes"]:',
+            "test_a_damaged_checkpoint_is_passed_over",
+        ),
+        ("        (int(number), path)", "        (number, path)", "test_a_damaged_checkpoint_is_passed_over"),
+        ("if free < size:", "if free < 0:", "test_a_checkpoint_that_does_not_fit_is_not_begun"),
+    ),
+    *mutants(
+        "ual/train/folder.py",
+        "tests/faults/test_checkpoints.py",
+        ("elif resume is True:", "elif resume:", "test_nothing_to_go_on_with"),
+    ),
+    *mutants(
+        "ual/train/callbacks.py",
+        "tests/faults/test_checkpoints.py",
+        (
+            "if not ranks.highest(mine):",
+            "if mine or not ranks.highest(mine):",
+            "test_a_gradient_that_is_not_finite_names_the_samples",
+        ),
+    ),
+    *mutants(
+        "ual/train/zero.py",
+        "tests/faults/test_checkpoints.py",
+        (
+            "if stage(values) == 3 and not",
+            "if stage(values) == 4 and not",
+            "test_a_deepspeed_file_is_checked",
+        ),
+        (
+            'if (hint := nearest(key, _KEYS)).startswith("did',
+            'if (hint := "").startswith("did',
+            "test_a_deepspeed_file_is_checked",
+        ),
+    ),
+    *mutants(
+        "ual/train/loss.py",
+        "tests/invariants/test_loss_kinds.py",
+        ("return loss / mean.nan_to_num(nan=1.0)", "return loss", "test_the_loss_is_its_definition"),
+        ("losses.eaft(config.top_k, config.alpha)", "losses.eaft()", "test_the_loss_is_its_definition"),
+        ("losses.mile(config.gamma, config.sigma)", "losses.mile()", "test_the_loss_is_its_definition"),
+    ),
+    *mutants(
+        "ual/models/score.py",
+        "tests/ual/test_score.py",
+        (
+            "            if mine >= len(starts):\n                continue\n",
+            "",
+            "test_shares_together_are_the_whole",
+        ),
+        ("mine = turn * world_size + rank", "mine = turn * world_size", "test_shares_together_are_the_whole"),
+    ),
 ]
 
 

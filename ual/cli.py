@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ from ual.errors import UserError
 if TYPE_CHECKING:
     from ual.data.answers import Group, Summary
     from ual.elicit_config import ElicitConfig
+    from ual.plan import Plan
     from ual.preview import Preview
     from ual.train.estimate import Estimate
 
@@ -37,6 +39,8 @@ app = typer.Typer(
 )
 out = Console()
 err = Console(stderr=True)
+_PATIENCE = 5.0
+"""Seconds that a process other than the first waits before it tells of a mistake."""
 
 _EXAMPLE = """\b
 [bold]A configuration[/bold]
@@ -54,6 +58,14 @@ _EXAMPLE = """\b
   ual train config.yaml loss=sft output_dir=runs/sft          plain fine-tuning, same rows
   ual train config.yaml loss=uniform output_dir=runs/uniform  one smoothing for all
   ual train config.yaml --resume                              go on after a stop
+  ual train config.yaml --resume auto                         go on, or begin if there is nothing yet
+  ual train config.yaml --dry-run                             check everything, load and train nothing
+
+\b
+[bold]Several processes[/bold]  (docs/training.md)
+  torchrun --nproc_per_node 8 -m ual.train config.yaml deepspeed=zero2
+  deepspeed --num_gpus 8 --module ual.train config.yaml deepspeed=zero3
+  accelerate launch --num_processes 8 -m ual.train config.yaml
 """
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a user error.")]
@@ -65,24 +77,55 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example training.max_steps=10.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the run's last checkpoint; `--resume auto` also begins a new run."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show the plan and a batch, train nothing.")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")
     ] = False,
+    local_rank: Annotated[  # the deepspeed launcher passes it; LOCAL_RANK says the same
+        int, typer.Option("--local_rank", "--local-rank", hidden=True)
+    ] = 0,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune with per-sample label smoothing; write adapter, figures and report to the run folder."""
-    with _errors(debug):
+    """Fine-tune with per-sample label smoothing; write adapter, figures and report to the run folder.
+
+    Several processes are started by torchrun, deepspeed or accelerate with -m ual.train (docs/training.md).
+    """
+    with _one_of_several(), _errors(debug):
         from ual.config import load
 
-        resolved = load(config, overrides or [])
+        words = overrides or []
+        auto = resume and "auto" in words
+        resolved = load(config, [word for word in words if not (auto and word == "auto")])
         _settle(Path(resolved.output_dir) / "tensorboard")
+        if resolved.deepspeed and "RANK" not in os.environ:
+            _be_a_world_of_one()
+        if dry_run:
+            from ual.run import plan
+
+            _planned(
+                plan(
+                    resolved,
+                    resume="auto" if auto else resume,
+                    trust_remote_code=trust_remote_code,
+                    console=err,
+                    cache=_cache(),
+                )
+            )
+            return
         from ual.run import run
 
         result = run(
             resolved,
             command=["ual", *sys.argv[1:]],
-            resume=resume,
+            resume="auto" if auto else resume,
             trust_remote_code=trust_remote_code,
             console=err,
             cache=_cache(),
@@ -401,6 +444,30 @@ def main() -> None:
     app()
 
 
+def train_module() -> None:
+    """Entry point of `python -m ual.train`, which launchers start."""
+    sys.argv[1:1] = ["train"]
+    app()
+
+
+@contextmanager
+def _one_of_several() -> Iterator[None]:
+    """Under a launcher only the first process prints, and all leave at once when the work is done."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    out.quiet = err.quiet = _rank() > 0
+    code = 0
+    try:
+        yield
+    except typer.Exit as stop:
+        code = stop.exit_code
+    # threads of gloo and DeepSpeed abort a process that ends in the usual way, after all is written
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 @contextmanager
 def _errors(debug: bool) -> Iterator[None]:
     """Turn a user's mistake into one screen of text and exit code 2, Ctrl-C into 130."""
@@ -409,6 +476,11 @@ def _errors(debug: bool) -> Iterator[None]:
     except UserError as error:
         if debug:
             raise
+        if _rank() > 0:
+            # The others usually fail alike, rank 0 says so, and the launcher ends this process meanwhile.
+            time.sleep(_PATIENCE)
+            err.quiet = False
+            err.print(f"rank {_rank()}:", end=" ")
         place = f"[bold]{escape(error.place)}[/bold]\n" if error.place else ""
         remedy = f"\n[green]{escape(error.remedy)}[/green]" if error.remedy else ""
         err.print(f"[bold red]error[/bold red] {place}{escape(error.problem)}{remedy}", highlight=False)
@@ -521,6 +593,22 @@ def _elicit(config: "ElicitConfig", limit: int | None, replay: bool, trust_remot
     )
 
 
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _be_a_world_of_one() -> None:
+    """DeepSpeed wants what a launcher sets, or MPI. Port 0 is any that is free."""
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    os.environ |= {name: value for name, value in alone.items() if name not in os.environ}
+
+
 def _cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "ual"
@@ -619,6 +707,37 @@ def _estimated(found: "Estimate") -> None:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:,.2f}"
+
+
+def _planned(plan: "Plan") -> None:
+    """Print what a run would do, and the first rows of its first batch."""
+    steps = "as many as the stream has" if plan.steps is None else f"{plan.steps:,}"
+    sharding = f", ZeRO-{plan.zero_stage}" if plan.zero_stage else ""
+    facts = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in (
+        ("loss", plan.loss),
+        ("rows", f"{plan.rows:,} to train, {plan.held_out:,} held out"),
+        ("tokens", f"{plan.tokens:,}, of which {plan.trained_tokens:,} are trained"),
+        ("parameters", f"{plan.parameters:,}, of which {plan.trained_parameters:,} are trained"),
+        ("processes", f"{plan.processes}{sharding}"),
+        ("steps", f"{steps}, of {plan.rows_per_step} rows each"),
+        (
+            "checkpoint",
+            f"about {plan.checkpoint_bytes / 1e6:,.1f} MB; {plan.free_bytes / 1e9:,.1f} GB are free",
+        ),
+    ):
+        facts.add_row(name, value)
+    out.print(facts)
+    batch = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("row", "tokens", "trained", "smoothing", "weight"):
+        batch.add_column(name, justify="left" if name == "row" else "right")
+    for row in plan.batch:
+        smoothing = "asked when it runs" if row["smoothing"] is None else f"{row['smoothing']:.3f}"
+        batch.add_row(
+            escape(row["id"]), str(row["tokens"]), str(row["trained"]), smoothing, f"{row['weight']:g}"
+        )
+    out.print(batch)
+    out.print("nothing was loaded, trained or written")
 
 
 def _levels(summary: "Summary") -> None:

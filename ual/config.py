@@ -126,11 +126,37 @@ class LossConfig(_Section):
 
     ual: each sample's own smoothing. sft: no smoothing, no uncertainty asked. uniform: one smoothing for all,
     `smoothing.match_mean`, or where that is null (min + max) / 2: the mean of the linear map of ranks.
+    weighted: as sft, refused unless rows bring a `sample_weight`. dft, eaft, mile: weights made of the
+    model's own prediction of each token (`ual_kernels.losses`), with the parameters below; no smoothing.
     """
 
-    kind: Literal["ual", "sft", "uniform"] = "ual"
+    kind: Literal["ual", "sft", "uniform", "weighted", "dft", "eaft", "mile"] = "ual"
     average: Literal["weights", "tokens", "samples"] = "weights"
     backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    top_k: Annotated[int, Field(ge=2)] = Field(20, description="eaft: weight 1 is the entropy of so many")
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(1.0, description="eaft: the exponent")
+    gamma: Annotated[float, Field(allow_inf_nan=False)] = Field(1.0, description="mile: the exponent")
+    sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        1.0, description="mile: added to entropy"
+    )
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether the loss makes its weights itself."""
+        return self.kind in ("dft", "eaft", "mile")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.weighs_tokens and self.average == "samples":
+            raise ValueError(
+                f"{self.kind} makes its own weights, so average must be 'weights' or 'tokens', not 'samples'"
+            )
+        parameters = {"eaft": {"top_k", "alpha"}, "mile": {"gamma", "sigma"}}
+        given = self.model_fields_set & {"top_k", "alpha", "gamma", "sigma"}
+        changed = {name for name in given if getattr(self, name) != type(self).model_fields[name].default}
+        if stray := sorted(changed - parameters.get(self.kind, set())):
+            raise ValueError(f"loss {self.kind} has no parameter {stray[0]!r}")
+        return self
 
 
 class EvaluationConfig(_Section):
@@ -160,6 +186,9 @@ class RunConfig(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     statistics: Literal["every", "logged", "never"] = Field(
         "logged", description="steps whose tokens' entropy, margin, p and loss by source are recorded"
+    )
+    deepspeed: str | None = Field(
+        None, description="zero1, zero2, zero3, zero2-offload, zero3-offload, or the path of a JSON file"
     )
     training: dict[str, Any] = Field({}, description="transformers.TrainingArguments, by their own names")
 

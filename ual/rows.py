@@ -64,6 +64,28 @@ def read(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
     return train, held_out
 
 
+def check_weights(samples: Sequence[Sample], config: RunConfig) -> None:
+    """Refuse rows whose weights and `loss.kind` exclude each other; a stream is checked as it comes.
+
+    Raises:
+        UserError: "weighted" without weights, or weights beside a loss that makes its own.
+    """
+    kind = config.loss.kind
+    weighted = next((s for s in samples if s.sample_weight != 1), None)
+    if kind == "weighted" and weighted is None and samples:
+        raise UserError(
+            'loss weighted wants weights in the rows, and none has a "sample_weight" other than 1',
+            place=config.data.train,
+            remedy="set loss: sft, or bring weights (`ual reliability --method reweight` makes them)",
+        )
+    if config.loss.weighs_tokens and weighted is not None:
+        raise UserError(
+            f'loss {kind} makes weights itself, and this row has "sample_weight" {weighted.sample_weight:g}',
+            place=weighted.place,
+            remedy="remove the weights, or set loss: weighted",
+        )
+
+
 def renderer(config: RunConfig, tokenizer: Any, model_config: Any) -> Renderer:
     """Return the renderer that a run of this configuration uses."""
     data = config.data

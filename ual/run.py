@@ -3,6 +3,7 @@
 load rows -> render -> uncertainty -> smoothing -> LoRA -> UALTrainer -> adapter -> evaluation -> report
 """
 
+import itertools
 import json
 import logging
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import transformers
 from rich.console import Console
@@ -31,19 +32,27 @@ from ual.evaluate import Evaluation, evaluate
 from ual.models import (
     TokenScores,
     attach_lora,
+    check_head,
     check_isolation,
+    check_logits,
     fuse,
     is_padding_free,
+    load_config,
     load_model,
     load_tokenizer,
     score,
 )
+from ual.models.memory import empty_model
+from ual.plan import Plan, make_plan
 from ual.records import Elicited, Sample
 from ual.report import card
 from ual.report import write as write_report
-from ual.train import RunFolder, UALTrainer, publish, training_arguments
+from ual.train import RunFolder, UALTrainer, ranks, training_arguments, zero
 from ual.train.callbacks import History, ProgressBar, StopOnNonFinite, StopOnSignal
+from ual.train.checkpoint import copy_model
 from ual.train.folder import environment
+from ual.train.loss import objective
+from ual.train.publish import publish
 from ual.train.trainer import Features
 from ual.uncertainty import Column, Estimator, WhiteBox
 
@@ -66,7 +75,7 @@ def run(
     config: RunConfig,
     *,
     command: Sequence[str] = (),
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     trust_remote_code: bool = False,
     console: Console | None = None,
     cache: Path | None = None,
@@ -76,7 +85,8 @@ def run(
     Args:
         config: see `ual.config`.
         command: the words that started this, recorded for whoever wants to do it again.
-        resume: go on from the last checkpoint of a run that stopped, reusing its uncertainties.
+        resume: go on from the last checkpoint of a run that stopped, reusing its uncertainties; "auto"
+            begins a run where there is none.
         trust_remote_code: run model code that comes with the weights.
         console: where progress is drawn; None is silent.
         cache: where tokenised rows are kept for the next run; None keeps none.
@@ -85,37 +95,89 @@ def run(
         UserError: anything a user can mend; the run folder is whole and, after the first checkpoint,
             resumable.
     """
-    folder = RunFolder(config.output_dir)
-    arguments = training_arguments(config, folder.checkpoints)
+    _check_model(config, trust_remote_code)
+    arguments = training_arguments(config, RunFolder(config.output_dir).checkpoints)
+    folder = RunFolder(config.output_dir, writes=ranks.is_writer())
     folder.create(config, resume=resume)
-    with _log_file(folder.log), _Progress(console) as progress:
+    going_on = bool(resume)
+    ranks.wait()  # until the folder is there, or its refusal ends the run
+    with _log_file(folder.log, ranks.is_writer()), _Progress(console) as progress:
         log.info("command: %s", " ".join(command))
         transformers.set_seed(arguments.seed)
-        job = _prepare(config, arguments.device, trust_remote_code, progress, cache)
+        job = _prepare(
+            config, _read(config, trust_remote_code, progress, cache), arguments, trust_remote_code
+        )
 
-        training = _rows(job, folder, progress)
-        folder.write_rows("samples.jsonl", _sample_rows(training, job))
-        before = _evaluate_before(job, folder, progress, resume=resume)
+        with _computing(job, arguments):
+            training = _rows(job, folder, progress)
+            folder.write_rows("samples.jsonl", _sample_rows(training, job))
+            before = _evaluate_before(job, folder, progress, resume=going_on)
 
         model = attach_lora(job.model, config.lora) if config.lora else job.model
         folder.write_json("environment.json", _environment(config, command, model))
         metrics = _facts(config, training, before)
         stopped_by, metrics = _train(
-            job, model, training, arguments, folder, metrics, progress, resume=resume
+            job, model, training, arguments, folder, metrics, progress, resume=going_on
         )
         if stopped_by is None:
-            after = _evaluate(job, model, "evaluating the trained model", progress)
+            with _computing(job, arguments):
+                after = _evaluate(job, model, "evaluating the trained model", progress)
             folder.write_json("evaluation.json", {"before": before, "after": after})
             metrics["eval"] = _headline(after)
             folder.write_json("metrics.json", metrics)
-            about = card(config, metrics, json.loads((folder.path / "environment.json").read_text("utf-8")))
-            folder.write(f"{_weights(config)}/README.md", about)
-            if config.training.get("push_to_hub"):
-                name = config.training.get("hub_model_id") or config.label
-                url = publish(folder.path / _weights(config), name, config.training.get("hub_private_repo"))
-                progress.say(f"published at {url}")
-        report = write_report([folder.path])
+            if ranks.is_writer():
+                about = card(
+                    config, metrics, json.loads((folder.path / "environment.json").read_text("utf-8"))
+                )
+                folder.write(f"{_weights(config)}/README.md", about)
+                if config.training.get("push_to_hub"):
+                    name = config.training.get("hub_model_id") or config.label
+                    url = publish(
+                        folder.path / _weights(config), name, config.training.get("hub_private_repo")
+                    )
+                    progress.say(f"published at {url}")
+        report = ranks.from_first(lambda: write_report([folder.path]))
     return Result(folder.path, metrics, report, stopped_by)
+
+
+def plan(
+    config: RunConfig,
+    *,
+    resume: bool | Literal["auto"] = False,
+    trust_remote_code: bool = False,
+    console: Console | None = None,
+    cache: Path | None = None,
+) -> Plan:
+    """Do all that `run` does before it loads weights, with the same errors, and write nothing.
+
+    Args: as those of `run`.
+    """
+    empty = _check_model(config, trust_remote_code)
+    folder = RunFolder(config.output_dir, writes=ranks.is_writer())
+    arguments = training_arguments(config, folder.checkpoints)
+    folder.check(config, resume=resume)
+    with _Progress(console) as progress:
+        read = _read(config, trust_remote_code, progress, cache)
+    asked = _asks_the_model(config, read.train)
+    features = [rows.features(read.tokenised[s.id]) for s in read.train]
+    if not asked and not config.data.streaming:
+        scored = rows.score_rows(read.train, _column(config, read.train), config)
+        features = [
+            rows.features(
+                read.tokenised[s.sample.id], label_smoothing=s.label_smoothing, sample_weight=s.sample_weight
+            )
+            for s in scored
+        ]
+    return make_plan(
+        config,
+        arguments,
+        empty,
+        features,
+        held_out=len(read.held_out),
+        max_length=read.renderer.max_length,
+        world_size=ranks.world_size(),
+        smoothing_known=not asked,
+    )
 
 
 # ---- the steps ----
@@ -139,18 +201,46 @@ class _Job:
         return [rows.features(self.tokenised[sample.id]) for sample in samples]
 
 
-def _prepare(
-    config: RunConfig, device: Any, trust_remote_code: bool, progress: "_Progress", cache: Path | None
-) -> _Job:
+@contextmanager
+def _computing(job: "_Job", arguments: transformers.TrainingArguments) -> Iterator[None]:
+    """Let the model compute outside of training: weights in ZeRO-3 partitions need an engine for that."""
+    if not _is_partitioned(arguments) or zero.can_compute(job.model):
+        yield
+        return
+    with zero.computing(job.model, arguments.hf_deepspeed_config.config):
+        check_logits(job.model)
+        yield
+
+
+def _is_partitioned(arguments: transformers.TrainingArguments) -> bool:
+    return bool(arguments.deepspeed) and arguments.hf_deepspeed_config.is_zero3()
+
+
+def _check_model(config: RunConfig, trust_remote_code: bool) -> Any:
+    """Build the model and its adapter without weights: what does not fit is found here."""
+    empty = fuse(empty_model(config.model, config.lora, trust_remote_code=trust_remote_code), verify=False)
+    check_head(empty)
+    return empty
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """The rows, rendered, and what rendered them."""
+
+    tokenizer: Any
+    renderer: Renderer
+    train: list[Sample]
+    held_out: list[Sample]
+    tokenised: dict[str, Tokenised]
+
+
+def _read(config: RunConfig, trust_remote_code: bool, progress: "_Progress", cache: Path | None) -> _Read:
     data = config.data
     train, held_out = rows.read(config)
+    rows.check_weights(train, config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=trust_remote_code)
-    model: Any = load_model(config.model, trust_remote_code=trust_remote_code)
-    if not config.model.quantization:  # whose weights are on the device already
-        model.to(device)
-    renderer = rows.renderer(config, tokenizer, model.config)
-    if data.packing:
-        check_isolation(model)
+    of_model = load_config(config.model, trust_remote_code=trust_remote_code)
+    renderer = rows.renderer(config, tokenizer, of_model)
     advance = progress.task("rendering", len(train) + len(held_out))
     folder = None if cache is None else cache / "tokenised"
     tokenised = tokenise([*train, *held_out], renderer, folder, advance)
@@ -163,16 +253,46 @@ def _prepare(
     train = [s for s in train if s.id in tokenised]
     if not train and not data.streaming:
         raise UserError("no training row is left", place=data.train, remedy="raise data.max_length")
+    if not _asks_the_model(config, train):
+        rows.score_rows(train, _column(config, train), config)  # what is wrong with uncertainties shows now
+    return _Read(tokenizer, renderer, train, [s for s in held_out if s.id in tokenised], tokenised)
+
+
+def _prepare(
+    config: RunConfig, read: _Read, arguments: transformers.TrainingArguments, trust_remote_code: bool
+) -> _Job:
+    model: Any = load_model(config.model, trust_remote_code=trust_remote_code)
+    if not (_is_partitioned(arguments) or config.model.quantization):  # whose weights are where they belong
+        model.to(arguments.device)
+    if config.data.packing:
+        check_isolation(model)
     return _Job(
         config=config,
-        model=fuse(model, smoothing_over=config.smoothing.over, backend=config.loss.backend),
-        tokenizer=tokenizer,
-        renderer=renderer,
-        collate=_collator(config, tokenizer.pad_token_id, model),
-        train=train,
-        held_out=[s for s in held_out if s.id in tokenised],
-        tokenised=tokenised,
+        model=fuse(
+            model,
+            smoothing_over=config.smoothing.over,
+            backend=config.loss.backend,
+            verify=not _is_partitioned(arguments),
+        ),
+        tokenizer=read.tokenizer,
+        renderer=read.renderer,
+        collate=_collator(config, read.tokenizer.pad_token_id, model),
+        train=read.train,
+        held_out=read.held_out,
+        tokenised=read.tokenised,
     )
+
+
+def _asks_the_model(config: RunConfig, train: Sequence[Sample]) -> bool:
+    if config.loss.kind != "ual" or config.uncertainty.estimator == "column":
+        return False
+    return any(s.label_smoothing is None for s in train)
+
+
+def _column(config: RunConfig, train: Sequence[Sample]) -> dict[str, Elicited]:
+    if config.loss.kind != "ual" or all(s.label_smoothing is not None for s in train):
+        return {}
+    return {e.sample_id: e for e in Column().estimate(train)}
 
 
 def _collator(config: RunConfig, pad_token_id: int, model: Any) -> Collator | PackedCollator:
@@ -197,7 +317,7 @@ def _elicit(job: _Job, folder: RunFolder, progress: "_Progress") -> dict[str, El
     """Ask for uncertainties once: a resumed run reads what the first one wrote."""
     if job.config.loss.kind != "ual" or all(s.label_smoothing is not None for s in job.train):
         return {}
-    elicited = [Elicited(**row) for row in folder.read_rows("uncertainty.jsonl")]
+    elicited = [Elicited(**row) for row in ranks.from_first(lambda: folder.read_rows("uncertainty.jsonl"))]
     if {e.sample_id for e in elicited} != {s.id for s in job.train}:
         elicited = list(_estimator(job, progress).estimate(job.train))
         folder.write_rows("uncertainty.jsonl", map(asdict, elicited))
@@ -211,18 +331,34 @@ def _estimator(job: _Job, progress: "_Progress") -> Estimator:
     def scores(samples: Sequence[Sample]) -> Iterator[TokenScores]:
         advance = progress.task("asking the base model for uncertainty", len(samples))
         size = job.config.uncertainty.batch_size
-        return score(job.model, job.features(samples), job.collate, batch_size=size, advance=advance)
+        return _shared(score)(job.model, job.features(samples), job.collate, batch_size=size, advance=advance)
 
     return WhiteBox(scores)
+
+
+def _shared(score: Callable[..., Iterator[TokenScores]]) -> Callable[..., Iterator[TokenScores]]:
+    """Share the batches out over the processes of the run; each gets the scores of all."""
+
+    def scores(*args: Any, advance: Callable[[int], None], **options: Any) -> Iterator[TokenScores]:
+        share = ranks.rank(), ranks.world_size()
+        mine = list(score(*args, share=share, advance=lambda n: advance(n * share[1]), **options))
+        return itertools.chain.from_iterable(ranks.gather(mine))
+
+    return scores
 
 
 def _evaluate_before(
     job: _Job, folder: RunFolder, progress: "_Progress", *, resume: bool
 ) -> Evaluation | None:
     path = folder.path / "evaluation.json"
-    if resume and path.exists():
-        before: Evaluation | None = json.loads(path.read_text(encoding="utf-8"))["before"]
-        return before
+
+    def saved() -> tuple[bool, Evaluation | None]:
+        known = resume and path.exists()
+        return known, json.loads(path.read_text(encoding="utf-8"))["before"] if known else None
+
+    known, earlier = ranks.from_first(saved)
+    if known:
+        return earlier
     wanted = job.config.evaluation.before
     before = _evaluate(job, job.model, "evaluating the base model", progress) if wanted else None
     folder.write_json("evaluation.json", {"before": before, "after": None})
@@ -240,6 +376,7 @@ def _evaluate(job: _Job, model: Any, what: str, progress: "_Progress") -> Evalua
         bins=job.config.evaluation.bins,
         batch_size=job.config.evaluation.batch_size,
         advance=progress.task(what, len(job.held_out)),
+        score=_shared(score),
     )
 
 
@@ -266,10 +403,12 @@ def _train(
         eval_dataset=Features(job.features(job.held_out)) if job.held_out else None,
         data_collator=job.collate,
         processing_class=job.tokenizer,
-        callbacks=[History(folder), ProgressBar(progress.bars), StopOnNonFinite(), stop],
+        objective=objective(job.config.loss),
+        callbacks=[History(folder), ProgressBar(progress.bars), stop],
     )
+    trainer.add_callback(StopOnNonFinite(trainer.suspects))
     trainer.remove_callback(transformers.PrinterCallback)
-    checkpoint = folder.last_checkpoint() if resume else None
+    checkpoint = ranks.from_first(folder.last_checkpoint) if resume else None
     log.info("starting from %s", checkpoint or "the base model")
     folder.forget_after(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
     folder.write_json("metrics.json", metrics | {"status": "running"})
@@ -277,13 +416,15 @@ def _train(
     status = "interrupted"
     stop.install()
     try:
-        if checkpoint is None or not trainer.is_finished(checkpoint):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         target = folder.path / _weights(job.config)
-        trainer.save_model(str(target))
-        (target / transformers.trainer.TRAINING_ARGS_NAME).unlink(
-            missing_ok=True
-        )  # a pickle, of no use there
+        if checkpoint is not None and trainer.is_finished(checkpoint):
+            if ranks.is_writer():
+                copy_model(checkpoint, target)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.save_model(str(target))
+            if ranks.is_writer():  # a pickle, of no use there
+                (target / transformers.trainer.TRAINING_ARGS_NAME).unlink(missing_ok=True)
         status = "interrupted" if stop.received else "completed"
     except OSError as error:
         raise UserError(
@@ -401,15 +542,23 @@ class _Progress:
     def task(self, what: str, total: int | None) -> Callable[[int], None]:
         """Add a bar; return what moves it on."""
         task = self.bars.add_task(what, total=total)
-        return lambda done: self.bars.advance(task, done)
+
+        def advance(done: int) -> None:  # several processes round their shares up
+            done += int(self.bars.tasks[task].completed)
+            self.bars.update(task, completed=done if total is None else min(done, total))
+
+        return advance
 
     def say(self, line: str) -> None:
         self.bars.console.print(line, highlight=False)
 
 
 @contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    """Send every logger, and warnings, to the run's log file."""
+def _log_file(path: Path, writes: bool) -> Iterator[None]:
+    """Send every logger, and warnings, to the run's log file, if this process writes it."""
+    if not writes:
+        yield
+        return
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()

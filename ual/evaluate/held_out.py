@@ -1,12 +1,12 @@
 """Measure a fused model on held-out rows: token NLL, accuracy and calibration."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from ual.evaluate.calibration import Evaluation, TokenMetrics
-from ual.models import score
+from ual.models import TokenScores, score
 
 
 def evaluate(
@@ -18,6 +18,7 @@ def evaluate(
     bins: int = 15,
     batch_size: int = 8,
     advance: Callable[[int], None] = lambda _: None,
+    score: Callable[..., Iterable[TokenScores]] = score,
 ) -> Evaluation:
     """Score every response token of the features, without logits in memory.
 
@@ -29,6 +30,7 @@ def evaluate(
         bins: bins of equal mass for the calibration error.
         batch_size: rows a forward pass.
         advance: called with the number of rows done.
+        score: in place of `ual.models.score`, where several processes share the rows.
 
     Raises:
         UserError: no live token, or probabilities that are not finite.

@@ -2,6 +2,8 @@
 
 from ual.models.entailment import Entailment as Entailment
 from ual.models.fused_loss import FusedOutput as FusedOutput
+from ual.models.fused_loss import check_head as check_head
+from ual.models.fused_loss import check_logits as check_logits
 from ual.models.fused_loss import fuse as fuse
 from ual.models.fused_loss import unfuse as unfuse
 from ual.models.generate import Generated as Generated
@@ -24,7 +26,9 @@ __all__ = [
     "Prompt",
     "TokenScores",
     "attach_lora",
+    "check_head",
     "check_isolation",
+    "check_logits",
     "fuse",
     "generate",
     "is_padding_free",

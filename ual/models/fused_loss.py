@@ -1,13 +1,15 @@
 """Swap the loss of a causal language model: `fuse(model)`, and it never computes logits while training.
 
 The patched `forward` runs the body of the model, then hands hidden states and lm_head to
-`ual_kernels.linear_cross_entropy`. The lm_head is reached by calling the module itself, so hooks that gather
-a partitioned weight (DeepSpeed ZeRO-3, FSDP) run as they do for logits.
+`ual_kernels.linear_cross_entropy`. The lm_head is reached by calling the module itself, and an adapter's
+factors by calling theirs within, so hooks that gather a partitioned weight (DeepSpeed ZeRO-3, FSDP) run as
+they do for logits.
 """
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
@@ -58,8 +60,7 @@ def fuse(
     Args:
         model: a `PreTrainedModel` with an lm_head, or a `PeftModel` around one (wrap before or after).
         smoothing_over, z_loss, backend: as in `ual_kernels.linear_cross_entropy`.
-        verify: run four tokens through the unpatched model and compare with lm_head(hidden states) under
-            the softcap and scale read from the config. Turn it off only for weights that are not there yet.
+        verify: call `check_logits`. Turn it off only for weights that are not there yet.
 
     Returns:
         The same object.
@@ -82,7 +83,12 @@ def fuse(
         )
     softcap, logit_scale = _logit_transform(base)
     if verify:
-        _verify(base, softcap, logit_scale)
+        if base.get_input_embeddings().weight.numel() == 0 or base.device.type == "meta":
+            raise UserError(
+                "fuse() cannot check a model whose weights are not in memory",
+                remedy="pass verify=False, and call check_logits(model) where the model can compute",
+            )
+        check_logits(model)
     unfused = base.forward
     options = {
         "softcap": softcap,
@@ -117,21 +123,24 @@ def fuse(
             assert labels is not None
             # the last position predicts nothing; its row leaves with the other ignored ones, uncopied
             shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
-        result = _call_head(
-            self.get_output_embeddings(),  # type: ignore[no-untyped-call]
-            body.last_hidden_state,
-            functools.partial(
-                linear_cross_entropy,
-                target=shift_labels,
+
+        def compute(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, TokenStatistics | None]:
+            result = linear_cross_entropy(
+                hidden,
+                weight,
+                shift_labels,
                 label_smoothing=label_smoothing,
                 sample_weight=sample_weight,
                 num_items=num_items_in_batch,
                 live_rows=live_rows,
-                return_statistics=return_statistics,
+                return_statistics=return_statistics,  # type: ignore[call-overload]
+                **head,
                 **options,
-            ),
-        )
-        loss, statistics = result if return_statistics else (result, None)
+            )
+            return result if return_statistics else (result, None)
+
+        head = self.get_output_embeddings()  # type: ignore[no-untyped-call]
+        loss, statistics = _call_head(head, body.last_hidden_state, compute)
         return FusedOutput(
             loss=loss,
             past_key_values=getattr(body, "past_key_values", None),
@@ -182,7 +191,7 @@ def _signature(unfused: Callable[..., Any]) -> inspect.Signature:
 
 
 def _call_head(head: nn.Module, hidden: Tensor, loss: Callable[..., Any]) -> Any:
-    """Compute the loss inside the head module's own `__call__`, wherever its weight is."""
+    """Compute the pair `loss(hidden, weight, ...)` in the head's own `__call__`, wherever its weight is."""
     if isinstance(head, ModulesToSaveWrapper):
         adapter = head.active_adapters[0]
         trained = not head.disable_adapters and adapter in head.modules_to_save
@@ -190,49 +199,121 @@ def _call_head(head: nn.Module, hidden: Tensor, loss: Callable[..., Any]) -> Any
     if isinstance(head, LoraLayer):
         return _lora_head(head, hidden, loss)
     if not isinstance(head, nn.Linear):
-        raise UserError(
-            f"the lm_head is a {type(head).__name__}, which the fused loss does not know",
-            remedy="use plain LoRA, modules_to_save, or no adapter on the lm_head",
-        )
-    own = vars(head).get("forward")
-    head.forward = lambda hidden: loss(hidden, head.weight, linear_bias=head.bias)  # type: ignore[assignment]
-    try:
-        return head(hidden)
-    finally:
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own  # type: ignore[method-assign]
+        raise _unknown(head)
+    return _inside([], head, hidden, lambda hidden: loss(hidden, head.weight, linear_bias=head.bias), [])
+
+
+def _unknown(head: nn.Module) -> UserError:
+    return UserError(
+        f"the lm_head is a {type(head).__name__}, which the fused loss does not know",
+        remedy="use plain LoRA, modules_to_save, or no adapter on the lm_head",
+    )
 
 
 def _lora_head(head: Any, hidden: Tensor, loss: Callable[..., Any]) -> Any:
     """The frozen weight and, beside it, the active adapters' factors: never merged, as PEFT's own forward."""
-    active = [] if head.disable_adapters or head.merged else list(head.active_adapters)
+    active = _active(head)
+    _check_lora(head, active, training=head.training)
+    base = head.get_base_layer()
+    down, up = [head.lora_A[name] for name in active], [head.lora_B[name] for name in active]
+    scaling = [head.scaling[name] for name in active]
+
+    def compute(hidden: Tensor, *factors: Tensor) -> Any:
+        a, b = factors[: len(active)], factors[len(active) :]
+        lora = None
+        if len(active) == 1:
+            lora = a[0], b[0], scaling[0]
+        elif active:
+            lora = (
+                torch.cat(a),
+                torch.cat([f * scale for f, scale in zip(b, scaling, strict=True)], dim=1),
+                1.0,
+            )
+        return loss(hidden, base.weight, linear_bias=base.bias, linear_lora=lora)
+
+    return _inside([head, *down, *up], base, hidden, compute, [*down, *up])
+
+
+def _active(head: Any) -> list[str]:
+    return [] if head.disable_adapters or head.merged else list(head.active_adapters)
+
+
+def _check_lora(head: Any, active: Sequence[str], *, training: bool) -> None:
     for adapter in active:
         dropout = head.lora_dropout[adapter]
         if not hasattr(head, "get_delta_weight") or head.use_dora.get(adapter) or head.lora_bias.get(adapter):
             raise UserError(
                 "the lm_head wears an adapter other than plain LoRA", remedy="leave lm_head out of it"
             )
-        if isinstance(dropout, nn.Dropout) and dropout.p and head.training:
+        if isinstance(dropout, nn.Dropout) and dropout.p and training:
             raise UserError(
                 f"LoRA dropout {dropout.p} on the lm_head cannot be fused",
                 remedy="set lora.dropout to 0, or leave lm_head out of target_modules",
             )
-    base = head.get_base_layer()
-    if base.weight.numel() == 0:
-        raise UserError("a LoRA-wrapped lm_head cannot be fused under ZeRO-3", remedy="use ZeRO-2")
-    lora = None
-    if len(active) == 1:
-        (name,) = active
-        lora = head.lora_A[name].weight, head.lora_B[name].weight, head.scaling[name]
-    elif active:
-        lora = (
-            torch.cat([head.lora_A[name].weight for name in active]),
-            torch.cat([head.lora_B[name].weight * head.scaling[name] for name in active], dim=1),
-            1.0,
-        )
-    return loss(hidden, base.weight, linear_bias=base.bias, linear_lora=lora)
+
+
+def _inside(
+    outer: Sequence[nn.Module],
+    base: nn.Module,
+    hidden: Tensor,
+    compute: Callable[..., Any],
+    factors: Sequence[nn.Module],
+) -> Any:
+    """Call the modules one within the other, and `compute(hidden, *weights of factors)` within `base`.
+
+    Each call runs the hooks that bring the module's weight before, and those that take it away after.
+    """
+    if outer:
+        with _forward(outer[0], lambda hidden: _inside(outer[1:], base, hidden, compute, factors)):
+            return outer[0](hidden)
+    weights: list[Any] = [module.weight for module in factors]
+    inputs = [hidden, *weights]
+    partitioned = any(hasattr(p, "ds_id") for p in base.parameters(recurse=False))
+    trained = any(p.requires_grad for p in base.parameters(recurse=False))
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if trained or not (partitioned and differentiated):
+        with _forward(base, lambda hidden: compute(hidden, *weights)):
+            return base(hidden)
+    # ZeRO-3 gathers a module again in backward if its output requires a gradient, and a frozen head is of no
+    # use there. So its gradients are made now, and leave it as mere numbers.
+    with _forward(base, lambda hidden: _with_gradients(compute, [hidden, *weights])):
+        loss, statistics, *gradients = base(hidden)
+    return _Known.apply(loss, gradients, *inputs), statistics  # type: ignore[no-untyped-call]
+
+
+def _with_gradients(compute: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Any]:
+    """Return [loss, statistics, the loss's gradient for each input or None], nothing of it with a history."""
+    leaves = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+    loss, statistics = compute(*leaves)
+    known = iter(torch.autograd.grad(loss, [t for t in leaves if t.requires_grad]))
+    return [loss.detach(), statistics, *(next(known) if t.requires_grad else None for t in leaves)]
+
+
+class _Known(torch.autograd.Function):
+    """A loss whose gradients are known: backward multiplies them by what comes from above."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor | None], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return None, None, *(None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
+
+
+@contextmanager
+def _forward(module: nn.Module, replacement: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Let the module's next call compute something else."""
+    own = vars(module).get("forward")
+    module.forward = replacement
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 # ---- how a model turns the head's output into logits ----
@@ -250,19 +331,35 @@ def _logit_transform(base: PreTrainedModel) -> tuple[float | None, float]:
     return softcap, scale
 
 
+def check_head(model: nn.Module) -> None:
+    """Refuse a head that could not be fused in training; weights need not be there.
+
+    Raises:
+        UserError: it is no linear layer, or wears an adapter other than plain LoRA without dropout.
+    """
+    head = _causal_lm(model).get_output_embeddings()
+    if isinstance(head, LoraLayer):
+        _check_lora(head, _active(head), training=True)
+    elif not isinstance(head, nn.Linear | ModulesToSaveWrapper):
+        raise _unknown(head)
+
+
 @torch.no_grad()
-def _verify(base: Any, softcap: float | None, logit_scale: float) -> None:
-    """Compare lm_head(hidden) under softcap and scale with the model's own logits on four tokens."""
-    device = base.get_input_embeddings().weight.device
-    if device.type == "meta" or base.get_input_embeddings().weight.numel() == 0:
-        raise UserError(
-            "fuse() cannot check a model whose weights are not in memory",
-            remedy="fuse before sharding, or pass verify=False",
-        )
+def check_logits(model: nn.Module) -> None:
+    """Compare lm_head(hidden), under the config's softcap and scale, with the model's own logits.
+
+    Args:
+        model: as for `fuse`, before or after it; partitioned weights need an engine that gathers them.
+
+    Raises:
+        UserError: they differ by more than rounding: the loss of this architecture cannot be fused.
+    """
+    base = _causal_lm(model)
+    softcap, logit_scale = _logit_transform(base)
     was_training = base.training
     base.eval()
     try:
-        probe = torch.arange(4, device=device)[None] % base.get_input_embeddings().weight.shape[0]
+        probe = torch.arange(4, device=base.device)[None] % base.config.get_text_config().vocab_size
         theirs = base(input_ids=probe).logits.double()
         hidden = base.base_model(input_ids=probe).last_hidden_state
         raw = base.get_output_embeddings()(hidden).double() * logit_scale

@@ -37,6 +37,7 @@ def score(
     *,
     batch_size: int = 8,
     advance: Callable[[int], None] = lambda _: None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[TokenScores]:
     """Yield the scores of every feature, longest first (batches of like length waste the least padding).
 
@@ -46,17 +47,25 @@ def score(
         collate: makes a batch of tensors of them.
         batch_size: samples a forward pass.
         advance: called with the number of samples done, for a progress bar.
+        share: (rank, world size) of a process among several that share the batches out. All make equally many
+            forward passes, which partitioned weights need; what a superfluous pass computes is not yielded.
     """
+    rank, world_size = share
     device = next(model.parameters()).device
     order = sorted(range(len(features)), key=lambda i: -len(features[i]["input_ids"]))
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
+        starts = range(0, len(order), batch_size)
+        for turn in range(-(-len(starts) // world_size)):
+            mine = turn * world_size + rank
+            start = starts[min(mine, len(starts) - 1)]
             rows = [features[i] for i in order[start : start + batch_size]]
             batch = collate(rows)
             inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "labels")}
             statistics = model(**inputs, return_statistics=True).statistics
+            if mine >= len(starts):
+                continue
             live = (inputs["labels"][:, 1:] != IGNORE_INDEX).cpu()
             columns = {
                 name: getattr(statistics, name)[:, :-1].double().cpu()

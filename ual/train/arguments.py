@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from ual.config import RunConfig, nearest
 from ual.errors import UserError
+from ual.train.zero import deepspeed_config, join
 
 _DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3,
@@ -22,6 +23,8 @@ _DEFAULTS: dict[str, Any] = {
     "save_strategy": "epoch",
     "save_total_limit": 2,
     "report_to": ["tensorboard"],
+    "ddp_find_unused_parameters": False,
+    "log_level_replica": "error",
 }
 # what ual decides, and why a configuration may not
 _OWNED = {
@@ -32,6 +35,9 @@ _OWNED = {
     "disable_tqdm": "ual draws its own progress",
     "use_liger_kernel": "the loss is fused already",
     "use_cpu": "ual uses a GPU where there is one; hide it with CUDA_VISIBLE_DEVICES",
+    "deepspeed": "set `deepspeed` at the top of the configuration: a profile's name or a path",
+    "hub_token": "log in with `hf auth login`, or set HF_TOKEN: configurations are kept with the run",
+    "resume_from_checkpoint": "pass --resume",
 }
 
 
@@ -43,8 +49,8 @@ def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArgument
         checkpoints: the folder for `checkpoint-N`.
 
     Raises:
-        UserError: an unknown name (the nearest valid one is given), a name that `ual` owns, or a value that
-            transformers refuses.
+        UserError: an unknown name (the nearest valid one is given), a name that `ual` owns, a value that
+            transformers refuses, or a combination that cannot run here.
     """
     place = "configuration, training"
     valid = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
@@ -62,9 +68,19 @@ def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArgument
     given.pop("push_to_hub", None)  # `ual.train.publish` does, at the end: what is uploaded is then whole
     if config.data.streaming:  # every process reads for itself: what rank 0 sent would be tensors only
         given["accelerator_config"] = {**(given.get("accelerator_config") or {}), "dispatch_batches": False}
+    if given.get("fsdp") and not cuda:
+        raise UserError(
+            "accelerate has no FSDP on a CPU: it would train without sharding and not say so",
+            place=f"{place}, fsdp",
+            remedy="set deepspeed: zero3, or train on GPUs",
+        )
+    if given.get("fsdp") and config.deepspeed:
+        raise UserError("fsdp and deepspeed exclude each other", place=place, remedy="remove one")
     values = _DEFAULTS | {"bf16": cuda and torch.cuda.is_bf16_supported()} | given
+    if config.deepspeed:
+        values["deepspeed"] = deepspeed_config(config.deepspeed)
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(checkpoints),
             remove_unused_columns=False,
             logging_nan_inf_filter=False,
@@ -75,6 +91,15 @@ def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArgument
         )
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error).strip().splitlines()[0], place=place) from error
+    if config.deepspeed:
+        join()
+    if arguments.n_gpu > 1:
+        raise UserError(
+            f"one process would drive {arguments.n_gpu} GPUs (DataParallel): samples have no losses there",
+            remedy="start one process per GPU: torchrun --nproc_per_node N -m ual.train config.yaml, or make "
+            "one visible with CUDA_VISIBLE_DEVICES=0",
+        )
+    return arguments
 
 
 def _checked(name: str, value: Any, place: str) -> Any:

@@ -1,16 +1,22 @@
 """What watches a training run: progress on the terminal, history on disk, signals, non-finite numbers."""
 
 import signal
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
 import torch
 from rich.progress import Progress, TaskID
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ual.errors import UserError
+from ual.train import ranks
 from ual.train.folder import RunFolder
+
+_ONE_PRESS = 1.0
+"""Seconds within which two SIGINTs are one: a terminal and a launcher both send it on Ctrl-C."""
 
 
 class History(TrainerCallback):
@@ -85,12 +91,14 @@ def describe(logs: Mapping[str, Any]) -> str:
 class StopOnSignal(TrainerCallback):
     """Turn the first SIGINT or SIGTERM into a checkpoint at the end of the step and a clean stop.
 
-    A second SIGINT interrupts at once. `received` is the signal, or None. Handlers are the process's, so
+    It is enough that one process of several receives it: all stop after the same step. A second SIGINT,
+    pressed later, interrupts at once. `received` is the signal, or None. Handlers are the process's, so
     whoever trains installs them before and restores them after.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
@@ -105,34 +113,85 @@ class StopOnSignal(TrainerCallback):
         self._before.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if self.received is None:
+            self.received, self._since = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > _ONE_PRESS:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.received is not None:
+        if number := ranks.highest(self.received or 0):
+            self.received = signal.Signals(number)
             control.should_save = True
             control.should_training_stop = True
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Refuse to update from gradients that are not finite; the last checkpoint stays good."""
+    """Refuse to update from gradients that are not finite; the last checkpoint stays good.
+
+    The optimizer that holds the parameters is asked just before it changes them, whoever calls it:
+    transformers itself, or DeepSpeed within backward.
+
+    Args:
+        suspects: says which samples of this process may be the cause.
+    """
+
+    def __init__(self, suspects: Callable[[], list[str]] = list) -> None:
+        self._suspects = suspects
+        self._step = 0
+        self._hook: RemovableHandle | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        self._step = state.global_step + 1
+        while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
+            optimizer = optimizer.optimizer
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        self._hook = optimizer.register_step_pre_hook(self._before_update)
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        self._agree(bool(gradients) and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
 
     def on_pre_optimizer_step(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: torch.nn.Module | None = None,
+        optimizer: Any = None,
         **_: Any,
     ) -> None:
-        assert model is not None
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            raise UserError(
-                f"the gradient of step {state.global_step + 1} is not finite; nothing was updated",
-                remedy="lower training.learning_rate, or train in float32 or bfloat16; "
-                "--resume goes on from the last checkpoint",
-            )
+        # DeepSpeed has stepped by now, or has left the step out; under float16 that only lowers the loss
+        # scale
+        if not args.fp16 and type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":
+            self._agree(bool(optimizer.step_was_skipped))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._step = state.global_step + 1
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _agree(self, mine: bool) -> None:
+        """Stop everywhere if a gradient is not finite anywhere: partitions differ."""
+        if not ranks.highest(mine):
+            return
+        names = [name for names in ranks.gather(self._suspects()) for name in names]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise UserError(
+            f"the gradient of step {self._step} is not finite; nothing was updated. Samples: {shown}",
+            remedy="look at these rows; lower training.learning_rate, or train in float32 or bfloat16; "
+            "--resume goes on from the last checkpoint",
+        )

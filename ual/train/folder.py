@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -18,6 +18,7 @@ from ual import config as configuration
 from ual.config import RunConfig
 from ual.errors import UserError
 from ual.files import aside
+from ual.train import checkpoint
 
 _PACKAGES = (
     "ual-kernels", "torch", "triton", "transformers", "peft", "accelerate", "deepspeed", "datasets", "numpy",
@@ -29,23 +30,27 @@ class RunFolder:
 
     config.yaml, environment.json, uncertainty.jsonl, samples.jsonl, history.jsonl, evaluation.json,
     metrics.json, train.log, adapter/ (or model/), checkpoints/checkpoint-N, tensorboard/, plots/, report.html
+
+    Args:
+        path: of the folder, which all processes of a run see.
+        writes: False for all but one of them; theirs do nothing where one would write.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
+        self._writes = writes
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.log = self.path / "train.log"
         self.history = self.path / "history.jsonl"
 
-    def create(self, config: RunConfig, *, resume: bool) -> None:
-        """Make the folder, or open it again to resume.
+    def check(self, config: RunConfig, *, resume: bool | Literal["auto"]) -> None:
+        """Find out whether `create` would refuse, and write nothing.
 
         Raises:
-            UserError: it holds a run and `resume` is False; it holds another configuration's run and
-                `resume` is True; it cannot be written.
+            UserError: it holds a run and `resume` is False; it holds none and `resume` is True ("auto"
+                takes either); it holds another configuration's run; it cannot be written.
         """
         existing = self.path / "config.yaml"
-        text = configuration.dump(config)
         if existing.exists():
             if not resume:
                 raise UserError(
@@ -57,9 +62,27 @@ class RunFolder:
                     f"{existing} differs from this configuration, so its checkpoints do not fit",
                     remedy="resume with the configuration of the run, or choose another output_dir",
                 )
+        elif resume is True:
+            raise UserError(
+                f"{self.path} holds no run to go on with", remedy="leave out --resume, or pass --resume auto"
+            )
+        above = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+            problem = "no write permission" if above.is_dir() else f"{above} is not a folder"
+            raise UserError(f"cannot write to {self.path}: {problem}", place="configuration, output_dir")
+
+    def create(self, config: RunConfig, *, resume: bool | Literal["auto"]) -> None:
+        """Make the folder, or open it again to resume.
+
+        Raises:
+            UserError: as `check`.
+        """
+        if not self._writes:
+            return
+        self.check(config, resume=resume)
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.write("config.yaml", text)
+            self.write("config.yaml", configuration.dump(config))
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.path}: {error.strerror}", place="configuration, output_dir"
@@ -68,6 +91,8 @@ class RunFolder:
     def write(self, name: str, content: str) -> Path:
         """Write a text file whole or not at all."""
         target = self.path / name
+        if not self._writes:
+            return target
         with aside(target) as scratch:
             scratch.write_text(content, encoding="utf-8")
         return target
@@ -79,6 +104,8 @@ class RunFolder:
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
         """Write JSON lines whole or not at all."""
         target = self.path / name
+        if not self._writes:
+            return target
         with aside(target) as scratch, scratch.open("w", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
@@ -94,6 +121,8 @@ class RunFolder:
 
     def append_history(self, row: Mapping[str, Any]) -> None:
         """Add one step to history.jsonl."""
+        if not self._writes:
+            return
         with self.history.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(row)) + "\n")
 
@@ -104,9 +133,8 @@ class RunFolder:
         )
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest whole checkpoint: one that was renamed into place."""
-        found = [p for p in self.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-        return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+        """Return the newest checkpoint that its manifest confirms."""
+        return checkpoint.newest_whole(self.checkpoints)
 
 
 def environment(
@@ -144,9 +172,15 @@ def sha256(path: Path) -> str:
 
 
 def _what_must_match(config: RunConfig) -> dict[str, Any]:
-    """Everything but the length of the run and what is only watched or reported."""
-    values = config.model_dump(exclude={"name", "output_dir", "evaluation"})
-    free = {"max_steps", "num_train_epochs", "report_to", "logging_steps", "save_steps", "save_total_limit"}
+    """Everything but the length of the run, what is only watched, and how a step's rows are spread.
+
+    The rows of a step are compared with those of the checkpoint instead (`UALTrainer.fits`).
+    """
+    values = config.model_dump(exclude={"name", "output_dir", "evaluation", "deepspeed"})
+    free = {
+        "max_steps", "num_train_epochs", "report_to", "logging_steps", "save_steps", "save_total_limit",
+        "per_device_train_batch_size", "gradient_accumulation_steps",
+    }  # fmt: skip
     values["training"] = {k: v for k, v in values["training"].items() if k not in free}
     return values
 

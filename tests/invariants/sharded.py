@@ -1,0 +1,256 @@
+"""What each of two processes trains for test_sharded.py: every ZeRO stage and FSDP2, on a tiny model.
+
+    deepspeed --num_gpus 2 --module tests.invariants.sharded FOLDER
+
+One launch for all cases, because starting processes costs more than training does. Rank 0 leaves
+FOLDER/results.pt: for each case the loss of every step, the trained weights, and how often the head was
+gathered.
+"""
+
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ual.data import Collator
+from ual.models import fuse
+
+RANKS, ROWS, STEPS = 2, 2, 3
+"""Processes; rows of a micro-batch in each; optimizer steps."""
+VOCAB, WIDTH = 67, 32
+RATE, EPSILON = 5e-3, 1e-3
+"""Of AdamW. The epsilon keeps its update a smooth function of the gradient, so that roundings stay small."""
+
+
+@dataclass(frozen=True)
+class Case:
+    sharding: str  # "zero1", "zero2", "zero3", "fsdp2"
+    head: str
+    accumulation: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.sharding}-{self.head}-{self.accumulation}-{str(self.dtype).removeprefix('torch.')}"
+
+
+DTYPES = (torch.float32, torch.bfloat16)
+CASES = [
+    *(
+        Case(*v)
+        for v in product(("zero1", "zero2", "zero3"), ("frozen", "trainable", "tied"), (1, 4), DTYPES)
+    ),
+    *(Case(*values) for values in product(("zero3",), ("lora",), (1, 4), DTYPES)),
+    *(Case(*values) for values in product(("zero2-offload", "zero3-offload"), ("frozen",), (4,), DTYPES)),
+    *(Case("fsdp2", *values) for values in product(("frozen", "tied", "lora"), (1, 4), DTYPES)),
+]
+
+
+def build(head: str, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """A model of one layer; tied is trained whole, the others through LoRA."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1,
+        num_attention_heads=2, pad_token_id=0, tie_word_embeddings=head == "tied", use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3) if p.ndim > 1 else None
+    if head != "tied":
+        targets = ["q_proj", "down_proj"] + (["lm_head"] if head == "lora" else [])
+        saved = ["lm_head"] if head == "trainable" else None
+        model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=targets, modules_to_save=saved, init_lora_weights=False)
+        )
+        torch.manual_seed(1)  # PEFT draws differently where torch's default dtype differs
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(p, std=0.2)
+    return fuse(model.to(dtype), **options)
+
+
+def rows(accumulation: int) -> list[dict[str, Any]]:
+    """As many rows as the steps take, of several lengths, smoothings and weights."""
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for i in range(RANKS * ROWS * accumulation * STEPS):
+        ids = torch.randint(3, VOCAB, (6 + i % 5,), generator=generator).tolist()
+        labels = [-100, -100, *ids[2:]]
+        smoothing, weight = 0.1 * (i % 4), 0.5 + i % 3
+        made.append(
+            {"id": f"row {i}", "input_ids": ids, "labels": labels, "label_smoothing": smoothing}
+            | {"sample_weight": weight}
+        )
+    return made
+
+
+def trained(named: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in named}
+
+
+# ---- DeepSpeed, through the trainer of the product ----
+
+
+def zero(case: Case, folder: Path) -> dict[str, Any]:
+    from accelerate.state import AcceleratorState
+    from deepspeed.utils import safe_get_full_fp32_param
+    from transformers import TrainingArguments
+
+    from ual.train import UALTrainer
+    from ual.train.trainer import Features
+    from ual.train.zero import deepspeed_config, join
+
+    class InOrder(UALTrainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = deepspeed_config(case.sharding)
+    if case.sharding == "zero3":  # a model so small would never be given back between its modules
+        settings["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    arguments = TrainingArguments(
+        output_dir=str(folder / str(case)), use_cpu=True, deepspeed=settings,
+        bf16=case.dtype == torch.bfloat16, max_steps=STEPS, per_device_train_batch_size=ROWS,
+        gradient_accumulation_steps=case.accumulation, learning_rate=RATE, adam_epsilon=EPSILON,
+        max_grad_norm=0.0, weight_decay=0.0, lr_scheduler_type="constant", logging_steps=1,
+        save_strategy="no", report_to="none",
+        remove_unused_columns=False, disable_tqdm=True, label_names=["labels"], log_level="error",
+        log_level_replica="error", optim="adamw_torch",
+    )  # fmt: skip
+    join()
+    model = build(case.head, torch.float32)
+    trainer = InOrder(
+        model=model,
+        args=arguments,
+        train_dataset=Features(rows(case.accumulation)),
+        data_collator=Collator(0),
+        callbacks=[],
+    )
+    with counting_gathers(model) as gathers:
+        trainer.train()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    weights = {name: safe_get_full_fp32_param(p) for name, p in named}
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    trainer.deepspeed.destroy()
+    return {"losses": losses, "weights": weights, "gathers": gathers}
+
+
+@contextmanager
+def counting_gathers(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Count how often ZeRO-3 brings the weight of the head, on the way forward and on the way back."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import (
+        PartitionedParameterCoordinator as Coordinator,
+    )
+
+    counts = {"forward": 0, "backward": 0}
+    fetch = Coordinator.fetch_sub_module
+    weights = [p for n, p in model.named_parameters() if "lm_head" in n and "lora_" not in n]
+
+    def counted(self: Any, module: nn.Module, forward: bool) -> None:
+        here = [p for p in module.parameters(recurse=False) if any(p is w for w in weights)]
+        counts["forward" if forward else "backward"] += sum(p.numel() == 0 for p in here)
+        fetch(self, module, forward)
+
+    Coordinator.fetch_sub_module = counted
+    try:
+        yield counts
+    finally:
+        Coordinator.fetch_sub_module = fetch
+
+
+# ---- FSDP2, which needs no trainer ----
+
+
+def fsdp2(case: Case, folder: Path) -> dict[str, Any]:
+    """Shard, train, save with distributed checkpoint before the last step, and take that step twice."""
+    import torch.distributed as dist
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = build(case.head, torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if case.dtype == torch.bfloat16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # smoothing, weights and the number of items are no activations
+    )
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for module in model.modules():
+        if type(module).__name__ == "LlamaDecoderLayer":
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, eps=EPSILON, weight_decay=0.0)
+    rank = dist.get_rank()
+
+    def step(k: int) -> float:
+        def backward(batch: dict[str, Any], total: Tensor) -> Tensor:
+            loss = model(**batch, num_items_in_batch=total).loss
+            (loss * RANKS).backward()  # FSDP averages over ranks
+            return loss.detach()
+
+        loss = sum_of_step(
+            case.accumulation, k, backward, lambda micro: micro[rank * ROWS : (rank + 1) * ROWS]
+        )
+        dist.all_reduce(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    losses = [step(k) for k in range(STEPS - 1)]
+    saved, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": saved, "optimizer": moments}, checkpoint_id=folder / f"dcp-{case}")
+    losses.append(step(STEPS - 1))
+    whole = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    dcp.load(state := {"model": saved, "optimizer": moments}, checkpoint_id=folder / f"dcp-{case}")
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    again = step(STEPS - 1)
+    replayed = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    same = again == losses[-1] and all(torch.equal(whole[n], replayed[n]) for n in whole)
+    return {"losses": losses, "weights": whole, "replayed": same}
+
+
+def sum_of_step(
+    accumulation: int,
+    k: int,
+    backward: Callable[[dict[str, Any], Tensor], Tensor],
+    mine: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda micro: micro,
+) -> Tensor:
+    """Run backward on every micro-batch of step k, `mine` of its rows; return the sum of the losses."""
+    collate, size = Collator(0), RANKS * ROWS
+    chosen = rows(accumulation)[k * size * accumulation : (k + 1) * size * accumulation]
+    total = torch.tensor(
+        sum(row["sample_weight"] * sum(label != -100 for label in row["labels"][1:]) for row in chosen)
+    )
+    loss = torch.zeros(())
+    for j in range(accumulation):
+        loss = loss + backward(collate(mine(chosen[j * size : (j + 1) * size])), total)
+    return loss
+
+
+def main() -> None:
+    folder = Path(sys.argv[-1])
+    gc.freeze()  # accelerate collects garbage after each case, through all that was imported
+    results = {}
+    for case in CASES:
+        torch.manual_seed(5)
+        results[str(case)] = (fsdp2 if case.sharding == "fsdp2" else zero)(case, folder)
+    if os.environ["RANK"] == "0":
+        torch.save(results, folder / "results.pt")
+    sys.stdout.flush()
+    torch.distributed.barrier()
+    os._exit(0)  # threads of gloo abort a process that ends in the usual way
+
+
+if __name__ == "__main__":
+    main()
