@@ -123,9 +123,7 @@ def test_the_gate_sees_a_loss_that_is_not_fused(tmp_path: Path) -> None:
 
 def test_every_suite_runs_and_its_report_is_whole(tmp_path: Path) -> None:
     few = ["--provider", "ours*", "--provider", "naive", "--provider", "liger fused linear"]
-    done, results = suite(
-        tmp_path, "benchmarks", "--smoke", "-k", "not near_the_bare", *few
-    )
+    done, results = suite(tmp_path, "benchmarks", "--smoke", "-k", "not near_the_bare", *few)
     assert done.returncode == 0, done.stdout + done.stderr
     found = report.load(results)
     assert {r["suite"] for r in found["rows"]} == {

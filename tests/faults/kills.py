@@ -144,7 +144,7 @@ def same_adapter(a: Path, b: Path) -> bool:
 def prepare(folder: Path, shared: Path, **training: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     values = {"max_steps": 60, "save_steps": 5, "per_device_train_batch_size": 2, "save_total_limit": 3}
-    # short ones, none of which is dropped: they fill whole steps, so that any number of processes takes the same
+    # short ones, none of which is dropped: they fill whole steps, so any number of processes takes the same
     rows = sorted(gsm8k(shared, 200), key=lambda row: len(row["question"]))[:44]
     return configure(
         folder, shared / "models" / "stories260K", rows, deepspeed="zero2", training=values | training
