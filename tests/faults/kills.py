@@ -159,7 +159,7 @@ def main() -> int:
     options = parser.parse_args()
     draw = random.Random(options.seed)
     shared = ROOT.parent / "shared"
-    steps = {"max_steps": 20 * options.kills, "save_steps": 10}
+    steps = {"max_steps": 40 * options.kills, "save_steps": 10}
     whole, killed = (prepare(options.folder / name, shared, **steps) for name in ("whole", "killed"))
     assert Launch(whole, "torchrun").end() == 0
     print(f"uninterrupted: {steps['max_steps']} steps, seed {options.seed}", flush=True)
@@ -167,7 +167,7 @@ def main() -> int:
     while done < options.kills:
         rank, moment = draw.randrange(2), ("step", "save")[done % 2]
         delay = draw.uniform(0, 0.05 if moment == "step" else 0.03)
-        after = draw.randint(1, 2 * steps["max_steps"] // options.kills)
+        after = draw.randint(1, 40)
         how = ("torchrun", "deepspeed")[draw.randrange(2)]
         hit, code = kill(killed, how, rank=rank, moment=moment, delay=delay, after=after)
         left = "a half checkpoint aside" if being_saved(killed) else "nothing aside"
