@@ -215,8 +215,8 @@ _AXES = {"rows": "N", "vocab": "V", "features": "D"}
 def _scaling(rows: list[Row]) -> list[str]:
     text = [
         "One of N, V and D grows, the others stay. The slope is that of log time (log extra memory) against "
-        "log size, over the upper half of the sizes, where constants no longer show: 1 is proportional, 0 "
-        "constant."
+        "log size, over the upper half of the sizes (three at least), where constants show least: 1 is "
+        "proportional, 0 constant."
     ]
     for (axis,), group in grouped(rows, "setting"):
         others = ", ".join(f"{_AXES[k]} {group[0][k]}" for k in _AXES if k != axis)
@@ -225,7 +225,7 @@ def _scaling(rows: list[Row]) -> list[str]:
         lines = []
         for (provider,), mine in grouped(group, "provider"):
             cells = {r[axis]: r for r in mine}
-            upper = [cells[s] for s in sizes[(len(sizes) - 1) // 2 :] if s in cells]
+            upper = [cells[s] for s in sizes[-max(3, len(sizes) // 2) :] if s in cells]
             for what, of, form in (("ms", _seconds, _ms), ("MiB", _bytes, _mib)):
                 fitted = slope([(r[axis], of(r)) for r in upper])
                 cells_text = [form(cells[s]) if s in cells else "-" for s in sizes]
