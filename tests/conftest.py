@@ -84,11 +84,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # what runs mostly in others' Python, where a tracer costs as much as the test and sees nothing of ours
 _UNTRACED = ("triton", "tests/invariants/", "the_real_model")
+# files whose tests share what took processes or a model to make: in one worker, so that it is made once
+_TOGETHER = (
+    "test_launches", "test_sharded", "test_parallel", "test_transformers_serve", "test_local",
+    "test_adapters", "test_report", "test_quickstart_model",
+)  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(part in item.nodeid for part in _UNTRACED):
             item.add_marker(pytest.mark.no_cover)
+        if item.path.stem in _TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -38,8 +38,6 @@ from tests.kernels.cases import (
 from ual_kernels import TokenStatistics, UnsupportedError, linear_cross_entropy
 from ual_kernels._torch import linear_cross_entropy as tiled
 
-pytestmark = pytest.mark.xdist_group("shards")  # whose processes are started once
-
 Leaves = dict[str, Tensor]
 Results = Callable[[str, str], Leaves]
 
