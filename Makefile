@@ -1,8 +1,7 @@
 # Every target creates .venv in this folder, installs what it needs into it, and runs from there.
 PYTHON ?= python3
 BIN := .venv/bin
-# bytecode of what is never imported would cost a minute
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STEPS ?= 36
 ROWS ?= 288
 PARTS ?= 1

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
 
-SECONDS = 240
+SECONDS = 120
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
@@ -37,20 +37,8 @@ def machines() -> Iterator[list[str]]:
             if made.returncode:
                 pytest.skip(f"this machine makes no network namespaces: {made.stderr.strip()}")
         for words in (
-            [
-                "ip",
-                "link",
-                "add",
-                ends[0],
-                "netns",
-                names[0],
-                "type",
-                "veth",
-                "peer",
-                ends[1],
-                "netns",
-                names[1],
-            ],
+            ["ip", "link", "add", ends[0], "netns", names[0], "type", "veth",
+             "peer", ends[1], "netns", names[1]],
             *(
                 ["ip", "-n", name, *rest]
                 for name, end, address in zip(names, ends, ADDRESSES, strict=True)
@@ -60,7 +48,7 @@ def machines() -> Iterator[list[str]]:
                     ["link", "set", "lo", "up"],
                 )
             ),
-        ):
+        ):  # fmt: skip
             subprocess.run(words, check=True, capture_output=True)
         yield names
     finally:
@@ -78,11 +66,13 @@ def test_torchrun_meets_across_machines(machines: list[str], shared: Path, tmp_p
         subprocess.Popen(
             ["ip", "netns", "exec", name, str(Path(sys.executable).with_name("torchrun")), "--nnodes", "2",
              "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "ual",
+             # names say nothing here, so who hosts the meeting, and where each one is, must be said
+             "--rdzv_conf", f"is_host={int(side == 'a')}", "--local_addr", address,
              "--rdzv_endpoint", f"{ADDRESSES[0]}:29500", "-m", "ual.train", str(config)],
             env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": f"v{os.getpid()}{side}", "DS_ACCELERATOR": "cpu"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
         )
-        for name, side in zip(machines, "ab", strict=True)
+        for name, side, address in zip(machines, "ab", ADDRESSES, strict=True)
     ]  # fmt: skip
     try:
         said = [process.communicate(timeout=SECONDS)[0] for process in processes]
