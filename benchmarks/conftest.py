@@ -100,15 +100,16 @@ def _kept(config: pytest.Config) -> list[dict[str, Any]]:
     """Rows that are there already.
 
     Raises:
-        pytest.UsageError: of another commit, which one file cannot mix.
+        pytest.UsageError: of another commit or number of threads, which one file cannot mix.
     """
     path = _results(config)
     if not path.is_file():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
-    there, here = found["machine"]["commit"], config.stash[_FOUND]["machine"]["commit"]
-    if there != here:
-        raise pytest.UsageError(f"--update: {path} is of commit {there}, here is {here}; wanted the same")
+    for what in ("commit", "threads"):
+        there, here = found["machine"][what], config.stash[_FOUND]["machine"][what]
+        if there != here:
+            raise pytest.UsageError(f"--update: {what} of {path} is {there}, here {here}; wanted the same")
     return list(found["rows"])
 
 

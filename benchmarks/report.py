@@ -376,16 +376,18 @@ def _plot_time(found: dict[str, Any]) -> Any:
     longest = max(len(group) for _, group in groups)
     figure, axes = _figure(4.6 * len(groups) + 1.2, 0.34 * longest + 1.3, len(groups))
     for a, ((problem,), group) in zip(axes, groups, strict=True):
-        group = sorted(group, key=time, reverse=True)
+        group = sorted(group, key=lambda r: r["of_products"], reverse=True)
         labels = [f"{r['provider']}  ({r['solves']})" for r in group]
         bars = a.barh(
             labels, [r["of_products"] for r in group], color=[_OURS if r["ours"] else _THEIRS for r in group]
         )
         a.bar_label(bars, [f"{r['of_products']:.2f}" for r in group], padding=3, fontsize=8, color=_INK)
         a.axvline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-        a.margins(x=0.14)
+        a.set_xscale("log")
+        a.set_xlim(0.8, 2 * max(r["of_products"] for r in group))
+        a.xaxis.set_major_formatter("{x:g}")
         a.grid(axis="x", color=_GRID)
-        a.set_xlabel("time over that of the bare products (dashed: the limit)", fontsize=8)
+        a.set_xlabel("time / bare products (dashed: 1, the limit)", fontsize=8)
         r = group[0]
         a.set_title(
             f"{problem}: V {r['vocab']}, D {r['features']}, N {r['rows']}", fontsize=9, loc="left", color=_INK
@@ -431,21 +433,23 @@ def _plot_error(found: dict[str, Any]) -> Any:
     points = [r for r in frozen[0][1] if r["provider"] in errors] if frozen else []
     if not points:
         return None
-    figure, (a,) = _figure(6.2, 3.8)
-    for r in points:
+    figure, (a,) = _figure(7.4, 3.8)
+    for i, r in enumerate(sorted(points, key=lambda r: r["of_products"]), 1):
         x, y = r["of_products"], errors[r["provider"]]
         colour = _OURS if r["ours"] else "#5a6472"
-        a.plot(x, y, _MARKS.get(r["solves"], "s"), color=colour, markersize=6)
-        a.annotate(
-            r["provider"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=7.5, color=colour
-        )
+        label = f"{i}  {r['provider']}  ({r['solves']})"
+        a.plot(x, y, _MARKS.get(r["solves"], "s"), color=colour, markersize=6, label=label)
+        a.annotate(str(i), (x, y), xytext=(0, 6 if i % 2 else -14), textcoords="offset points", fontsize=8,
+                   color=colour, ha="center")  # fmt: skip
+    figure.legend(loc="outside right upper", fontsize=7.5, frameon=False)
     if floor:
         a.axhline(floor, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
     a.axvline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
     a.set_xscale("log")
     a.set_yscale("log")
-    a.margins(x=0.25, y=0.15)
-    a.grid(color=_GRID, which="both")
+    a.margins(x=0.15, y=0.2)
+    a.tick_params(which="both", labelsize=8)
+    a.grid(color=_GRID)
     a.set_xlabel(f"time over that of the bare products ({frozen[0][0][0]}, frozen head)", fontsize=8)
     a.set_ylabel("error of dE on real hidden states", fontsize=8)
     a.set_title("Down and left is better; dashed: what arithmetic allows", fontsize=9, loc="left", color=_INK)
