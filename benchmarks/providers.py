@@ -62,7 +62,8 @@ class Provider:
         if self.needs_gpu and not torch.cuda.is_available():
             raise MissingError("needs a GPU")
         try:
-            repair()
+            if self.how:  # the others need no Triton, and must run where there is none
+                repair()
             loss = self.build()
         except ImportError as error:
             if version(self.package) is None:

@@ -1,8 +1,9 @@
 """Tables of a results file, in Markdown, and its three plots."""
 
+import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median, quantiles
@@ -23,8 +24,6 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not one; says what is wrong with it.
     """
-    import json
-
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -116,7 +115,7 @@ def _timed(rows: list[Row], limit: str, rate: Callable[[Row], str], error: str) 
             (name, r["solves"], _ms(r), _cell(spread(r), ".0%"),
              _cell(r.get(f"of_{limit}"), ".2f"), _cell(r.get("of_ours"), ".2f"), rate(r) if numbers else "-",
              "-" if memory is None else f"{memory / _MIB:.0f}", _error(r.get("errors", {}).get(error)),
-             failure(r))
+             failure(r) or r.get("note", ""))
         )  # fmt: skip
     return "\n\n".join([machine.table(header, lines), *_skipped(rows)])
 
@@ -256,7 +255,7 @@ _SUITES: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
 }
 
 
-def markdown(found: dict[str, Any], plots: list[str] = ()) -> str:  # type: ignore[assignment]
+def markdown(found: dict[str, Any], plots: Sequence[str] = ()) -> str:
     """The whole report."""
     text = ["# Benchmarks", machine.headline(found["machine"]) + f"; form: {found['form']}"]
     text += [f"![{name}]({name})" for name in plots]

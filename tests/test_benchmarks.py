@@ -61,6 +61,29 @@ def test_providers_go_by_name() -> None:
         chosen(PROVIDERS, ["our"])
 
 
+def test_who_needs_no_triton_runs_where_there_is_none() -> None:
+    program = (
+        "import sys; import benchmarks.interpreted; sys.modules['triton'] = None\n"
+        "from benchmarks.measure import errors\n"
+        "from benchmarks.problems import FROZEN, TINY\n"
+        "from benchmarks.providers import PROVIDERS, MissingError, chosen\n"
+        "import torch\n"
+        "case = TINY.case(FROZEN, torch.device('cpu'), torch.bfloat16)\n"
+        "print(errors(chosen(PROVIDERS, ['ours'])[0].load(), case)['dE'])\n"
+        "try:\n    chosen(PROVIDERS, ['ours, triton fused'])[0].load()\n"
+        "except MissingError as error:\n    print(error)\n"
+    )
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=plain, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    error, said = done.stdout.splitlines()
+    assert float(error) < 1e-2
+    if not torch.cuda.is_available():
+        assert said.startswith("triton")
+
+
 @pytest.mark.parametrize("value", [2.3e-3, float("nan"), None])
 def test_a_missed_target_is_seen(value: float | None) -> None:
     found: dict[str, Any] = {"loss": 1e-6, "hidden": value, "unrounded": 5e-4}
