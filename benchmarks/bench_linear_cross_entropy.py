@@ -27,9 +27,9 @@ from benchmarks.problems import CPU_PROBLEMS, FROZEN, Case, Problem, Setting
 from benchmarks.providers import PROVIDERS, Provider
 
 OURS = next(p for p in PROVIDERS if p.name == ("ours, triton fused" if CUDA else "ours"))
-# A pass that is not fused takes 3 products or more. Ours took 1.1 to 1.6 (two cores), and has to take 1.07
-# on a GPU; what is between allows for a machine that is shared.
-GATE = 1.5 if CUDA else 2.0
+# Best time of ours over the best of the bare products: 1.6 to 2.3 on two cores, and has to be 1.07 on a GPU;
+# of the naive loss 4.5 and more.
+GATE = 1.5 if CUDA else 3.0
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -88,12 +88,12 @@ def test_linear_cross_entropy(
 
 @pytest.mark.benchmark(timer=CLOCK)
 def test_ours_stays_near_the_bare_products(benchmark: Any, row: dict[str, Any]) -> None:
-    """The gate: a ratio within a run, and of its rounds the one that the machine disturbed least."""
+    """The gate: a ratio within a run, of the rounds that a shared machine disturbed least."""
     problem = CPU_PROBLEMS[0]
     benchmark.group, benchmark.extra_info = "gate", row
     row |= {"problem": problem.name, "setting": FROZEN.name, "provider": OURS.name}
     case = problem.case(FROZEN, DEVICE, DTYPES["bf16"])
     step = training_step(OURS.load(), case)
-    row["seconds"] = found = race(benchmark, step, {"products": products(case, FROZEN)}, 15, 10.0)
-    best = min(a / b for a, b in zip(found["it"], found["products"], strict=True))
-    assert best <= GATE, f"ours took {best:.2f} times the bare products in its best round, {GATE} is allowed"
+    row["seconds"] = found = race(benchmark, step, {"products": products(case, FROZEN)}, 12, 20.0)
+    best = min(found["it"]) / min(found["products"])
+    assert best <= GATE, f"ours took {best:.2f} times the bare products, best of each; {GATE} is allowed"
