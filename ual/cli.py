@@ -13,21 +13,15 @@ try:
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
-    from rich.text import Text
     from typer.core import TyperGroup
 except ModuleNotFoundError as missing:  # the loss alone was installed
     sys.exit(f"`ual` needs {missing.name}: pip install 'ual-kernels[train]'")
 
-from ual import __version__
+from ual import __version__, tables
 from ual.errors import UserError
 
 if TYPE_CHECKING:
-    from ual.data.answers import Group, Summary
     from ual.elicit_config import ElicitConfig
-    from ual.plan import Plan
-    from ual.preview import Preview
-    from ual.train.estimate import Estimate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,22 +38,22 @@ _PATIENCE = 5.0
 
 _EXAMPLE = """\b
 [bold]A configuration[/bold]
-  model: HuggingFaceTB/SmolLM2-135M-Instruct   # a folder, or a name on the hub
+  model: HuggingFaceTB/SmolLM2-135M-Instruct  # a folder, or a name on the hub
   data:
-    train: rows.jsonl                          # messages, prompt/completion or instruction/output
+    train: rows.jsonl   # messages, prompt/completion or instruction/output
     eval_fraction: 0.1
-  uncertainty: white_box                       # or column: the rows bring "uncertainty"
-  smoothing: {min: 0.0, max: 0.2}              # the most uncertain row gets 0.2
+  uncertainty: white_box          # or column: the rows bring "uncertainty"
+  smoothing: {min: 0.0, max: 0.2} # the most uncertain row gets 0.2
   training: {num_train_epochs: 2, learning_rate: 2.0e-4}
 
 \b
 [bold]Examples[/bold]
   ual train config.yaml
-  ual train config.yaml loss=sft output_dir=runs/sft          plain fine-tuning, same rows
-  ual train config.yaml loss=uniform output_dir=runs/uniform  one smoothing for all
-  ual train config.yaml --resume                              go on after a stop
-  ual train config.yaml --resume auto                         go on, or begin if there is nothing yet
-  ual train config.yaml --dry-run                             check everything, load and train nothing
+  ual train config.yaml loss=sft output_dir=runs/sft   plain fine-tuning
+  ual train config.yaml loss=uniform                   one smoothing for all
+  ual train config.yaml --resume         go on after a stop
+  ual train config.yaml --resume auto    go on, or begin if there is nothing
+  ual train config.yaml --dry-run        check everything, train nothing
 
 \b
 [bold]Several processes[/bold]  (docs/training.md)
@@ -68,15 +62,21 @@ _EXAMPLE = """\b
   accelerate launch --num_processes 8 -m ual.train config.yaml
 """
 
+Config = Annotated[Path, typer.Argument(help="The run's YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example training.max_steps=10.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model or its tokenizer.")
+]
+Page = Annotated[Path | None, typer.Option("--output", "-o", help="The page to write.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a user error.")]
 
 
 @app.command(epilog=_EXAMPLE)
 def train(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example training.max_steps=10.")
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -86,9 +86,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the plan and a batch, train nothing.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     local_rank: Annotated[  # the deepspeed launcher passes it; LOCAL_RANK says the same
         int, typer.Option("--local_rank", "--local-rank", hidden=True)
     ] = 0,
@@ -110,15 +108,14 @@ def train(
         if dry_run:
             from ual.run import plan
 
-            _planned(
-                plan(
-                    resolved,
-                    resume="auto" if auto else resume,
-                    trust_remote_code=trust_remote_code,
-                    console=err,
-                    cache=_cache(),
-                )
+            found = plan(
+                resolved,
+                resume="auto" if auto else resume,
+                trust_remote_code=trust_remote_code,
+                console=err,
+                cache=_cache(),
             )
+            out.print(tables.plan(found))
             return
         from ual.run import run
 
@@ -130,7 +127,7 @@ def train(
             console=err,
             cache=_cache(),
         )
-        _summary([result.metrics])
+        out.print(tables.arms([result.metrics]))
         out.print(f"report   {result.report}", highlight=False, soft_wrap=True)
         if result.stopped_by is not None:
             err.print(
@@ -149,9 +146,7 @@ def merge(
     base: Annotated[
         str | None, typer.Option(help="The base model, where it is no longer what config.yaml says.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Add a run's adapter to its base model and write one model in safetensors, with its tokenizer."""
@@ -178,12 +173,10 @@ def merge(
     "  ual preview config.yaml -n 10 data.overlong=truncate loss=uniform"
 )
 def preview(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    config: Config,
+    overrides: Overrides = None,
     count: Annotated[int, typer.Option("-n", "--rows", min=0, help="Rows to show.")] = 3,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the tokenizer.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Show which tokens are trained, with what smoothing and weight, and what is dropped and why."""
@@ -194,25 +187,31 @@ def preview(
         _settle(Path(resolved.output_dir) / "tensorboard")
         from ual.preview import preview as look
 
-        _previewed(look(resolved, count=count, cache=_cache(), trust_remote_code=trust_remote_code))
+        found = look(resolved, count=count, cache=_cache(), trust_remote_code=trust_remote_code)
+        for row in found.rows:
+            facts, text = tables.preview_row(row, coloured=out.color_system is not None)
+            out.print(facts, highlight=False, soft_wrap=True)
+            out.print(text, soft_wrap=True)
+            out.print()
+        out.print(tables.preview(found))
+        for note in found.notes:
+            out.print(escape(note), highlight=False)
 
 
 @app.command(
     epilog="\b\n[bold]Examples[/bold]\n  ual estimate config.yaml\n"
-    "  ual estimate config.yaml --gpus 8 --zero 3 training.gradient_checkpointing=true"
+    "  ual estimate config.yaml --gpus 8 --zero 3 data.max_length=4096"
 )
 def estimate(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    config: Config,
+    overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Processes that ZeRO shards over.")] = 1,
     zero: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.")] = 0,
     live: Annotated[
         float, typer.Option(help="Share of the tokens that are trained; `ual preview` says.")
     ] = 1,
     cpu: Annotated[bool, typer.Option("--cpu", help="For training without a GPU.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Print the memory of a run on each GPU, from the model's config.json alone: no weights are loaded."""
@@ -223,16 +222,15 @@ def estimate(
         _settle(Path(resolved.output_dir) / "tensorboard")
         from ual.train.estimate import estimate as calculate
 
-        _estimated(
-            calculate(
-                resolved,
-                gpus=gpus,
-                zero=zero,  # type: ignore[arg-type]
-                live=live,
-                device="cpu" if cpu else "cuda",
-                trust_remote_code=trust_remote_code,
-            )
+        found = calculate(
+            resolved,
+            gpus=gpus,
+            zero=zero,  # type: ignore[arg-type]
+            live=live,
+            device="cpu" if cpu else "cuda",
+            trust_remote_code=trust_remote_code,
         )
+        out.print(tables.estimate(found))
 
 
 @app.command(
@@ -243,7 +241,7 @@ def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Run folders; the first is the baseline.", show_default=False)
     ],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page to write.")] = None,
+    output: Page = None,
     debug: Debug = False,
 ) -> None:
     """Write the HTML page of a run, or of several side by side."""
@@ -255,7 +253,7 @@ def report(
 
 @app.command(
     epilog="\b\n[bold]Examples[/bold]\n  ual reliability answers.jsonl -o rows.jsonl\n"
-    "  ual reliability answers.jsonl -o rows.jsonl --method reweight --temperature 0.2\n"
+    "  ual reliability answers.jsonl -o rows.jsonl --method reweight\n"
     "  ual reliability answers.jsonl -o rows.jsonl --rule quantile --value 0.25"
 )
 def reliability(
@@ -290,7 +288,7 @@ def reliability(
             answers, method=method, rule=rule, value=value, temperature=temperature, unparsed=unparsed
         )
         reading.write(rows, output)
-        _levels(summary)
+        out.print(tables.levels(summary))
         out.print(f"{summary.rows} rows of {summary.questions} questions in {output}", highlight=False)
 
 
@@ -312,7 +310,7 @@ def quickstart(
 
         command = ["ual", *sys.argv[1:]]
         result = run(output, steps=steps, rows=rows, cache=_cache(), command=command, console=err)
-        _summary(result.metrics)
+        out.print(tables.arms(result.metrics))
         out.print(
             f"\n{result.verdict}\n\nopen     {result.report.resolve()}\nnext     {result.next_command}",
             highlight=False,
@@ -322,23 +320,23 @@ def quickstart(
 
 _ELICIT_EXAMPLE = """\b
 [bold]A configuration[/bold]
-  data: rows.jsonl                             # messages, prompt/completion or instruction/output
+  data: rows.jsonl        # messages, prompt/completion or instruction/output
   backend:
-    kind: endpoint                             # or local: a model of transformers on this machine
+    kind: endpoint                          # or local: a model loaded here
     model: gpt-5-mini
-    api_key_env: OPENAI_API_KEY                # the variable's name, never the key
-    prices: {prompt: 0.25, completion: 2.0}    # per million tokens
+    api_key_env: OPENAI_API_KEY             # the variable's name, no key
+    prices: {prompt: 0.25, completion: 2.0} # per million tokens
   estimators: \\[judge, {name: self_consistency, samples: 5}]
   budget: {money: 20}
 
 \b
 [bold]Examples[/bold]
-  ual elicit config.yaml --dry-run             prompts, tokens and cost; nothing is sent
-  ual elicit config.yaml --limit 20            the first rows
-  ual elicit config.yaml                       all; after a stop, the same again goes on
-  ual elicit report runs/config                how good it is
-  ual elicit config.yaml --export-batch files  for OpenAI's Batch interface or vllm run-batch
-  ual elicit config.yaml --import-batch out.jsonl
+  ual elicit config.yaml --dry-run      prompts, tokens, cost; nothing is sent
+  ual elicit config.yaml --limit 20     the first rows
+  ual elicit config.yaml                all; after a stop, it goes on
+  ual elicit report runs/config         how good it is
+  ual elicit config.yaml --export-batch files        for OpenAI's Batch
+  ual elicit config.yaml --import-batch out.jsonl    or vllm run-batch
 """
 
 
@@ -379,9 +377,7 @@ def elicit(
     allow_plain_http: Annotated[
         bool, typer.Option("--allow-plain-http", help="Let data and key go to another machine in the clear.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with local weights.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Give every row an uncertainty; `ual train` reads the rows that this writes."""
@@ -422,7 +418,7 @@ def elicit(
 )
 def elicit_report(
     run: Annotated[Path, typer.Argument(help="A folder that `ual elicit` wrote.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page to write.")] = None,
+    output: Page = None,
     debug: Debug = False,
 ) -> None:
     """Write the page that shows how good the elicited uncertainties are."""
@@ -517,18 +513,7 @@ def _dry_run(config: "ElicitConfig", limit: int | None) -> None:
         for prompt in estimate.prompts:
             out.print(f"{estimate.label}, its first prompt", style="bold", markup=False)
             out.print(prompt + "\n", highlight=False, markup=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("estimator", "requests", "cached", "prompt tokens", "completion tokens, at most"):
-        table.add_column(name, justify="left" if name == "estimator" else "right")
-    for e in found.estimates:
-        figures = (e.requests, e.cached, e.most.prompt_tokens, e.most.completion_tokens)
-        table.add_row(escape(e.label), *(f"{figure:,}" for figure in figures))
-    out.print(table)
-    how = "counted by the model's tokenizer" if found.counted else "estimated at 4 bytes a token"
-    out.print(
-        f"{found.rows:,} rows; prompt tokens {how}; cost at most {found.cost:.4f}. Nothing was sent.",
-        highlight=False,
-    )
+    out.print(tables.elicitation_plan(found), highlight=False)
 
 
 def _elicit(config: "ElicitConfig", limit: int | None, replay: bool, trust_remote_code: bool) -> None:
@@ -544,13 +529,15 @@ def _elicit(config: "ElicitConfig", limit: int | None, replay: bool, trust_remot
     from ual.elicit.run import Progress, run
 
     columns = (
+        TextColumn("eliciting"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
     )
-    with Bars(TextColumn("eliciting"), *columns, TextColumn("{task.fields[said]}"), console=err) as bars:
+    with Bars(*columns, console=err) as bars:
         bar = bars.add_task("", total=None, said="")
 
         def advance(p: Progress) -> None:
@@ -569,15 +556,7 @@ def _elicit(config: "ElicitConfig", limit: int | None, replay: bool, trust_remot
             trust_remote_code=trust_remote_code,
             progress=advance,
         )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("estimator", "values", "mean", "missing", "because"):
-        table.add_column(name, justify="left" if name in ("estimator", "because") else "right")
-    for name, row in result.summary["estimators"].items():
-        because = ", ".join(f"{reason} {n}" for reason, n in row["missing_because"].items())
-        table.add_row(
-            escape(name), f"{row['values']:,}", _number(row["mean"]), f"{row['missing']:,}", escape(because)
-        )
-    out.print(table)
+    out.print(tables.elicitation(result.summary))
     page: Path | str = "needs matplotlib: pip install 'ual-kernels[eval]', then ual elicit report"
     with suppress(ModuleNotFoundError):
         from ual.report.elicitation import write_elicitation
@@ -599,168 +578,11 @@ def _rank() -> int:
 
 def _be_a_world_of_one() -> None:
     """DeepSpeed wants what a launcher sets, or MPI. Port 0 is any that is free."""
-    alone = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }
-    os.environ |= {name: value for name, value in alone.items() if name not in os.environ}
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))
 
 
 def _cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "ual"
-
-
-def _summary(arms: list[dict[str, Any]]) -> None:
-    """Print the figures of one run, or of several side by side."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "steps", "mean smoothing", "train loss", "NLL", "accuracy", "ECE", "Brier"):
-        table.add_column(name, justify="left" if name == "run" else "right")
-    for arm in arms:
-        before, after = arm.get("eval_before"), arm.get("eval")
-        if before and arm is arms[0]:
-            table.add_row("base model", "0", "", "", *_figures(before))
-        table.add_row(
-            escape(arm["name"]),
-            str(arm["steps"]),
-            f"{arm['mean_smoothing']:.3f}",
-            _number(arm["train_loss_last"]),
-            *(_figures(after) if after else ["not measured", "", "", ""]),
-        )
-    out.print(table)
-
-
-def _previewed(found: "Preview") -> None:
-    """Print rows with their trained text in green, or between marks where there is no colour, then counts."""
-    for row in found.rows:
-        smoothing = "unknown yet" if row.smoothing is None else f"{row.smoothing:.3f}"
-        trained = sum(span.tokens for span in row.spans if span.trained)
-        total = sum(span.tokens for span in row.spans)
-        cut = ", cut at data.max_length" if row.truncated else ""
-        out.print(
-            f"[bold]{escape(row.sample.id)}[/bold]  smoothing {smoothing}, weight {row.weight:g}, "
-            f"{trained} of {total} tokens trained{cut}"
-            f"[dim]  {escape(row.sample.source)}  {escape(row.sample.place)}[/dim]",
-            highlight=False,
-            soft_wrap=True,
-        )
-        shown = Text()
-        for span in row.spans:
-            if out.color_system is None:
-                shown.append(f"«{span.text}»" if span.trained else span.text)
-            else:
-                shown.append(span.text, style="bold green" if span.trained else "dim")
-        out.print(shown, soft_wrap=True)
-        out.print()
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_row("rows read", f"{found.count:,}")
-    for why, number in found.dropped.items():
-        table.add_row(f"  not trained: {escape(why)}", f"{number:,}")
-    table.add_row("rows trained", f"{found.trained_rows:,}")
-    if found.truncated:
-        table.add_row(f"  cut at {found.max_length} tokens", f"{found.truncated:,}")
-    if len(found.sources) > 1:
-        for source, number in list(found.sources.items())[:8]:
-            table.add_row(f"  from {escape(source or '(unnamed)')}", f"{number:,}")
-    if found.sequences is not None:
-        table.add_row(f"packed sequences of at most {found.max_length} tokens", f"{found.sequences:,}")
-    share = found.trained_tokens / found.tokens if found.tokens else 0.0
-    table.add_row("tokens", f"{found.tokens:,}")
-    table.add_row("tokens trained", f"{found.trained_tokens:,}  ({share:.0%})")
-    if found.held_out:
-        table.add_row("rows held out", f"{found.held_out:,}")
-    out.print(table)
-    for note in found.notes:
-        out.print(escape(note), highlight=False)
-
-
-def _estimated(found: "Estimate") -> None:
-    """Print the parts of a step's memory, and their sums under both losses."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (
-        ("GiB on each GPU", "left"),
-        ("transformers' loss", "right"),
-        ("fused loss", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name, size in (
-        ("weights", found.weights),
-        ("layers gathered by ZeRO-3", found.gathered),
-        ("gradients", found.gradients),
-        ("optimizer", found.optimizer),
-        ("activations", found.activations),
-    ):
-        if size or name != "layers gathered by ZeRO-3":
-            table.add_row(name, _gib(size), _gib(size))
-    table.add_row("head and loss", _gib(found.naive_head), _gib(found.fused_head))
-    table.add_row("together", _gib(found.naive), _gib(found.fused), style="bold")
-    out.print(table)
-    out.print(
-        "one micro-batch of full length; not counted: CUDA's context, fragmentation, communication buffers"
-    )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.2f}"
-
-
-def _planned(plan: "Plan") -> None:
-    """Print what a run would do, and the first rows of its first batch."""
-    steps = "as many as the stream has" if plan.steps is None else f"{plan.steps:,}"
-    sharding = f", ZeRO-{plan.zero_stage}" if plan.zero_stage else ""
-    facts = Table(box=None, pad_edge=False, show_header=False)
-    for name, value in (
-        ("loss", plan.loss),
-        ("rows", f"{plan.rows:,} to train, {plan.held_out:,} held out"),
-        ("tokens", f"{plan.tokens:,}, of which {plan.trained_tokens:,} are trained"),
-        ("parameters", f"{plan.parameters:,}, of which {plan.trained_parameters:,} are trained"),
-        ("processes", f"{plan.processes}{sharding}"),
-        ("steps", f"{steps}, of {plan.rows_per_step} rows each"),
-        (
-            "checkpoint",
-            f"about {plan.checkpoint_bytes / 1e6:,.1f} MB; {plan.free_bytes / 1e9:,.1f} GB are free",
-        ),
-    ):
-        facts.add_row(name, value)
-    out.print(facts)
-    batch = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("row", "tokens", "trained", "smoothing", "weight"):
-        batch.add_column(name, justify="left" if name == "row" else "right")
-    for row in plan.batch:
-        smoothing = "asked when it runs" if row["smoothing"] is None else f"{row['smoothing']:.3f}"
-        batch.add_row(
-            escape(row["id"]), str(row["tokens"]), str(row["trained"]), smoothing, f"{row['weight']:g}"
-        )
-    out.print(batch)
-    out.print("nothing was loaded, trained or written")
-
-
-def _levels(summary: "Summary") -> None:
-    """Print how often answers are right at each level of disagreement, and what was dropped."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("entropy, nats", "questions", "kept", "answers right", "majority right"):
-        table.add_column(name, justify="right")
-
-    def row(name: str, kept: str, group: "Group") -> None:
-        right = (_number(group.answer_accuracy), _number(group.label_accuracy))
-        table.add_row(name, str(group.questions), kept, *right)
-
-    for level in summary.levels:
-        span = f"{level.low:.3f}" if level.low == level.high else f"{level.low:.3f} to {level.high:.3f}"
-        row(span, str(level.kept), level.group)
-    row("all kept", str(summary.kept.questions), summary.kept)
-    row("all dropped", "0", summary.dropped)
-    out.print(table)
-
-
-def _figures(evaluation: dict[str, float]) -> list[str]:
-    return [_number(evaluation[name]) for name in ("nll", "accuracy", "ece", "brier")]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

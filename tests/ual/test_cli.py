@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
+from rich.text import Text
 from typer.testing import CliRunner
 
 import ual
@@ -27,9 +29,13 @@ def invoke(*words: object, code: int = 0) -> str:
 
 def test_version_and_help() -> None:
     assert invoke("--version").strip() == ual.__version__
-    for command in ("train", "elicit", "report", "reliability", "quickstart"):
+    for command in ("train", "elicit", "merge", "preview", "estimate", "report", "reliability", "quickstart"):
         assert command in invoke("--help")
-        assert "Examples" in invoke(command, "--help")
+        # 80 columns, as a narrow terminal has; an example that is broken cannot be copied
+        said = CliRunner().invoke(app, [command, "--help"], terminal_width=80).output
+        examples = Text.from_markup(typer.main.get_command(app).commands[command].epilog).plain.split("\n")
+        assert "Examples" in examples
+        assert [line for line in examples if line.replace("\b", "").rstrip() not in said] == []
 
 
 def test_the_version_is_the_distributions() -> None:
