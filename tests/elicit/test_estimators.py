@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -199,6 +200,15 @@ def test_options_are_permuted_and_answers_mapped_back() -> None:
     assert found.value == 0
     found, asked = elicit(spec, lambda _: Reply("A"), SAMPLE)
     assert (found.value, asked) == (None, [])
+
+
+def test_an_option_that_is_its_own_letter_keeps_its_label() -> None:
+    question = "Which vitamin?\nA. A\nB. C\nC. B"
+    spec = {"name": "rewording", "by": "permute_options", "wordings": 6}
+    sample = Sample("v", (Message("user", question), Message("assistant", "A")))
+    _, asked = elicit(spec, lambda _: Reply("A"), sample)
+    seen = {request.messages[-1].content for request in asked}
+    assert seen == {f"Which vitamin?\nA. {a}\nB. {b}\nC. {c}" for a, b, c in permutations("ABC")}
 
 
 def test_p_true_reads_the_first_token_alone() -> None:

@@ -103,7 +103,7 @@ def _orders(n: int, wanted: int, seed: str) -> list[list[int]]:
 
 def _reordered(question: str, texts: Sequence[str]) -> str:
     following = iter(texts)
-    return _OPTION.sub(lambda match: match[0].replace(match[2], next(following), 1), question)
+    return _OPTION.sub(lambda match: match[0][: match.start(2) - match.start()] + next(following), question)
 
 
 def _option_text(reply: Reply, letters: str, texts: Sequence[str]) -> str | None:
