@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tests.faults.test_bad_input import ROWS, refuse
-from tests.ual.runs import ENVIRONMENT, configure, history
+from tests.ual.runs import ENVIRONMENT, ROOT, configure, free_port, history
 from ual.cli import app
 from ual.errors import UserError
 from ual.train import checkpoint
@@ -100,6 +102,35 @@ def test_a_run_passes_over_its_damaged_checkpoint(tmp_path: Path, tiny: Path) ->
     for name, tensor in load_file(run / "adapter" / "adapter_model.safetensors").items():
         assert torch.equal(tensor, expected[name]), name
     assert [row["step"] for row in history(run) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+_ONE_LEAVES = """
+import os, sys
+import torch.distributed as dist
+from ual.train import ranks
+
+dist.init_process_group("gloo")
+ranks.wait()
+if ranks.rank() == 1:
+    os._exit(1)
+try:
+    ranks.wait()
+except RuntimeError as error:
+    os._exit(0 if ranks.is_lost(error) and not ranks.is_lost(RuntimeError("disk quota exceeded")) else 3)
+"""
+
+
+def test_a_process_that_is_gone_is_not_taken_for_a_full_disk() -> None:
+    at = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", _ONE_LEAVES], env=ENVIRONMENT | at | {"RANK": rank}, cwd=ROOT)
+        for rank in "01"
+    ]
+    try:
+        assert [process.wait(120) for process in processes] == [0, 1]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_nothing_to_go_on_with(tmp_path: Path, tiny: Path) -> None:

@@ -110,6 +110,23 @@ def test_an_epochs_order_is_its_own_and_always_the_same(settings: config.RunConf
     assert all(int(i) // 8 == place // 8 for place, i in enumerate(orders[0]))
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [(29, "30, now fewer"), (31, "30, now more"), (None, "no such file")],
+    ids=["shorter", "longer", "gone"],
+)
+def test_a_file_that_changes_under_a_run_stops_it(
+    settings: config.RunConfig, tiny: Path, lines: int | None, message: str
+) -> None:
+    rows, file = streamed(settings, tiny).dataset, Path(settings.data.train)
+    if lines is None:
+        file.unlink()
+    else:
+        write_rows(file, [*ROWS, {**ROWS[0], "id": "new"}][:lines])
+    with pytest.raises(UserError, match=message):
+        list(rows)
+
+
 def test_packs_of_a_stream_hold_every_row_once(settings: config.RunConfig, tiny: Path) -> None:
     packing = settings.model_copy(update={"data": settings.data.model_copy(update={"packing": True})})
     packs = list(streamed(packing, tiny).dataset)

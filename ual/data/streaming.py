@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ual.data.groups import Groups
 from ual.data.pack import pack
 from ual.data.render import Renderer
+from ual.errors import UserError
 from ual.records import Sample
 
 
@@ -84,7 +85,11 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
                     yield {"rows": [block[j] for j in packs[i]]}
 
     def _rows(self) -> Iterator[dict[str, Any]]:
+        count = 0
         for i, sample in enumerate(self._samples()):
+            count += 1
+            if count > len(self._smoothing):
+                break
             if np.isnan(self._smoothing[i]) or (row := self._renderer.render(sample)) is None:
                 continue
             yield {
@@ -95,6 +100,13 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
                 "sample_weight": sample.sample_weight,
                 "groups": self._groups.of_rows[i].tolist(),
             }
+        if count != len(self._smoothing):
+            more_or_less = "more" if count > len(self._smoothing) else "fewer"
+            raise UserError(
+                f"the rows changed while they were trained: {len(self._smoothing)}, now {more_or_less}",
+                place="configuration, data.train",
+                remedy="restore the file, then pass --resume to go on from the last checkpoint",
+            )
 
 
 def _or_nan(value: float | None) -> float:

@@ -168,8 +168,7 @@ class StopOnNonFinite(TrainerCallback):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        # DeepSpeed has stepped by now, or has left the step out; under float16 that only lowers the loss
-        # scale
+        # DeepSpeed has stepped, or has left the step out; under float16 that only lowers the loss scale
         if not args.fp16 and type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":
             self._agree(bool(optimizer.step_was_skipped))
 

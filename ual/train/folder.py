@@ -66,10 +66,11 @@ class RunFolder:
             raise UserError(
                 f"{self.path} holds no run to go on with", remedy="leave out --resume, or pass --resume auto"
             )
-        above = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
-        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-            problem = "no write permission" if above.is_dir() else f"{above} is not a folder"
-            raise UserError(f"cannot write to {self.path}: {problem}", place="configuration, output_dir")
+        for folder in (self.path, self.checkpoints):
+            above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+            if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+                problem = "no write permission" if above.is_dir() else f"{above} is not a folder"
+                raise UserError(f"cannot write to {folder}: {problem}", place="configuration, output_dir")
 
     def create(self, config: RunConfig, *, resume: bool | Literal["auto"]) -> None:
         """Make the folder, or open it again to resume.
@@ -174,7 +175,7 @@ def sha256(path: Path) -> str:
 def _what_must_match(config: RunConfig) -> dict[str, Any]:
     """Everything but the length of the run, what is only watched, and how a step's rows are spread.
 
-    The rows of a step are compared with those of the checkpoint instead (`UALTrainer.fits`).
+    The rows of a step are compared with those of the checkpoint instead (`UALTrainer.train`).
     """
     values = config.model_dump(exclude={"name", "output_dir", "evaluation", "deepspeed"})
     free = {

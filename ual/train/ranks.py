@@ -59,6 +59,11 @@ def highest(number: int) -> int:
     return int(tensor)
 
 
+def is_lost(error: BaseException) -> bool:
+    """Return whether an error says that another process is gone. Gloo has no class for it, only its words."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def _host_group() -> Any:
     return _gloo_beside(dist.group.WORLD)
 

@@ -195,6 +195,13 @@ class UALTrainer(Trainer):
             RuntimeError,
             SafetensorError,
         ) as error:  # torch and safetensors wrap what the disk said
+            if ranks.is_lost(error):
+                raise UserError(
+                    f"another process of the run ended while the checkpoint of step {self.state.global_step} "
+                    "was written",
+                    place=str(checkpoints),
+                    remedy="its own last words say why; --resume goes on from the last whole checkpoint",
+                ) from error
             raise UserError(
                 f"the checkpoint of step {self.state.global_step} could not be written: {error}",
                 place=str(checkpoints),
@@ -269,9 +276,8 @@ class UALTrainer(Trainer):
         """Train, from a checkpoint if one is given.
 
         Raises:
-            UserError: the checkpoint is damaged, or was made with other rows in a step or, where partitions
-            were
-                saved, by another number of processes.
+            UserError: the checkpoint was made with other rows in a step or, where partitions were saved, by
+                another number of processes.
         """
         if resume_from_checkpoint is not None:
             self._check_fit(Path(resume_from_checkpoint))
