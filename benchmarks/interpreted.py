@@ -1,7 +1,7 @@
 """Triton on a machine without a GPU: its interpreter, repaired as far as the peers' kernels need it.
 
 Import this before anything that imports Triton: it chooses the interpreter, which must happen first. Our own
-kernels widen right after each load and need one repair, the rounding of `tests.kernels.interpreter`. The
+kernels widen right after each load and need no more than `tests.kernels.interpreter`. The
 peers' also multiply and add in bfloat16, which the interpreter (triton 3.6 to 3.9) does on the bits as if
 they were integers, and call libdevice, whose functions are stubs there. What is repaired, and for whom:
 
@@ -43,10 +43,10 @@ def repair() -> None:
     from triton.language.extra import libdevice
     from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
-    from tests.kernels.interpreter import round_to_nearest_even
+    from tests.kernels.interpreter import repair as repair_for_ours
     from ual_kernels._triton import linear_cross_entropy as ours
 
-    round_to_nearest_even()
+    repair_for_ours()
 
     def wide(handle: Any) -> Any:
         """The same numbers in float32: a bfloat16 is kept as the upper half of its bits."""

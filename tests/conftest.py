@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 assert "triton" not in sys.modules or "TRITON_INTERPRET" in os.environ, "too late to choose the interpreter"
@@ -19,6 +20,12 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+with suppress(ModuleNotFoundError):  # a GPU machine may come without it
+    from hypothesis import settings
+
+    # on a machine that is shared an example may take any time; the same examples everywhere
+    settings.register_profile("ours", deadline=None, derandomize=True)
+    settings.load_profile("ours")
 
 
 @pytest.fixture
@@ -93,9 +100,13 @@ _TOGETHER = (
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    functions: set[str] = set()
     for item in items:
-        if any(part in item.nodeid for part in _UNTRACED):
+        function = item.nodeid.partition("[")[0]
+        # tracing costs as much again, and a further parameter of a test seldom reaches a further line
+        if function in functions or any(part in item.nodeid for part in _UNTRACED):
             item.add_marker(pytest.mark.no_cover)
+        functions.add(function)
         if item.path.stem in _TOGETHER:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if not GPU and item.get_closest_marker("gpu"):

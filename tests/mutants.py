@@ -665,6 +665,11 @@ MUTANTS = [
             "if False:",
             "test_failures_are_counted_and_many_in_a_row_stop_the_run",
         ),
+        (
+            "for _ in range(self._TRIES):",
+            "for _ in range(1):",
+            "test_a_request_that_misses_its_first_cancellation_does_not_hold_up_the_end",
+        ),
     ),
     *mutants(
         "ual/uncertainty/judge.py",
@@ -691,6 +696,11 @@ MUTANTS = [
             "return normalise(texts[letters.index(letter)])",
             "return letter",
             "test_options_are_permuted_and_answers_mapped_back",
+        ),
+        (
+            "match[0][: match.start(2) - match.start()] + next(following)",
+            "match[0].replace(match[2], next(following), 1)",
+            "test_an_option_that_is_its_own_letter_keeps_its_label",
         ),
     ),
     *mutants(
@@ -820,6 +830,11 @@ MUTANTS = [
             "islice(rows, self._buffer - 1)",
             "test_an_epochs_order_is_its_own_and_always_the_same",
         ),
+        (
+            "        if count != len(self._smoothing):",
+            "        if False:",
+            "test_a_file_that_changes_under_a_run_stops_it",
+        ),
     ),
     *mutants(
         "ual/train/seen.py",
@@ -883,6 +898,24 @@ MUTANTS = [
         ("elif resume is True:", "elif resume:", "test_nothing_to_go_on_with"),
     ),
     *mutants(
+        "ual/train/folder.py",
+        "tests/faults/test_bad_input.py",
+        (
+            "for folder in (self.path, self.checkpoints):",
+            "for folder in (self.path,):",
+            "test_a_read_only_folder_is_refused_before_the_model_is_loaded",
+        ),
+    ),
+    *mutants(
+        "ual/train/ranks.py",
+        "tests/faults/test_checkpoints.py",
+        (
+            'or "gloo/transport" in str(error)',
+            "",
+            "test_a_process_that_is_gone_is_not_taken_for_a_full_disk",
+        ),
+    ),
+    *mutants(
         "ual/train/callbacks.py",
         "tests/faults/test_checkpoints.py",
         (
@@ -921,6 +954,24 @@ MUTANTS = [
             "test_shares_together_are_the_whole",
         ),
         ("mine = turn * world_size + rank", "mine = turn * world_size", "test_shares_together_are_the_whole"),
+    ),
+]
+_SAME_WEIGHTS = "test_whatever_launched_and_stopped_it_the_weights_are_the_same"
+SLOW = [  # minutes each, because their tests start launchers: tried only where all parts are
+    *mutants(
+        "ual/train/adapter_state.py",
+        "tests/faults/test_launches.py",
+        ('{"step": whole["step"][0].clone()}', '{"step": 0 * whole["step"][0]}', _SAME_WEIGHTS),
+        (
+            "safe_get_full_optimizer_state(p, key)",
+            'safe_get_full_optimizer_state(p, "exp_avg")',
+            _SAME_WEIGHTS,
+        ),
+    ),
+    *mutants(
+        "ual/train/trainer.py",
+        "tests/faults/test_launches.py",
+        ('            group["lr"] = rate', "            pass", _SAME_WEIGHTS),
     ),
 ]
 
@@ -985,10 +1036,12 @@ def turn(parts: int) -> int:
 
 def main(word: str, parts: int) -> int:
     prepare()
-    chosen = [mutant for mutant in MUTANTS if word in mutant.file][turn(parts) :: parts]
+    everything = [*MUTANTS, *SLOW]
+    among = everything if parts == 1 else MUTANTS
+    chosen = [mutant for mutant in among if word in mutant.file][turn(parts) :: parts]
     problems = [
         f"{mutant.file}: not one place to break: {mutant.good!r}"
-        for mutant in MUTANTS
+        for mutant in everything
         if (ROOT / mutant.file).read_text().count(mutant.good) != 1
     ]
     start = time.monotonic()

@@ -67,19 +67,24 @@ def column_mean(matrix: Tensor, class_weight: Tensor | None, vocab: int) -> Tens
     """Sum over v of c_v C_v / V, [D]: the mean, where the matrix has all V rows."""
     acc = torch.promote_types(matrix.dtype, torch.float32)
     if class_weight is not None:
-        total = sum_blocks(matrix, lambda block, rows: class_weight[rows] @ block.to(acc))
+        total = sum_blocks(matrix, acc, lambda block, rows: class_weight[rows] @ block)
     elif matrix.is_cpu:  # which would widen all of a 16-bit matrix first
-        total = sum_blocks(matrix, lambda block, rows: block.to(acc).sum(0))
+        total = sum_blocks(matrix, acc, lambda block, rows: block.sum(0))
     else:
         total = matrix.sum(0, dtype=acc)
     return total / vocab
 
 
-def sum_blocks(matrix: Tensor, of: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """Sum over blocks of rows that fit a cache; a widened copy of a whole head would not fit a memory."""
+def sum_blocks(matrix: Tensor, acc: torch.dtype, of: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Sum over widened blocks of rows that fit a cache; a copy of a whole head would not fit a memory."""
     size = max(1, (1 << 19) // max(matrix.shape[1], 1))
     parts = [slice(start, start + size) for start in range(0, len(matrix), size)]
-    return torch.stack([of(matrix[rows], rows) for rows in parts]).sum(0)
+    room = matrix.new_empty((min(size, len(matrix)), matrix.shape[1]), dtype=acc)  # fresh pages cost more
+
+    def widened(block: Tensor) -> Tensor:
+        return block if block.dtype == acc else room[: len(block)].copy_(block)
+
+    return torch.stack([of(widened(matrix[rows]), rows) for rows in parts]).sum(0)
 
 
 def add_rows(out: Tensor, y: Tensor, rows: Tensor) -> None:

@@ -1,5 +1,6 @@
 """`ual elicit` from end to end: real processes, a real server on loopback, kill -9, budgets, batch files."""
 
+import asyncio
 import csv
 import json
 import os
@@ -9,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -23,7 +26,11 @@ from ual.data import load
 from ual.elicit.run import run
 from ual.elicit_config import ElicitConfig
 from ual.errors import UserError
+from ual.records import Message
+from ual.uncertainty.asking import Reply, Request
+from ual.uncertainty.cache import Cache
 from ual.uncertainty.registry import ESTIMATORS, build
+from ual.uncertainty.session import Session
 
 KEY = "sk-planted-9876543210"
 
@@ -309,6 +316,31 @@ def test_ctrl_c_ends_a_run_in_one_line(tmp_path: Path, server: Server) -> None:
     assert "Traceback" not in said
     assert "never retrieved" not in said
     assert not (tmp_path / "run" / "rows.jsonl").exists()
+
+
+def test_a_request_that_misses_its_first_cancellation_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    class Deaf:
+        identity = MappingProxyType({"name": "deaf"})
+        tasks = frozenset({"generate"})
+
+        async def __call__(self, request: Request) -> Reply:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+            await asyncio.sleep(60)
+            return Reply("")
+
+        async def close(self) -> None: ...
+
+    async def ends() -> bool:
+        session = Session([Deaf()], Cache(tmp_path / "replies.sqlite"))
+        asked = asyncio.create_task(session(Request((Message("user", "?"),))))
+        await asyncio.sleep(0.01)
+        await session.close()
+        return asked.done()
+
+    started = time.monotonic()
+    assert asyncio.run(ends())
+    assert time.monotonic() - started < 10
 
 
 def test_the_configuration_of_the_docs_is_valid() -> None:

@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.conftest import GPU
 from ual.models import fuse
+
+if not GPU:
+    from tests.kernels.interpreter import repair
+
+    repair()
 
 STEPS = 50
 VOCAB = 257

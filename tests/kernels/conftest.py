@@ -11,9 +11,9 @@ from tests.conftest import GPU
 if GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
 else:
-    from tests.kernels.interpreter import round_to_nearest_even
+    from tests.kernels.interpreter import repair
 
-    round_to_nearest_even()
+    repair()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ual.data import Collator
@@ -45,7 +45,6 @@ rows = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(rows, st.integers(1, 16))
 def test_laws(rows, multiple):
     features = [feature(*row) for row in rows]
@@ -63,7 +62,6 @@ def test_laws(rows, multiple):
         assert batch["sample_weight"][i] == torch.tensor(weight)
 
 
-@settings(deadline=None)
 @given(rows)
 def test_averaging_over_samples_gives_each_row_its_weight_however_long(rows):
     features = [feature(*row) for row in rows]

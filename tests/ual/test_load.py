@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -407,7 +407,6 @@ class TestRows:
         assert error.problem.startswith("2 wrong rows:\n  line 1: invalid JSON")
         assert error.remedy == "correct or remove these rows"
 
-    @settings(deadline=None)
     @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=4))
     def test_whatever_stands_in_a_field_is_taken_or_refused(self, tmp_path_factory, value):
         path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
@@ -486,7 +485,6 @@ class TestHoldOut:
         rows = rows_of(["a", "b"])
         assert hold_out(rows, 0) == (rows, [])
 
-    @settings(deadline=None)
     @given(
         st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=30),
         st.floats(0, 1, exclude_min=True, exclude_max=True),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -55,7 +55,6 @@ def packed(features: list[dict[str, Any]], capacity: int = 12) -> list[dict[str,
 lengths = st.lists(st.integers(1, 50), max_size=40)
 
 
-@settings(deadline=None)
 @given(lengths, st.integers(50, 120))
 def test_laws_of_packing(sizes: list[int], capacity: int) -> None:
     packs = pack(sizes, capacity)

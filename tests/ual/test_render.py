@@ -76,7 +76,7 @@ def template(tmp_path: Path, text: str) -> str:
 
 
 # With markers of the templates below inside, white space at the ends, and characters of several tokens.
-searched = settings(deadline=None, max_examples=60)
+searched = settings(max_examples=60)
 nasty = st.lists(
     st.sampled_from(
         [

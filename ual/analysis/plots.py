@@ -64,6 +64,7 @@ DARK = Theme(
 _SIZE = (5.0, 3.75)
 _LONGEST_LABEL = 22
 _RASTER_ABOVE = 2000
+_FEWEST_KEPT = 0.05
 
 
 def loss_curves(
@@ -179,19 +180,31 @@ def coverage_curves(arms: Mapping[str, Sequence[tuple[float, float]]], *, theme:
         raise ValueError("coverage_curves needs at least one arm, each with a point")
     figure = _figure(theme)
     axes = figure.subplots()
-    ends = []
+    halves = []
     for (name, pairs), colour in zip(arms.items(), _colours(arms, theme), strict=True):
         points = np.asarray(pairs, dtype=np.float64)
-        axes.plot(points[:, 0], points[:, 1], color=colour, linewidth=1.8)
-        half = points[np.abs(points[:, 0] - 0.5).argmin()]
-        ends.append((float(half[0]), float(half[1]), label(name), colour))
+        enough = points[points[:, 0] >= _FEWEST_KEPT]  # the first rows alone swing between 0 and 1
+        points = enough if len(enough) else points
+        (line,) = axes.plot(points[:, 0], points[:, 1], color=colour, linewidth=1.8)
+        halves.append((float(points[np.abs(points[:, 0] - 0.5).argmin(), 1]), label(name), line))
     axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
     _dress(
         axes, theme, xlabel="share of rows kept, the most certain first", ylabel="accuracy of the kept rows"
     )
-    if len(ends) > 1:
-        _label_ends(axes, ends, theme)
-    title = f"Half the rows kept: accuracy {max(y for _, y, _, _ in ends):.3f} at best"
+    halves.sort(key=lambda half: -half[0])
+    if len(halves) > 1:
+        axes.legend(
+            [line for *_, line in halves],
+            [f"{name}  {y:.3f}" for y, name, _ in halves],
+            title="at half",
+            loc="center left",
+            bbox_to_anchor=(1.01, 0.5),
+            frameon=False,
+            fontsize=8.5,
+            labelcolor=theme.ink,
+            title_fontproperties={"size": 8.5},
+        ).get_title().set_color(theme.muted)
+    title = f"Half the rows kept: accuracy {halves[0][0]:.3f} at best"
     _title(figure, title, theme)
     return figure
 

@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     width: int
 
 
-def plan(vocab: int, features: int, keep: bool, cuda: bool, chunk_tokens: int) -> Plan:
+def plan(vocab: int, features: int, count: int, keep: bool, cuda: bool, chunk_tokens: int) -> Plan:
     """Rows of a chunk and columns of a tile, by budgets that were measured to serve (docs/kernels.md).
 
     A CPU wants tiles of 8 MiB of float32, and the 16-bit head's tile, widened, no larger than twice that; a
@@ -58,7 +58,7 @@ def plan(vocab: int, features: int, keep: bool, cuda: bool, chunk_tokens: int) -
     """
     larger = 32 if cuda else 1
     most = max(1, larger * (1 << 24) // vocab) if keep else 4_096 if cuda else 1_024
-    rows = chunk_tokens or most
+    rows = min(chunk_tokens or most, count)
     width = min(vocab, max(64, larger * (1 << 21) // rows), max(64, larger * (1 << 22) // max(features, 1)))
     return Plan(rows, width if width == vocab else -(-width // 64) * 64)
 
@@ -147,9 +147,9 @@ def linear_cross_entropy(
         terms.append(term(linear_bias.to(acc)[:, None], dbias[:, None], False, exact=True))
     keep = any(t.dright is not None for t in terms) or gradient_filter > 0
     # the ranks of a group meet after every chunk: theirs are those of the largest shard
-    shape = plan(whole.largest, features, keep, input.is_cuda, chunk_tokens)
+    shape = plan(whole.largest, features, count, keep, input.is_cuda, chunk_tokens)
     sweep = Sweep(
-        products, terms, class_weight, softcap, logit_scale, shape, count, vocab,
+        products, terms, class_weight, softcap, logit_scale, shape, vocab,
         statistics=statistics or rule is not None, write=write, keep=keep, filter=gradient_filter,
     )  # fmt: skip
     c_mean: Tensor | float = 1.0
@@ -316,7 +316,6 @@ class Sweep:
         softcap: float,
         logit_scale: float,
         shape: Plan,
-        count: int,
         vocab: int,
         *,
         statistics: bool,
@@ -329,12 +328,11 @@ class Sweep:
         self.statistics, self.write, self.keep, self.filter = statistics, write, keep, filter
         size = len(terms[0].right)
         self.parts = [slice(v, min(v + shape.width, size)) for v in range(0, size, shape.width)]
-        rows = min(shape.rows, count)
         # one buffer for all chunks: fresh pages cost a CPU as much as an exponential
         new = terms[0].spread.new_empty
         kept = size if keep else shape.width
-        self._tiles = new(rows * kept)
-        self._slopes = new(rows * (kept if softcap and write else 0))
+        self._tiles = new(shape.rows * kept)
+        self._slopes = new(shape.rows * (kept if softcap and write else 0))
         self._widened = products.room(shape.width, terms[0].right.shape[1])
 
     def run(self, lefts: list[Tensor], column: Tensor, mine: Tensor) -> None:
