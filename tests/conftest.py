@@ -54,15 +54,15 @@ def stories(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct from its package, converted once for all workers."""
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct from its package, converted once for all workers, and for `ual quickstart`."""
     from ual.quickstart import model
 
     try:
         importlib.metadata.distribution(model.PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(f"needs the package {model.PACKAGE}")
-    return model.prepare(tmp_path_factory.getbasetemp().parent / "models")
+    return model.prepare(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ual")
 
 
 @pytest.fixture(scope="session")

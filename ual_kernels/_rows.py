@@ -79,10 +79,12 @@ def sum_blocks(matrix: Tensor, acc: torch.dtype, of: Callable[[Tensor, slice], T
     """Sum over widened blocks of rows that fit a cache; a copy of a whole head would not fit a memory."""
     size = max(1, (1 << 19) // max(matrix.shape[1], 1))
     parts = [slice(start, start + size) for start in range(0, len(matrix), size)]
-    room = matrix.new_empty((min(size, len(matrix)), matrix.shape[1]), dtype=acc)  # fresh pages cost more
+    widens = matrix.dtype != acc
+    # one buffer: fresh pages cost a CPU more than the numbers in them
+    room = matrix.new_empty((min(size, len(matrix)) if widens else 0, matrix.shape[1]), dtype=acc)
 
     def widened(block: Tensor) -> Tensor:
-        return block if block.dtype == acc else room[: len(block)].copy_(block)
+        return room[: len(block)].copy_(block) if widens else block
 
     return torch.stack([of(widened(matrix[rows]), rows) for rows in parts]).sum(0)
 

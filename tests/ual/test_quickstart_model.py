@@ -152,7 +152,7 @@ def test_convert_stores_the_dequantised_weights(tmp_path: Path) -> None:
         names = {"model.embed_tokens": "token_embd", "model.layers.0.mlp.down_proj": "blk.0.ffn_down"}
         for name, gguf_name in names.items():
             [tensor] = [t for t in gguf.GGUFReader(source).tensors if t.name == f"{gguf_name}.weight"]
-            expected = torch.from_numpy(gguf.gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+            expected = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
             assert torch.equal(weights[f"{name}.weight"], expected.to(getattr(torch, dtype)))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bfloat16")
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
@@ -222,6 +222,16 @@ def test_another_package_version_converts_again(tiny: Path, tmp_path: Path) -> N
     assert model.prepare(tmp_path) == folder
     assert_whole(folder, source)
     assert not torch.equal(load_file(folder / "model.safetensors")["model.embed_tokens.weight"], old)
+
+
+def test_another_converter_converts_again(tiny: Path, tmp_path: Path) -> None:
+    folder = model.prepare(tmp_path)
+    marker = json.loads((folder / MARKER).read_text())
+    (folder / MARKER).write_text(json.dumps(marker | {"converter": "0" * 64}))
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    model.prepare(tmp_path)
+    assert (folder / "model.safetensors").stat().st_mtime_ns > before
+    assert json.loads((folder / MARKER).read_text()) == marker
 
 
 def test_a_record_without_hashes_will_do(tiny: Path, tmp_path: Path) -> None:

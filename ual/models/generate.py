@@ -98,8 +98,7 @@ class _Draws(LogitsProcessor):
         self._noise = [torch.Generator().manual_seed(p.seed % 2**63) for p in prompts]
         self._top = top
         self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
-        """Per step: log-probability of the chosen token [B], of the likeliest [B, top], and those [B,
-        top]."""
+        """Per step: log-probability of the chosen token [B], of the likeliest, and those, both [B, top]."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()

@@ -93,7 +93,7 @@ def _convert(source: Path, digest: str, folder: Path) -> None:
         gguf.convert(source, scratch)
         _describe(scratch)
         sizes = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
-        marker = {"gguf": source.name, "gguf_sha256": digest, "files": sizes}
+        marker = {"gguf": source.name, "gguf_sha256": digest, "converter": _converter(), "files": sizes}
         (scratch / _MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
@@ -109,13 +109,19 @@ def _describe(folder: Path) -> None:
 
 
 def _is_whole(folder: Path, digest: str) -> bool:
-    """Whether `folder` was made from the file with this digest and every file still has its size."""
+    """Whether `folder` was made from this file, by this code, and every file still has its size."""
     try:
         marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in marker["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(marker.get("gguf_sha256") == digest and sizes == marker["files"])
+    made_from = marker.get("gguf_sha256"), marker.get("converter")
+    return bool(made_from == (digest, _converter()) and sizes == marker["files"])
+
+
+def _converter() -> str:
+    """The hash of the code that converts; read and not imported, for it brings torch."""
+    return _sha256(Path(__file__).parents[1] / "models" / "gguf.py")
 
 
 def _sha256(path: Path) -> str:

@@ -38,7 +38,6 @@ class Session:
     """
 
     _ERRORS_KEPT = 20
-    _TRIES = 5
 
     def __init__(self, backends: Sequence[Backend], cache: Cache, *, patience: int = 20) -> None:
         self._backends, self._cache, self._patience = backends, cache, patience
@@ -95,15 +94,10 @@ class Session:
 
     async def close(self) -> None:
         """Stop what is under way and release the backends."""
-        tasks = set(self._under_way.values())
-        for _ in range(
-            self._TRIES
-        ):  # a client that is cancelled while it connects may not notice the first time
-            for task in tasks:
-                task.cancel()
-            if not tasks:
-                break
-            _, tasks = await asyncio.wait(tasks, timeout=1.0)
+        tasks = list(self._under_way.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for backend in self._backends:
             await backend.close()
 
