@@ -23,6 +23,9 @@ KEY = "sk-planted-0123456789"
 QUESTION = Request((Message("user", "How sure are you?"),), max_tokens=8)
 
 
+_LONGEST = 60.0  # seconds of all requests of a test; one that waits for ever fails
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     with serving() as running:
@@ -37,7 +40,8 @@ def ask(url: str, *requests: Request, meter: Meter | None = None, **options: Any
         config = EndpointConfig(model="m", base_url=url, **options)
         endpoint = Endpoint(config, SecretStr(KEY), meter or Meter())
         try:
-            return await asyncio.gather(*map(endpoint, requests or [QUESTION]), return_exceptions=True)
+            async with asyncio.timeout(_LONGEST):
+                return await asyncio.gather(*map(endpoint, requests or [QUESTION]), return_exceptions=True)
         finally:
             await endpoint.close()
 
