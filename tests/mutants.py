@@ -975,6 +975,9 @@ def copy_of_the_tree(tree: Path) -> Path:
     for name in ("ual", "ual_kernels", "benchmarks", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", tree)
+    data = ROOT.parent / "shared"
+    if data.is_dir() and not (tree.parent / "shared").exists():
+        (tree.parent / "shared").symlink_to(data)
     return tree
 
 
