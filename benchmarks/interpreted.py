@@ -1,9 +1,9 @@
 """Triton on a machine without a GPU: its interpreter, repaired as far as the peers' kernels need it.
 
 Import this before anything that imports Triton: it chooses the interpreter, which must happen first. Our own
-kernels widen right after each load and need no more than `tests.kernels.interpreter`. The
-peers' also multiply and add in bfloat16, which the interpreter (triton 3.6 to 3.9) does on the bits as if
-they were integers, and call libdevice, whose functions are stubs there. What is repaired, and for whom:
+kernels widen right after each load and need no more than `tests.kernels.interpreter`. The peers' also
+multiply and add in bfloat16, which the interpreter (triton 3.6 to 3.9) does on the bits as if they were
+integers, and call libdevice, whose functions are stubs there. What is repaired, and for whom:
 
     bfloat16 +, -, *, <    cut-cross-entropy's indexed dot and its locked sums; liger's scaling by an upstream
     tl.dot of bfloat16     cut-cross-entropy's GEMMs; the products are exact in float32, as on tensor cores

@@ -56,13 +56,14 @@ def stories(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct from its package, converted once for all workers, and for `ual quickstart`."""
+    from ual.files import cache_folder
     from ual.quickstart import model
 
     try:
         importlib.metadata.distribution(model.PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(f"needs the package {model.PACKAGE}")
-    return model.prepare(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ual")
+    return model.prepare(cache_folder(os.environ))
 
 
 @pytest.fixture(scope="session")

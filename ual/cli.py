@@ -19,6 +19,7 @@ except ModuleNotFoundError as missing:  # the loss alone was installed
 
 from ual import __version__, tables
 from ual.errors import UserError
+from ual.files import cache_folder
 
 if TYPE_CHECKING:
     from ual.elicit_config import ElicitConfig
@@ -113,7 +114,7 @@ def train(
                 resume="auto" if auto else resume,
                 trust_remote_code=trust_remote_code,
                 console=err,
-                cache=_cache(),
+                cache=cache_folder(os.environ),
             )
             out.print(tables.plan(found))
             return
@@ -125,7 +126,7 @@ def train(
             resume="auto" if auto else resume,
             trust_remote_code=trust_remote_code,
             console=err,
-            cache=_cache(),
+            cache=cache_folder(os.environ),
         )
         out.print(tables.arms([result.metrics]))
         out.print(f"report   {result.report}", highlight=False, soft_wrap=True)
@@ -187,7 +188,9 @@ def preview(
         _settle(Path(resolved.output_dir) / "tensorboard")
         from ual.preview import preview as look
 
-        found = look(resolved, count=count, cache=_cache(), trust_remote_code=trust_remote_code)
+        found = look(
+            resolved, count=count, cache=cache_folder(os.environ), trust_remote_code=trust_remote_code
+        )
         for row in found.rows:
             facts, text = tables.preview_row(row, coloured=out.color_system is not None)
             out.print(facts, highlight=False, soft_wrap=True)
@@ -309,7 +312,9 @@ def quickstart(
         from ual.quickstart.run import run
 
         command = ["ual", *sys.argv[1:]]
-        result = run(output, steps=steps, rows=rows, cache=_cache(), command=command, console=err)
+        result = run(
+            output, steps=steps, rows=rows, cache=cache_folder(os.environ), command=command, console=err
+        )
         out.print(tables.arms(result.metrics))
         out.print(
             f"\n{result.verdict}\n\nopen     {result.report.resolve()}\nnext     {result.next_command}",
@@ -581,8 +586,3 @@ def _be_a_world_of_one() -> None:
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     for name, value in alone.items():
         os.environ.setdefault(name, str(value))
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ual"

@@ -1,7 +1,7 @@
-"""Files that are whole or absent: written aside, then renamed over the old one."""
+"""Files that are whole or absent: written aside, then renamed over the old one; and where caches lie."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,3 +23,8 @@ def aside(target: Path) -> Iterator[Path]:
     finally:
         if scratch.parent.is_dir():
             scratch.unlink(missing_ok=True)
+
+
+def cache_folder(environment: Mapping[str, str]) -> Path:
+    """Return the user's folder for what can be made again, by the XDG base directory specification."""
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ual"

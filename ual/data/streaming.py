@@ -86,10 +86,10 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         count = 0
-        for i, sample in enumerate(self._samples()):
-            count += 1
+        for count, sample in enumerate(self._samples(), start=1):
             if count > len(self._smoothing):
                 break
+            i = count - 1
             if np.isnan(self._smoothing[i]) or (row := self._renderer.render(sample)) is None:
                 continue
             yield {
