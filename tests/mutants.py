@@ -837,9 +837,9 @@ MUTANTS = [
         (
             "if values.ndim == 1 else values[:, :-1]",
             "if values.ndim == 1 else values[:, 1:]",
-            "test_sums_by_hand",
+            "test_spread",
         ),
-        ("else groups[:, :-1]", "else groups[:, 1:]", "test_sums_by_hand"),
+        ("else groups[:, :-1]", "else groups[:, :1]", "test_sums_by_hand"),
         ("torch.where(groups < 0, nowhere, groups)", "groups.clamp(min=0)", "test_sums_by_hand"),
         ("live.numel() + len(live)", "live.numel()", "test_sums_by_hand"),
     ),
