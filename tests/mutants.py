@@ -219,7 +219,10 @@ MUTANTS = [
             "test_every_flag",
         ),
         ("dleft.addcmul_(rows.of_mean[:, None], t.mean, value=-1)", "pass", "test_every_flag"),
-        ("t.dright.addr_(over, t.spread, alpha=-1.0 / vocab)", "pass", "test_every_flag"),
+        ("out.addr_(over, t.spread, alpha=-1.0 / self.vocab)", "pass", "test_every_flag"),
+        ("            if first:\n", "            if last:\n", "test_any_chunk"),
+        ("last=chunk.stop == count", "last=True", "test_any_chunk"),
+        ("        dhead.zero_()\n", "", "test_all_rows_ignored_is_zero_with_a_connected_graph"),
         ("            a = a * logit_scale\n", "            pass\n", "test_every_flag"),
         (
             "yield slice(rows * i // pieces, rows * (i + 1) // pieces)",
@@ -252,6 +255,11 @@ MUTANTS = [
             "test_float16_waits_for_the_loss_scale_in_float32",
         ),
         ("out.index_add_(0, y, rows)", "out[y] += rows", "test_every_flag"),
+        (
+            "torch.mul(block, factor, out=product)",
+            "product.copy_(block)",
+            "test_a_power_of_two_upstream_scales_a_16_bit_heads_gradient_exactly",
+        ),
         (
             "class_weight[rows] @ block",
             "class_weight[: len(block)] @ block",
@@ -849,7 +857,7 @@ MUTANTS = [
         (
             "if key in self._known or key in self._counted",
             "if key in self._counted",
-            "test_a_real_steps_peak_is_what_was_estimated",
+            "test_weights_are_no_part_of_a_steps_activations",
         ),
         ("            self._live -= size\n", "", "test_a_real_steps_peak_is_what_was_estimated"),
     ),

@@ -97,6 +97,16 @@ def add_rows(out: Tensor, y: Tensor, rows: Tensor) -> None:
         out.index_add_(0, y, rows)
 
 
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient times a scalar, in `dtype`, with no second float32 copy of a whole head on the way."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    # a CPU makes of the product a whole of its own where the output has another dtype
+    parts = 32 if gradient.is_cpu and dtype != gradient.dtype else 1
+    for block, product in zip(gradient.chunk(parts), out.chunk(parts), strict=True):
+        torch.mul(block, factor, out=product)
+    return out
+
+
 def dead_statistics(like: Tensor, fields: int, rows: int, acc: torch.dtype) -> Tensor:
     """Statistics [fields, N] of rows that do not take part."""
     stats = like.new_full((fields, rows), torch.nan, dtype=acc)

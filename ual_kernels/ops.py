@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ual_kernels._rows import LOGITS_STATISTICS, STATISTICS, stored_dtype
+from ual_kernels._rows import LOGITS_STATISTICS, STATISTICS, scaled, stored_dtype
 from ual_kernels._types import UnsupportedError
 
 
@@ -385,7 +385,7 @@ def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
     scalar = upstream[:1].sum()
     by_row = (gradients[0] * upstream[:, None]).to(ctx.dtypes[0]) if needs[0] else None
     summed = [
-        (gradient * scalar).to(dtype) if wanted else None
+        scaled(gradient, scalar, dtype) if wanted else None
         for gradient, dtype, wanted in zip(gradients[1:], ctx.dtypes[1:], needs[1:5], strict=True)
     ]
     return _once(

@@ -459,6 +459,17 @@ def test_backward_again_on_a_retained_graph(
         assert torch.equal(a, b)
 
 
+def test_a_power_of_two_upstream_scales_a_16_bit_heads_gradient_exactly(device: torch.device) -> None:
+    leaves, target = linear_case(9, 301, 8, torch.bfloat16, device)
+    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    loss = linear_cross_entropy(**leaves, target=target)
+    plain = torch.autograd.grad(loss, wanted, retain_graph=True)
+    scaled = torch.autograd.grad(loss, wanted, torch.full_like(loss, 0.25))
+    for a, b, leaf in zip(plain, scaled, wanted, strict=True):
+        assert b.dtype == leaf.dtype
+        assert torch.equal(a * 0.25, b)
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("by", ["input", *HEAD, "label_smoothing", "sample_weight"])
 def test_a_second_derivative_is_refused(by: str, reduction: str, device: torch.device) -> None:

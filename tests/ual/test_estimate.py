@@ -112,6 +112,14 @@ def test_a_real_steps_peak_is_what_was_estimated(settings: Path, tmp_path: Path)
     assert estimates[0].fused_head < estimates[0].naive_head / 5
 
 
+def test_weights_are_no_part_of_a_steps_activations(settings: Path) -> None:
+    run = configuration.load(settings)
+    found = step_memory(empty_model(run.model, run.lora), batch=1, length=1)
+    assert (
+        0 < found.activations < found.largest_layer / 10
+    )  # one token's; a layer's weights are seen as views
+
+
 def test_weights_gradients_and_optimizer_are_arithmetic(settings: Path) -> None:
     (settings.parent / "model" / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 1}))
     found = estimate(configuration.load(settings))

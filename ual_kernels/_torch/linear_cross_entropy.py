@@ -119,7 +119,8 @@ def linear_cross_entropy(
     loss, state = wide(rows), wide(2, rows)
     stats = dead_statistics(input, STATISTICS, rows if statistics else 0, acc)
     dinput = wide(rows, features, when=input_grad).to(stored_dtype(input.dtype, per_row))
-    dhead = wide(size, features, when=head_grad)
+    # each tile is zeroed when it is about to be added to: fresh pages cost a CPU as much as a product
+    dhead = input.new_empty((size if head_grad else 0, features), dtype=acc)
     dbias = wide(size, when=head_grad and linear_bias is not None)
     rank = 0 if lora_a is None else lora_a.shape[0]
     dlora_a, dlora_b = wide(rank, features, when=lora_grad), wide(size, rank, when=lora_grad)
@@ -128,6 +129,7 @@ def linear_cross_entropy(
     kept = kept_rows(target, ignore_index, live_rows)
     count = len(kept.index)
     if count == 0:
+        dhead.zero_()
         return outputs
 
     products = Products(input, precision)
@@ -242,7 +244,7 @@ def linear_cross_entropy(
                 at_target = (at_target - s * c_y / vocab) * slope_y
             a = a * logit_scale
             rows_of = Rows(lefts, column, a * k / total * fade, torch.where(mine, a * at_target, 0.0), a * s)
-            dlefts = sweep.gradients(rows_of)
+            dlefts = sweep.gradients(rows_of, first=chunk.start == 0, last=chunk.stop == count)
             through_b = None
             if lora_a is not None and (of_u := dlefts[1]) is not None:
                 through_b = whole.sum(of_u * lora_scale)
@@ -253,11 +255,6 @@ def linear_cross_entropy(
                 if through_b is not None and lora_a is not None:
                     de.addmm_(through_b, lora_a.detach().to(acc))
                 dinput[index] = de.to(dinput.dtype)
-    if not capped:
-        over = class_weight if class_weight is not None else input.new_ones(size, dtype=acc)
-        for t in terms:
-            if t.dright is not None:
-                t.dright.addr_(over, t.spread, alpha=-1.0 / vocab)
     poison_missed(kept, target, ignore_index, loss, state, dinput)
     return outputs
 
@@ -425,9 +422,16 @@ class Sweep:
             if tile.slope is not None:
                 add(bent, tile.slope, right)
 
-    def gradients(self, rows: Rows) -> list[Tensor | None]:
-        """dleft of each term; dright is added to."""
+    def gradients(self, rows: Rows, *, first: bool, last: bool) -> list[Tensor | None]:
+        """dleft of each term; dright is added to: the first chunk starts it, the last completes it."""
+        for t, left in zip(self.terms, rows.lefts, strict=True):
+            if t.dright is not None and not self.softcap:
+                t.spread.add_(rows.of_mean @ left.to(t.dright.dtype))
         for number, tile in enumerate(self.kept):
+            if first:
+                for t in self.terms:
+                    if t.dright is not None:
+                        t.dright[tile.part].zero_()
             fade = torch.exp(tile.anchor - torch.where(self.high == -torch.inf, 0.0, self.high))
             skipped = number in self.skipped
             if skipped:
@@ -444,6 +448,11 @@ class Sweep:
                     add(out, tile.x.T, wide * (rows.of_x * fade)[:, None])
                 if tile.slope is not None:
                     add(out, tile.slope.T, wide * (rows.of_mean / -self.vocab)[:, None])
+                if last and not self.softcap:
+                    over = (
+                        out.new_ones(len(out)) if self.class_weight is None else self.class_weight[tile.part]
+                    )
+                    out.addr_(over, t.spread, alpha=-1.0 / self.vocab)
         dlefts: list[Tensor | None] = []
         for t, left, x_right, bent in zip(
             self.terms, rows.lefts, self.x_rights, self.bent_rights, strict=True
@@ -451,8 +460,6 @@ class Sweep:
             if t.dright is not None:
                 wide = left.to(t.dright.dtype)
                 add_rows(t.dright, rows.column, wide * rows.of_target[:, None])
-                if not self.softcap:
-                    t.spread.add_(rows.of_mean @ wide)
             if x_right is None:
                 dlefts.append(None)
                 continue
