@@ -105,7 +105,10 @@ def step_memory(
     base = _base(model)
     head = base.get_output_embeddings()
     rows = max(1, int(batch * length * live))
-    scratch = min(_SCRATCH[device, head.weight.requires_grad], rows * head.weight.shape[0] * 4)
+    most = _SCRATCH[device, head.weight.requires_grad]
+    if head.weight.requires_grad:  # a quarter of its float32 gradient
+        most = max(most, head.weight.numel())
+    scratch = min(most, rows * head.weight.shape[0] * 4)
     frozen: dict[Tensor, int] = {p: p.nbytes for p in model.parameters() if not p.requires_grad}
     trained = [p for p in model.parameters() if p.requires_grad]
     if quantization:

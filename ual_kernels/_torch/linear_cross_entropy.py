@@ -54,10 +54,14 @@ def plan(vocab: int, features: int, count: int, keep: bool, cuda: bool, chunk_to
     """Rows of a chunk and columns of a tile, by budgets that were measured to serve (docs/kernels.md).
 
     A CPU wants tiles of 8 MiB of float32, and the 16-bit head's tile, widened, no larger; a trained head
-    keeps 64 MiB of tiles. A GPU wants them 32 times larger, for its GEMMs.
+    keeps 64 MiB of tiles, or a quarter of what its float32 gradient takes, which each chunk reads and writes.
+    A GPU wants them 32 times larger, for its GEMMs.
     """
     larger = 32 if cuda else 1
-    most = max(1, larger * (1 << 24) // vocab) if keep else 4_096 if cuda else 1_024
+    if keep:
+        most = max(1, larger * (1 << 24) // vocab, features // 4)
+    else:
+        most = 4_096 if cuda else 1_024
     rows = min(chunk_tokens or most, count)
     width = min(vocab, max(64, larger * (1 << 21) // rows), max(64, larger * (1 << 21) // max(features, 1)))
     return Plan(rows, width if width == vocab else -(-width // 64) * 64)
