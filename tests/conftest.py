@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import sys
+import threading
+from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
 
@@ -91,7 +93,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # what runs mostly in others' Python, where a tracer costs as much as the test and sees nothing of ours
-_UNTRACED = ("triton", "tests/invariants/", "the_real_model")
+_UNTRACED = ("triton", "tests/invariants/", "the_real_model", "test_contract")
 # files whose tests share what took processes or a model to make: in one worker, so that it is made once
 _TOGETHER = (
     "test_launches", "test_sharded", "test_parallel", "test_transformers_serve", "test_local",
@@ -106,9 +108,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         function = item.nodeid.partition("[")[0]
         # tracing costs as much again, and a further parameter of a test seldom reaches a further line
         if function in functions or any(part in item.nodeid for part in _UNTRACED):
-            item.add_marker(pytest.mark.no_cover)
+            item.add_marker(pytest.mark.untraced)
         functions.add(function)
         if item.path.stem in _TOGETHER:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """No coverage of untraced tests.
+
+    pytest-cov 7's own marker has no effect in a worker of xdist: two of its collectors run there, and the
+    second, once stopped, resumes the first.
+    """
+    if item.get_closest_marker("untraced") is None:
+        return (yield)
+    tracer, of_threads = sys.gettrace(), threading.gettrace()
+    sys.settrace(None)
+    threading.settrace(None)  # type: ignore[arg-type]
+    try:
+        return (yield)
+    finally:
+        threading.settrace(of_threads)  # type: ignore[arg-type]
+        sys.settrace(tracer)
