@@ -118,18 +118,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """No coverage of untraced tests.
+    """No coverage of untraced tests; a debugger's tracer stays.
 
     pytest-cov 7's own marker has no effect in a worker of xdist: two of its collectors run there, and the
     second, once stopped, resumes the first.
     """
-    if item.get_closest_marker("untraced") is None:
+    if not (item.config.pluginmanager.hasplugin("_cov") and item.get_closest_marker("untraced")):
         return (yield)
     tracer, of_threads = sys.gettrace(), threading.gettrace()
     sys.settrace(None)
-    threading.settrace(None)  # type: ignore[arg-type]
+    threading.settrace(None)
     try:
         return (yield)
     finally:
-        threading.settrace(of_threads)  # type: ignore[arg-type]
+        threading.settrace(of_threads)
         sys.settrace(tracer)
