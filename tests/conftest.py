@@ -93,7 +93,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # what runs mostly in others' Python, where a tracer costs as much as the test and sees nothing of ours
-_UNTRACED = ("triton", "tests/invariants/", "the_real_model", "test_contract")
+_UNTRACED = ("triton", "tests/invariants/", "the_real_model")
 # files whose tests share what took processes or a model to make: in one worker, so that it is made once
 _TOGETHER = (
     "test_launches", "test_sharded", "test_parallel", "test_transformers_serve", "test_local",
@@ -106,8 +106,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     functions: set[str] = set()
     for item in items:
         function = item.nodeid.partition("[")[0]
-        # tracing costs as much again, and a further parameter of a test seldom reaches a further line
-        if function in functions or any(part in item.nodeid for part in _UNTRACED):
+        # tracing costs as much again, and a further parameter seldom reaches a further line, but of a refusal
+        further = function in functions and "refus" not in function
+        if further or any(part in item.nodeid for part in _UNTRACED):
             item.add_marker(pytest.mark.untraced)
         functions.add(function)
         if item.path.stem in _TOGETHER:
