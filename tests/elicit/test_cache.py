@@ -54,6 +54,10 @@ def test_a_reply_reads_back_as_it_was(reply: Reply) -> None:
     assert Reply.parse(reply.dump()) == reply
 
 
+@pytest.mark.kills("ual/uncertainty/cache.py", "INSERT OR IGNORE INTO reply", "INSERT OR REPLACE INTO reply")
+@pytest.mark.kills(
+    "ual/uncertainty/cache.py", "os.O_CREAT | os.O_RDWR, 0o600", "os.O_CREAT | os.O_RDWR, 0o644"
+)
 def test_the_first_reply_of_a_key_stands_and_nothing_is_removed(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "c.sqlite")
     cache.add(b"k", Reply("first"))
@@ -90,6 +94,7 @@ def test_everything_that_determines_a_reply_is_in_its_key() -> None:
     assert key({"model": "m"}, base) == key({"model": "m"}, Request((Message("user", "q"),)))
 
 
+@pytest.mark.kills("ual/uncertainty/cache.py", "isolation_level=None", 'isolation_level="DEFERRED"')
 def test_a_killed_writer_loses_nothing_that_it_had_added(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     process = writer(path, "a", 10**6)

@@ -45,6 +45,11 @@ def tokens(*parts: tuple[str, Sequence[tuple[str, float]]]) -> tuple[Token, ...]
     )
 
 
+@pytest.mark.kills(
+    "ual/uncertainty/judge.py",
+    "sum(i * m for i, m in enumerate(mass)) / total",
+    "sum(i * m for i, m in enumerate(mass))",
+)
 def test_a_judge_takes_the_expected_score_over_the_token_that_states_it() -> None:
     likely = [("3", 0.5), ("5", 0.3), ("high", 0.2)]
     said = tokens(('{"', []), ("score", []), ('":', []), (" 3", likely), ("}", []))
@@ -144,6 +149,11 @@ def entailing(pairs: set[tuple[str, str]], answers: Sequence[str]) -> Callable[[
     return reply
 
 
+@pytest.mark.kills(
+    "ual/uncertainty/semantic_entropy.py",
+    "for first, second in ((a, b), (b, a)):",
+    "for first, second in ((a, b),):",
+)
 def test_semantic_entropy_clusters_by_entailment_in_both_directions() -> None:
     spec = {"name": "semantic_entropy", "samples": 4}
     both = {("Paris", "It is Paris"), ("It is Paris", "Paris")}
@@ -182,6 +192,9 @@ def test_rewording_asks_each_wording() -> None:
     assert found.value is None
 
 
+@pytest.mark.kills(
+    "ual/uncertainty/rewording.py", "return normalise(texts[letters.index(letter)])", "return letter"
+)
 def test_options_are_permuted_and_answers_mapped_back() -> None:
     spec = {"name": "rewording", "by": "permute_options", "wordings": 5}
 
@@ -202,6 +215,11 @@ def test_options_are_permuted_and_answers_mapped_back() -> None:
     assert (found.value, asked) == (None, [])
 
 
+@pytest.mark.kills(
+    "ual/uncertainty/rewording.py",
+    "match[0][: match.start(2) - match.start()] + next(following)",
+    "match[0].replace(match[2], next(following), 1)",
+)
 def test_an_option_that_is_its_own_letter_keeps_its_label() -> None:
     question = "Which vitamin?\nA. A\nB. C\nC. B"
     spec = {"name": "rewording", "by": "permute_options", "wordings": 6}

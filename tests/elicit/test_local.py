@@ -32,6 +32,11 @@ def loaded(stories: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(stories).eval(), AutoTokenizer.from_pretrained(stories)
 
 
+@pytest.mark.kills(
+    "ual/models/generate.py",
+    "        mask[row, longest - len(prompt.input_ids) :] = 1",
+    "        mask[row] = 1",
+)
 def test_greedy_is_the_argmax_at_every_step_whatever_the_padding(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     made = generate(model, tokenizer, [Prompt(ids) for ids in PROMPTS], max_tokens=6, top=4)
@@ -48,6 +53,7 @@ def test_greedy_is_the_argmax_at_every_step_whatever_the_padding(loaded: tuple[A
         assert found.length == len(found.tokens) + found.finished
 
 
+@pytest.mark.kills("ual/models/generate.py", "generator=self._noise[row]", "generator=self._noise[0]")
 def test_draws_do_not_depend_on_the_rows_beside_them(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     prompts = [Prompt(ids, 1.0, seed) for seed, ids in enumerate(PROMPTS)]
@@ -60,6 +66,9 @@ def test_draws_do_not_depend_on_the_rows_beside_them(loaded: tuple[Any, Any]) ->
     assert [g.text for g in others] != [g.text for g in alone]
 
 
+@pytest.mark.kills(
+    "ual/models/generate.py", "picked[row] = scores[row] / temperature -", "picked[row] = scores[row] -"
+)
 def test_draws_have_the_softmax_frequencies(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     n, temperature = 1500, 0.7

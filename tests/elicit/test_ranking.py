@@ -19,6 +19,13 @@ def area(order: tuple[bool, ...]) -> float:
     return float(np.mean([1 - sum(order[:n]) / n for n in range(1, len(order) + 1)]))
 
 
+@pytest.mark.kills("ual/evaluate/ranking.py", "(below + good / 2)", "(below + good)")
+@pytest.mark.kills("ual/evaluate/ranking.py", "(g0 - a * n0) * steps", "(g0 + a * n0) * steps")
+@pytest.mark.kills(
+    "ual/evaluate/ranking.py",
+    "    found, shown = np.cumsum(bad[::-1]), np.cumsum(size[::-1])",
+    "    found, shown = np.cumsum(bad), np.cumsum(size)",
+)
 @given(pairs)
 def test_against_the_definitions(rows: list[tuple[int, bool]]) -> None:
     found = ranking([u for u, _ in rows], [w for _, w in rows], resamples=1)

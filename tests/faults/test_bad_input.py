@@ -148,6 +148,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, stories: Path) -> None:
     assert "cannot write to" in refuse(config)
 
 
+@pytest.mark.kills(
+    "ual/train/folder.py", "for folder in (self.path, self.checkpoints):", "for folder in (self.path,):"
+)
 def test_a_read_only_folder_is_refused_before_the_model_is_loaded(tmp_path: Path, stories: Path) -> None:
     config = configure(tmp_path, stories, ROWS, uncertainty="column")
     closed = tmp_path / "run" / "checkpoints"

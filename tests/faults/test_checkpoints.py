@@ -57,6 +57,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.kills("ual/train/checkpoint.py", "if present != set(files):", "if set(files) - present:")
+@pytest.mark.kills(
+    "ual/train/checkpoint.py", '!= recorded["sha256"]:', '!= recorded["sha256"] and not recorded["bytes"]:'
+)
+@pytest.mark.kills("ual/train/checkpoint.py", "        (int(number), path)", "        (number, path)")
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
@@ -77,6 +82,7 @@ def test_what_a_kill_leaves_aside_is_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.newest_whole(tmp_path) is None
 
 
+@pytest.mark.kills("ual/train/checkpoint.py", "if free < size:", "if free < 0:")
 def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     checkpoint.require_room(tmp_path, 1)
@@ -120,6 +126,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.kills("ual/train/ranks.py", 'or "gloo/transport" in str(error)', "")
 def test_a_process_that_is_gone_is_not_taken_for_a_full_disk() -> None:
     at = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
@@ -133,6 +140,7 @@ def test_a_process_that_is_gone_is_not_taken_for_a_full_disk() -> None:
             process.kill()
 
 
+@pytest.mark.kills("ual/train/folder.py", "elif resume is True:", "elif resume:")
 def test_nothing_to_go_on_with(tmp_path: Path, tiny: Path) -> None:
     config = configure(tmp_path, tiny, ROWS, uncertainty="column", training={"max_steps": 2})
     assert "--resume auto" in refuse(config, "--resume")
@@ -141,6 +149,9 @@ def test_nothing_to_go_on_with(tmp_path: Path, tiny: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.kills(
+    "ual/train/callbacks.py", "if not ranks.highest(mine):", "if mine or not ranks.highest(mine):"
+)
 def test_a_gradient_that_is_not_finite_names_the_samples(tmp_path: Path, tiny: Path) -> None:
     """A weight near the largest float overflows one row's gradient; the step before has been saved."""
     rows = [row | {"id": f"row {i}", "sample_weight": 1.0} for i, row in enumerate(ROWS)]
@@ -211,6 +222,10 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
     )
 
 
+@pytest.mark.kills("ual/train/zero.py", "if stage(values) == 3 and not", "if stage(values) == 4 and not")
+@pytest.mark.kills(
+    "ual/train/zero.py", 'if (hint := nearest(key, _KEYS)).startswith("did', 'if (hint := "").startswith("did'
+)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -61,6 +61,19 @@ def stopped(folder: Path, shared: Path, whole: Path) -> Path:
     return config
 
 
+@pytest.mark.kills(
+    "ual/train/adapter_state.py",
+    '{"step": whole["step"][0].clone()}',
+    '{"step": 0 * whole["step"][0]}',
+    slow=True,
+)
+@pytest.mark.kills(
+    "ual/train/adapter_state.py",
+    "safe_get_full_optimizer_state(p, key)",
+    'safe_get_full_optimizer_state(p, "exp_avg")',
+    slow=True,
+)
+@pytest.mark.kills("ual/train/trainer.py", '            group["lr"] = rate', "            pass", slow=True)
 def test_whatever_launched_and_stopped_it_the_weights_are_the_same(whole: Path, stopped: Path) -> None:
     shutil.copytree(stopped.parent, stopped.parent.with_name("other-world"))
     launch = Launch(stopped, "accelerate", AUTO)

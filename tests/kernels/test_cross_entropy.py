@@ -39,6 +39,30 @@ def judge(leaves: dict[str, Tensor], target: Tensor, flags: dict[str, Any], **ho
 # ---- values and gradients ----
 
 
+@pytest.mark.kills("ual_kernels/_triton/cross_entropy.py", "k += 2.0 * Z_LOSS * lse", "k += Z_LOSS * lse")
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py", "(c_mean - c_y) * nll - gap + poison", "poison - gap"
+)
+@pytest.mark.kills("ual_kernels/_triton/cross_entropy.py", "on_target = (1.0 - s) * c_y", "on_target = c_y")
+@pytest.mark.kills("ual_kernels/_triton/cross_entropy.py", "spread = s / V", "spread = s")
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "dx *= 1.0 - (z / SOFTCAP) * (z / SOFTCAP)",
+    "dx *= 1.0 - z / SOFTCAP",
+)
+@pytest.mark.kills(
+    "ual_kernels/_triton/math.py", "z = SOFTCAP * tanh(z / SOFTCAP)", "z = SOFTCAP * tanh(x / SOFTCAP)"
+)
+@pytest.mark.kills(
+    "ual_kernels/_torch/cross_entropy.py", "logits[chunk].to(acc, copy=True)", "logits[chunk].to(acc)"
+)
+@pytest.mark.kills(
+    "ual_kernels/_torch/cross_entropy.py",
+    "p -= (scale * s / p.shape[1])[:, None]",
+    "p -= (scale * s)[:, None]",
+)
+@pytest.mark.kills("ual_kernels/_torch/cross_entropy.py", "k + 2 * z_loss * lse", "k + z_loss * lse")
+@pytest.mark.kills("ual_kernels/functional.py", "return s if stretch == 1.0 else s * stretch", "return s")
 @fused
 @pytest.mark.parametrize("dtype", names(DTYPES))
 @pytest.mark.parametrize("flags", OPTIONS)
@@ -47,6 +71,19 @@ def test_every_flag(flags: str, dtype: torch.dtype, backend: str, device: torch.
     judge(leaves, target, options(flags, 101, device), backend=backend)
 
 
+@pytest.mark.kills(
+    "ual_kernels/reference.py",
+    "uniform = -(log_p * weight.to(nll.dtype)).mean(dim=-1)",
+    "uniform = -log_p.mean(dim=-1)",
+)
+@pytest.mark.kills(
+    "ual_kernels/reference.py",
+    "z_loss * torch.logsumexp(z, dim=-1).square()",
+    "z_loss * torch.logsumexp(z, dim=-1)",
+)
+@pytest.mark.kills(
+    "ual_kernels/reference.py", "softcap * torch.tanh(z / softcap)", "softcap * torch.tanh(input / softcap)"
+)
 @pytest.mark.parametrize("flags", OPTIONS)
 def test_the_oracle(flags: str, device: torch.device) -> None:
     leaves, target = logits_case(6, 101, torch.float64, device, scale=2.0)
@@ -54,6 +91,11 @@ def test_the_oracle(flags: str, device: torch.device) -> None:
 
 
 # Two lanes; odd and below a block; a whole block and a block and one, in float32 and in bfloat16.
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "            gap += tl.sum(tl.where(inside, z - z_y, 0.0)",
+    "            gap += tl.sum(z - z_y",
+)
 @fused
 @pytest.mark.parametrize("dtype", names([torch.float32, torch.bfloat16]))
 @pytest.mark.parametrize("vocab", [2, 257, 2_048, 2_049, 4_096, 4_097])
@@ -74,6 +116,9 @@ def test_one_class(backend: str, device: torch.device) -> None:
         torch.testing.assert_close(ours[name], exact[name], rtol=0, atol=1e-15)
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py", "rescale = tl.exp(high - base)", "rescale = tl.exp(base - base)"
+)
 @fused
 def test_the_maximum_may_come_late_or_early(backend: str, device: torch.device) -> None:
     """In the first block, the last, or both: the running sums are rescaled when it moves."""
@@ -91,6 +136,16 @@ def test_tiny_and_huge_logits(scale: float, backend: str, device: torch.device) 
     judge(leaves, target, {"reduction": "none"}, backend=backend)
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "p = tl.exp(z - high - log_sum)",
+    "p = tl.exp(z - (high + log_sum))",
+)
+@pytest.mark.kills(
+    "ual_kernels/_torch/cross_entropy.py",
+    "high = _shift_in_place(z)\n        gap = _weighted_mean(z, class_weight) - c_mean * (z_y - high)",
+    "gap = _weighted_mean(z, class_weight) - c_mean * z_y\n        high = _shift_in_place(z)",
+)
 @fused
 def test_logits_far_from_zero(backend: str, device: torch.device) -> None:
     """Near 300 float32 has steps of 3e-5: so much would every probability lose to a stored log-sum-exp."""
@@ -110,6 +165,22 @@ def test_more_rows_than_a_chunk(backend: str, device: torch.device, monkeypatch:
     torch.testing.assert_close(stats, whole, equal_nan=True)
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "tl.load(row_scale_ptr + row) * LOGIT_SCALE, live",
+    "tl.load(row_scale_ptr + row), live",
+)
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "stop = tl.where(scale == 1.0, 0, V)",
+    "stop = tl.where(scale == 1.0, 0, 0)",
+)
+@pytest.mark.kills(
+    "ual_kernels/_torch/cross_entropy.py", "buffer.is_cpu and bool((scale == 1).all())", "buffer.is_cpu"
+)
+@pytest.mark.kills(
+    "ual_kernels/ops.py", "dloss * row_scale * state[3], dloss * loss", "dloss * state[3], dloss * loss"
+)
 @fused
 @pytest.mark.parametrize("dtype", names([torch.float64, torch.float32, torch.bfloat16]))
 @pytest.mark.parametrize("flags", OPTIONS)
@@ -132,6 +203,16 @@ def test_the_gradient_in_place(flags: str, dtype: torch.dtype, backend: str, dev
     )
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "tl.maximum(tl.minimum(high, block_high), tl.maximum(second, block_second))",
+    "tl.maximum(second, block_second)",
+)
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "weighted_sum = rescale * (weighted_sum + moved)",
+    "weighted_sum = rescale * weighted_sum",
+)
 @backends
 @pytest.mark.parametrize("dtype", names(DTYPES))
 @pytest.mark.parametrize("flags", ["mean", "all"])
@@ -179,6 +260,11 @@ def test_statistics(flags: str, dtype: torch.dtype, backend: str, device: torch.
         )
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "block_second = tl.where(tl.sum(largest.to(tl.int32), axis=0) > 1, block_high, block_second)",
+    "pass",
+)
 @backends
 @pytest.mark.parametrize("twin", [7, 4_098])
 def test_statistics_of_a_tie(twin: int, backend: str, device: torch.device) -> None:
@@ -203,6 +289,9 @@ def test_statistics_of_one_class(backend: str, device: torch.device) -> None:
 # ---- shapes and dtypes of arguments ----
 
 
+@pytest.mark.kills(
+    "ual_kernels/functional.py", "reshape(value.shape + missing)", "reshape(missing + value.shape)"
+)
 @backends
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 3, 2)])
 def test_numbers_per_leading_index_are_spread_over_the_rest(
@@ -225,6 +314,7 @@ def test_numbers_per_leading_index_are_spread_over_the_rest(
                 torch.testing.assert_close(ours[name], exact[name], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.kills("ual_kernels/functional.py", "row_scale = row_scale * of_target", "pass")
 @backends
 @pytest.mark.parametrize("uniform", [0, 0.1, 1.0])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -250,6 +340,8 @@ def test_int32_labels(backend: str, device: torch.device) -> None:
         assert torch.equal(long[name], short[name]), name
 
 
+@pytest.mark.kills("ual_kernels/functional.py", "target.reshape(-1).contiguous()", "target.reshape(-1)")
+@pytest.mark.kills("ual_kernels/functional.py", "weight.to(acc).contiguous()", "weight.to(acc)")
 @backends
 def test_any_strides(backend: str, device: torch.device) -> None:
     """Every argument as a view into something wider whose other elements are poison."""
@@ -277,6 +369,9 @@ def test_any_strides(backend: str, device: torch.device) -> None:
         torch.testing.assert_close(strided[name], packed[name], rtol=0, atol=0)
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py", "dlogits_ptr + row * V", "dlogits_ptr + row * stride_n"
+)
 @fused
 def test_a_row_stride_reads_and_writes_only_its_view(backend: str, device: torch.device) -> None:
     """Rows inside a NaN-filled buffer: an overrun would read NaN, an overwrite would erase it."""
@@ -294,6 +389,16 @@ def test_a_row_stride_reads_and_writes_only_its_view(backend: str, device: torch
     assert buffer[:, 42:].isnan().all()
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "row * stride_n\n    x_y",
+    "(row * stride_n).to(tl.int32)\n    x_y",
+)
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "logits_ptr + row * stride_n,\n",
+    "logits_ptr + (row * stride_n).to(tl.int32),\n",
+)
 @fused
 def test_offsets_past_two_to_the_31(backend: str, device: torch.device, tmp_path: Path) -> None:
     """Three rows so far apart that 32 bits cannot address the third."""
@@ -341,6 +446,7 @@ def test_an_upstream_of_stride_zero(backend: str, device: torch.device) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.kills("ual_kernels/_triton/cross_entropy.py", "dloss_ptr + row * stride_g", "dloss_ptr + row")
 @fused
 def test_the_operator_takes_any_upstream(backend: str, device: torch.device) -> None:
     """The public function multiplies by the rows' scales, which makes its upstream dense."""
@@ -404,6 +510,20 @@ def test_all_rows_ignored_is_zero_with_a_connected_graph(
         assert not value.any(), name
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "tl.store(loss_ptr + row, tl.where(live, loss, 0.0))",
+    "tl.store(loss_ptr + row, loss)",
+)
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "tl.store(out_ptr + column, tl.where(live, dx, 0.0), mask=inside)",
+    "tl.store(out_ptr + column, dx, mask=inside)",
+)
+@pytest.mark.kills(
+    "ual_kernels/_torch/cross_entropy.py", "return p.masked_fill_(~live[:, None], 0.0)", "return p"
+)
+@pytest.mark.kills("ual_kernels/reference.py", "input.where(live[:, None], 0.0)", "input")
 @backends
 @pytest.mark.parametrize("nothing", [torch.nan, torch.inf, -torch.inf])
 def test_what_an_ignored_row_holds_does_not_matter(
@@ -440,6 +560,9 @@ def test_another_ignore_index(backend: str, device: torch.device) -> None:
     judge(leaves, target, {"ignore_index": 0, "weight": torch.rand(17, device=device)}, backend=backend)
 
 
+@pytest.mark.kills(
+    "ual_kernels/functional.py", "labels = torch.where(scale == 0, ignore_index, labels)", "pass"
+)
 @backends
 def test_a_row_of_weight_zero_counts_for_nothing(backend: str, device: torch.device) -> None:
     """Not even if it holds NaN: a filter that weighs rows by 0 drops them."""
@@ -460,6 +583,7 @@ def test_a_row_of_weight_zero_counts_for_nothing(backend: str, device: torch.dev
     assert torch.equal(measured["input"][kept], alone["input"])
 
 
+@pytest.mark.kills("ual_kernels/functional.py", "return torch.where(total == 0, 1.0, total)", "return total")
 @backends
 def test_all_weights_zero_is_zero(backend: str, device: torch.device) -> None:
     leaves, target = logits_case(4, 17, torch.float32, device)
@@ -474,6 +598,22 @@ def test_all_weights_zero_is_zero(backend: str, device: torch.device) -> None:
     assert not measured["input"].any()
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    'base = tl.where(new_high == float("-inf"), 0.0, new_high)',
+    "base = new_high",
+)
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "loss = k * nll - tl.where(s == 0.0, 0.0, s * gap)",
+    "loss = k * nll - s * gap",
+)
+@pytest.mark.kills("ual_kernels/_torch/cross_entropy.py", "torch.where(s == 0, 0.0, s * gap)", "s * gap")
+@pytest.mark.kills(
+    "ual_kernels/reference.py",
+    "torch.where((label_smoothing == 0) & uniform.isinf(), 0.0, uniform)",
+    "uniform",
+)
 @backends
 def test_forbidden_classes_cost_nothing_without_smoothing(backend: str, device: torch.device) -> None:
     """Logits of -inf are how constrained decoding says no; the first block here has nothing else."""
@@ -500,6 +640,26 @@ def test_forbidden_classes_cost_nothing_without_smoothing(backend: str, device: 
     assert (smoothed == torch.inf).all()
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py", "    loss += poison\n    k += poison", "    loss += poison"
+)
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "legal = (target >= 0) & (target < V)\n    s = ",
+    "legal = (target >= 0) & (target <= V)\n    s = ",
+)
+@pytest.mark.kills(
+    "ual_kernels/functional.py",
+    "torch.where((s >= 0) & (s <= 1), s, torch.nan)",
+    "torch.where(s <= 1, s, torch.nan)",
+)
+@pytest.mark.kills("ual_kernels/functional.py", "torch.where(scale >= 0, scale, torch.nan)", "scale")
+@pytest.mark.kills("ual_kernels/functional.py", "total = row_scale.nansum()", "total = row_scale.sum()")
+@pytest.mark.kills(
+    "ual_kernels/reference.py",
+    "torch.where(live & ~legal, torch.nan, 1.0)",
+    "torch.where(live & ~legal, 1.0, 1.0)",
+)
 @backends
 @pytest.mark.parametrize(
     ("label", "smoothing", "weight"),
@@ -558,6 +718,7 @@ def test_backward_again_on_a_retained_graph(backend: str, device: torch.device) 
         assert torch.equal(a, b)
 
 
+@pytest.mark.kills("ual_kernels/ops.py", "if not torch.is_grad_enabled():", "if True:")
 @fused
 @pytest.mark.parametrize(
     ("by", "inplace"),
@@ -604,6 +765,7 @@ def test_no_grad_makes_no_graph_and_writes_nothing(backend: str, device: torch.d
     assert torch.equal(logits, before)
 
 
+@pytest.mark.kills("ual_kernels/ops.py", "ctx.buffer, dloss), None", "ctx.buffer, dloss), ctx.buffer")
 @fused
 def test_in_place_backward_runs_once(backend: str, device: torch.device) -> None:
     logits = torch.randn(4, 17, device=device, requires_grad=True) * 1.0
@@ -681,6 +843,9 @@ def test_refusals_name_the_argument(change: dict[str, Any], message: str) -> Non
         cross_entropy(**(arguments | change))
 
 
+@pytest.mark.kills(
+    "ual_kernels/functional.py", "owner = input if input._base is None else input._base", "owner = input"
+)
 def test_in_place_refusals() -> None:
     target = torch.zeros(4, dtype=torch.long)
     leaf = torch.zeros(4, 5, requires_grad=True)

@@ -90,6 +90,13 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
 # ---- tiles ----
 
 
+@pytest.mark.kills("ual_kernels/_torch/linear_cross_entropy.py", "x_right.mul_(fade[:, None])", "pass")
+@pytest.mark.kills(
+    "ual_kernels/_torch/linear_cross_entropy.py", "(column < part.stop)", "(column <= part.stop)"
+)
+@pytest.mark.kills(
+    "ual_kernels/_torch/linear_cross_entropy.py", "rows.of_x * fade)[:, None])", "rows.of_x)[:, None])"
+)
 @every_head
 @pytest.mark.parametrize(("rows", "width"), [(5, 3), (7, 64), (24, 100)])
 @pytest.mark.parametrize("flags", OPTIONS)
@@ -129,6 +136,11 @@ def test_sixteen_bits_are_rounded_once_over_many_tiles(
     )
 
 
+@pytest.mark.kills(
+    "ual_kernels/_torch/linear_cross_entropy.py",
+    "fade = torch.exp(before - anchor)",
+    "fade = torch.ones_like(before)",
+)
 @heads
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("slope", [1.0, -1.0], ids=["late", "early"])
@@ -150,6 +162,16 @@ def test_the_maximum_may_come_late_or_early(
     torch.testing.assert_close(facts, theirs, equal_nan=True, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.kills(
+    "ual_kernels/_torch/linear_cross_entropy.py",
+    "self.second = torch.maximum(second, torch.minimum(self.high, high))",
+    "self.second = second",
+)
+@pytest.mark.kills(
+    "ual_kernels/_torch/linear_cross_entropy.py",
+    "self.moment = fade * (self.moment + falls)",
+    "self.moment = fade * self.moment",
+)
 @pytest.mark.parametrize(("rows", "width"), [(5, 1), (24, 7), (2, 100)])
 @pytest.mark.parametrize("flags", ["mean", "softcap", "all"])
 def test_statistics_over_many_tiles(
@@ -170,6 +192,11 @@ def test_statistics_over_many_tiles(
     assert (expected.margin[[0, 2]] < 1e-9).all()
 
 
+@pytest.mark.kills(
+    "ual_kernels/_torch/linear_cross_entropy.py",
+    "anchor = torch.where(self.high == -torch.inf, 0.0, self.high)\n        fade",
+    "anchor = self.high\n        fade",
+)
 @heads
 @pytest.mark.parametrize("where", [slice(0, 7), slice(7, 14), slice(95, 101), slice(0, 14)])
 def test_whole_tiles_of_forbidden_classes(
@@ -252,6 +279,14 @@ def test_a_plan_keeps_to_its_budgets(vocab: int, features: int, keep: bool, cuda
 # ---- a LoRA adapter on the head ----
 
 
+@pytest.mark.kills(
+    "ual_kernels/_torch/linear_cross_entropy.py", "dlora_a.addmm_(through_b.T, e.to(acc))", "pass"
+)
+@pytest.mark.kills(
+    "ual_kernels/_torch/linear_cross_entropy.py",
+    "through_b = whole.sum(of_u * lora_scale)",
+    "through_b = whole.sum(of_u)",
+)
 @pytest.mark.parametrize("head", [frozen_with_adapter, with_adapter], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("flags", OPTIONS)
@@ -456,6 +491,7 @@ KNOWN = [{"live_rows": 13}, {"live_rows": 15}, {"live_rows": 20}, {"compact": Fa
 known = pytest.mark.parametrize("rows", KNOWN, ids=["exact", "more", "all", "not-compact"])
 
 
+@pytest.mark.kills("ual_kernels/_torch/linear_cross_entropy.py", "e.masked_fill(~live[:, None], 0.0)", "e")
 @known
 @heads
 @pytest.mark.parametrize("nothing", [torch.nan, torch.inf])
@@ -519,6 +555,9 @@ def test_no_rows_of_none(device: torch.device) -> None:
         assert not value.any(), name
 
 
+@pytest.mark.kills(
+    "ual_kernels/_torch/linear_cross_entropy.py", "torch.where(kept.enough, poison, torch.nan)", "poison"
+)
 @heads
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("count", [0, 1, 12])
@@ -586,6 +625,11 @@ def test_a_known_count_is_never_read_from_the_device(
 # ---- rounded logits, by name ----
 
 
+@pytest.mark.kills(
+    "ual_kernels/_torch/linear_cross_entropy.py",
+    'self._fast = precision == "fast" and self._sixteen',
+    "self._fast = False",
+)
 @pytest.mark.parametrize("head", [frozen, dict], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("dtype", names(HALVES))
 @pytest.mark.parametrize("items", [64, 1_000_000])
@@ -675,6 +719,11 @@ FILTERED = {
 }
 
 
+@pytest.mark.kills(
+    "ual_kernels/_torch/linear_cross_entropy.py",
+    "together.amax(1) < self.filter",
+    "together.amin(1) < self.filter",
+)
 @every_head
 @pytest.mark.parametrize("flags", FILTERED)
 @pytest.mark.parametrize(("reduction", "tau"), [("none", 1e-3), ("sum", 1e-2)])
@@ -887,6 +936,12 @@ def any_tiles(request: pytest.FixtureRequest, tiles: Tiles) -> None:
         tiles(5, 7)
 
 
+@pytest.mark.kills(
+    "ual_kernels/_torch/linear_cross_entropy.py", "s = s if chosen is None else chosen", "pass"
+)
+@pytest.mark.kills(
+    "ual_kernels/_torch/linear_cross_entropy.py", "a = a if weight is None else a * weight", "pass"
+)
 @rules
 @every_head
 @pytest.mark.parametrize("flags", OPTIONS)

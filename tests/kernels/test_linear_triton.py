@@ -58,6 +58,16 @@ def at_the_floor(leaves: dict[str, Tensor], target: Tensor, **flags: Any) -> Non
 # ---- values and gradients ----
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "rate = tl.where(rounded > 0.0, coefficient * rest / rounded, rate)",
+    "rate = tl.where(rounded > 0.0, rest / rounded, rate)",
+)
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "at_target = (at_target - s * c_y / V) * slope",
+    "at_target = at_target * slope",
+)
 @variants
 @heads
 @pytest.mark.parametrize("flags", OPTIONS)
@@ -73,6 +83,11 @@ def test_every_flag(
     )
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "_FLOAT16_HEADROOM if x_dtype == torch.float16 else 0.0",
+    "_FLOAT16_HEADROOM * 2",
+)
 @pytest.mark.parametrize("head", [frozen, trainable, dict], ids=["frozen", "trainable", "bias"])
 @pytest.mark.parametrize("dtype", names([torch.float32, torch.float16]))
 @pytest.mark.parametrize("flags", ["mean", "softcap", "all"])
@@ -90,6 +105,11 @@ def test_other_dtypes(
     assert_as_accurate_as_eager(actual, eager, exact)
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "dbias += of_product @ x",
+    "dbias += of_product @ rounded.float()",
+)
 @pytest.mark.parametrize("flags", ["mean", "all"])
 def test_a_trained_bias(flags: str, device: torch.device) -> None:
     leaves, target = linear_case(24, 131, 48, torch.bfloat16, device)
@@ -103,6 +123,11 @@ def test_without_a_bias(variant: str, device: torch.device) -> None:
     at_the_floor(leaves, target, **options("classes", 101, device))
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "inside = column[None, :] < V\n    keep",
+    "inside = column[None, :] <= V\n    keep",
+)
 @variants
 @pytest.mark.parametrize("vocab", [1, 2, 64, 65])
 def test_any_width(vocab: int, variant: str, device: torch.device) -> None:
@@ -114,6 +139,11 @@ def test_any_width(vocab: int, variant: str, device: torch.device) -> None:
     torch.testing.assert_close(actual["input"].double(), exact["input"], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "keep = inside & (column[None, :] != y[:, None])",
+    "keep = inside",
+)
 @variants
 def test_confident_rows_are_at_the_floor(variant: str, device: torch.device) -> None:
     """p - 1 cancels where the target is all but certain: each row's own error, not their sum."""
@@ -133,6 +163,11 @@ def test_confident_rows_are_at_the_floor(variant: str, device: torch.device) -> 
 # ---- where a constant anchor does not reach ----
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "    elif tl.load(table_ptr + _TOTAL * M + row) < _LARGEST_TOTAL:",
+    "    elif tl.load(table_ptr + _TOTAL * M + row) != 0.5:",
+)
 @variants
 @pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("gap", [30.0, 80.0, 105.0, 115.0, 125.0, 200.0, 2_000.0])
@@ -180,6 +215,11 @@ def test_forbidden_classes(forbidden: str, variant: str, device: torch.device) -
     torch.testing.assert_close(actual[rows].double(), gradient[rows], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "_LARGEST_TOTAL: tl.constexpr = tl.constexpr(2.0**100)",
+    "_LARGEST_TOTAL: tl.constexpr = tl.constexpr(0.0)",
+)
 def test_only_far_rows_are_made_again(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the remedy taken away near rows do not change, and far rows are lost: it is needed, and idle."""
     leaves, target = linear_case(6, 101, 16, torch.bfloat16, device)
@@ -219,6 +259,11 @@ def compare_statistics(leaves: dict[str, Tensor], target: Tensor, **flags: Any) 
                 assert torch.equal(value, truth), field
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "    second = tl.where(tl.sum(largest.to(tl.int32), axis=1) > 1, high, second)",
+    "    pass",
+)
 @variants
 @pytest.mark.parametrize("flags", ["mean", "classes", "scaled", "all"])
 def test_statistics(flags: str, variant: str, device: torch.device) -> None:
@@ -247,6 +292,11 @@ def test_all_rows_ignored_is_zero(
         assert not value.any(), name
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "poison = torch.where(legal | ~alive, 0.0, torch.nan)",
+    "poison = torch.where(legal, 0.0, 0.0)",
+)
 @variants
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize(
@@ -338,6 +388,11 @@ def test_opcheck(dtype: torch.dtype, variant: str, device: torch.device) -> None
         )  # fmt: skip
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "at_target -= coefficient * rest",
+    "at_target += coefficient * rest",
+)
 @pytest.mark.parametrize("live_rows", [-1, 10, 11, 12], ids=["counted", "told", "more", "all"])
 @pytest.mark.parametrize("adapter", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])

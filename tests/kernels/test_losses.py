@@ -150,6 +150,7 @@ def compare(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
         )
 
 
+@pytest.mark.kills("ual_kernels/losses.py", '"logit_scale": logit_scale / beta', '"logit_scale": 1 / beta')
 @presets
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
@@ -204,6 +205,7 @@ def test_nothing_live_is_zero_with_a_connected_graph(name: str, backend: str, de
 # ---- what single presets promise ----
 
 
+@pytest.mark.kills("ual_kernels/losses.py", "statistics.log_prob.exp()", "statistics.top1_prob")
 def test_dft_is_the_gradient_of_the_probability(device: torch.device) -> None:
     logits, target = case("dft", device, linear=False)["input"], targets(device)
     (gradient,) = torch.autograd.grad(cross_entropy(logits, target, **losses.dft(), reduction="sum"), logits)
@@ -236,6 +238,7 @@ def test_eaft_has_the_whole_entropy(rest: float, device: torch.device) -> None:
         torch.testing.assert_close(whole, top, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.kills("ual_kernels/losses.py", "unit=math.log(top_k)", "unit=3.0")
 def test_eaft_weights_exceed_one_where_nothing_is_known(device: torch.device) -> None:
     logits = torch.zeros(2, 5_000, device=device, dtype=torch.float64)
     whole, top = eaft_weights(logits, 20)
@@ -250,6 +253,7 @@ def test_what_eafts_docstring_says_of_differences() -> None:
     assert round(math.log(vocab) / math.log(k), 2) == 3.98
 
 
+@pytest.mark.kills("ual_kernels/losses.py", "shift=sigma, unit=1.0", "shift=1.0, unit=1.0")
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
 @pytest.mark.parametrize("options", [{}, {"gamma": 2.0, "sigma": 0.25}, {"gamma": -1.0}], ids=str)
 def test_miles_scale_is_a_division(options: dict[str, float], linear: bool, device: torch.device) -> None:
@@ -272,6 +276,9 @@ def test_miles_scale_is_a_division(options: dict[str, float], linear: bool, devi
     compare(measure(rescaled, leaves, target), exact)
 
 
+@pytest.mark.kills(
+    "ual_kernels/losses.py", '"sample_weight": Constant(beta)', '"sample_weight": Constant(1.0)'
+)
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 @pytest.mark.parametrize("beta", [0.5, 0.7, 1.0, 1.5])
 def test_gems_value_is_beta_entropies_less(beta: float, backend: str, device: torch.device) -> None:
@@ -311,6 +318,7 @@ def test_certain_tokens_count_for_nothing(options: Any, backend: str, device: to
     assert not gradient.any()
 
 
+@pytest.mark.kills("ual_kernels/losses.py", "statistics.entropy.clamp(min=0.0)", "statistics.entropy")
 def test_an_entropy_rounded_below_zero_is_zero() -> None:
     fields = dict.fromkeys(TokenStatistics._fields, torch.zeros(2))
     statistics = TokenStatistics(**fields | {"entropy": torch.tensor([-1e-7, 0.0])})
@@ -324,6 +332,7 @@ def test_rules_travel_between_processes(make: Callable[[], dict[str, Any]]) -> N
     assert pickle.loads(pickle.dumps(make())) == make()
 
 
+@pytest.mark.kills("ual_kernels/losses.py", "if not 0 < beta < math.inf", "if beta <= 0")
 @pytest.mark.parametrize(
     ("make", "message"),
     [

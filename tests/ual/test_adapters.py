@@ -56,6 +56,7 @@ def adapted(tiny: Path, options: dict[str, Any]) -> Any:
     return model
 
 
+@pytest.mark.kills("ual/models/merge.py", "    _untie(loaded)  #", "    #", only="head adapted")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_trained_fused_as_unfused_and_merges(kind: str, tiny: Path, tmp_path: Path) -> None:
     model = adapted(tiny, KINDS[kind])
@@ -97,6 +98,7 @@ def test_an_adapter_is_trained_fused_as_unfused_and_merges(kind: str, tiny: Path
     assert not any(name.endswith((".bin", ".pt", ".partial")) for name in files)
 
 
+@pytest.mark.kills("ual/models/merge.py", '"dtype": "float32", "quantization"', '"quantization"')
 def test_merging_rounds_once(tiny: Path, tmp_path: Path) -> None:
     """A bfloat16 base: the merged weight is the float32 sum, rounded."""
     model = adapted(tiny, {"target_modules": ["q_proj"]})

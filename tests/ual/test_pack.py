@@ -67,6 +67,8 @@ def test_laws_of_packing(sizes: list[int], capacity: int) -> None:
     assert pack(sizes, capacity) == packs
 
 
+@pytest.mark.kills("ual/data/pack.py", "at = bisect_left(rooms, lengths[i])", "at = len(rooms)")
+@pytest.mark.kills("ual/data/pack.py", "key=lambda i: (-lengths[i], i)", "key=lambda i: i")
 def test_packing_prefers_the_fullest_sequence_that_has_room() -> None:
     assert pack([6, 5, 3, 4, 2], 10) == [[0, 3], [1, 2, 4]]
     assert pack([], 10) == []
@@ -132,6 +134,15 @@ FAMILIES = {
 }
 
 
+@pytest.mark.kills("ual/data/collate.py", "            of_row[0] = IGNORE_INDEX\n", "            pass\n")
+@pytest.mark.kills(
+    "ual/data/collate.py", "torch.arange(n) for n in (*lengths, padding)", "torch.arange(length)"
+)
+@pytest.mark.kills(
+    "ual/data/collate.py",
+    "torch.cat([smoothing, torch.zeros(1)]).repeat_interleave(spread)",
+    "smoothing.mean().expand(length)",
+)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_is_unpacked(family: str, attention: str) -> None:
@@ -165,6 +176,7 @@ def test_packed_is_unpacked(family: str, attention: str) -> None:
         assert ours <= 4 * theirs + torch.finfo(torch.float32).eps
 
 
+@pytest.mark.kills("ual/models/fused_loss.py", 'kwargs.setdefault("use_cache", False)', "pass")
 def test_a_cache_left_on_does_not_mix_rows() -> None:
     """transformers does not see that a sequence is packed where it makes a key-value cache."""
     features = packed(rows())
@@ -215,6 +227,8 @@ def absolute(model: PreTrainedModel) -> None:
     body.forward = counted
 
 
+@pytest.mark.kills("ual/models/isolation.py", "(beside - beside_other, 8 * eps", "(alone - alone, 8 * eps")
+@pytest.mark.kills("ual/models/isolation.py", "(beside - alone, eps**0.5", "(alone - alone, eps**0.5")
 @pytest.mark.parametrize(
     ("breaks", "message"),
     [(leaking, "'leaks' lets packed rows see each other"), (absolute, "otherwise than the row alone")],

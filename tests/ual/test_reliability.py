@@ -32,6 +32,10 @@ some_answers = st.lists(st.sampled_from(["18", "26", "4", "9", None]), min_size=
 entropies = st.lists(st.floats(0, 3), max_size=30)
 
 
+@pytest.mark.kills("ual/reliability.py", "math.log(n / count)", "math.log2(n / count)")
+@pytest.mark.kills(
+    "ual/reliability.py", "for count in sorted(counts.values())", "for count in counts.values()"
+)
 class TestEntropy:
     @golden
     def test_published_values(
@@ -85,6 +89,7 @@ class TestEntropy:
         assert len({reliability.entropy(order) for order in orders}) == 1
 
 
+@pytest.mark.kills("ual/reliability.py", "h <= limit", "h < limit")
 class TestKeep:
     @given(entropies)
     def test_the_median_keeps_at_least_half_and_all_ties(self, h: list[float]) -> None:
@@ -135,6 +140,11 @@ class TestKeep:
             reliability.keep([0.0, 1.0], rule, value)
 
 
+@pytest.mark.kills(
+    "ual/reliability.py",
+    "(count - highest) / (len(answers) * temperature)",
+    "(count - highest) / temperature",
+)
 class TestAnswerWeights:
     @golden
     def test_published_values(
@@ -167,6 +177,7 @@ class TestAnswerWeights:
             reliability.answer_weights(["a"], temperature)
 
 
+@pytest.mark.kills("ual/reliability.py", "(counts[answer], answer is not None)", "(counts[answer], True)")
 class TestMajority:
     @given(some_answers)
     def test_no_answer_is_more_frequent(self, answers: list[str | None]) -> None:

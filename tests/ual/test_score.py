@@ -21,6 +21,10 @@ def features(count: int) -> list[dict[str, Any]]:
     return [row | {"label_smoothing": 0.0, "sample_weight": 1.0} for row in rows]
 
 
+@pytest.mark.kills(
+    "ual/models/score.py", "            if mine >= len(starts):\n                continue\n", ""
+)
+@pytest.mark.kills("ual/models/score.py", "mine = turn * world_size + rank", "mine = turn * world_size")
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_shares_together_are_the_whole(tiny: Path, world_size: int) -> None:
     model = fuse(AutoModelForCausalLM.from_pretrained(tiny))

@@ -41,6 +41,9 @@ def batch(packed: bool) -> tuple[torch.Tensor, Any, Any, Any]:
     return (torch.tensor([live[:-1]]), *(torch.tensor([column]) for column in columns))
 
 
+@pytest.mark.kills("ual/train/seen.py", "else groups[:, :-1]", "else groups[:, :1]")
+@pytest.mark.kills("ual/train/seen.py", "torch.where(groups < 0, nowhere, groups)", "groups.clamp(min=0)")
+@pytest.mark.kills("ual/train/seen.py", "live.numel() + len(live)", "live.numel()")
 @pytest.mark.parametrize("packed", [False, True])
 def test_sums_by_hand(packed: bool) -> None:
     live, smoothing, weight, groups = batch(packed)
@@ -101,6 +104,9 @@ def test_processes_are_added_up() -> None:
     assert logs["mean_smoothing"] == pytest.approx(np.repeat(SMOOTHING, (2, 1, 3)).mean())
 
 
+@pytest.mark.kills(
+    "ual/train/seen.py", "if values.ndim == 1 else values[:, :-1]", "if values.ndim == 1 else values[:, 1:]"
+)
 def test_spread() -> None:
     live = torch.tensor([[True, False], [True, True]])
     assert spread(torch.tensor([2.0, 3.0]), live).tolist() == [[2, 0], [3, 3]]

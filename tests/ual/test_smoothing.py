@@ -42,6 +42,7 @@ def assert_order_kept(before: np.ndarray, after: np.ndarray) -> None:
     assert (steps[ties] == 0).all()
 
 
+@pytest.mark.kills("ual/smoothing.py", "np.cumsum(count) - (count + 1) / 2", "np.cumsum(count) - 1")
 class TestScale:
     @given(uncertainties, st.sampled_from(["rank", "min_max"]))
     @example(np.array([-1.7e308, 1.7e308, 0.0]), "min_max")
@@ -109,6 +110,12 @@ class TestScale:
             smoothing.scale([0.5], "ranks")  # type: ignore[arg-type]
 
 
+@pytest.mark.kills(
+    "ual/smoothing.py",
+    "minimum + (maximum - minimum) * values, minimum",
+    "maximum - (maximum - minimum) * values, minimum",
+)
+@pytest.mark.kills("ual/smoothing.py", "values = values**power", "values = values * power")
 class TestSmooth:
     @given(scaled, bounds(), maps)
     def test_is_monotone_and_within_bounds(
@@ -171,6 +178,9 @@ def matchable(draw: st.DrawFn) -> tuple[np.ndarray, float, float, float]:
     return draw(arrays(np.float64, st.integers(1, 30), elements=within)), draw(within), low, high
 
 
+@pytest.mark.kills(
+    "ual/smoothing.py", "((maximum - target) / (maximum - mean))", "((maximum - mean) / (maximum - target))"
+)
 class TestMatchMean:
     # s and its mean carry a rounding each per sum of at most 30 terms, and the map four more
     BUDGET = 64 * EPS
@@ -267,6 +277,7 @@ class TestControls:
         assert (smoothing.random(10, 0) != smoothing.random(10, 1)).all()
 
 
+@pytest.mark.kills("ual/smoothing.py", "np.median(values[~missing])", "np.mean(values[~missing])")
 class TestFillMissing:
     @given(uncertainties)
     def test_median_fills_only_the_gaps(self, x: np.ndarray) -> None:

@@ -56,6 +56,7 @@ def as_parquet(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.kills("ual/data/render.py", "tools=list(tools) or None", "tools=None")
 @pytest.mark.parametrize("write", [as_jsonl, as_parquet])
 def test_every_word_of_a_tool_row_is_rendered_and_the_assistants_trained(
     write: Any, tokenizer: Any, tmp_path: Path
@@ -83,6 +84,7 @@ def test_every_word_of_a_tool_row_is_rendered_and_the_assistants_trained(
     assert "<tools>" in renderer(tokenizer, tmp_path).render_prompt(first)
 
 
+@pytest.mark.kills("ual/data/render.py", "        self._check_tools(sample, text)\n", "")
 @pytest.mark.parametrize(
     ("template", "field"),
     [
@@ -118,6 +120,7 @@ def test_a_system_prompt_for_rows_that_have_none(tokenizer: Any, tmp_path: Path)
     assert "Be brief." in render.render_prompt(load(str(path))[0])
 
 
+@pytest.mark.kills("ual/data/render.py", "spans = spans[-1:]", "spans = spans[:1]")
 @pytest.mark.parametrize("template", ["chatml", None])
 def test_only_the_last_turn_may_be_trained(template: str | None, tokenizer: Any, tmp_path: Path) -> None:
     """With a template that marks turns, and with one that does not."""
