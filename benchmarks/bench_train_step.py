@@ -62,7 +62,7 @@ class Step:
             self.inputs |= {
                 "label_smoothing": torch.full((ROWS,), 0.1, device=DEVICE),
                 "sample_weight": torch.ones(ROWS, device=DEVICE),
-                "live_rows": int((labels[:, 1:] != IGNORED).sum()),
+                "max_loss_tokens": int((labels[:, 1:] != IGNORED).sum()),
             }
         self.upstream = torch.randn(ROWS, LENGTH, self.head.shape[1], dtype=DTYPES[dtype], device=DEVICE)
 

@@ -11,7 +11,11 @@ import torch
 
 from benchmarks import machine
 from benchmarks.accuracy import NothingToMeasureError, real_states
-from ual_kernels import linear_cross_entropy
+from ual_kernels import (
+    LinearCrossEntropyOptions,
+    linear_cross_entropy,
+    linear_cross_entropy_with_statistics,
+)
 
 THRESHOLDS = (0.0, 1e-5, 1e-3, 1e-2)
 CHUNKS = (None, 64)
@@ -20,7 +24,7 @@ ROUNDS = 5
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.gradient_filter", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=1_024, help="rows of the loss (default: 1024)")
+    parser.add_argument("--tokens", type=int, default=1_024, help="tokens of the loss (default: 1024)")
     given = parser.parse_args()
     try:
         states = real_states(given.tokens)
@@ -32,10 +36,10 @@ def main() -> int:
     truth, hidden = wide.grad, states.hidden.requires_grad_()
 
     def loss(tau: float, chunk: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        value, statistics = linear_cross_entropy(
-            hidden, states.head, states.target, label_smoothing=0.1, gradient_filter=tau, chunk_tokens=chunk,
-            return_statistics=True,
-        )  # fmt: skip
+        options = LinearCrossEntropyOptions(gradient_filter=tau, chunk_tokens=chunk)
+        value, statistics = linear_cross_entropy_with_statistics(
+            hidden, states.head, states.target, label_smoothing=0.1, options=options
+        )
         return torch.autograd.grad(value, hidden)[0], statistics.dropped_mass
 
     lines: list[tuple[str, ...]] = []
@@ -54,7 +58,7 @@ def main() -> int:
                 (str(chunk or "default"), f"{tau:g}" if tau else "off", f"{median(seconds[tau]) * 1e3:.0f}",
                  f"{ratio:.2f}", f"{dropped.mean():.1e}", f"{error:.1e}")
             )  # fmt: skip
-    header = ("rows of a chunk", "threshold", "ms", "time / off", "mean dropped mass", "dE error")
+    header = ("tokens of a chunk", "threshold", "ms", "time / off", "mean dropped mass", "dE error")
     print(f"# gradient_filter: {states.source}, {given.tokens} tokens\n")
     print(machine.table(header, lines), machine.headline(machine.describe()), sep="\n\n")
     return 0

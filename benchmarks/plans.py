@@ -5,7 +5,7 @@
     python -m benchmarks.plans --problem tiny             # anywhere: does it run
 
 Each plan runs inside the whole training step (frozen head, a smoothing per row), and the time is that of the
-launches of `_anchored_kernel` alone, by CUDA events around each; the whole step's time stands beside it. A
+launches of `_fused_kernel` alone, by CUDA events around each; the whole step's time stands beside it. A
 plan counts only if the loss and the gradient of the step are those of the "cublas" variant, within what
 rounding the exponentials to 16 bits allows. cuBLAS multiplies the same matrices into bfloat16, all at once.
 """
@@ -133,7 +133,7 @@ def sweep(problem: Problem, rounds: int) -> list[dict[str, Any]]:
                 gemm, whole = [], []
                 for _ in range(rounds):
                     watch = _Stopwatch()
-                    with watching(kernels, "_anchored_kernel", watch.around):
+                    with watching(kernels, "_fused_kernel", watch.around):
                         whole.append(seconds(lambda: step(case, "fused")))
                     gemm.append(watch.total())
         except Exception as error:  # too much shared memory for this card, and the like

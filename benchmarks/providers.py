@@ -16,7 +16,12 @@ from torch.nn import functional as F
 from benchmarks.interpreted import INTERPRETED, repair
 from benchmarks.machine import version
 from benchmarks.problems import IGNORED, Case
-from ual_kernels import cross_entropy, linear_cross_entropy
+from ual_kernels import (
+    CrossEntropyOptions,
+    LinearCrossEntropyOptions,
+    cross_entropy,
+    linear_cross_entropy,
+)
 
 Loss: TypeAlias = Callable[[Case], Tensor]
 
@@ -160,7 +165,8 @@ def _ours_whole(inplace: bool) -> Callable[[], Loss]:
     def loss(c: Case) -> Tensor:
         return cross_entropy(
             c.hidden, c.target, label_smoothing=c.smoothing, sample_weight=c.weight, reduction=c.reduction,
-            inplace_backward=inplace, backend="triton" if torch.cuda.is_available() else "torch",
+            options=CrossEntropyOptions(inplace_backward=inplace),
+            backend="triton" if torch.cuda.is_available() else "torch",
         )  # fmt: skip
 
     return lambda: loss
@@ -179,8 +185,8 @@ def _ours(precision: str, variant: str = "") -> Callable[[], Loss]:
                 kernels.VARIANT = variant  # stays, for the backward that may call the kernels once more
             return linear_cross_entropy(
                 c.hidden, c.head, c.target, linear_lora=c.lora, label_smoothing=c.smoothing,
-                sample_weight=c.weight, reduction=c.reduction, precision=precision,
-                backend="triton" if variant else "torch",
+                sample_weight=c.weight, reduction=c.reduction,
+                options=LinearCrossEntropyOptions(precision=precision), backend="triton" if variant else "torch",
             )  # fmt: skip
 
         return loss

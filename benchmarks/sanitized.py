@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from benchmarks.launches import kernels, watching
-from ual_kernels import cross_entropy, linear_cross_entropy
+from tests.kernels.cases import cross_entropy, linear_cross_entropy
 from ual_kernels._triton import cross_entropy as of_logits
 from ual_kernels._triton import linear_cross_entropy as of_states
 
@@ -91,7 +91,7 @@ def linear_paths() -> Iterator[tuple[str, Path]]:
     t = drawn(bf16)
     bias = {"linear_bias": t["bias"]}
     far = t["bias"].clone()
-    far[t["target"][0]] = -300.0  # out of a constant anchor's reach: the row is made again
+    far[t["target"][0]] = -300.0  # out of reach of a constant reference point: the token is computed again
     everything = {
         **bias, "weight": t["classes"], "logit_scale": 0.5, "z_loss": 1e-3, "return_statistics": True,
     }  # fmt: skip
@@ -110,7 +110,7 @@ def linear_paths() -> Iterator[tuple[str, Path]]:
         "lora": {"lora": True, "learn": ("hidden", "a", "b")},
         "lora, capped": {"lora": True, "learn": ("hidden", "a", "b"), "softcap": 20.0},
         "trained bias": {"bias": True, "learn": ("hidden", "head", "bias")},
-        "live rows": {"live_rows": ROWS - 1},
+        "count known": {"max_loss_tokens": ROWS - 1},
         "not compacted": {"compact": False},
         "padded": {"vocab_size": VOCAB - 5},
         "fast": {"precision": "fast"},

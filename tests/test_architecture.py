@@ -105,10 +105,14 @@ def test_the_public_face() -> None:
 
     assert ual_kernels.__all__ == [
         "IGNORE_INDEX",
+        "CrossEntropyOptions",
+        "LinearCrossEntropyOptions",
         "TokenStatistics",
         "UnsupportedError",
         "cross_entropy",
+        "cross_entropy_with_statistics",
         "linear_cross_entropy",
+        "linear_cross_entropy_with_statistics",
     ]
     assert all(hasattr(ual_kernels, name) for name in ual_kernels.__all__)
     assert ual_kernels.TokenStatistics._fields == (

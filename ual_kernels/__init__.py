@@ -3,8 +3,24 @@
 from ual_kernels._types import IGNORE_INDEX as IGNORE_INDEX
 from ual_kernels._types import UnsupportedError as UnsupportedError
 from ual_kernels.functional import cross_entropy as cross_entropy
+from ual_kernels.functional import cross_entropy_with_statistics as cross_entropy_with_statistics
 from ual_kernels.functional import linear_cross_entropy as linear_cross_entropy
+from ual_kernels.functional import (
+    linear_cross_entropy_with_statistics as linear_cross_entropy_with_statistics,
+)
+from ual_kernels.options import CrossEntropyOptions as CrossEntropyOptions
+from ual_kernels.options import LinearCrossEntropyOptions as LinearCrossEntropyOptions
 from ual_kernels.statistics import TokenStatistics as TokenStatistics
 
 __version__ = "0.1.0"
-__all__ = ["IGNORE_INDEX", "TokenStatistics", "UnsupportedError", "cross_entropy", "linear_cross_entropy"]
+__all__ = [
+    "IGNORE_INDEX",
+    "CrossEntropyOptions",
+    "LinearCrossEntropyOptions",
+    "TokenStatistics",
+    "UnsupportedError",
+    "cross_entropy",
+    "cross_entropy_with_statistics",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_statistics",
+]

@@ -1,4 +1,4 @@
-"""Names shared by every floor of the package: constants, literals, one error type."""
+"""Names that every module of the package shares: constants, literals, one error type."""
 
 from typing import Final, Literal
 
@@ -6,9 +6,8 @@ IGNORE_INDEX: Final = -100
 
 Reduction = Literal["none", "sum", "mean"]
 Backend = Literal["auto", "triton", "torch", "reference"]
-SmoothingOver = Literal["all", "others"]
 Precision = Literal["high", "fast"]
 
 
 class UnsupportedError(RuntimeError):
-    """What was asked for by name cannot run on these tensors, and nothing else was run in its place."""
+    """What was requested by name cannot run on these tensors. Nothing else was run in its place."""

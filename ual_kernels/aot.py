@@ -62,7 +62,7 @@ def cross_entropy() -> Iterator[Specialisation]:
     understood: dict[Any, tuple[str, ...]] = {
         source._forward_kernel: ("weighted", "statistics", "inplace", "capped"),
         source._backward_kernel: ("weighted", "capped"),
-        source._scale_rows_kernel: (),
+        source._scale_tokens_kernel: (),
     }
     for dtype, itemsize in ITEMSIZES.items():
         plans: dict[tuple[Any, bool], int] = {}
@@ -79,7 +79,7 @@ def cross_entropy() -> Iterator[Specialisation]:
                         **dict.fromkeys(("logits_ptr", "dlogits_ptr", "buffer_ptr"), row),
                         **dict.fromkeys(("stride_n", "V"), size),
                         "target_ptr": "*i64:16",
-                        "row_scale_ptr": "*fp32:16" if "inplace" in flags else None,
+                        "token_scale_ptr": "*fp32:16" if "inplace" in flags else None,
                         "class_weight_ptr": "*fp32:16" if "weighted" in flags else None,
                         "ACC": tl.float32,
                         "WEIGHTED": "weighted" in flags,
@@ -138,9 +138,9 @@ def linear_cross_entropy() -> Iterator[Specialisation]:
             }
             for vocab, shape in shapes.items():
                 yield Specialisation(
-                    f"linear_cross_entropy/anchored/{label}/bf16/{vocab}",
-                    source._anchored_kernel,
-                    known(source._anchored_kernel, "bf16", **flags, **blocks, **shape),
+                    f"linear_cross_entropy/fused/{label}/bf16/{vocab}",
+                    source._fused_kernel,
+                    known(source._fused_kernel, "bf16", **flags, **blocks, **shape),
                     {
                         "num_warps": plan.num_warps,
                         "num_stages": plan.num_stages,
@@ -156,10 +156,16 @@ def linear_cross_entropy() -> Iterator[Specialisation]:
     beside: list[tuple[str, Any, tuple[str, ...], dict[str, Any], int]] = [
         ("dots/all", source._dots_kernel, ("bf16", "fp16", "fp32"), {"BIASED": True, "BLOCK_D": 1_024}, 4),
         ("join/all", source._join_kernel, ("bf16",), {"STATISTICS": True, "BLOCK": 512}, 4),
-        ("rows/plain", source._rows_kernel, ("bf16", "fp16", "fp32"), given, 8),
-        ("rows/all", source._rows_kernel, ("bf16", "fp16", "fp32"), {**given, **whole}, 8),
-        ("rows/capped", source._rows_kernel, ("bf16", "fp32"), {**given, **capped}, 8),
-        ("rows/again", source._rows_kernel, ("bf16",), {**again, "STATISTICS": True, "BIASED": True}, 8),
+        ("own_maximum/plain", source._own_maximum_kernel, ("bf16", "fp16", "fp32"), given, 8),
+        ("own_maximum/all", source._own_maximum_kernel, ("bf16", "fp16", "fp32"), {**given, **whole}, 8),
+        ("own_maximum/capped", source._own_maximum_kernel, ("bf16", "fp32"), {**given, **capped}, 8),
+        (
+            "own_maximum/again",
+            source._own_maximum_kernel,
+            ("bf16",),
+            {**again, "STATISTICS": True, "BIASED": True},
+            8,
+        ),
         ("bend/all", source._bend_kernel, ("bf16", "fp32"), {**capped, "BLOCK_V": 4_096}, 8),
         ("finish/all", source._finish_kernel, ("bf16",), {**whole, "SOFTCAP": 30.0, "BLOCK": 128}, 4),
         ("gradient/plain", source._input_gradient_kernel, ("bf16", "fp16", "fp32"), {"BLOCK_D": 1_024}, 4),

@@ -9,22 +9,22 @@ With p = softmax(z) of the final logits, target y and H = -sum_v p_v log p_v, pe
     mile            -(sigma + H)^gamma log p_y                              H without gradient
     gem             sum_v q_v log p_v - log p_y,  q = softmax(z / beta)     q without gradient
 
-What a preset returns goes into either loss function, or into the constructors of `ual_kernels.modules` where
-it holds no tensor. One that smooths and one that weights go together. Under reduction="mean" all but
-`weighted` divide by the number of live tokens, or by `num_items`.
+The result of a preset is passed to either loss function, or to the constructors of `ual_kernels.modules` if
+it holds no tensor. A preset that smooths can be combined with one that weights. Under reduction="mean" all
+but `weighted` divide by the number of non-ignored tokens, or by `num_items`.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Generic, TypedDict, TypeVar
+from typing import Generic, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor
 
-from ual_kernels.functional import TokenRule
-from ual_kernels.statistics import TokenStatistics
+from ual_kernels.statistics import TokenFn, TokenStatistics
 
 T = TypeVar("T")
+S = TypeVar("S", float, Tensor, float | Tensor)
 
 
 class Smoothing(TypedDict, Generic[T]):
@@ -42,7 +42,7 @@ class Weighting(TypedDict, Generic[T]):
 class Matching(TypedDict):
     """Options of a loss of tempered logits."""
 
-    sample_weight: TokenRule
+    sample_weight: TokenFn
     logit_scale: float
     softcap: float | None
 
@@ -67,7 +67,7 @@ def ual(smoothing: Tensor) -> Smoothing[Tensor]:
 
 
 def uniform(smoothing: float) -> Smoothing[float]:
-    """Label smoothing, the same for all (arXiv 1512.00567): what `ual` has to be better than.
+    """Label smoothing, the same for all samples (arXiv 1512.00567): the baseline of `ual`.
 
     Args:
         smoothing: in [0, 1].
@@ -83,11 +83,54 @@ def uniform(smoothing: float) -> Smoothing[float]:
     return {"label_smoothing": smoothing}
 
 
+@overload
+def others(smoothing: TokenFn, vocab_size: int) -> TokenFn: ...
+
+
+@overload
+def others(smoothing: S, vocab_size: int) -> S: ...
+
+
+def others(smoothing: float | Tensor | TokenFn, vocab_size: int) -> float | Tensor | TokenFn:
+    """Convert a smoothing that is spread over the V - 1 other classes (Megatron-LM, fairseq) to ours.
+
+    (1 - s) on the target and s / (V - 1) on every other class is the distribution of s' = s V / (V - 1) in
+    PyTorch's convention, (1 - s') onehot(y) + s' / V.
+
+    Args:
+        smoothing: a float or tensor in [0, 1], or a function of the statistics; 16-bit tensors become
+            float32.
+        vocab_size: V, of all shards together; with V = 1 there are no other classes, and the result is 0.
+
+    Returns:
+        s', in [0, V / (V - 1)], for `label_smoothing`.
+
+    Raises:
+        ValueError: `vocab_size` is below 1, or a float `smoothing` is outside [0, 1].
+
+    >>> import torch
+    >>> from ual_kernels import cross_entropy
+    >>> logits, target = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0])
+    >>> round(cross_entropy(logits, target, label_smoothing=others(1.0, 3)).item(), 4)  # all on the others
+    2.2395
+    """
+    if vocab_size < 1:
+        raise ValueError(f"others' vocab_size must be an integer >= 1, got {vocab_size}")
+    ratio = vocab_size / (vocab_size - 1) if vocab_size > 1 else 0.0
+    if callable(smoothing):
+        return Scaled(smoothing, ratio)
+    if isinstance(smoothing, Tensor):
+        return smoothing.to(torch.promote_types(smoothing.dtype, torch.float32)) * ratio
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"others' smoothing must be in [0, 1], got {smoothing}")
+    return smoothing * ratio
+
+
 def weighted(weight: Tensor) -> Weighting[Tensor]:
     """Negative log likelihood with a weight for every sample or token.
 
     With the reliabilities of weak labels it is the re-weighting of arXiv 2406.19032. Under reduction="mean"
-    the sum is divided by the sum of weights over live tokens, so that their scale does not matter;
+    the sum is divided by the sum of weights over non-ignored tokens, so that their scale does not matter;
     `num_items` divides by the number of tokens instead.
 
     Args:
@@ -102,7 +145,7 @@ def weighted(weight: Tensor) -> Weighting[Tensor]:
     return {"sample_weight": weight}
 
 
-def dft() -> Weighting[TokenRule]:
+def dft() -> Weighting[TokenFn]:
     """Dynamic fine-tuning: w = p_y without its gradient, in [0, 1] (arXiv 2508.05629).
 
     The gradient of a token is p_y (p - onehot(y)) = -dp_y / dz: this is policy gradient with the target as
@@ -116,7 +159,7 @@ def dft() -> Weighting[TokenRule]:
     return {"sample_weight": target_probability}
 
 
-def eaft(top_k: int = 20, alpha: float = 1.0) -> Weighting[TokenRule]:
+def eaft(top_k: int = 20, alpha: float = 1.0) -> Weighting[TokenFn]:
     """Entropy-adaptive fine-tuning: w = (H / ln top_k)^alpha without its gradient (arXiv 2601.02151).
 
     Tokens of which the model is certain hardly count, whether it is right or wrong: the opposite of `ual`,
@@ -146,7 +189,7 @@ def eaft(top_k: int = 20, alpha: float = 1.0) -> Weighting[TokenRule]:
     return {"sample_weight": EntropyPower(shift=0.0, unit=math.log(top_k), power=alpha)}
 
 
-def mile(gamma: float = 1.0, sigma: float = 1.0) -> Weighting[TokenRule]:
+def mile(gamma: float = 1.0, sigma: float = 1.0) -> Weighting[TokenFn]:
     """MiLe loss: w = (sigma + H)^gamma without its gradient, over the whole vocabulary (arXiv 2310.19531).
 
     Difficult tokens, those with many likely successors, count more. The paper also divides by the mean of w
@@ -161,9 +204,9 @@ def mile(gamma: float = 1.0, sigma: float = 1.0) -> Weighting[TokenRule]:
         ValueError: `gamma` or `sigma` is outside.
 
     >>> import torch
-    >>> from ual_kernels import cross_entropy
+    >>> from ual_kernels import cross_entropy_with_statistics
     >>> logits, target, options = torch.zeros(3, 4), torch.tensor([1, 2, -100]), mile()
-    >>> loss, statistics = cross_entropy(logits, target, **options, return_statistics=True)
+    >>> loss, statistics = cross_entropy_with_statistics(logits, target, **options)
     >>> loss = loss / options["sample_weight"](statistics).nanmean()
     >>> round(loss.item(), 4)  # log 4: equal weights are no weights
     1.3863
@@ -192,9 +235,9 @@ def gem(beta: float = 0.7, *, logit_scale: float = 1.0, softcap: float | None = 
         ValueError: `beta` is not a positive number.
 
     >>> import torch
-    >>> from ual_kernels import cross_entropy
+    >>> from ual_kernels import cross_entropy_with_statistics
     >>> logits, target = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([1])
-    >>> loss, statistics = cross_entropy(logits, target, **gem(0.7), return_statistics=True)
+    >>> loss, statistics = cross_entropy_with_statistics(logits, target, **gem(0.7))
     >>> round((loss - 0.7 * statistics.entropy.nanmean()).item(), 4)
     0.7267
     """
@@ -207,7 +250,7 @@ def gem(beta: float = 0.7, *, logit_scale: float = 1.0, softcap: float | None = 
     }
 
 
-# ---- rules: picklable, with a readable repr ----
+# ---- functions of the statistics: picklable, with a readable repr ----
 
 
 def target_probability(statistics: TokenStatistics) -> Tensor:
@@ -227,6 +270,17 @@ class EntropyPower:
         # H of a certain token may round to just below 0, whose roots and weights are NaN
         weight: Tensor = (self.shift + statistics.entropy.clamp(min=0.0) / self.unit) ** self.power
         return weight
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A multiple of another function."""
+
+    function: TokenFn
+    factor: float
+
+    def __call__(self, statistics: TokenStatistics) -> Tensor:
+        return self.function(statistics) * self.factor
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`nn.Module` faces of the loss functions: constant options in the constructor, tensors in `forward`.
+"""The losses as `nn.Module`: constant keywords in the constructor, tensors in `forward`.
 
 >>> import torch
 >>> from ual_kernels import losses
@@ -10,38 +10,56 @@ LinearCrossEntropyLoss(reduction='sum', sample_weight=EntropyPower(shift=1.0, un
 """
 
 import inspect
-from typing import Any, Literal
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
-from torch import distributed as dist
 
-from ual_kernels._types import IGNORE_INDEX, Backend, Precision, Reduction, SmoothingOver
-from ual_kernels.functional import TokenRule, cross_entropy, linear_cross_entropy
-from ual_kernels.statistics import TokenStatistics
+from ual_kernels import functional
+from ual_kernels._types import IGNORE_INDEX, Backend, Reduction
+from ual_kernels.options import CrossEntropyOptions, LinearCrossEntropyOptions
+from ual_kernels.statistics import TokenFn, TokenStatistics
+
+Options = TypeVar("Options", CrossEntropyOptions, LinearCrossEntropyOptions)
 
 
-class _Loss(nn.Module):
+class _Loss(nn.Module, Generic[Options]):
     weight: Tensor | None
-    ignore_index: int
-    reduction: Reduction
-    label_smoothing: float | TokenRule
 
-    def __init__(self, weight: Tensor | None, **options: Any) -> None:
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = IGNORE_INDEX,
+        reduction: Reduction = "mean",
+        label_smoothing: float | TokenFn = 0.0,
+        sample_weight: TokenFn | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        z_loss: float = 0.0,
+        options: Options | None = None,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
-        self._names = tuple(options)
-        for name, value in options.items():
-            setattr(self, name, value)
+        self.ignore_index = ignore_index
+        self.reduction: Reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.sample_weight = sample_weight
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.z_loss = z_loss
+        self.options: Options | None = options
+        self.backend: Backend = backend
 
-    def _options(self, **overrides: Any) -> dict[str, Any]:
-        """The constructor's options, but for those that the call gave."""
-        own = {name: getattr(self, name) for name in ("weight", *self._names)}
-        return own | {name: value for name, value in overrides.items() if value is not None}
+    def _keywords(self, **given: Any) -> dict[str, Any]:
+        """The constructor's keywords, with those replaced that the call gives."""
+        own = {name: getattr(self, name) for name in inspect.signature(_Loss).parameters}
+        return own | {name: value for name, value in given.items() if value is not None}
 
     def extra_repr(self) -> str:
         shown = []
-        for name, parameter in inspect.signature(type(self)).parameters.items():
-            value = getattr(self, name, parameter.default)
+        for name, parameter in inspect.signature(_Loss).parameters.items():
+            value = getattr(self, name)
             if isinstance(value, Tensor):
                 shown.append(f"{name}={list(value.shape)}")
             elif value != parameter.default:
@@ -50,108 +68,42 @@ class _Loss(nn.Module):
         return ", ".join(shown)
 
 
-class CrossEntropyLoss(_Loss):
+class CrossEntropyLoss(_Loss[CrossEntropyOptions]):
     """`ual_kernels.cross_entropy`; drop-in for `torch.nn.CrossEntropyLoss`, with the classes last.
 
-    The arguments are that function's, and it checks them when called; `label_smoothing` and `sample_weight`
-    are constants or rules here, tensors in `forward`. The state dict holds `weight`, if given.
+    The keywords are that function's, which checks them when it is called. `label_smoothing` and
+    `sample_weight` are constants or functions of the statistics here, tensors in `forward`. The state dict
+    holds `weight`, if given.
     """
-
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        ignore_index: int = IGNORE_INDEX,
-        reduction: Reduction = "mean",
-        label_smoothing: float | TokenRule = 0.0,
-        sample_weight: TokenRule | None = None,
-        smoothing_over: SmoothingOver = "all",
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        z_loss: float = 0.0,
-        return_statistics: bool = False,
-        inplace_backward: bool = False,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__(
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            sample_weight=sample_weight,
-            smoothing_over=smoothing_over,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            z_loss=z_loss,
-            return_statistics=return_statistics,
-            inplace_backward=inplace_backward,
-            backend=backend,
-        )
 
     def forward(
         self,
         input: Tensor,  # [..., V]
         target: Tensor,  # [...]
         *,
-        label_smoothing: float | Tensor | TokenRule | None = None,
-        sample_weight: Tensor | TokenRule | None = None,
+        label_smoothing: float | Tensor | TokenFn | None = None,
+        sample_weight: Tensor | TokenFn | None = None,
         num_items: int | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, TokenStatistics]:
-        """What the function returns; an argument that is not None takes the place of the constructor's."""
-        options = self._options(
-            label_smoothing=label_smoothing, sample_weight=sample_weight, num_items=num_items
+        options: CrossEntropyOptions | None = None,
+    ) -> Tensor:
+        """Return the loss; an argument that is not None replaces the constructor's."""
+        keywords = self._keywords(
+            label_smoothing=label_smoothing, sample_weight=sample_weight, num_items=num_items, options=options
         )
-        loss: Tensor | tuple[Tensor, TokenStatistics] = cross_entropy(input, target, **options)
-        return loss
+        return functional.cross_entropy(input, target, **keywords)
+
+    def with_statistics(self, input: Tensor, target: Tensor, **given: Any) -> tuple[Tensor, TokenStatistics]:
+        """Return the loss and `TokenStatistics`; arguments are those of `forward`."""
+        return functional.cross_entropy_with_statistics(input, target, **self._keywords(**given))
 
 
-class LinearCrossEntropyLoss(_Loss):
-    """`ual_kernels.linear_cross_entropy`, the head being an argument of `forward`: a model owns its own.
+class LinearCrossEntropyLoss(_Loss[LinearCrossEntropyOptions]):
+    """`ual_kernels.linear_cross_entropy`; the head is an argument of `forward`, since a model owns its own.
 
-    The arguments are that function's, and it checks them when called; `label_smoothing` and `sample_weight`
-    are constants or rules here, tensors in `forward`. The state dict holds `weight`, if given.
+    The keywords are that function's, which checks them when it is called. `label_smoothing` and
+    `sample_weight` are constants or functions of the statistics here, tensors in `forward`. The state dict
+    holds `weight`, if given.
     """
-
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        ignore_index: int = IGNORE_INDEX,
-        reduction: Reduction = "mean",
-        label_smoothing: float | TokenRule = 0.0,
-        sample_weight: TokenRule | None = None,
-        smoothing_over: SmoothingOver = "all",
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        z_loss: float = 0.0,
-        return_statistics: bool = False,
-        vocab_size: int | None = None,
-        compact: bool = True,
-        chunk_tokens: int | None = None,
-        precision: Precision = "high",
-        gradient_filter: float | Literal["off"] = "off",
-        process_group: dist.ProcessGroup | None = None,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__(
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            sample_weight=sample_weight,
-            smoothing_over=smoothing_over,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            z_loss=z_loss,
-            return_statistics=return_statistics,
-            vocab_size=vocab_size,
-            compact=compact,
-            chunk_tokens=chunk_tokens,
-            precision=precision,
-            gradient_filter=gradient_filter,
-            process_group=process_group,
-            backend=backend,
-        )
 
     def forward(
         self,
@@ -161,20 +113,26 @@ class LinearCrossEntropyLoss(_Loss):
         *,
         linear_bias: Tensor | None = None,  # [V]
         linear_lora: tuple[Tensor, Tensor, float] | None = None,
-        label_smoothing: float | Tensor | TokenRule | None = None,
-        sample_weight: Tensor | TokenRule | None = None,
+        label_smoothing: float | Tensor | TokenFn | None = None,
+        sample_weight: Tensor | TokenFn | None = None,
         num_items: int | Tensor | None = None,
-        live_rows: int | None = None,
-    ) -> Tensor | tuple[Tensor, TokenStatistics]:
-        """What the function returns; an argument that is not None takes the place of the constructor's."""
-        options = self._options(
+        options: LinearCrossEntropyOptions | None = None,
+    ) -> Tensor:
+        """Return the loss; an argument that is not None replaces the constructor's."""
+        keywords = self._keywords(
             linear_bias=linear_bias,
             linear_lora=linear_lora,
             label_smoothing=label_smoothing,
             sample_weight=sample_weight,
             num_items=num_items,
-            live_rows=live_rows,
+            options=options,
         )
-        loss: Tensor | tuple[Tensor, TokenStatistics]
-        loss = linear_cross_entropy(input, linear_weight, target, **options)
-        return loss
+        return functional.linear_cross_entropy(input, linear_weight, target, **keywords)
+
+    def with_statistics(
+        self, input: Tensor, linear_weight: Tensor, target: Tensor, **given: Any
+    ) -> tuple[Tensor, TokenStatistics]:
+        """Return the loss and `TokenStatistics`; arguments are those of `forward`."""
+        return functional.linear_cross_entropy_with_statistics(
+            input, linear_weight, target, **self._keywords(**given)
+        )

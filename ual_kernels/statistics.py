@@ -1,13 +1,17 @@
-"""What one pass over the vocabulary can tell about each token."""
+"""What one pass over the vocabulary tells about each token."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+LINEAR_STATISTICS = 8  # the fields of TokenStatistics
+LOGITS_STATISTICS = 7  # all but dropped_mass: given logits, nothing is dropped
+
 
 class TokenStatistics(NamedTuple):
-    """Per-token facts of softmax(z), z being the final logits (after `logit_scale` and `softcap`), detached.
+    """Statistics of softmax(z) for each token, detached; z are the logits after `logit_scale` and `softcap`.
 
     Every field has the target's shape and the accumulator's dtype (float32; float64 for float64 input),
     except `correct`. Ignored tokens hold NaN, and False in `correct`.
@@ -28,15 +32,19 @@ class TokenStatistics(NamedTuple):
     correct: Tensor
     """bool: no logit exceeds the target's."""
     dropped_mass: Tensor
-    """Probability whose gradient `gradient_filter` left to its tiles' means, in [0, 1]; 0 without it."""
+    """Probability whose gradient `gradient_filter` spread evenly over its tile, in [0, 1]; 0 without it."""
 
     @classmethod
-    def unpack(cls, rows: Tensor, shape: tuple[int, ...]) -> "TokenStatistics":
+    def unpack(cls, packed: Tensor, shape: tuple[int, ...]) -> "TokenStatistics":
         """Make the named view of an operator's output, [8, N] or, without dropped mass, [7, N]."""
-        numbers = [row.reshape(shape) for row in rows.unbind(0)]
-        dropped = (
-            numbers[7]
-            if len(numbers) == 8
-            else numbers[6].new_zeros(shape).masked_fill(numbers[0].isnan(), torch.nan)
-        )
-        return cls._make([*numbers[:6], numbers[6] == 1, dropped])
+        fields = [field.reshape(shape) for field in packed.unbind(0)]
+        if len(fields) == LOGITS_STATISTICS:
+            fields.append(torch.zeros_like(fields[0]).masked_fill(fields[0].isnan(), torch.nan))
+        return cls._make([*fields[:6], fields[6] == 1, fields[7]])
+
+
+TokenFn: TypeAlias = Callable[[TokenStatistics], Tensor]
+"""A number for each token from its own statistics: fields [M] of some tokens in, [M] out.
+
+Where ignored tokens are among them (`cross_entropy`, compact=False), what it returns for those is not used.
+"""

@@ -16,11 +16,15 @@ Two rules decide, and neither holds a number that was tuned:
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+import ual_kernels
+from ual_kernels import CrossEntropyOptions, LinearCrossEntropyOptions, losses
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float64, torch.float32, *HALVES]
@@ -65,6 +69,60 @@ def definition(
     if reduction == "sum" or not live.any():
         return loss.sum()
     return loss.sum() / ((w * c[y]).sum() if num_items is None else torch.as_tensor(num_items).to(dtype))
+
+
+# ---- the losses with flat keywords: grids combine the options' fields with the other keywords ----
+
+
+LOGITS_FIELDS = tuple(field.name for field in fields(CrossEntropyOptions))
+LINEAR_FIELDS = tuple(field.name for field in fields(LinearCrossEntropyOptions))
+
+
+def cross_entropy(input: Tensor, target: Tensor, *, return_statistics: bool = False, **keywords: Any) -> Any:
+    """`ual_kernels.cross_entropy`, with the fields of its options as keywords.
+
+    `return_statistics` chooses `cross_entropy_with_statistics`; `smoothing_over` converts by `losses.others`.
+    """
+    nested = _nested(keywords, LOGITS_FIELDS, CrossEntropyOptions, input.shape[-1])
+    if return_statistics:
+        return ual_kernels.cross_entropy_with_statistics(input, target, **nested)
+    return ual_kernels.cross_entropy(input, target, **nested)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_statistics: bool = False,
+    vocab_size: int | None = None,
+    classes: int | None = None,
+    **keywords: Any,
+) -> Any:
+    """`ual_kernels.linear_cross_entropy`, likewise.
+
+    `vocab_size` slices a padded head; `classes` counts those of all shards.
+    """
+    if vocab_size is not None:
+        linear_weight = linear_weight[:vocab_size]
+        if (bias := keywords.get("linear_bias")) is not None:
+            keywords["linear_bias"] = bias[:vocab_size]
+        if (lora := keywords.get("linear_lora")) is not None:
+            keywords["linear_lora"] = lora[0], lora[1][:vocab_size], lora[2]
+    nested = _nested(keywords, LINEAR_FIELDS, LinearCrossEntropyOptions, classes or linear_weight.shape[0])
+    if return_statistics:
+        return ual_kernels.linear_cross_entropy_with_statistics(input, linear_weight, target, **nested)
+    return ual_kernels.linear_cross_entropy(input, linear_weight, target, **nested)
+
+
+def _nested(
+    keywords: dict[str, Any], names: tuple[str, ...], options: Callable[..., Any], vocab: int
+) -> dict[str, Any]:
+    nested = {name: value for name, value in keywords.items() if name not in names}
+    if nested.pop("smoothing_over", "all") == "others":
+        nested["label_smoothing"] = losses.others(nested.get("label_smoothing", 0.0), vocab)
+    chosen = {name: value for name, value in keywords.items() if name in names}
+    return nested | ({"options": options(**chosen)} if chosen else {})
 
 
 # One flag at a time, then all that go together. `weight` is filled in by `options`, which knows V.

@@ -18,9 +18,9 @@ SELECTED = (
     "*/forward/weighted/bf16/1000",  # nothing divides by 16: no vector loads, other register counts
     "*/forward/all/fp32/1000",
     "*/plain/bf16/32000",  # the usual call
-    "linear*/anchored/*",
-    "linear*/rows/all/*",
-    "linear*/rows/again/*",
+    "linear*/fused/*",
+    "linear*/own_maximum/all/*",
+    "linear*/own_maximum/again/*",
 )
 
 
@@ -54,7 +54,7 @@ def test_nothing_spills(dtype: str, target: str) -> None:
 def test_every_plan_of_the_gemm_fits_and_multiplies_on_tensor_cores() -> None:
     instructions = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
     shared = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes a block may have
-    found = [r for r in reports() if "/anchored/" in r["name"]]
+    found = [r for r in reports() if "/fused/" in r["name"]]
     assert len(found) == 8 * len(NVIDIA)
     for report in found:
         assert report["spill_bytes"] == 0, report

@@ -9,8 +9,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.cases import linear_case, logits_case, measure, options
-from ual_kernels import cross_entropy, linear_cross_entropy, ops
+from tests.kernels.cases import (
+    cross_entropy,
+    linear_case,
+    linear_cross_entropy,
+    logits_case,
+    measure,
+    options,
+)
+from ual_kernels import ops
+from ual_kernels._operands import ALL_TOKENS, LinearInputs, LinearSpec, LogitsInputs, LogitsSpec
 
 # what every test here needs of a loss: its name, its cases, and its flags
 LOSSES = [
@@ -53,26 +61,13 @@ def test_opcheck_logits(
     weight = torch.rand(13, device=device, dtype=scale.dtype)
     flags = (-100, 5.0, 1.5, 1e-3)
     target = target.clamp(min=0)
-    torch.library.opcheck(ops.cross_entropy, (logits, target, smoothing, weight, *flags, statistics, backend))
-    with torch.no_grad():
-        _, state, _ = ops.cross_entropy(logits, target, smoothing, weight, *flags, statistics, backend)
-    torch.library.opcheck(
-        ops.cross_entropy_backward,
-        (scale.detach(), logits.detach(), target, smoothing.detach(), weight, state, *flags[:3], backend),
-    )
-    torch.library.opcheck(
-        ops.cross_entropy_inplace,
-        (
-            logits.detach().clone(),
-            target,
-            smoothing.detach(),
-            scale.detach(),
-            None,
-            *flags,
-            statistics,
-            backend,
-        ),
-    )
+    inputs, spec = LogitsInputs(logits, target, smoothing, weight), LogitsSpec(*flags, statistics, backend)
+    torch.library.opcheck(ops.cross_entropy_op, (*inputs, *spec))
+    inputs = inputs._replace(logits=logits.detach(), smoothing=smoothing.detach())
+    state = ops.cross_entropy(inputs, spec).state
+    torch.library.opcheck(ops.cross_entropy_backward_op, (scale.detach(), state, *inputs, *spec))
+    inputs = inputs._replace(logits=logits.detach().clone(), class_weight=None)
+    torch.library.opcheck(ops.cross_entropy_inplace_op, (*inputs, scale.detach(), *spec))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -83,7 +78,7 @@ def test_opcheck_linear(
     biased: bool, per_row: bool, rows: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     leaves, target = linear_case(rows, 13, 4, dtype, device)
-    arguments = (
+    inputs = LinearInputs(
         leaves["input"],
         leaves["linear_weight"],
         leaves["linear_bias"] if biased else None,
@@ -94,10 +89,8 @@ def test_opcheck_linear(
         None,
     )
     gradients = (not per_row, not per_row, biased and not per_row, per_row)
-    torch.library.opcheck(
-        ops.linear_cross_entropy,
-        (*arguments, -100, 0.0, 1.0, 0.5, 1e-3, 0.0, True, *gradients, -1, 2, "high", "torch"),
-    )
+    spec = LinearSpec(-100, 0.0, 1.0, 0.5, 1e-3, 0.0, True, *gradients, ALL_TOKENS, 2, "high", "torch")
+    torch.library.opcheck(ops.linear_cross_entropy_op, (*inputs, *spec))
 
 
 # ---- gradcheck ----
@@ -140,7 +133,7 @@ def test_compiles_without_a_graph_break(
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
-    "how", [{"compact": False}, {"live_rows": 5}, {"vocab_size": 23}, {"precision": "fast"}]
+    "how", [{"compact": False}, {"max_loss_tokens": 5}, {"vocab_size": 23}, {"precision": "fast"}]
 )
 def test_options_of_the_head_compile_too(how: dict[str, Any], backend: str, device: torch.device) -> None:
     torch.compiler.reset()

@@ -8,18 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
+import ual_kernels
 from tests.kernels.cases import (
     DTYPES,
     OPTIONS,
     as_float64,
     assert_as_accurate_as_eager,
+    cross_entropy,
     definition,
     logits_case,
     measure,
     names,
     options,
 )
-from ual_kernels import TokenStatistics, UnsupportedError, cross_entropy, ops
+from ual_kernels import TokenStatistics, UnsupportedError, ops
+from ual_kernels._operands import LogitsInputs, LogitsSpec
 
 FUSED = ["torch", "triton"]
 BACKENDS = [*FUSED, "reference"]
@@ -39,9 +42,11 @@ def judge(leaves: dict[str, Tensor], target: Tensor, flags: dict[str, Any], **ho
 # ---- values and gradients ----
 
 
-@pytest.mark.kills("ual_kernels/_triton/cross_entropy.py", "k += 2.0 * Z_LOSS * lse", "k += Z_LOSS * lse")
+@pytest.mark.kills("ual_kernels/_triton/math.py", "k += 2.0 * Z_LOSS * lse", "k += Z_LOSS * lse")
 @pytest.mark.kills(
-    "ual_kernels/_triton/cross_entropy.py", "(c_mean - c_y) * nll - gap + poison", "poison - gap"
+    "ual_kernels/_triton/math.py",
+    "uniform, (c_mean - c_y) * nll - smoothing_term",
+    "uniform, -smoothing_term",
 )
 @pytest.mark.kills("ual_kernels/_triton/cross_entropy.py", "on_target = (1.0 - s) * c_y", "on_target = c_y")
 @pytest.mark.kills("ual_kernels/_triton/cross_entropy.py", "spread = s / V", "spread = s")
@@ -61,8 +66,10 @@ def judge(leaves: dict[str, Tensor], target: Tensor, flags: dict[str, Any], **ho
     "p -= (scale * s / p.shape[1])[:, None]",
     "p -= (scale * s)[:, None]",
 )
-@pytest.mark.kills("ual_kernels/_torch/cross_entropy.py", "k + 2 * z_loss * lse", "k + z_loss * lse")
-@pytest.mark.kills("ual_kernels/functional.py", "return s if stretch == 1.0 else s * stretch", "return s")
+@pytest.mark.kills(
+    "ual_kernels/_tokens.py", "k, uniform = k + 2 * z_loss * lse,", "k, uniform = k + z_loss * lse,"
+)
+@pytest.mark.kills("ual_kernels/losses.py", "torch.float32)) * ratio", "torch.float32))")
 @fused
 @pytest.mark.parametrize("dtype", names(DTYPES))
 @pytest.mark.parametrize("flags", OPTIONS)
@@ -93,8 +100,8 @@ def test_the_oracle(flags: str, device: torch.device) -> None:
 # Two lanes; odd and below a block; a whole block and a block and one, in float32 and in bfloat16.
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
-    "            gap += tl.sum(tl.where(inside, z - z_y, 0.0)",
-    "            gap += tl.sum(z - z_y",
+    "            smoothing_term += tl.sum(tl.where(inside, z - z_y, 0.0)",
+    "            smoothing_term += tl.sum(z - z_y",
 )
 @fused
 @pytest.mark.parametrize("dtype", names([torch.float32, torch.bfloat16]))
@@ -143,8 +150,8 @@ def test_tiny_and_huge_logits(scale: float, backend: str, device: torch.device) 
 )
 @pytest.mark.kills(
     "ual_kernels/_torch/cross_entropy.py",
-    "high = _shift_in_place(z)\n        gap = _weighted_mean(z, class_weight) - c_mean * (z_y - high)",
-    "gap = _weighted_mean(z, class_weight) - c_mean * z_y\n        high = _shift_in_place(z)",
+    "smoothing_term = weighted - c_mean * (z_y - largest)",
+    "smoothing_term = (largest + weighted) - c_mean * z_y",
 )
 @fused
 def test_logits_far_from_zero(backend: str, device: torch.device) -> None:
@@ -167,8 +174,8 @@ def test_more_rows_than_a_chunk(backend: str, device: torch.device, monkeypatch:
 
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
-    "tl.load(row_scale_ptr + row) * LOGIT_SCALE, live",
-    "tl.load(row_scale_ptr + row), live",
+    "tl.load(token_scale_ptr + token) * LOGIT_SCALE, selected",
+    "tl.load(token_scale_ptr + token), selected",
 )
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
@@ -179,7 +186,7 @@ def test_more_rows_than_a_chunk(backend: str, device: torch.device, monkeypatch:
     "ual_kernels/_torch/cross_entropy.py", "buffer.is_cpu and bool((scale == 1).all())", "buffer.is_cpu"
 )
 @pytest.mark.kills(
-    "ual_kernels/ops.py", "dloss * row_scale * state[3], dloss * loss", "dloss * state[3], dloss * loss"
+    "ual_kernels/ops.py", "dloss * token_scale * state[3], dloss * loss", "dloss * state[3], dloss * loss"
 )
 @fused
 @pytest.mark.parametrize("dtype", names([torch.float64, torch.float32, torch.bfloat16]))
@@ -204,9 +211,9 @@ def test_the_gradient_in_place(flags: str, dtype: torch.dtype, backend: str, dev
 
 
 @pytest.mark.kills(
-    "ual_kernels/_triton/cross_entropy.py",
-    "tl.maximum(tl.minimum(high, block_high), tl.maximum(second, block_second))",
-    "tl.maximum(second, block_second)",
+    "ual_kernels/_triton/math.py",
+    "tl.maximum(tl.minimum(high, other_high), tl.maximum(second, other_second))",
+    "tl.maximum(second, other_second)",
 )
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
@@ -261,9 +268,9 @@ def test_statistics(flags: str, dtype: torch.dtype, backend: str, device: torch.
 
 
 @pytest.mark.kills(
-    "ual_kernels/_triton/cross_entropy.py",
-    "block_second = tl.where(tl.sum(largest.to(tl.int32), axis=0) > 1, block_high, block_second)",
-    "pass",
+    "ual_kernels/_triton/math.py",
+    "tl.where(tl.sum(is_largest.to(tl.int32), axis=0) > 1, high, second)",
+    "second",
 )
 @backends
 @pytest.mark.parametrize("twin", [7, 4_098])
@@ -290,7 +297,7 @@ def test_statistics_of_one_class(backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.kills(
-    "ual_kernels/functional.py", "reshape(value.shape + missing)", "reshape(missing + value.shape)"
+    "ual_kernels/_arguments.py", "reshape(value.shape + missing)", "reshape(missing + value.shape)"
 )
 @backends
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 3, 2)])
@@ -314,7 +321,7 @@ def test_numbers_per_leading_index_are_spread_over_the_rest(
                 torch.testing.assert_close(ours[name], exact[name], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.kills("ual_kernels/functional.py", "row_scale = row_scale * of_target", "pass")
+@pytest.mark.kills("ual_kernels/_arguments.py", "token_scale = token_scale * shards.sum(", "shards.sum(")
 @backends
 @pytest.mark.parametrize("uniform", [0, 0.1, 1.0])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -340,8 +347,8 @@ def test_int32_labels(backend: str, device: torch.device) -> None:
         assert torch.equal(long[name], short[name]), name
 
 
-@pytest.mark.kills("ual_kernels/functional.py", "target.reshape(-1).contiguous()", "target.reshape(-1)")
-@pytest.mark.kills("ual_kernels/functional.py", "weight.to(acc).contiguous()", "weight.to(acc)")
+@pytest.mark.kills("ual_kernels/_arguments.py", "target.reshape(-1).contiguous()", "target.reshape(-1)")
+@pytest.mark.kills("ual_kernels/_arguments.py", "weight.to(acc).contiguous()", "weight.to(acc)")
 @backends
 def test_any_strides(backend: str, device: torch.device) -> None:
     """Every argument as a view into something wider whose other elements are poison."""
@@ -370,7 +377,7 @@ def test_any_strides(backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.kills(
-    "ual_kernels/_triton/cross_entropy.py", "dlogits_ptr + row * V", "dlogits_ptr + row * stride_n"
+    "ual_kernels/_triton/cross_entropy.py", "dlogits_ptr + token * V", "dlogits_ptr + token * stride_n"
 )
 @fused
 def test_a_row_stride_reads_and_writes_only_its_view(backend: str, device: torch.device) -> None:
@@ -391,13 +398,13 @@ def test_a_row_stride_reads_and_writes_only_its_view(backend: str, device: torch
 
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
-    "row * stride_n\n    x_y",
-    "(row * stride_n).to(tl.int32)\n    x_y",
+    "token * stride_n\n    x_y",
+    "(token * stride_n).to(tl.int32)\n    x_y",
 )
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
-    "logits_ptr + row * stride_n,\n",
-    "logits_ptr + (row * stride_n).to(tl.int32),\n",
+    "logits_ptr + token * stride_n,\n",
+    "logits_ptr + (token * stride_n).to(tl.int32),\n",
 )
 @fused
 def test_offsets_past_two_to_the_31(backend: str, device: torch.device, tmp_path: Path) -> None:
@@ -446,13 +453,16 @@ def test_an_upstream_of_stride_zero(backend: str, device: torch.device) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.kills("ual_kernels/_triton/cross_entropy.py", "dloss_ptr + row * stride_g", "dloss_ptr + row")
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py", "dloss_ptr + token * stride_g", "dloss_ptr + token"
+)
 @fused
 def test_the_operator_takes_any_upstream(backend: str, device: torch.device) -> None:
     """The public function multiplies by the rows' scales, which makes its upstream dense."""
     leaves, target = logits_case(5, 19, torch.float32, device)
-    flags = None, -100, 0.0, 1.0, 0.0
-    loss, _, _ = ops.cross_entropy(leaves["input"], target, leaves["label_smoothing"], *flags, False, backend)
+    flags = -100, 0.0, 1.0, 0.0
+    inputs = LogitsInputs(leaves["input"], target, leaves["label_smoothing"], None)
+    loss = ops.cross_entropy(inputs, LogitsSpec(*flags, False, backend)).loss
     upstream = torch.full((2 * 5,), torch.nan, device=device)
     upstream[::2] = torch.rand(5, device=device)
     for strided in (upstream[::2], torch.ones((), device=device).expand(5)):
@@ -512,16 +522,16 @@ def test_all_rows_ignored_is_zero_with_a_connected_graph(
 
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
-    "tl.store(loss_ptr + row, tl.where(live, loss, 0.0))",
-    "tl.store(loss_ptr + row, loss)",
+    "tl.store(loss_ptr + token, tl.where(selected, loss + nan_mask, 0.0))",
+    "tl.store(loss_ptr + token, loss + nan_mask)",
 )
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
-    "tl.store(out_ptr + column, tl.where(live, dx, 0.0), mask=inside)",
+    "tl.store(out_ptr + column, tl.where(selected, dx, 0.0), mask=inside)",
     "tl.store(out_ptr + column, dx, mask=inside)",
 )
 @pytest.mark.kills(
-    "ual_kernels/_torch/cross_entropy.py", "return p.masked_fill_(~live[:, None], 0.0)", "return p"
+    "ual_kernels/_torch/cross_entropy.py", "return p.masked_fill_(~label.selected[:, None], 0.0)", "return p"
 )
 @pytest.mark.kills("ual_kernels/reference.py", "input.where(live[:, None], 0.0)", "input")
 @backends
@@ -561,7 +571,7 @@ def test_another_ignore_index(backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.kills(
-    "ual_kernels/functional.py", "labels = torch.where(scale == 0, ignore_index, labels)", "pass"
+    "ual_kernels/_arguments.py", "labels = torch.where(scale == 0, ignore_index, labels)", "pass"
 )
 @backends
 def test_a_row_of_weight_zero_counts_for_nothing(backend: str, device: torch.device) -> None:
@@ -583,7 +593,7 @@ def test_a_row_of_weight_zero_counts_for_nothing(backend: str, device: torch.dev
     assert torch.equal(measured["input"][kept], alone["input"])
 
 
-@pytest.mark.kills("ual_kernels/functional.py", "return torch.where(total == 0, 1.0, total)", "return total")
+@pytest.mark.kills("ual_kernels/_arguments.py", "return torch.where(total == 0, 1.0, total)", "return total")
 @backends
 def test_all_weights_zero_is_zero(backend: str, device: torch.device) -> None:
     leaves, target = logits_case(4, 17, torch.float32, device)
@@ -604,11 +614,13 @@ def test_all_weights_zero_is_zero(backend: str, device: torch.device) -> None:
     "base = new_high",
 )
 @pytest.mark.kills(
-    "ual_kernels/_triton/cross_entropy.py",
-    "loss = k * nll - tl.where(s == 0.0, 0.0, s * gap)",
-    "loss = k * nll - s * gap",
+    "ual_kernels/_triton/math.py",
+    "loss = k * nll - tl.where(s == 0.0, 0.0, s * smoothing_term)",
+    "loss = k * nll - s * smoothing_term",
 )
-@pytest.mark.kills("ual_kernels/_torch/cross_entropy.py", "torch.where(s == 0, 0.0, s * gap)", "s * gap")
+@pytest.mark.kills(
+    "ual_kernels/_tokens.py", "torch.where(s == 0, 0.0, s * smoothing_term)", "s * smoothing_term"
+)
 @pytest.mark.kills(
     "ual_kernels/reference.py",
     "torch.where((label_smoothing == 0) & uniform.isinf(), 0.0, uniform)",
@@ -641,20 +653,22 @@ def test_forbidden_classes_cost_nothing_without_smoothing(backend: str, device: 
 
 
 @pytest.mark.kills(
-    "ual_kernels/_triton/cross_entropy.py", "    loss += poison\n    k += poison", "    loss += poison"
+    "ual_kernels/_triton/cross_entropy.py",
+    "tl.where(selected, k + nan_mask, 0.0)",
+    "tl.where(selected, k, 0.0)",
 )
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
-    "legal = (target >= 0) & (target < V)\n    s = ",
-    "legal = (target >= 0) & (target <= V)\n    s = ",
+    "valid = (target >= 0) & (target < V)\n    s = ",
+    "valid = (target >= 0) & (target <= V)\n    s = ",
 )
 @pytest.mark.kills(
-    "ual_kernels/functional.py",
-    "torch.where((s >= 0) & (s <= 1), s, torch.nan)",
-    "torch.where(s <= 1, s, torch.nan)",
+    "ual_kernels/_tokens.py",
+    "(smoothing >= 0) & (smoothing <= limit)",
+    "smoothing <= limit",
 )
-@pytest.mark.kills("ual_kernels/functional.py", "torch.where(scale >= 0, scale, torch.nan)", "scale")
-@pytest.mark.kills("ual_kernels/functional.py", "total = row_scale.nansum()", "total = row_scale.sum()")
+@pytest.mark.kills("ual_kernels/_arguments.py", "torch.where(scale >= 0, scale, torch.nan)", "scale")
+@pytest.mark.kills("ual_kernels/_arguments.py", "total = token_scale.nansum()", "total = token_scale.sum()")
 @pytest.mark.kills(
     "ual_kernels/reference.py",
     "torch.where(live & ~legal, torch.nan, 1.0)",
@@ -816,7 +830,10 @@ def test_in_place_backward_leaves_the_rest_of_a_buffer_alone(backend: str, devic
         ({"target": torch.zeros(4, dtype=torch.uint8)}, "target must be int32 or int64"),
         ({"target": torch.zeros(3, dtype=torch.long)}, r"target must have shape \[4\]"),
         ({"target": torch.zeros(4, dtype=torch.long, device="meta")}, "target must be on cpu, got meta"),
-        ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\], got 1.5"),
+        (
+            {"label_smoothing": 1.5},
+            r"label_smoothing must be in \[0, 1\], or up to V / \(V - 1\) = 1\.25 by losses\.others, got 1.5",
+        ),
         ({"label_smoothing": math.nan}, "label_smoothing must be in"),
         ({"label_smoothing": torch.zeros(3)}, r"label_smoothing must be shaped like a leading part"),
         ({"label_smoothing": torch.zeros(4, 1)}, r"one of \[\[\], \[4\]\], got \[4, 1\]"),
@@ -829,7 +846,6 @@ def test_in_place_backward_leaves_the_rest_of_a_buffer_alone(backend: str, devic
         ({"num_items": 0}, "num_items must be positive, got 0"),
         ({"num_items": torch.ones(2)}, "num_items must hold one number"),
         ({"num_items": 3, "reduction": "sum"}, 'num_items is the divisor of reduction="mean"'),
-        ({"smoothing_over": "rest"}, "smoothing_over must be one of"),
         ({"softcap": 0.0}, "softcap must be a positive number or None"),
         ({"softcap": math.inf}, "softcap must be a positive number or None"),
         ({"logit_scale": math.inf}, "logit_scale must be finite"),
@@ -840,11 +856,11 @@ def test_in_place_backward_leaves_the_rest_of_a_buffer_alone(backend: str, devic
 def test_refusals_name_the_argument(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"input": torch.zeros(4, 5), "target": torch.zeros(4, dtype=torch.long)}
     with pytest.raises(ValueError, match=message):
-        cross_entropy(**(arguments | change))
+        ual_kernels.cross_entropy(**(arguments | change))
 
 
 @pytest.mark.kills(
-    "ual_kernels/functional.py", "owner = input if input._base is None else input._base", "owner = input"
+    "ual_kernels/_arguments.py", "owner = input if input._base is None else input._base", "owner = input"
 )
 def test_in_place_refusals() -> None:
     target = torch.zeros(4, dtype=torch.long)
@@ -862,7 +878,7 @@ def test_in_place_refusals() -> None:
 
 
 def test_triton_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ual_kernels.functional._INTERPRETING", False)
+    monkeypatch.setattr("ual_kernels._arguments._INTERPRETING", False)
     arguments = torch.zeros(4, 5), torch.zeros(4, dtype=torch.long)
     with pytest.raises(UnsupportedError, match='backend="triton" needs CUDA tensors'):
         cross_entropy(*arguments, backend="triton")

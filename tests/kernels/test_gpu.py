@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.launches import watching
-from tests.kernels.cases import definition, linear_case, linear_definition
-from ual_kernels import cross_entropy, linear_cross_entropy
+from tests.kernels.cases import (
+    cross_entropy,
+    definition,
+    linear_case,
+    linear_cross_entropy,
+    linear_definition,
+)
 from ual_kernels._triton import linear_cross_entropy as kernels
 
 pytestmark = pytest.mark.gpu
@@ -64,7 +69,9 @@ def waiting_is_an_error() -> Iterator[None]:
 @pytest.mark.usefixtures("as_in_training")
 @variants
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
-@pytest.mark.parametrize("flags", [{"live_rows": 299}, {"live_rows": 300}, {"compact": False}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{"max_loss_tokens": 299}, {"max_loss_tokens": 300}, {"compact": False}], ids=str
+)
 def test_the_linear_loss_does_not_wait(
     flags: dict[str, Any], trainable: bool, variant: str, device: torch.device
 ) -> None:
@@ -75,7 +82,7 @@ def test_the_linear_loss_does_not_wait(
 
 
 def test_waiting_would_be_seen(device: torch.device) -> None:
-    """The control: without `live_rows` the rows are counted."""
+    """The control: without `max_loss_tokens` the rows are counted."""
     leaves, target = case(300, 1_000, 64, device)
     step(leaves, target)
     with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchroniz"):
@@ -194,7 +201,7 @@ def test_a_cuda_graph_replays_on_new_numbers(variant: str, device: torch.device)
 
 @contextmanager
 def counting_rows_made_again() -> Iterator[list[int]]:
-    """How many rows of each launch ask `_rows_kernel` for their own maximum."""
+    """How many rows of each launch ask `_own_maximum_kernel` for their own maximum."""
     found: list[int] = []
 
     def look(arguments: dict[str, Any]) -> Any:
@@ -204,7 +211,7 @@ def counting_rows_made_again() -> Iterator[list[int]]:
         return nullcontext()
 
     with ExitStack() as stack:
-        stack.enter_context(watching(kernels, "_rows_kernel", look))
+        stack.enter_context(watching(kernels, "_own_maximum_kernel", look))
         yield found
 
 

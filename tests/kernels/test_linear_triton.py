@@ -13,13 +13,16 @@ from tests.kernels.cases import (
     as_float64,
     assert_as_accurate_as_eager,
     assert_at_the_floor,
+    cross_entropy,
     linear_case,
+    linear_cross_entropy,
     linear_definition,
     measure,
     names,
     options,
 )
-from ual_kernels import UnsupportedError, cross_entropy, linear_cross_entropy, ops
+from ual_kernels import UnsupportedError, ops
+from ual_kernels._operands import ALL_TOKENS, LinearInputs, LinearSpec
 from ual_kernels._triton import linear_cross_entropy as kernels
 
 HEAD = ("linear_weight", "linear_bias")
@@ -85,7 +88,7 @@ def test_every_flag(
 
 @pytest.mark.kills(
     "ual_kernels/_triton/linear_cross_entropy.py",
-    "_FLOAT16_HEADROOM if x_dtype == torch.float16 else 0.0",
+    "_FLOAT16_HEADROOM if self.x_dtype == torch.float16 else 0.0",
     "_FLOAT16_HEADROOM * 2",
 )
 @pytest.mark.parametrize("head", [frozen, trainable, dict], ids=["frozen", "trainable", "bias"])
@@ -107,8 +110,8 @@ def test_other_dtypes(
 
 @pytest.mark.kills(
     "ual_kernels/_triton/linear_cross_entropy.py",
-    "dbias += of_product @ x",
-    "dbias += of_product @ rounded.float()",
+    "outputs.dlinear_bias.add_(of_product @ x)",
+    "outputs.dlinear_bias.add_(of_product @ rounded.float())",
 )
 @pytest.mark.parametrize("flags", ["mean", "all"])
 def test_a_trained_bias(flags: str, device: torch.device) -> None:
@@ -165,8 +168,8 @@ def test_confident_rows_are_at_the_floor(variant: str, device: torch.device) -> 
 
 @pytest.mark.kills(
     "ual_kernels/_triton/linear_cross_entropy.py",
-    "    elif tl.load(table_ptr + _TOTAL * M + row) < _LARGEST_TOTAL:",
-    "    elif tl.load(table_ptr + _TOTAL * M + row) != 0.5:",
+    "    elif tl.load(table_ptr + _TOTAL * M + token) < _LARGEST_TOTAL:",
+    "    elif tl.load(table_ptr + _TOTAL * M + token) != 0.5:",
 )
 @variants
 @pytest.mark.parametrize("statistics", [False, True])
@@ -228,7 +231,7 @@ def test_only_far_rows_are_made_again(device: torch.device, monkeypatch: pytest.
     with torch.no_grad():
         leaves["linear_bias"][7] = -200.0
     whole = measure(ours, leaves, target, reduction="none")
-    monkeypatch.setattr(kernels, "_rows_kernel", {(5,): lambda *_, **__: None})
+    monkeypatch.setattr(kernels, "_own_maximum_kernel", {(5,): lambda *_, **__: None})
     bare = measure(ours, leaves, target, reduction="none")
     near = [0, 1, 2, 4, 5]
     for name in ("loss", "input"):
@@ -294,8 +297,8 @@ def test_all_rows_ignored_is_zero(
 
 @pytest.mark.kills(
     "ual_kernels/_triton/linear_cross_entropy.py",
-    "poison = torch.where(legal | ~alive, 0.0, torch.nan)",
-    "poison = torch.where(legal, 0.0, 0.0)",
+    "self.nan_mask = label.nan_mask.to(torch.float32)",
+    "self.nan_mask = torch.zeros_like(label.nan_mask)",
 )
 @variants
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -379,10 +382,14 @@ def test_opcheck(dtype: torch.dtype, variant: str, device: torch.device) -> None
         (True, True, True, False, adapter),
     ):
         torch.library.opcheck(
-            ops.linear_cross_entropy,
+            ops.linear_cross_entropy_op,
             (
-                leaves["input"], leaves["linear_weight"], None, *lora, target, smoothing, scale, None,
-                -100, 0.0, 1.0, 0.5, 1e-3, 0.0, True, *gradients, -1, 2, "high", "triton",
+                *LinearInputs(
+                    leaves["input"], leaves["linear_weight"], None, *lora, target, smoothing, scale, None
+                ),
+                *LinearSpec(
+                    -100, 0.0, 1.0, 0.5, 1e-3, 0.0, True, *gradients, ALL_TOKENS, 2, "high", "triton"
+                ),
             ),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
@@ -393,11 +400,11 @@ def test_opcheck(dtype: torch.dtype, variant: str, device: torch.device) -> None
     "at_target -= coefficient * rest",
     "at_target += coefficient * rest",
 )
-@pytest.mark.parametrize("live_rows", [-1, 10, 11, 12], ids=["counted", "told", "more", "all"])
+@pytest.mark.parametrize("max_loss_tokens", [-1, 10, 11, 12], ids=["counted", "told", "more", "all"])
 @pytest.mark.parametrize("adapter", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_equals_the_torch_backend(
-    softcap: float, adapter: bool, live_rows: int, device: torch.device
+    softcap: float, adapter: bool, max_loss_tokens: int, device: torch.device
 ) -> None:
     """Every output of the operator, the unused state included, in float32."""
     leaves, target = linear_case(12, 67, 24, torch.float32, device)
@@ -407,13 +414,28 @@ def test_equals_the_torch_backend(
     weight = torch.linspace(0.0, 2.0, 67, device=device)
     lora = (torch.randn(3, 24, device=device), torch.randn(67, 3, device=device)) if adapter else (None, None)
     detached = {name: leaf.detach() for name, leaf in leaves.items()}
-    arguments = (
+    inputs = LinearInputs(
         detached["input"], detached["linear_weight"], detached["linear_bias"], *lora, target,
-        detached["label_smoothing"], detached["sample_weight"], weight, -100,
+        detached["label_smoothing"], detached["sample_weight"], weight,
     )  # fmt: skip
-    flags = (softcap, 0.5, 0.25, 1e-3, 0.0, True, True, True, adapter, False, live_rows, 5, "high")
-    theirs = ops.linear_cross_entropy(*arguments, *flags, "torch")
-    mine = ops.linear_cross_entropy(*arguments, *flags, "triton")
+    flags = (
+        -100,
+        softcap,
+        0.5,
+        0.25,
+        1e-3,
+        0.0,
+        True,
+        True,
+        True,
+        adapter,
+        False,
+        max_loss_tokens,
+        5,
+        "high",
+    )
+    theirs = ops.linear_cross_entropy(inputs, LinearSpec(*flags, "torch"))
+    mine = ops.linear_cross_entropy(inputs, LinearSpec(*flags, "triton"))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5, equal_nan=True)
 
@@ -493,7 +515,7 @@ def test_a_count_that_is_too_small_is_never_a_wrong_number(
     reduction: str, variant: str, device: torch.device
 ) -> None:
     leaves, target = linear_case(12, 67, 16, torch.bfloat16, device)
-    found = measure(ours, frozen(leaves), target, reduction=reduction, live_rows=5)
+    found = measure(ours, frozen(leaves), target, reduction=reduction, max_loss_tokens=5)
     live = target != -100
     assert found["loss"][live if reduction == "none" else ...].isnan().all()
     assert found["input"][live].isnan().all()
@@ -528,14 +550,14 @@ def test_a_filter_is_refused(device: torch.device) -> None:
 
 @pytest.mark.parametrize(("vocab", "itemsize"), [(32_000, 2), (128_256, 2), (128_256, 4), (262_144, 2)])
 def test_a_chunk_fits_its_budget_in_whole_tiles(vocab: int, itemsize: int) -> None:
-    rows = kernels.chunk_rows(vocab, itemsize)
+    rows = kernels.chunk_tokens(vocab, itemsize)
     assert rows % 128 == 0
     assert 512 <= rows <= 4_096
     assert rows * vocab * itemsize <= 600e6
 
 
 def test_a_vocabulary_beyond_the_budget_still_gets_a_tile() -> None:
-    assert kernels.chunk_rows(1 << 24, 4) == 128
+    assert kernels.chunk_tokens(1 << 24, 4) == 128
 
 
 def test_chunks_cover_every_row_once_and_start_on_tiles() -> None:

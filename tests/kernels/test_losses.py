@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cases import as_float64, assert_at_the_floor, measure
-from ual_kernels import TokenStatistics, cross_entropy, linear_cross_entropy, losses
+from tests.kernels.cases import as_float64, assert_at_the_floor, cross_entropy, linear_cross_entropy, measure
+from ual_kernels import TokenStatistics, losses
 
 HEAD = ("linear_weight", "linear_bias")
 V, D, B, T = 29, 8, 3, 4

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ual_kernels import cross_entropy, linear_cross_entropy, losses
+import ual_kernels
+from ual_kernels import LinearCrossEntropyOptions, cross_entropy, linear_cross_entropy, losses
 from ual_kernels.modules import CrossEntropyLoss, LinearCrossEntropyLoss
 
 V, D = 11, 6
@@ -35,17 +36,10 @@ CONSTANT: dict[str, Any] = {
     "reduction": "sum",
     "label_smoothing": 0.2,
     "sample_weight": losses.mile()["sample_weight"],
-    "smoothing_over": "others",
     "softcap": 2.0,
     "logit_scale": 0.5,
     "z_loss": 0.1,
-    "return_statistics": True,
-    "inplace_backward": True,
-    "vocab_size": V - 1,
-    "compact": False,
-    "chunk_tokens": 2,
-    "precision": "fast",
-    "gradient_filter": 1e-3,
+    "options": LinearCrossEntropyOptions(compact=False, chunk_tokens=2),
     "backend": "reference",
 }
 PER_CALL: dict[str, Any] = {
@@ -54,7 +48,7 @@ PER_CALL: dict[str, Any] = {
     "num_items": 7,
     "linear_bias": torch.linspace(-1.0, 1.0, V),
     "linear_lora": (torch.ones(2, D), torch.ones(V, 2), 0.5),
-    "live_rows": 5,
+    "options": LinearCrossEntropyOptions(max_loss_tokens=5),
 }
 
 
@@ -67,7 +61,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> l
         calls[-1].apply_defaults()
         return torch.zeros(())
 
-    monkeypatch.setattr(f"ual_kernels.modules.{function.__name__}", record)
+    monkeypatch.setattr(f"ual_kernels.functional.{function.__name__}", record)
     return calls
 
 
@@ -86,7 +80,7 @@ def test_every_option_is_there_with_its_default(
 
 
 @pytest.mark.kills("ual_kernels/modules.py", "return own | {", "return {")
-@pytest.mark.kills("ual_kernels/modules.py", "            live_rows=live_rows,\n", "")
+@pytest.mark.kills("ual_kernels/modules.py", "            num_items=num_items,\n", "")
 @faces
 def test_every_option_arrives(
     module: type[nn.Module],
@@ -97,7 +91,7 @@ def test_every_option_arrives(
     calls = recorded(monkeypatch, function)
     arguments = tensors(module, device)
     constant = {name: CONSTANT[name] for name in options_of(module) if name in CONSTANT}
-    assert set(options_of(module)) - set(constant) <= {"weight", "process_group"}
+    assert set(options_of(module)) - set(constant) == {"weight"}
     module(torch.ones(V), **constant)(*arguments)
     assert constant.items() <= {k: v for k, v in calls[-1].arguments.items() if k in constant}.items()
     assert torch.equal(calls[-1].arguments["weight"], torch.ones(V))
@@ -117,24 +111,15 @@ def test_the_module_is_the_function(
 ) -> None:
     arguments = tensors(module, device)
     smoothing, weight = torch.rand(2, device=device), torch.rand(V, device=device)
-    loss = module(weight, softcap=3.0, return_statistics=True, **losses.eaft())
-    ours, theirs = (
-        loss(*arguments, **losses.ual(smoothing), num_items=4),
-        function(
-            *arguments,
-            weight=weight,
-            softcap=3.0,
-            return_statistics=True,
-            num_items=4,
-            **losses.eaft(),
-            **losses.ual(smoothing),
-        ),
-    )
+    loss = module(weight, softcap=3.0, **losses.eaft())
+    keywords = {"weight": weight, "softcap": 3.0, **losses.eaft()}
+    given = {**losses.ual(smoothing), "num_items": 4}
+    assert torch.equal(loss(*arguments, **given), function(*arguments, **keywords, **given))
+    with_statistics = getattr(ual_kernels, f"{function.__name__}_with_statistics")
+    ours, theirs = loss.with_statistics(*arguments, **given), with_statistics(*arguments, **keywords, **given)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
     # a call's arguments are gone with it
-    torch.testing.assert_close(
-        loss(*arguments)[0], function(*arguments, weight=weight, softcap=3.0, **losses.eaft()), rtol=0, atol=0
-    )
+    assert torch.equal(loss(*arguments), function(*arguments, **keywords))
 
 
 def test_a_drop_in_for_pytorchs(device: torch.device) -> None:

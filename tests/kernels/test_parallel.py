@@ -30,12 +30,13 @@ from tests.kernels.cases import (
     frozen,
     frozen_with_adapter,
     linear_case,
+    linear_cross_entropy,
     measure,
     merged_definition,
     options,
     with_adapter,
 )
-from ual_kernels import TokenStatistics, UnsupportedError, linear_cross_entropy
+from ual_kernels import TokenStatistics, UnsupportedError
 from ual_kernels._torch import linear_cross_entropy as tiled
 
 Leaves = dict[str, Tensor]
@@ -119,9 +120,9 @@ CASES: dict[str, Case] = {
     **{f"{flags}-frozen": Case(flags, frozen) for flags in ("mean", "softcap", "all")},
     **{f"{flags}-lora": Case(flags, frozen_with_adapter) for flags in ("mean", "softcap", "all")},
     "chunks": Case("all", how={"chunk_tokens": 6}),
-    "rows-known": Case("mean", how={"live_rows": 19, "chunk_tokens": 7}),
-    "rows-more": Case("all", how={"live_rows": ROWS}),
-    "rows-too-few": Case("none", frozen, how={"live_rows": 12}),
+    "rows-known": Case("mean", how={"max_loss_tokens": 19, "chunk_tokens": 7}),
+    "rows-more": Case("all", how={"max_loss_tokens": ROWS}),
+    "rows-too-few": Case("none", frozen, how={"max_loss_tokens": 12}),
     "not-compact": Case("classes", how={"compact": False}, spoil=nothing_in_ignored_rows),
     "tiles-by-budget": Case("mean", plan=by_budget),
     "tiles-by-budget-softcap": Case("all", plan=by_budget),
@@ -188,7 +189,7 @@ def shard(name: str, split: tuple[int, ...], group: dist.ProcessGroup) -> dict[s
         flags["weight"] = flags["weight"][mine]
     if case.padding:
         flags["vocab_size"] = mine.stop - mine.start
-    flags |= case.how | {"process_group": group}
+    flags |= case.how | {"process_group": group, "classes": VOCAB}
     usual = tiled.plan
     tiled.plan = case.plan or usual
     try:
@@ -321,10 +322,10 @@ splits = pytest.mark.parametrize("split", SPLITS)
 
 
 @pytest.mark.kills(
-    "ual_kernels/parallel.py", "self.start = sum(counts[: dist.get_rank(group)])", "self.start = 0"
+    "ual_kernels/_vocab_parallel.py", "self.start = sum(counts[: dist.get_rank(group)])", "self.start = 0"
 )
-@pytest.mark.kills("ual_kernels/parallel.py", "op=dist.ReduceOp.MAX, group", "group")
-@pytest.mark.kills("ual_kernels/parallel.py", "torch.cat(everyone).topk(2, dim=0).values[1]", "second")
+@pytest.mark.kills("ual_kernels/_vocab_parallel.py", "op=dist.ReduceOp.MAX, group", "group")
+@pytest.mark.kills("ual_kernels/_vocab_parallel.py", "torch.cat(gathered).topk(2, dim=0).values[1]", "second")
 @pytest.mark.parametrize(
     ("split", "name"),
     [
@@ -394,19 +395,19 @@ def test_a_count_that_is_too_small_is_noticed_on_every_rank(split: str, results:
     "how", [{"backend": "reference"}, {"backend": "triton"}, {"gradient_filter": 1e-3}], ids=str
 )
 def test_what_has_no_shards_is_refused(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ual_kernels.functional._INTERPRETING", True)
+    monkeypatch.setattr("ual_kernels._arguments._INTERPRETING", True)
     arguments = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long)
     with pytest.raises(
         UnsupportedError, match='process_group needs backend="torch", without gradient_filter'
     ):
-        linear_cross_entropy(*arguments, process_group=object(), **how)  # type: ignore[call-overload]
+        linear_cross_entropy(*arguments, process_group=object(), **how)
 
 
 def test_shards_are_refused_under_a_compiler() -> None:
     head, target, group = torch.zeros(5, 3), torch.zeros(4, dtype=torch.long), object()
 
     def step(hidden: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, head, target, process_group=group)  # type: ignore[call-overload]
+        return linear_cross_entropy(hidden, head, target, process_group=group)
 
     with pytest.raises(Exception, match="neither a function of the statistics nor a process_group"):
         torch.compile(step, fullgraph=True, backend="eager")(torch.zeros(4, 3))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ual_kernels import cross_entropy, linear_cross_entropy
+from tests.kernels.cases import cross_entropy, linear_cross_entropy
 
 law = settings(max_examples=20)
 backends = pytest.mark.parametrize("backend", ["torch", "triton", "reference"])

@@ -23,7 +23,7 @@ def test_a_batch_by_hand():
     batch = Collator(pad_token_id=2, pad_to_multiple_of=4)(
         [feature([-100, 4, 2], 0.1, 2.0), feature([-100, -100, 5, 6, 2], 0.25, 0.0)]
     )
-    assert batch.pop("live_rows") == 2 + 3
+    assert batch.pop("max_loss_tokens") == 2 + 3
     assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in batch.items()} == {
         "input_ids": (torch.int64, [[9, 4, 2, 2, 2, 2, 2, 2], [9, 9, 5, 6, 2, 2, 2, 2]]),
         "attention_mask": (torch.int64, [[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]]),

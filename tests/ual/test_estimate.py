@@ -50,7 +50,7 @@ def peak(settings, fused):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     ids = torch.randint(0, 100, (B, T))
-    options = {"live_rows": B * (T - 1)} if fused else {}
+    options = {"max_loss_tokens": B * (T - 1)} if fused else {}
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(settings.training.get("bf16"))):
             loss = model(input_ids=ids, labels=ids, use_cache=False, **options).loss

@@ -87,7 +87,7 @@ def test_a_packed_batch_holds_the_same_rows(average: Any, padding_free: bool) ->
     alone = [Collator(0, 1, average)([row]) for row in order]
     total = sum(LENGTHS)
     assert batch["input_ids"].shape == ((1, total) if padding_free else (len(packs), 16))
-    assert batch["live_rows"] == sum(one["live_rows"] for one in alone)
+    assert batch["max_loss_tokens"] == sum(one["max_loss_tokens"] for one in alone)
     starts = (batch["position_ids"] == 0).flatten().nonzero().flatten().tolist()
     found = []
     for start in starts:
@@ -103,7 +103,7 @@ def test_a_packed_batch_holds_the_same_rows(average: Any, padding_free: bool) ->
         for name in ("label_smoothing", "sample_weight"):
             assert batch[name].flatten()[here].tolist() == [one[name].item()] * n
         assert batch["groups"].flatten(0, 1)[here].tolist() == [row["groups"]] * n
-    assert (batch["labels"] != -100).sum() == batch["live_rows"]
+    assert (batch["labels"] != -100).sum() == batch["max_loss_tokens"]
     assert "attention_mask" not in batch
     single = collate(features[:2])  # what is measured is not packed
     assert torch.equal(single["input_ids"], Collator(0, 8)(features[:2])["input_ids"])

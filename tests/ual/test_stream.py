@@ -138,7 +138,7 @@ def test_packs_of_a_stream_hold_every_row_once(settings: config.RunConfig, tiny:
     assert sorted(int(row["id"]) for p in packs for row in p["rows"]) == list(range(30))
     assert max(sum(len(row["input_ids"]) for row in p["rows"]) for p in packs) <= 192
     assert len(packs) < 30
-    assert PackedCollator(0)(packs[:2])["live_rows"] > 0
+    assert PackedCollator(0)(packs[:2])["max_loss_tokens"] > 0
 
 
 def test_a_streamed_and_packed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, tiny: Path) -> None:

@@ -28,9 +28,9 @@ class Collator:
 
     Calling it takes features with `input_ids` and `labels` (lists of int of one length), `label_smoothing`
     and `sample_weight` (floats; further keys are left out) and returns `input_ids`, `attention_mask` and
-    `labels` [B, T] int64, `label_smoothing` and `sample_weight` [B] float32, and `live_rows`: how many labels
-    are trained, counted here so that no loss has to wait for a device to know it. Where the features say
-    to which `groups` they belong (a list of K ints each), `groups` is [B, K] int64.
+    `labels` [B, T] int64, `label_smoothing` and `sample_weight` [B] float32, and `max_loss_tokens`, the
+    number of labels that are not ignored, counted here so that no loss has to wait for a device. If the
+    features have `groups` (a list of K ints each), `groups` is [B, K] int64.
 
     Raises:
         UserError: a feature has lost its `label_smoothing` or `sample_weight`.
@@ -67,7 +67,7 @@ class Collator:
             "labels": labels,
             "label_smoothing": smoothing,
             "sample_weight": weight,
-            "live_rows": int(live_tokens.sum()),
+            "max_loss_tokens": int(live_tokens.sum()),
         }
         if "groups" in features[0]:
             batch["groups"] = torch.tensor([feature["groups"] for feature in features])
@@ -91,7 +91,8 @@ class PackedCollator:
             length, which read rows only from a batch of one.
 
     Returns `input_ids`, `position_ids`, `labels` [B, T] int64, `label_smoothing` and `sample_weight` [B, T]
-    float32 (every token has its own row's), `live_rows`, and `groups` [B, T, K] where features have them.
+    float32 (every token has its sample's), `max_loss_tokens`, and `groups` [B, T, K] if the features have
+    them.
 
     Raises:
         UserError: as `Collator`.
@@ -120,7 +121,7 @@ class PackedCollator:
         batch: dict[str, Any] = {
             name: torch.stack([sequence[name] for sequence in sequences]) for name in sequences[0]
         }
-        return batch | {"live_rows": int((batch["labels"] != IGNORE_INDEX).sum())}
+        return batch | {"max_loss_tokens": int((batch["labels"] != IGNORE_INDEX).sum())}
 
     def _sequence(self, rows: Sequence[Mapping[str, Any]], length: int) -> dict[str, Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]

@@ -23,10 +23,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ual.errors import UserError
-from ual_kernels import IGNORE_INDEX, TokenStatistics, linear_cross_entropy
+from ual_kernels import (
+    IGNORE_INDEX,
+    LinearCrossEntropyOptions,
+    TokenStatistics,
+    linear_cross_entropy,
+    linear_cross_entropy_with_statistics,
+    losses,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
-_ADDED = ("label_smoothing", "sample_weight", "num_items_in_batch", "live_rows", "return_statistics")
+_ADDED = ("label_smoothing", "sample_weight", "num_items_in_batch", "max_loss_tokens", "return_statistics")
 
 
 @dataclass
@@ -51,15 +58,17 @@ def fuse(
     """Give a causal LM of transformers the fused loss, in place; `unfuse` takes it back.
 
     Afterwards ``model(input_ids=..., labels=..., label_smoothing=..., sample_weight=...)`` returns a
-    `FusedOutput` whose `loss` is the mean over live tokens (or divided by `num_items_in_batch`, as
+    `FusedOutput` whose `loss` is the mean over non-ignored tokens (or divided by `num_items_in_batch`, as
     transformers' Trainer passes it) and whose `logits` is None. Without `labels` the model is as before, so
     generation works. Any trainer that calls the model with labels gains the loss; per-sample columns reach it
-    as tensors [B] (or [B, T]). ``live_rows=``, a number of trained labels that the host knows, spares the
-    loss from asking the device.
+    as tensors [B] (or [B, T]). ``max_loss_tokens=``, an upper bound on the number of labels that are not
+    ignored, avoids a device synchronization.
 
     Args:
         model: a `PreTrainedModel` with an lm_head, or a `PeftModel` around one (wrap before or after).
-        smoothing_over, z_loss, backend: as in `ual_kernels.linear_cross_entropy`.
+        smoothing_over: "all" spreads smoothing over all classes, "others" over all but the target
+            (`ual_kernels.losses.others`).
+        z_loss, backend: as in `ual_kernels.linear_cross_entropy`.
         verify: call `check_logits`. Turn it off only for weights that are not there yet.
 
     Returns:
@@ -90,13 +99,8 @@ def fuse(
             )
         check_logits(model)
     unfused = base.forward
-    options = {
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "smoothing_over": smoothing_over,
-        "z_loss": z_loss,
-        "backend": backend,
-    }
+    if smoothing_over not in ("all", "others"):
+        raise ValueError(f'smoothing_over must be "all" or "others", got {smoothing_over!r}')
 
     @functools.wraps(unfused)
     def forward(
@@ -107,7 +111,7 @@ def fuse(
         label_smoothing: float | Tensor = 0.0,
         sample_weight: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        live_rows: int | None = None,
+        max_loss_tokens: int | None = None,
         return_statistics: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -125,19 +129,23 @@ def fuse(
             shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
 
         def compute(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, TokenStatistics | None]:
-            result = linear_cross_entropy(
-                hidden,
-                weight,
-                shift_labels,
-                label_smoothing=label_smoothing,
-                sample_weight=sample_weight,
-                num_items=num_items_in_batch,
-                live_rows=live_rows,
-                return_statistics=return_statistics,  # type: ignore[call-overload]
+            smoothing = label_smoothing
+            if smoothing_over == "others":
+                smoothing = losses.others(smoothing, len(weight))
+            arguments: dict[str, Any] = {
                 **head,
-                **options,
-            )
-            return result if return_statistics else (result, None)
+                "label_smoothing": smoothing,
+                "sample_weight": sample_weight,
+                "num_items": num_items_in_batch,
+                "softcap": softcap,
+                "logit_scale": logit_scale,
+                "z_loss": z_loss,
+                "options": LinearCrossEntropyOptions(max_loss_tokens=max_loss_tokens),
+                "backend": backend,
+            }
+            if return_statistics:
+                return linear_cross_entropy_with_statistics(hidden, weight, shift_labels, **arguments)
+            return linear_cross_entropy(hidden, weight, shift_labels, **arguments), None
 
         head = self.get_output_embeddings()  # type: ignore[no-untyped-call]
         loss, statistics = _call_head(head, body.last_hidden_state, compute)

@@ -143,7 +143,7 @@ def step_memory(
             activations = _peak(model, body, autocast)
             naive = _peak(model, loss, autocast)
             fuse(model, verify=False)
-            fused = _peak(model, lambda: loss(live_rows=rows), autocast, scratch)
+            fused = _peak(model, lambda: loss(max_loss_tokens=rows), autocast, scratch)
         except (RuntimeError, NotImplementedError) as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(

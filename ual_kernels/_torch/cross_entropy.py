@@ -1,103 +1,79 @@
-"""Cross entropy of given logits in plain PyTorch, a chunk of rows at a time: any device.
+"""Cross entropy of given logits in plain PyTorch, a chunk of tokens at a time: any device.
 
-With logits z, target y, smoothing s, and class weights c (1 without them):
-
-    Q      = (1 - s) c_y + s mean(c)                          # 1 without class weights
-    loss   = Q (lse(z) - z_y) - s mean(c (z - z_y)) + z_loss lse(z)^2
-    dz     = K p - (1 - s) c_y onehot(y) - (s / V) c          K = Q + 2 z_loss lse(z)
-    ds     = (mean(c) - c_y) (lse(z) - z_y) - mean(c (z - z_y))
-
-Differences are measured from the row's maximum or its target, never as lse(z) itself, which near 100 has
-already lost 4e-6 of every probability in float32. A softcap bends z: then dz is multiplied by
-1 - (z / softcap)^2.
+The algebra is that of `_tokens`. Differences are measured from the token's largest logit or its target,
+never as lse(z) itself, which near 100 has already lost 4e-6 of every probability in float32. A softcap bends
+z: then dz is multiplied by 1 - (z / softcap)^2.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ual_kernels._rows import LOGITS_STATISTICS, dead_statistics, labels
+from ual_kernels._operands import LogitsInputs, LogitsOutputs, LogitsSpec, accumulator, fill_ignored
+from ual_kernels._tokens import Labels, labels, token_statistics, token_terms
+from ual_kernels._torch.gemm import even
 
-# fp32 numbers in one [rows, V] chunk. On a CPU 2 MiB, so that every pass but the first finds it in cache
-# (measured on one core, V = 49152: a third of the time of 64 MiB); elsewhere launches count, and 64 MiB is a
+# fp32 numbers in one chunk of logits. On a CPU 2 MiB, so that every pass but the first finds it in cache
+# (measured on one core, V = 49152: a third of the time of 64 MiB). Elsewhere launches count, and 64 MiB is a
 # small part of a model.
 _CHUNK_ELEMENTS = {"cpu": 1 << 19}
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
 
 
-def forward(
-    logits: Tensor,
-    target: Tensor,
-    smoothing: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    softcap: float,
-    logit_scale: float,
-    z_loss: float,
-    statistics: bool,
-    *,
-    row_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The body of `ops.cross_entropy`; with `row_scale`, of `ops.cross_entropy_inplace`."""
-    rows, vocab = logits.shape
-    acc = torch.promote_types(logits.dtype, torch.float32)
-    loss = logits.new_zeros(rows, dtype=acc)
-    state = logits.new_zeros((4, rows), dtype=acc)
-    stats = dead_statistics(logits, LOGITS_STATISTICS, rows if statistics else 0, acc)
+def forward(inputs: LogitsInputs, spec: LogitsSpec, *, inplace_scale: Tensor | None = None) -> LogitsOutputs:
+    """The body of `ops.cross_entropy_op`; with `inplace_scale` [N], of `ops.cross_entropy_inplace_op`."""
+    logits, target, smoothing, class_weight = inputs
+    vocab, acc = logits.shape[1], accumulator(logits)
+    outputs = LogitsOutputs.empty(inputs, spec)
+    fill_ignored(outputs.statistics)
     for chunk in _chunks(logits):
-        y, live, legal = labels(target[chunk], vocab, ignore_index)
-        z = _final(logits[chunk].to(acc, copy=True), softcap, logit_scale)
-        s, c_y, c_mean = smoothing[chunk], *_class_terms(class_weight, y, vocab)
-        z_y = z.gather(1, y[:, None]).squeeze(1)
-        high = _shift_in_place(z)
-        gap = _weighted_mean(z, class_weight) - c_mean * (z_y - high)
-        log_sum, stats_chunk = _exp_in_place(z, high, z_y, statistics)
-        unit, k, ds = _row_terms(high, log_sum, z_y, gap, s, c_y, c_mean, z_loss)
-        poison = torch.where(legal, 0.0, torch.nan).to(acc)
-        loss[chunk] = torch.where(live, unit + poison, 0.0)
-        state[:, chunk] = torch.where(live, torch.stack([high, log_sum, k + poison, ds]), 0.0)
-        if statistics:
-            stats[:, chunk] = torch.where(live & legal, stats_chunk, stats[:, chunk])
-        if row_scale is not None:
-            p = z.mul_(torch.exp(-log_sum)[:, None])
-            scale = torch.where(live, row_scale[chunk] + poison, 0.0)
-            logits[chunk] = _dlogits(
-                p, logits[chunk], y, live, s, k, c_y, class_weight, scale, softcap, logit_scale
+        label = labels(target[chunk], vocab, spec.ignore_index)
+        z = _final(logits[chunk].to(acc, copy=True), spec)
+        z_y = z.gather(1, label.column[:, None]).squeeze(1)
+        classes = _class_terms(class_weight, label)
+        nan_mask = label.nan_mask.to(acc)
+        sums = _Sums.of(z, z_y, class_weight, classes.mean, statistics=spec.statistics)  # overwrites z
+        terms = token_terms(
+            sums.nll,
+            sums.lse,
+            sums.smoothing_term,
+            smoothing[chunk],
+            classes.target,
+            classes.mean,
+            spec.z_loss,
+        )
+        state = torch.stack([sums.largest, sums.log_sum, terms.k + nan_mask, terms.ds])
+        outputs.loss[chunk] = torch.where(label.selected, terms.loss + nan_mask, 0.0)
+        outputs.state[:, chunk] = torch.where(label.selected, state, 0.0)
+        if sums.statistics is not None:
+            outputs.statistics[:, chunk] = torch.where(
+                label.selected & label.valid, sums.statistics, outputs.statistics[:, chunk]
             )
-    return loss, state, stats
+        if inplace_scale is not None:
+            p = z.mul_(torch.exp(-sums.log_sum)[:, None])
+            scale = torch.where(label.selected, inplace_scale[chunk] + nan_mask, 0.0)
+            logits[chunk] = _dlogits(p, inputs, spec, chunk, label, terms.k, scale)
+    return outputs
 
 
-def backward(
-    dloss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    smoothing: Tensor,
-    class_weight: Tensor | None,
-    state: Tensor,
-    ignore_index: int,
-    softcap: float,
-    logit_scale: float,
-) -> Tensor:
-    """The body of `ops.cross_entropy_backward`."""
-    vocab = logits.shape[1]
-    acc = state.dtype
+def backward(dloss: Tensor, state: Tensor, inputs: LogitsInputs, spec: LogitsSpec) -> Tensor:
+    """The body of `ops.cross_entropy_backward_op`."""
+    logits, target, _, _ = inputs
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for chunk in _chunks(logits):
-        y, live, _ = labels(target[chunk], vocab, ignore_index)
-        high, log_sum, k, _ = state[:, chunk].unbind(0)
-        c_y, _ = _class_terms(class_weight, y, vocab)
-        z = _final(logits[chunk].to(acc), softcap, logit_scale)
-        p = torch.exp(z.sub(high[:, None]).sub_(log_sum[:, None]))
-        scale = torch.where(live, dloss[chunk].to(acc), 0.0)
-        dlogits[chunk] = _dlogits(
-            p, logits[chunk], y, live, smoothing[chunk], k, c_y, class_weight, scale, softcap, logit_scale
-        )
+        label = labels(target[chunk], logits.shape[1], spec.ignore_index)
+        largest, log_sum, k, _ = state[:, chunk].unbind(0)
+        z = _final(logits[chunk].to(state.dtype), spec)
+        p = torch.exp(z.sub(largest[:, None]).sub_(log_sum[:, None]))
+        scale = torch.where(label.selected, dloss[chunk].to(state.dtype), 0.0)
+        dlogits[chunk] = _dlogits(p, inputs, spec, chunk, label, k, scale)
     return dlogits
 
 
-def scale_rows(buffer: Tensor, scale: Tensor) -> Tensor:
-    """Multiply the rows of `buffer` in place; on a CPU, where asking is free, not at all if all are 1."""
+def scale_tokens(buffer: Tensor, scale: Tensor) -> Tensor:
+    """Multiply each token's row of `buffer` in place; on a CPU, where asking is free, not if all are 1."""
     if buffer.is_cpu and bool((scale == 1).all()):
         return buffer
     return buffer.mul_(scale[:, None])
@@ -107,103 +83,87 @@ def scale_rows(buffer: Tensor, scale: Tensor) -> Tensor:
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Even slices of at most the rows that the device's budget holds."""
-    rows, vocab = logits.shape
-    most = max(1, _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS_ELSEWHERE) // vocab)
-    pieces = -(-rows // most)
-    for i in range(pieces):
-        yield slice(rows * i // pieces, rows * (i + 1) // pieces)
+    """Even slices of at most the tokens that the device's budget holds."""
+    tokens, vocab = logits.shape
+    budget = _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
+    return even(tokens, max(1, budget // vocab))
 
 
-def _final(z: Tensor, softcap: float, logit_scale: float) -> Tensor:
-    if logit_scale != 1.0:
-        z = z * logit_scale
-    return torch.tanh(z / softcap) * softcap if softcap else z
+def _final(z: Tensor, spec: LogitsSpec) -> Tensor:
+    if spec.logit_scale != 1.0:
+        z = z * spec.logit_scale
+    return torch.tanh(z / spec.softcap) * spec.softcap if spec.softcap else z
 
 
-def _class_terms(class_weight: Tensor | None, y: Tensor, vocab: int) -> tuple[Tensor | float, Tensor | float]:
+class _ClassTerms(NamedTuple):
+    target: Tensor | float  # c_y, [M]
+    mean: Tensor | float
+
+
+def _class_terms(class_weight: Tensor | None, label: Labels) -> _ClassTerms:
     if class_weight is None:
-        return 1.0, 1.0
-    return class_weight[y], class_weight.mean()
+        return _ClassTerms(1.0, 1.0)
+    return _ClassTerms(class_weight[label.column], class_weight.mean())
 
 
-def _weighted_mean(z: Tensor, class_weight: Tensor | None) -> Tensor:
-    return z.mean(1) if class_weight is None else z @ class_weight / z.shape[1]
+class _Sums(NamedTuple):
+    """What the pass over the vocabulary sums up, [M] each."""
 
+    largest: Tensor
+    log_sum: Tensor  # of exp(z - largest)
+    lse: Tensor
+    nll: Tensor
+    smoothing_term: Tensor
+    statistics: Tensor | None  # [7, M]
 
-def _shift_in_place(z: Tensor) -> Tensor:
-    """Overwrite z with z - high; return high, the rows' maxima."""
-    high = z.amax(1)
-    z.sub_(high[:, None])
-    return high
-
-
-def _exp_in_place(z: Tensor, high: Tensor, z_y: Tensor, statistics: bool) -> tuple[Tensor, Tensor]:
-    """Overwrite z - high with its exp; return the logarithm of the sum and the statistics [7, rows]."""
-    if not statistics:
-        log_sum = z.exp_().sum(1).log()
-        return log_sum, log_sum
-    mean = high + z.mean(1)
-    margin = z.topk(2, dim=1).values[:, 1].abs() if z.shape[1] > 1 else torch.full_like(high, torch.inf)
-    shifted = z.clone()
-    total = z.exp_().sum(1)
-    weighted = shifted.masked_fill_(z == 0, 0.0).mul_(z).sum(1)
-    log_sum = total.log()
-    rows = [
-        high + log_sum,
-        (z_y - high) - log_sum,
-        log_sum - weighted / total,
-        1 / total,
-        margin,
-        mean,
-        (z_y >= high).to(z.dtype),
-    ]
-    return log_sum, torch.stack(rows)
-
-
-def _row_terms(
-    high: Tensor,
-    log_sum: Tensor,
-    z_y: Tensor,
-    gap: Tensor,
-    s: Tensor,
-    c_y: Tensor | float,
-    c_mean: Tensor | float,
-    z_loss: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The unit loss, the coefficient K of p, and d(unit loss)/ds."""
-    nll = (high - z_y) + log_sum
-    q = (1 - s) * c_y + s * c_mean
-    # a row that does not smooth must not see the mean of a vocabulary with -inf in it (0 inf = nan)
-    unit = q * nll - torch.where(s == 0, 0.0, s * gap)
-    k = q
-    if z_loss:
-        lse = high + log_sum
-        unit, k = unit + z_loss * lse.square(), k + 2 * z_loss * lse
-    return unit, k, (c_mean - c_y) * nll - gap
+    @classmethod
+    def of(
+        cls, z: Tensor, z_y: Tensor, class_weight: Tensor | None, c_mean: Tensor | float, *, statistics: bool
+    ) -> "_Sums":
+        """Sum over z [M, V], which becomes exp(z - largest)."""
+        vocab = z.shape[1]
+        second = None
+        if statistics:
+            two = z.topk(min(2, vocab), dim=1).values
+            second = two[:, 1] if vocab > 1 else torch.full_like(z_y, -torch.inf)
+        largest = z.amax(1)
+        z.sub_(largest[:, None])
+        weighted = z.mean(1) if class_weight is None else z @ class_weight / vocab
+        smoothing_term = weighted - c_mean * (z_y - largest)
+        shifted = mean = None
+        if statistics:
+            shifted, mean = z.clone(), largest + z.mean(1)
+        total = z.exp_().sum(1)
+        log_sum = total.log()
+        nll = (largest - z_y) + log_sum
+        packed = None
+        if shifted is not None and second is not None and mean is not None:
+            moment = shifted.masked_fill_(z == 0, 0.0).mul_(z).sum(1)
+            packed = token_statistics(z_y, largest, total, nll, moment, largest, second, mean)
+        return cls(largest, log_sum, largest + log_sum, nll, smoothing_term, packed)
 
 
 def _dlogits(
     p: Tensor,
-    raw: Tensor,
-    y: Tensor,
-    live: Tensor,
-    s: Tensor,
+    inputs: LogitsInputs,
+    spec: LogitsSpec,
+    chunk: slice,
+    label: Labels,
     k: Tensor,
-    c_y: Tensor | float,
-    class_weight: Tensor | None,
     scale: Tensor,
-    softcap: float,
-    logit_scale: float,
 ) -> Tensor:
-    """Overwrite p with the gradient of the raw logits, times `scale`; rows that are not live become 0."""
-    scale = scale * logit_scale
+    """Overwrite p with the gradient of the raw logits, times `scale` [M]; ignored tokens become 0."""
+    s, class_weight = inputs.smoothing[chunk], inputs.class_weight
+    c_y = _class_terms(class_weight, label).target
+    scale = scale * spec.logit_scale
     p *= (scale * k)[:, None]
     p -= (scale * s / p.shape[1])[:, None] * (1.0 if class_weight is None else class_weight)
-    # one column a row: the same as scatter_add_, which CUDA refuses where determinism is asked for
-    p.scatter_(1, y[:, None], p.gather(1, y[:, None]) - (scale * (1 - s) * c_y)[:, None])
-    if softcap:
-        p *= 1 - torch.tanh(raw.to(p.dtype) * (logit_scale / softcap)).square()
-    if p.is_cpu and bool(live.all()):  # asking is free here, and saves a pass
+    # one column a token: the same as scatter_add_, which CUDA refuses where determinism is requested
+    column = label.column[:, None]
+    p.scatter_(1, column, p.gather(1, column) - (scale * (1 - s) * c_y)[:, None])
+    if spec.softcap:
+        raw = inputs.logits[chunk].to(p.dtype)
+        p *= 1 - torch.tanh(raw * (spec.logit_scale / spec.softcap)).square()
+    if p.is_cpu and bool(label.selected.all()):  # asking is free here, and saves a pass
         return p
-    return p.masked_fill_(~live[:, None], 0.0)
+    return p.masked_fill_(~label.selected[:, None], 0.0)

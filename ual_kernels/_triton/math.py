@@ -1,4 +1,4 @@
-"""Jitted helpers that kernels share."""
+"""Jitted helpers that kernels share; the algebra is that of `ual_kernels._tokens`, in the same names."""
 
 import triton
 import triton.language as tl
@@ -17,3 +17,61 @@ def final_logits(x, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr):
     if SOFTCAP != 0.0:
         z = SOFTCAP * tanh(z / SOFTCAP)
     return z
+
+
+@triton.jit
+def token_terms(nll, lse, smoothing_term, s, c_y, c_mean, Z_LOSS: tl.constexpr):
+    """Loss of a sample weight of 1, K, U and dloss/ds; see `_tokens.token_terms`."""
+    k = (1.0 - s) * c_y + s * c_mean
+    # a token without smoothing must not see the mean of a vocabulary that holds -inf (0 inf = nan)
+    loss = k * nll - tl.where(s == 0.0, 0.0, s * smoothing_term)
+    uniform = s * c_mean
+    if Z_LOSS != 0.0:
+        loss += Z_LOSS * lse * lse
+        k += 2.0 * Z_LOSS * lse
+        uniform += 2.0 * Z_LOSS * lse
+    return loss, k, uniform, (c_mean - c_y) * nll - smoothing_term
+
+
+@triton.jit
+def store_statistics(
+    statistics_ptr,  # [7, M], planes `stride` apart, at the tokens; out
+    stride,
+    mask,  # tokens that exist
+    valid,  # tokens that are neither ignored nor out of range; the others get NaN
+    z_y,
+    reference,
+    total,
+    nll,
+    moment,
+    largest,
+    second,
+    mean,
+):
+    """The first seven fields of TokenStatistics; see `_tokens.token_statistics`."""
+    nan = float("nan")
+    log_total = tl.log(total)
+    tl.store(statistics_ptr, tl.where(valid, reference + log_total, nan), mask=mask)
+    tl.store(statistics_ptr + stride, tl.where(valid, -nll, nan), mask=mask)
+    tl.store(statistics_ptr + 2 * stride, tl.where(valid, log_total - moment / total, nan), mask=mask)
+    tl.store(
+        statistics_ptr + 3 * stride, tl.where(valid, tl.exp(largest - reference) / total, nan), mask=mask
+    )
+    tl.store(statistics_ptr + 4 * stride, tl.where(valid, largest - second, nan), mask=mask)
+    tl.store(statistics_ptr + 5 * stride, tl.where(valid, mean, nan), mask=mask)
+    tl.store(statistics_ptr + 6 * stride, tl.where(valid & (z_y >= largest), 1.0, 0.0), mask=mask)
+
+
+@triton.jit
+def two_largest(z):
+    """The two largest numbers of a vector; two that are equal count as two."""
+    high = tl.max(z, axis=0)
+    is_largest = z == high
+    second = tl.max(tl.where(is_largest, float("-inf"), z), axis=0)
+    return high, tl.where(tl.sum(is_largest.to(tl.int32), axis=0) > 1, high, second)
+
+
+@triton.jit
+def merge_two_largest(high, second, other_high, other_second):
+    """The second largest of two sets, from the two largest of each."""
+    return tl.maximum(tl.minimum(high, other_high), tl.maximum(second, other_second))

@@ -1,0 +1,305 @@
+"""Check the arguments of the public losses, and bring them into the form of the operators."""
+
+import math
+import os
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ual_kernels._operands import accumulator
+from ual_kernels._tokens import TokenFns, nan_outside, smoothing_limit
+from ual_kernels._types import Backend, Reduction, UnsupportedError
+from ual_kernels._vocab_parallel import Shards
+from ual_kernels.statistics import TokenFn
+
+# Triton reads this when it decorates a kernel, so once, at import; so do we.
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+class LossArguments(NamedTuple):
+    """The keywords that both losses share, as the caller gives them."""
+
+    label_smoothing: float | Tensor | TokenFn
+    sample_weight: Tensor | TokenFn | None
+    weight: Tensor | None
+    ignore_index: int
+    reduction: Reduction
+    num_items: int | Tensor | None
+    softcap: float | None
+    logit_scale: float
+    z_loss: float
+
+
+class Operands(NamedTuple):
+    """The same, checked: one number for each of N tokens, contiguous, in the accumulator's dtype."""
+
+    target: Tensor  # [N]
+    smoothing: Tensor  # [N]
+    token_scale: Tensor  # [N]: sample weight over the reduction's divisor, 0 for ignored tokens
+    class_weight: Tensor | None  # [V]
+    token_fns: TokenFns | None
+
+    def resolve(self, statistics: Tensor, ignore_index: int) -> "Operands":
+        """Replace the functions of the statistics [7, N] by the numbers that they return."""
+        assert self.token_fns is not None
+        selected = self.target != ignore_index
+        smoothing, weight = self.token_fns(statistics)
+        return self._replace(
+            smoothing=self.smoothing if smoothing is None else smoothing.where(selected, 0.0),
+            token_scale=self.token_scale
+            if weight is None
+            else self.token_scale * weight.where(selected, 0.0),
+            token_fns=None,
+        )
+
+
+def prepare(
+    tokens: Tensor,
+    shape: torch.Size,
+    target: Tensor,
+    arguments: LossArguments,
+    shards: Shards,
+    *,
+    statistics: bool,
+) -> Operands:
+    """Check the shared keywords and spread them over the tokens.
+
+    Args:
+        tokens: [N, ...] logits or hidden states, for their dtype and device.
+        shape: what `target` must have.
+        target: class indices.
+        arguments: the shared keywords.
+        shards: how many classes there are, and which of them `arguments.weight` speaks of.
+        statistics: whether statistics are wanted, for which tokens of weight 0 have to be computed.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    acc = accumulator(tokens)
+    _check_target(target, shape, tokens)
+    _check_numbers(arguments)
+    class_weight = _class_weight(arguments.weight, shards.size, tokens, acc)
+    smoothing, weight = arguments.label_smoothing, arguments.sample_weight
+    smoothing_fn: TokenFn | None = None
+    weight_fn: TokenFn | None = None
+    if callable(smoothing):
+        smoothing_fn, smoothing = smoothing, 0.0
+    if callable(weight):
+        weight_fn, weight = weight, None
+    limit = smoothing_limit(shards.vocab, acc)
+    if not isinstance(smoothing, Tensor):
+        if not 0 <= smoothing <= limit:
+            raise ValueError(
+                f"label_smoothing must be in [0, 1], or up to V / (V - 1) = {limit:.6g} by losses.others, "
+                f"got {smoothing}"
+            )
+        smoothing = tokens.new_full((), smoothing, dtype=acc)
+    smoothing = nan_outside(_per_token("label_smoothing", smoothing, target, acc), limit)
+
+    ignore_index = arguments.ignore_index
+    labels = target.reshape(-1).contiguous()  # reshape keeps the stride of a strided vector
+    scale = None
+    if weight is not None:
+        if not isinstance(weight, Tensor):
+            raise ValueError(f"sample_weight must be a tensor or None, got {weight!r}")
+        scale = _per_token("sample_weight", weight, target, acc)
+        scale = torch.where(scale >= 0, scale, torch.nan)
+        if not (scale.requires_grad or statistics):
+            # a token of weight 0 has no loss and no gradient: spare it the GEMM
+            labels = torch.where(scale == 0, ignore_index, labels)
+    selected = labels != ignore_index
+    token_scale = torch.where(selected, torch.ones_like(smoothing) if scale is None else scale, 0.0)
+    if arguments.reduction == "mean":
+        divisor = _divisor(arguments.num_items, token_scale, labels, class_weight, shards)
+        # masked once more: where every token is ignored, num_items may be a tensor of 0
+        token_scale = torch.where(selected, token_scale / divisor, 0.0)
+    token_fns = None
+    if smoothing_fn is not None or weight_fn is not None:
+        token_fns = TokenFns(smoothing_fn, weight_fn, limit)
+    return Operands(labels, smoothing, token_scale, class_weight, token_fns)
+
+
+def _check_target(target: Tensor, shape: torch.Size, tokens: Tensor) -> None:
+    if target.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"target must be int32 or int64 class indices, got {target.dtype}")
+    if target.shape != shape:
+        raise ValueError(f"target must have shape {list(shape)} to match input, got {list(target.shape)}")
+    check_device("target", target, tokens)
+
+
+def _check_numbers(arguments: LossArguments) -> None:
+    reduction, softcap = arguments.reduction, arguments.softcap
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
+    if arguments.num_items is not None and reduction != "mean":
+        raise ValueError(f'num_items is the divisor of reduction="mean", got reduction={reduction!r}')
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+    if not -math.inf < arguments.logit_scale < math.inf:
+        raise ValueError(f"logit_scale must be finite, got {arguments.logit_scale}")
+    if not 0 <= arguments.z_loss < math.inf:
+        raise ValueError(f"z_loss must be a number >= 0, got {arguments.z_loss}")
+
+
+def _class_weight(weight: Tensor | None, size: int, tokens: Tensor, acc: torch.dtype) -> Tensor | None:
+    if weight is None:
+        return None
+    if weight.shape != (size,):
+        raise ValueError(f"weight must be [{size}], one number per class, got {list(weight.shape)}")
+    if weight.requires_grad:
+        raise ValueError("weight is not differentiable; pass weight.detach()")
+    check_device("weight", weight, tokens)
+    return weight.to(acc).contiguous()
+
+
+def _per_token(name: str, value: Tensor, target: Tensor, acc: torch.dtype) -> Tensor:
+    """Spread a number per leading index of `target` over the rest of it: [N] in the accumulator's dtype."""
+    if value.shape != target.shape[: value.ndim]:
+        leading = [list(target.shape[:k]) for k in range(target.ndim + 1)]
+        raise ValueError(
+            f"{name} must be shaped like a leading part of target, one of {leading}, got {list(value.shape)}"
+        )
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    check_device(name, value, target)
+    missing = (1,) * (target.ndim - value.ndim)
+    return value.to(acc).reshape(value.shape + missing).expand(target.shape).reshape(-1)
+
+
+def _divisor(
+    num_items: int | Tensor | None,
+    token_scale: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    shards: Shards,
+) -> Tensor | float:
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must hold one number, got shape {list(num_items.shape)}")
+        return num_items.reshape(()).to(token_scale)
+    if num_items is not None:
+        if not num_items > 0:
+            raise ValueError(f"num_items must be positive, got {num_items}")
+        return float(num_items)
+    if class_weight is not None:
+        # a label out of range counts as the nearest class: its own loss is NaN whatever it counts
+        column, held = shards.place(labels.clamp(0, shards.vocab - 1))
+        token_scale = token_scale * shards.sum(torch.where(held, class_weight[column.long()], 0.0))
+    total = token_scale.nansum()  # a negative weight, NaN by now, must not reach the other tokens
+    return torch.where(total == 0, 1.0, total)
+
+
+class Lora(NamedTuple):
+    """An unmerged adapter of the head, checked."""
+
+    a: Tensor | None  # [r, D]
+    b: Tensor | None  # [V, r]
+    scale: float
+
+
+def lora(linear_lora: tuple[Tensor, Tensor, float] | None, input: Tensor, linear_weight: Tensor) -> Lora:
+    """Check (A, B, scale)."""
+    if linear_lora is None:
+        return Lora(None, None, 1.0)
+    a, b, scale = linear_lora
+    vocab, features = linear_weight.shape
+    rank = a.shape[0] if a.ndim == 2 else "r"
+    for name, matrix, shape in (("A", a, (rank, features)), ("B", b, (vocab, rank))):
+        if tuple(matrix.shape) != shape:
+            raise ValueError(
+                f"linear_lora's {name} must be [{shape[0]}, {shape[1]}], got {list(matrix.shape)}"
+            )
+        check_floating(f"linear_lora's {name}", matrix)
+        check_device(f"linear_lora's {name}", matrix, input)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"linear_lora's scale must be finite, got {scale}")
+    return Lora(a, b, float(scale))
+
+
+class Linear(NamedTuple):
+    """Hidden states and head, checked, and cast where autocast says so."""
+
+    input: Tensor  # [..., D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Linear:
+    """Check hidden states and head against each other.
+
+    Under autocast they are cast as `torch.nn.functional.linear` casts them: by value, with gradients in the
+    given dtypes.
+    """
+    if weight.ndim != 2 or weight.shape[0] == 0:
+        raise ValueError(f"linear_weight must be [V, D] with V >= 1, got {list(weight.shape)}")
+    if input.ndim < 1 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"input must be [..., {weight.shape[1]}] to match linear_weight, got {list(input.shape)}"
+        )
+    check_device("linear_weight", weight, input)
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    check_floating("input", input)
+    if weight.dtype != input.dtype:
+        raise ValueError(
+            f"linear_weight must be {input.dtype} like input, got {weight.dtype}; cast one of them, or run "
+            "under torch.autocast"
+        )
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"linear_bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+        check_device("linear_bias", bias, input)
+    return Linear(input, weight, bias)
+
+
+def check_logits(input: Tensor) -> None:
+    """Refuse what is no [..., V]."""
+    if input.ndim < 1 or input.shape[-1] == 0:
+        raise ValueError(f"input must be [..., V] with V >= 1, got {list(input.shape)}")
+    check_floating("input", input)
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Refuse other dtypes than the four that are supported."""
+    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"{name} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Refuse a tensor on another device."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
+
+
+def check_inplace(input: Tensor, backend: Backend) -> None:
+    """Refuse logits that must not, or cannot, be overwritten."""
+    if backend == "reference":
+        raise UnsupportedError('backend="reference" has no inplace_backward; use "torch"')
+    if torch.compiler.is_compiling():
+        raise UnsupportedError("inplace_backward does not run under torch.compile")
+    owner = input if input._base is None else input._base
+    if owner.requires_grad and owner.is_leaf:
+        raise ValueError("inplace_backward would overwrite a leaf that requires grad; pass a computed tensor")
+    if input.dtype == torch.float16:
+        raise ValueError(
+            "inplace_backward cannot keep float16 gradients: divided by the number of tokens they underflow "
+            "before a loss scaler's factor arrives; use bfloat16 or float32"
+        )
+    if not input.is_contiguous():
+        raise ValueError(f"inplace_backward needs contiguous input, got strides {input.stride()}")
+
+
+def choose_backend(backend: Backend, input: Tensor, *, fused: Backend) -> Backend:
+    """Resolve "auto" (`fused` on CUDA, PyTorch elsewhere); keep a name, or refuse it."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+    if backend == "auto":
+        return fused if input.is_cuda else "torch"
+    if backend == "triton" and not (input.is_cuda or _INTERPRETING):
+        raise UnsupportedError(
+            f'backend="triton" needs CUDA tensors, got one on {input.device}; use "auto" or "torch"'
+        )
+    return backend

@@ -1,0 +1,200 @@
+"""The operators' arguments and results as typed records, in the order of the operators' schemas.
+
+N tokens, V classes, D features, rank r. ACC is the accumulator's dtype: float32, or float64 for float64
+input. A record's fields are the schema: `schema` writes the one from the other.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ual_kernels.statistics import LINEAR_STATISTICS, LOGITS_STATISTICS
+
+ALL_TOKENS = (
+    -1
+)  # max_loss_tokens: the number of loss tokens is not known on the host and is read from the device
+
+
+class LogitsInputs(NamedTuple):
+    """Tensors of `cross_entropy`."""
+
+    logits: Tensor  # [N, V], columns of stride 1
+    target: Tensor  # [N] int32 or int64
+    smoothing: Tensor  # [N] ACC
+    class_weight: Tensor | None  # [V] ACC
+
+
+class LogitsSpec(NamedTuple):
+    """Scalars of `cross_entropy`."""
+
+    ignore_index: int
+    softcap: float  # 0.0 is none
+    logit_scale: float
+    z_loss: float
+    statistics: bool
+    backend: str
+
+
+class LogitsOutputs(NamedTuple):
+    """Results of `cross_entropy`; ignored tokens are 0, NaN in the statistics."""
+
+    loss: Tensor  # [N] ACC, of a sample weight of 1
+    state: Tensor  # [4, N] ACC: maximum, log-sum, coefficient of p, dloss/ds
+    statistics: Tensor  # [7, N or 0] ACC
+
+    @classmethod
+    def empty(cls, inputs: LogitsInputs, spec: LogitsSpec) -> "LogitsOutputs":
+        """Allocate uninitialized results."""
+        acc, tokens = accumulator(inputs.logits), inputs.logits.shape[0]
+
+        def new(*shape: int) -> Tensor:
+            return inputs.logits.new_empty(shape, dtype=acc)
+
+        return cls(new(tokens), new(4, tokens), new(LOGITS_STATISTICS, tokens if spec.statistics else 0))
+
+
+class LinearInputs(NamedTuple):
+    """Tensors of `linear_cross_entropy`."""
+
+    input: Tensor  # [N, D]
+    linear_weight: Tensor  # [V, D]
+    linear_bias: Tensor | None  # [V]
+    lora_a: Tensor | None  # [r, D]
+    lora_b: Tensor | None  # [V, r]
+    target: Tensor  # [N] int32 or int64
+    smoothing: Tensor  # [N] ACC
+    token_scale: Tensor  # [N] ACC, sample weight over the reduction's divisor
+    class_weight: Tensor | None  # [V] ACC
+
+    @property
+    def rank(self) -> int:
+        """LoRA's r, 0 without an adapter."""
+        return 0 if self.lora_a is None else self.lora_a.shape[0]
+
+
+class LinearSpec(NamedTuple):
+    """Scalars of `linear_cross_entropy`.
+
+    `per_token` says that upstream gradients may differ between tokens. Then `dinput` is kept in ACC, and
+    `head_grad` and `lora_grad` must be False: backward calls the operator again with the upstream gradient in
+    `token_scale`.
+    """
+
+    ignore_index: int
+    softcap: float  # 0.0 is none
+    logit_scale: float
+    lora_scale: float
+    z_loss: float
+    gradient_filter: float  # 0.0 is exact
+    statistics: bool
+    input_grad: bool
+    head_grad: bool
+    lora_grad: bool
+    per_token: bool
+    max_loss_tokens: int  # or ALL_TOKENS
+    chunk_tokens: int  # 0 is the backend's choice
+    precision: str
+    backend: str
+
+    @property
+    def gradients(self) -> bool:
+        """Whether any gradient is computed."""
+        return self.input_grad or self.head_grad or self.lora_grad
+
+
+class LinearOutputs(NamedTuple):
+    """Results of `linear_cross_entropy`; gradients that are not requested have no elements."""
+
+    loss: Tensor  # [N] ACC, times token_scale
+    state: Tensor  # [2, N] ACC: loss of a token_scale of 1, and its derivative by the smoothing
+    statistics: Tensor  # [8, N or 0] ACC
+    dinput: Tensor  # [N, D], times token_scale
+    dlinear_weight: Tensor  # [V, D] ACC, summed over tokens, as are the following
+    dlinear_bias: Tensor  # [V] ACC
+    dlora_a: Tensor  # [r, D] ACC
+    dlora_b: Tensor  # [V, r] ACC
+
+    @classmethod
+    def empty(cls, inputs: LinearInputs, spec: LinearSpec) -> "LinearOutputs":
+        """Allocate uninitialized results."""
+        (tokens, features), vocab = inputs.input.shape, inputs.linear_weight.shape[0]
+        acc = accumulator(inputs.input)
+
+        def new(*shape: int, when: bool = True, dtype: torch.dtype = acc) -> Tensor:
+            return inputs.input.new_empty((shape[0] if when else 0, *shape[1:]), dtype=dtype)
+
+        return cls(
+            loss=new(tokens),
+            state=new(2, tokens),
+            statistics=new(LINEAR_STATISTICS, tokens if spec.statistics else 0),
+            dinput=new(
+                tokens, features, when=spec.input_grad, dtype=stored_dtype(inputs.input.dtype, spec.per_token)
+            ),
+            dlinear_weight=new(vocab, features, when=spec.head_grad),
+            dlinear_bias=new(vocab, when=spec.head_grad and inputs.linear_bias is not None),
+            dlora_a=new(inputs.rank, features, when=spec.lora_grad),
+            dlora_b=new(vocab, inputs.rank, when=spec.lora_grad),
+        )
+
+    def fill_ignored(self) -> None:
+        """Give every token the results of an ignored one, and set all summed gradients but the head's to 0.
+
+        The head's gradient is as large as the head; a body starts it where it adds to it first.
+        """
+        for tensor in (self.loss, self.state, self.dinput, self.dlinear_bias, self.dlora_a, self.dlora_b):
+            tensor.zero_()
+        fill_ignored(self.statistics)
+
+
+def fill_ignored(statistics: Tensor) -> None:
+    """Statistics [fields, N] of ignored tokens: NaN, and 0 for `correct`."""
+    statistics.fill_(torch.nan)
+    statistics[6] = 0.0
+
+
+def accumulator(tensor: Tensor) -> torch.dtype:
+    """The dtype of sums over this tensor."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def stored_dtype(dtype: torch.dtype, per_token: bool) -> torch.dtype:
+    """The dtype in which forward keeps the gradient of the hidden states.
+
+    bfloat16 has the range of float32, so a gradient that is later multiplied by a constant can be kept in it.
+    float16 has not: 1 / tokens underflows before a loss scaler's factor arrives. Upstream gradients that
+    differ between tokens would round a second time.
+    """
+    return dtype if dtype == torch.bfloat16 and not per_token else torch.promote_types(dtype, torch.float32)
+
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    float: "float",
+    bool: "bool",
+    str: "str",
+}
+
+
+def schema(arguments: Sequence[Any], results: str, *, mutated: str = "") -> str:
+    """Write an operator's schema.
+
+    Args:
+        arguments: records, whose fields are arguments in their order, or names of further tensors.
+        results: the schema's part after the arrow.
+        mutated: the argument that the operator overwrites.
+    """
+    fields: list[tuple[str, Any]] = []
+    for argument in arguments:
+        fields += [(argument, Tensor)] if isinstance(argument, str) else argument.__annotations__.items()
+    types = ("Tensor(a!)" if name == mutated else _SCHEMA_TYPES[kind] for name, kind in fields)
+    names = (name for name, _ in fields)
+    return f"({', '.join(map(' '.join, zip(types, names, strict=True)))}) -> {results}"
+
+
+def tensors(record: type) -> str:
+    """The schema of a record of tensors as results."""
+    return f"({', '.join(['Tensor'] * len(record.__annotations__))})"

@@ -1,0 +1,81 @@
+"""Vocab-parallel shards: what the ranks of a process group exchange for each token.
+
+Each rank holds consecutive rows of the lm_head, in the order of the ranks, and all hidden states and targets.
+With m_r the maximum of rank r and S_r its sum of exp(z - m_r), per token
+
+    m = max_r m_r        S = sum_r S_r exp(m_r - m)        z_y, mean(c z) = sums over ranks
+
+The gradient of the hidden states is the sum over ranks of what each rank's rows of the head contribute. A
+chunk of M tokens therefore costs a few all-reduces of [M] and one of [M, D].
+"""
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+class Shards:
+    """A single shard: this process holds all classes, and nothing is exchanged."""
+
+    start = 0
+
+    def __init__(self, classes: int) -> None:
+        self.vocab = self.largest = self.size = classes
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks; may overwrite its argument."""
+        return tensor
+
+    def sum_input_grad(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks a gradient of the hidden states, if the caller wants it summed."""
+        return tensor
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """Maximum over ranks; may overwrite its argument."""
+        return tensor
+
+    def second_largest(self, largest: Tensor, second: Tensor) -> Tensor:
+        """Second largest over all classes, from each rank's largest and second largest."""
+        return second
+
+    def place(self, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the label's column in this shard (0 where it has none), and a mask of those it holds."""
+        held = (label >= self.start) & (label < self.start + self.size)
+        return torch.where(held, label - self.start, 0), held
+
+
+class ProcessGroupShards(Shards):
+    """Classes [start, start + size) of `vocab` are here, the others on the other ranks.
+
+    Construction reads the sizes of all shards: the one host synchronization of a sharded head.
+    """
+
+    def __init__(
+        self, classes: int, group: dist.ProcessGroup, device: torch.device, *, reduce_input_grad: bool
+    ) -> None:
+        super().__init__(classes)
+        self._group = group
+        self._ranks = dist.get_world_size(group)
+        self._reduce_input_grad = reduce_input_grad
+        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self._ranks)]
+        dist.all_gather(sizes, torch.tensor([classes], device=device), group=group)
+        counts = torch.cat(sizes).tolist()
+        self.start = sum(counts[: dist.get_rank(group)])
+        self.vocab, self.largest = sum(counts), max(counts)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def sum_input_grad(self, tensor: Tensor) -> Tensor:
+        return self.sum(tensor) if self._reduce_input_grad else tensor
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        return tensor
+
+    def second_largest(self, largest: Tensor, second: Tensor) -> Tensor:
+        own = torch.stack([largest, second])
+        gathered = [torch.empty_like(own) for _ in range(self._ranks)]
+        dist.all_gather(gathered, own, group=self._group)
+        return torch.cat(gathered).topk(2, dim=0).values[1]
