@@ -186,7 +186,8 @@ def _ours(precision: str, variant: str = "") -> Callable[[], Loss]:
             return linear_cross_entropy(
                 c.hidden, c.head, c.target, linear_lora=c.lora, label_smoothing=c.smoothing,
                 sample_weight=c.weight, reduction=c.reduction,
-                options=LinearCrossEntropyOptions(precision=precision), backend="triton" if variant else "torch",
+                options=LinearCrossEntropyOptions(precision=precision),
+                backend="triton" if variant else "torch",
             )  # fmt: skip
 
         return loss

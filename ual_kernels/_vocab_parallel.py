@@ -9,15 +9,25 @@ The gradient of the hidden states is the sum over ranks of what each rank's rows
 chunk of M tokens therefore costs a few all-reduces of [M] and one of [M, D].
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+
+class Place(NamedTuple):
+    """Where a shard holds the tokens' labels."""
+
+    column: Tensor  # [M], 0 where another shard holds the label
+    held: Tensor  # [M] bool
 
 
 class Shards:
     """A single shard: this process holds all classes, and nothing is exchanged."""
 
     start = 0
+    alone = True
 
     def __init__(self, classes: int) -> None:
         self.vocab = self.largest = self.size = classes
@@ -38,17 +48,19 @@ class Shards:
         """Second largest over all classes, from each rank's largest and second largest."""
         return second
 
-    def place(self, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the label's column in this shard (0 where it has none), and a mask of those it holds."""
+    def place(self, label: Tensor) -> "Place":
+        """Find labels [M] of the complete vocabulary in this shard."""
         held = (label >= self.start) & (label < self.start + self.size)
-        return torch.where(held, label - self.start, 0), held
+        return Place(torch.where(held, label - self.start, 0), held)
 
 
 class ProcessGroupShards(Shards):
     """Classes [start, start + size) of `vocab` are here, the others on the other ranks.
 
-    Construction reads the sizes of all shards: the one host synchronization of a sharded head.
+    Construction reads the sizes of all shards: the one host synchronization of a sharded loss.
     """
+
+    alone = False
 
     def __init__(
         self, classes: int, group: dist.ProcessGroup, device: torch.device, *, reduce_input_grad: bool

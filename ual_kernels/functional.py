@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from ual_kernels import _arguments, ops, reference
 from ual_kernels._arguments import LossArguments, Operands
@@ -252,12 +253,17 @@ def _of_logits(
     """The reduced loss, and packed statistics [7, N] ([7, 0] unless wanted)."""
     options = options or CrossEntropyOptions()
     _arguments.check_logits(input)
-    logits = input.reshape(-1, input.shape[-1])
-    shards = Shards(logits.shape[1])
-    operands = _arguments.prepare(logits, input.shape[:-1], target, arguments, shards, statistics=statistics)
-    backend = _arguments.choose_backend(backend, input, fused="triton")
+    grouped = options.process_group is not None
+    backend = _arguments.choose_backend(backend, input, fused="torch" if grouped else "triton")
+    if grouped and backend != "torch":
+        raise UnsupportedError('process_group needs backend="torch"')
+    if grouped and torch.compiler.is_compiling():
+        raise UnsupportedError("a process_group cannot be compiled; call cross_entropy outside torch.compile")
     if options.inplace_backward:
         _arguments.check_inplace(input, backend)
+    logits = input.reshape(-1, input.shape[-1])
+    shards = _shards(logits.shape[1], options.process_group, input.device)
+    operands = _arguments.prepare(logits, input.shape[:-1], target, arguments, shards, statistics=statistics)
     if backend == "reference":
         return _by_definition(logits, operands, arguments, target.shape, statistics=statistics)
     if logits.stride(-1) != 1 and logits.shape[1] > 1:
@@ -276,12 +282,12 @@ def _of_logits(
 
     if operands.token_fns is not None:
         with torch.no_grad():
-            seen = ops.cross_entropy(inputs(), spec._replace(statistics=True)).statistics
+            seen = ops.cross_entropy(inputs(), spec._replace(statistics=True), shards).statistics
         operands = operands.resolve(seen, arguments.ignore_index)
     if options.inplace_backward and torch.is_grad_enabled() and input.requires_grad:
-        loss, packed = ops.cross_entropy_inplace(inputs(), operands.token_scale, spec)
+        loss, packed = ops.cross_entropy_inplace(inputs(), operands.token_scale, spec, shards)
     else:
-        outputs = ops.cross_entropy(inputs(), spec)
+        outputs = ops.cross_entropy(inputs(), spec, shards)
         loss, packed = outputs.loss * operands.token_scale, outputs.statistics
     return _reduce(loss, arguments, target.shape), packed
 
@@ -305,14 +311,12 @@ def _of_linear(
     backend = _arguments.choose_backend(backend, input, fused="torch")  # until Triton's is measured on a GPU
     _check_supported(input, arguments, options, backend)
     hidden = input.reshape(input.shape[:-1].numel(), input.shape[-1])
-    shards = Shards(linear_weight.shape[0])
-    if options.process_group is not None:
-        shards = ProcessGroupShards(
-            linear_weight.shape[0],
-            options.process_group,
-            input.device,
-            reduce_input_grad=options.reduce_input_grad,
-        )
+    shards = _shards(
+        linear_weight.shape[0],
+        options.process_group,
+        input.device,
+        reduce_input_grad=options.reduce_input_grad,
+    )
     operands = _arguments.prepare(hidden, input.shape[:-1], target, arguments, shards, statistics=statistics)
     if backend == "reference":
         acc = operands.smoothing.dtype
@@ -356,11 +360,20 @@ def _of_linear(
         precision=options.precision,
         backend=backend,
     )
-    if operands.token_fns is not None or options.process_group is not None:
-        outputs = ops.linear_cross_entropy_direct(inputs, spec, operands.token_fns, shards)
-    else:
-        outputs = ops.linear_cross_entropy(inputs, spec)
+    outputs = ops.linear_cross_entropy(inputs, spec, operands.token_fns, shards)
     return _reduce(outputs.loss, arguments, target.shape), outputs.statistics
+
+
+def _shards(
+    classes: int,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    *,
+    reduce_input_grad: bool = True,
+) -> Shards:
+    if group is None:
+        return Shards(classes)
+    return ProcessGroupShards(classes, group, device, reduce_input_grad=reduce_input_grad)
 
 
 def _check_supported(

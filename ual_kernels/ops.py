@@ -74,17 +74,19 @@ def _once(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 # ---- logits in ----
 
 
-def cross_entropy(inputs: LogitsInputs, spec: LogitsSpec) -> LogitsOutputs:
+def cross_entropy(inputs: LogitsInputs, spec: LogitsSpec, shards: Shards) -> LogitsOutputs:
     """Loss of a sample weight of 1, differentiable by logits and smoothing."""
-    return LogitsOutputs(*cross_entropy_op(*inputs, *spec))
+    if shards.alone:
+        return LogitsOutputs(*cross_entropy_op(*inputs, *spec))
+    return LogitsOutputs(*_CrossEntropySharded.apply(*inputs, *spec, shards))  # type: ignore[no-untyped-call]
 
 
 def cross_entropy_inplace(
-    inputs: LogitsInputs, token_scale: Tensor, spec: LogitsSpec
+    inputs: LogitsInputs, token_scale: Tensor, spec: LogitsSpec, shards: Shards
 ) -> tuple[Tensor, Tensor]:
     """Loss times `token_scale`, and statistics; the logits become their gradient."""
     loss, statistics = _CrossEntropyInplace.apply(  # type: ignore[no-untyped-call]
-        inputs.logits, inputs.smoothing, token_scale, inputs.target, inputs.class_weight, *spec
+        inputs.logits, inputs.smoothing, token_scale, inputs.target, inputs.class_weight, spec, shards
     )
     return loss, statistics
 
@@ -113,8 +115,14 @@ def _(*values: Any) -> tuple[Tensor, ...]:
 def cross_entropy_backward_op(dloss: Tensor, state: Tensor, *values: Any) -> Tensor:
     """dlogits [N, V], contiguous, from dloss [N] of any stride."""
     inputs, spec = LogitsInputs(*values[:_LOGITS]), LogitsSpec(*values[_LOGITS:])
+    return _logits_gradient(dloss, state, inputs, spec)
+
+
+def _logits_gradient(
+    dloss: Tensor, state: Tensor, inputs: LogitsInputs, spec: LogitsSpec, *shards: Shards
+) -> Tensor:
     with _without_autocast(inputs.logits):
-        dlogits: Tensor = _body(spec.backend, "cross_entropy").backward(dloss, state, inputs, spec)
+        dlogits: Tensor = _body(spec.backend, "cross_entropy").backward(dloss, state, inputs, spec, *shards)
         return dlogits
 
 
@@ -127,7 +135,7 @@ def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     _, state, statistics = output
     ctx.mark_non_differentiable(state, statistics)
     ctx.set_materialize_grads(False)
-    ctx.spec = LogitsSpec(*inputs[_LOGITS:])
+    ctx.spec, ctx.shards = LogitsSpec(*inputs[_LOGITS:]), None
     ctx.save_for_backward(state, *inputs[:_LOGITS])
 
 
@@ -137,14 +145,36 @@ def _backward_logits(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
         return (None,) * len(ctx.needs_input_grad)
     state, *inputs = ctx.saved_tensors
     gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    if wants.logits:
+    if wants.logits and ctx.shards is None:
         gradients[0] = cross_entropy_backward_op(dloss, state, *inputs, *ctx.spec)
+    elif wants.logits:
+        with torch.no_grad():  # as an operator would have it
+            gradients[0] = _logits_gradient(dloss, state, LogitsInputs(*inputs), ctx.spec, ctx.shards)
     if wants.smoothing:
         gradients[2] = dloss * state[3]
     return _once(*gradients)
 
 
 cross_entropy_op.register_autograd(_backward_logits, setup_context=_save_logits)
+
+
+class _CrossEntropySharded(torch.autograd.Function):
+    """`cross_entropy` of vocab-parallel shards, which no schema can hold; they are the last value."""
+
+    @staticmethod
+    def forward(*values: Any) -> tuple[Tensor, ...]:
+        inputs, spec = LogitsInputs(*values[:_LOGITS]), LogitsSpec(*values[_LOGITS:-1])
+        with _without_autocast(inputs.logits):
+            return tuple(_body(spec.backend, "cross_entropy").forward(inputs, spec, shards=values[-1]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _save_logits(ctx, inputs[:-1], output)
+        ctx.shards = inputs[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        return _backward_logits(ctx, *upstream)
 
 
 @custom_op(
@@ -176,15 +206,22 @@ class _CrossEntropyInplace(torch.autograd.Function):
         token_scale: Tensor,
         target: Tensor,
         class_weight: Tensor | None,
-        *spec: Any,
+        spec: LogitsSpec,
+        shards: Shards,
     ) -> tuple[Tensor, Tensor]:
         # shares the version counter of the logits: an operation that saved them gets autograd's error
         buffer = logits.detach()
         inputs = LogitsInputs(buffer, target, smoothing, class_weight)
-        loss, state, statistics = cross_entropy_inplace_op(*inputs, token_scale, *spec)
+        if shards.alone:
+            loss, state, statistics = cross_entropy_inplace_op(*inputs, token_scale, *spec)
+        else:
+            with _without_autocast(buffer):
+                loss, state, statistics = _body(spec.backend, "cross_entropy").forward(
+                    inputs, spec, inplace_scale=token_scale, shards=shards
+                )
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        ctx.buffer, ctx.backend = buffer, LogitsSpec(*spec).backend
+        ctx.buffer, ctx.backend = buffer, spec.backend
         ctx.save_for_backward(loss, state, token_scale)
         return loss * token_scale, statistics
 
@@ -206,15 +243,13 @@ class _CrossEntropyInplace(torch.autograd.Function):
 # ---- hidden states and head in ----
 
 
-def linear_cross_entropy(inputs: LinearInputs, spec: LinearSpec) -> LinearOutputs:
-    """Loss, gradients and statistics in one pass over chunks of tokens."""
-    return LinearOutputs(*linear_cross_entropy_op(*inputs, *spec))
-
-
-def linear_cross_entropy_direct(
+def linear_cross_entropy(
     inputs: LinearInputs, spec: LinearSpec, token_fns: TokenFns | None, shards: Shards
 ) -> LinearOutputs:
-    """The same with arguments that no schema can hold: functions of the statistics, a process group."""
+    """Loss, gradients and statistics in one pass over chunks of tokens."""
+    if token_fns is None and shards.alone:
+        return LinearOutputs(*linear_cross_entropy_op(*inputs, *spec))
+    # no schema can hold functions of the statistics or a process group
     return LinearOutputs(
         *_LinearCrossEntropyDirect.apply(*inputs, *spec, token_fns, shards)  # type: ignore[no-untyped-call]
     )
@@ -270,7 +305,7 @@ def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
             per_token=False,
         )
         if ctx.direct is None:
-            gradients = list(linear_cross_entropy(inputs, spec)[3:])
+            gradients = list(linear_cross_entropy_op(*inputs, *spec)[3:])
         else:
             with torch.no_grad():  # as an operator would have it
                 gradients = list(_compute_linear(inputs, spec, *ctx.direct)[3:])
@@ -292,7 +327,7 @@ linear_cross_entropy_op.register_autograd(_backward_linear, setup_context=_save_
 
 
 class _LinearCrossEntropyDirect(torch.autograd.Function):
-    """`linear_cross_entropy_direct`; the last two values are `token_fns` and `shards`."""
+    """`linear_cross_entropy` without an operator; the last two values are `token_fns` and `shards`."""
 
     @staticmethod
     def forward(*values: Any) -> tuple[Tensor, ...]:

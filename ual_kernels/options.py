@@ -21,9 +21,14 @@ class CrossEntropyOptions:
             that wait for a loss scaler), and neither a leaf nor a view of one. It cannot be used afterwards;
             autograd raises where another operation has saved it. Nothing is overwritten if no gradient is
             needed. Not available under torch.compile.
+        process_group: the ranks of this group hold consecutive columns of the logits, in the order of the
+            ranks (`input` and `weight` are this rank's); targets are classes of the complete vocabulary. Loss
+            and statistics are those of the complete vocabulary on every rank, and the gradient of `input` is
+            that of this rank's columns. Only with backend="torch", which is then the default.
     """
 
     inplace_backward: bool = False
+    process_group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True, slots=True)

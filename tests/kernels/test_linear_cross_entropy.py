@@ -318,7 +318,7 @@ def test_dead_rows_leave_before_the_first_product(why: str, device: torch.device
     assert products == [([2, 64], [64, 50]), ([2, 50], [50, 64])]
 
 
-@pytest.mark.kills("ual_kernels/functional.py", "chunk_tokens or 0,", "0,")
+@pytest.mark.kills("ual_kernels/functional.py", "options.chunk_tokens or 0,", "0,")
 def test_a_chunk_bounds_the_logits(device: torch.device) -> None:
     """1 MiB of logits would be needed at once; chunks of 8 rows hold 16 kiB each."""
     leaves, target = linear_case(512, 512, 4, torch.float32, device)

@@ -22,11 +22,13 @@ from torch import Tensor
 from torch import distributed as dist
 
 from tests.kernels.cases import (
+    ADAPTER_SCALE,
     OPTIONS,
     adapted,
     as_float64,
     assert_as_accurate_as_eager,
     assert_at_the_floor,
+    cross_entropy,
     frozen,
     frozen_with_adapter,
     linear_case,
@@ -36,7 +38,7 @@ from tests.kernels.cases import (
     options,
     with_adapter,
 )
-from ual_kernels import TokenStatistics, UnsupportedError
+from ual_kernels import LinearCrossEntropyOptions, TokenStatistics, UnsupportedError
 from ual_kernels._torch import linear_cross_entropy as tiled
 
 Leaves = dict[str, Tensor]
@@ -52,7 +54,7 @@ SPLITS = {
 }
 MEMBERS = {"halves": [0, 1], "a-row-last": [2, 3], "uneven": [0, 1, 2, 3], "a-row-at-each-end": [0, 1, 2, 3]}
 EDGES = ("a-row-last", "a-row-at-each-end")
-SHARDED = ("linear_weight", "linear_bias", "lora_b")
+SHARDED = ("linear_weight", "linear_bias", "lora_b", "columns")
 SECONDS = 120
 
 
@@ -173,7 +175,7 @@ def rows_of(split: tuple[int, ...], rank: int) -> slice:
     return slice(sum(split[:rank]), sum(split[: rank + 1]))
 
 
-def shard(name: str, split: tuple[int, ...], group: dist.ProcessGroup) -> dict[str, Tensor]:
+def shard(name: str, split: tuple[int, ...], group: dist.ProcessGroup, **how: Any) -> dict[str, Tensor]:
     """Value, gradients and statistics of one rank."""
     case, mine = CASES[name], rows_of(split, dist.get_rank(group))
     leaves, target, flags = build(name, split)
@@ -189,7 +191,7 @@ def shard(name: str, split: tuple[int, ...], group: dist.ProcessGroup) -> dict[s
         flags["weight"] = flags["weight"][mine]
     if case.padding:
         flags["vocab_size"] = mine.stop - mine.start
-    flags |= case.how | {"process_group": group, "classes": VOCAB}
+    flags |= case.how | {"process_group": group, "classes": VOCAB} | how
     usual = tiled.plan
     tiled.plan = case.plan or usual
     try:
@@ -203,6 +205,51 @@ def shard(name: str, split: tuple[int, ...], group: dist.ProcessGroup) -> dict[s
             measured[key], padding = measured[key].split([mine.stop - mine.start, case.padding])
             assert not padding.any(), f"{key}: a gradient in the padding"
     return measured | {f"statistics.{key}": value for key, value in facts._asdict().items()}
+
+
+def own_reduction(split: tuple[int, ...], group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """The gradients where this rank sums those of the hidden states itself."""
+    found = shard("all-lora", split, group, reduce_input_grad=False)
+    summed = found["input"].clone()
+    dist.all_reduce(summed, group=group)
+    return {"summed": summed, "lora_a": found["lora_a"], "label_smoothing": found["label_smoothing"]}
+
+
+LOGITS = (*OPTIONS, "in-place", "far", "forbidden", "all-ignored-classes", "both-rules")
+
+
+def logits_problem(name: str, split: tuple[int, ...]) -> tuple[Leaves, Tensor, dict[str, Any]]:
+    """The same problem with its logits given."""
+    leaves, target, flags = build("mean" if name == "in-place" else name, split)
+    wide = {key: leaf.detach() for key, leaf in leaves.items()}
+    head = wide["linear_weight"] + ADAPTER_SCALE * wide["lora_b"] @ wide["lora_a"]
+    logits = torch.nn.functional.linear(wide["input"], head, wide["linear_bias"])
+    numbers = {key: leaves[key] for key in ("label_smoothing", "sample_weight") if key in leaves}
+    return {"input": logits.requires_grad_(), **numbers}, target, flags
+
+
+def logits_shard(name: str, split: tuple[int, ...], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    """Value, gradients and statistics of one rank's columns; of all columns without a group."""
+    leaves, target, flags = logits_problem(name, split)
+    flags = {key: value for key, value in flags.items() if key != "smoothing_over"}
+    if group is None:
+        flags["backend"] = "reference"
+    else:
+        mine = rows_of(split, dist.get_rank(group))
+        leaves["input"] = leaves["input"].detach()[:, mine].clone().requires_grad_()
+        flags |= {"process_group": group, "inplace_backward": name == "in-place"}
+        if "weight" in flags:
+            flags["weight"] = flags["weight"][mine]
+
+    def loss(input: Tensor, **rest: Any) -> Tensor:
+        return cross_entropy(input * 1.0, **rest)  # type: ignore[no-any-return]
+
+    measured = measure(loss, leaves, target, **flags)
+    flags.pop("inplace_backward", None)
+    with torch.no_grad():
+        found = cross_entropy(**leaves, target=target, **flags, return_statistics=True)[1]
+    measured["columns"] = measured.pop("input").T.contiguous()
+    return measured | {f"statistics.{key}": value for key, value in found._asdict().items()}
 
 
 def process(rank: int, folder: Path) -> None:
@@ -221,6 +268,8 @@ def process(rank: int, folder: Path) -> None:
         groups = {split: dist.new_group(members) for split, members in MEMBERS.items()}
         results = {
             split: {name: shard(name, sizes, groups[split]) for name in cases_of(split)}
+            | {f"logits-{name}": logits_shard(name, sizes, groups[split]) for name in LOGITS}
+            | {"own-reduction": own_reduction(sizes, groups[split])}
             for split, sizes in SPLITS.items()
             if rank in MEMBERS[split]
         }
@@ -342,6 +391,39 @@ def test_shards_are_the_whole_head(split: str, name: str, results: Results) -> N
     assert_equal(actual, unsharded(name, sizes))
 
 
+@pytest.mark.kills(
+    "ual_kernels/_torch/cross_entropy.py", "z_y = shards.sum(_at(z, place))", "z_y = _at(z, place)"
+)
+@pytest.mark.kills(
+    "ual_kernels/_torch/cross_entropy.py",
+    "torch.where(place.held, scale * (1 - s) * c_y, 0.0)",
+    "scale * (1 - s) * c_y",
+)
+@pytest.mark.kills(
+    "ual_kernels/_torch/cross_entropy.py", "(scale * s / shards.vocab)", "(scale * s / p.shape[1])"
+)
+@pytest.mark.parametrize("name", LOGITS)
+@splits
+def test_shards_of_given_logits_are_the_whole(split: str, name: str, results: Results) -> None:
+    """Loss, gradients of each rank's columns, statistics."""
+    assert_equal(results(split, f"logits-{name}"), logits_shard(name, SPLITS[split], None))
+
+
+@pytest.mark.kills(
+    "ual_kernels/_vocab_parallel.py",
+    "return self.sum(tensor) if self._reduce_input_grad else tensor",
+    "return self.sum(tensor)",
+)
+@splits
+def test_summands_of_the_input_gradient_add_up(split: str, results: Results) -> None:
+    """reduce_input_grad=False: what Megatron-style callers all-reduce themselves, LoRA's part included."""
+    own = results(split, "own-reduction")
+    exact = unsharded("all-lora", SPLITS[split])
+    assert_equal({"input": own["summed"]}, {"input": exact["input"]})
+    for name in ("lora_a", "label_smoothing"):
+        assert_equal({name: own[name]}, {name: exact[name]})
+
+
 @pytest.mark.parametrize(
     ("split", "name"),
     [
@@ -401,6 +483,20 @@ def test_what_has_no_shards_is_refused(how: dict[str, Any], monkeypatch: pytest.
         UnsupportedError, match='process_group needs backend="torch", without gradient_filter'
     ):
         linear_cross_entropy(*arguments, process_group=object(), **how)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_given_logits_have_shards_in_the_torch_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ual_kernels._arguments._INTERPRETING", True)
+    with pytest.raises(UnsupportedError, match='process_group needs backend="torch"'):
+        cross_entropy(
+            torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), process_group=object(), backend=backend
+        )
+
+
+def test_a_reduction_left_to_the_caller_needs_a_group() -> None:
+    with pytest.raises(ValueError, match="reduce_input_grad=False needs a process_group"):
+        LinearCrossEntropyOptions(reduce_input_grad=False)
 
 
 def test_shards_are_refused_under_a_compiler() -> None:

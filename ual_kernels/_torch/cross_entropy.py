@@ -14,6 +14,7 @@ from torch import Tensor
 from ual_kernels._operands import LogitsInputs, LogitsOutputs, LogitsSpec, accumulator, fill_ignored
 from ual_kernels._tokens import Labels, labels, token_statistics, token_terms
 from ual_kernels._torch.gemm import even
+from ual_kernels._vocab_parallel import Place, Shards
 
 # fp32 numbers in one chunk of logits. On a CPU 2 MiB, so that every pass but the first finds it in cache
 # (measured on one core, V = 49152: a third of the time of 64 MiB). Elsewhere launches count, and 64 MiB is a
@@ -22,27 +23,33 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 19}
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
 
 
-def forward(inputs: LogitsInputs, spec: LogitsSpec, *, inplace_scale: Tensor | None = None) -> LogitsOutputs:
+def forward(
+    inputs: LogitsInputs,
+    spec: LogitsSpec,
+    *,
+    inplace_scale: Tensor | None = None,
+    shards: Shards | None = None,
+) -> LogitsOutputs:
     """The body of `ops.cross_entropy_op`; with `inplace_scale` [N], of `ops.cross_entropy_inplace_op`."""
-    logits, target, smoothing, class_weight = inputs
-    vocab, acc = logits.shape[1], accumulator(logits)
+    logits, acc = inputs.logits, accumulator(inputs.logits)
+    shards = shards or Shards(logits.shape[1])
     outputs = LogitsOutputs.empty(inputs, spec)
     fill_ignored(outputs.statistics)
-    for chunk in _chunks(logits):
-        label = labels(target[chunk], vocab, spec.ignore_index)
+    c_mean: Tensor | float = 1.0
+    if inputs.class_weight is not None:
+        c_mean = shards.sum(inputs.class_weight.sum()) / shards.vocab
+    for chunk in _chunks(logits, shards):
+        label = labels(inputs.target[chunk], shards.vocab, spec.ignore_index)
+        place = shards.place(label.column)
         z = _final(logits[chunk].to(acc, copy=True), spec)
-        z_y = z.gather(1, label.column[:, None]).squeeze(1)
-        classes = _class_terms(class_weight, label)
+        z_y = shards.sum(_at(z, place))
+        c_y: Tensor | float = 1.0
+        if inputs.class_weight is not None:
+            c_y = shards.sum(torch.where(place.held, inputs.class_weight[place.column], 0.0))
         nan_mask = label.nan_mask.to(acc)
-        sums = _Sums.of(z, z_y, class_weight, classes.mean, statistics=spec.statistics)  # overwrites z
+        sums = _Sums.of(z, z_y, inputs.class_weight, c_mean, shards, statistics=spec.statistics)
         terms = token_terms(
-            sums.nll,
-            sums.lse,
-            sums.smoothing_term,
-            smoothing[chunk],
-            classes.target,
-            classes.mean,
-            spec.z_loss,
+            sums.nll, sums.lse, sums.smoothing_term, inputs.smoothing[chunk], c_y, c_mean, spec.z_loss
         )
         state = torch.stack([sums.largest, sums.log_sum, terms.k + nan_mask, terms.ds])
         outputs.loss[chunk] = torch.where(label.selected, terms.loss + nan_mask, 0.0)
@@ -54,21 +61,23 @@ def forward(inputs: LogitsInputs, spec: LogitsSpec, *, inplace_scale: Tensor | N
         if inplace_scale is not None:
             p = z.mul_(torch.exp(-sums.log_sum)[:, None])
             scale = torch.where(label.selected, inplace_scale[chunk] + nan_mask, 0.0)
-            logits[chunk] = _dlogits(p, inputs, spec, chunk, label, terms.k, scale)
+            logits[chunk] = _dlogits(p, inputs, spec, chunk, label, terms.k, scale, shards)
     return outputs
 
 
-def backward(dloss: Tensor, state: Tensor, inputs: LogitsInputs, spec: LogitsSpec) -> Tensor:
+def backward(
+    dloss: Tensor, state: Tensor, inputs: LogitsInputs, spec: LogitsSpec, shards: Shards | None = None
+) -> Tensor:
     """The body of `ops.cross_entropy_backward_op`."""
-    logits, target, _, _ = inputs
+    logits, shards = inputs.logits, shards or Shards(inputs.logits.shape[1])
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for chunk in _chunks(logits):
-        label = labels(target[chunk], logits.shape[1], spec.ignore_index)
+    for chunk in _chunks(logits, shards):
+        label = labels(inputs.target[chunk], shards.vocab, spec.ignore_index)
         largest, log_sum, k, _ = state[:, chunk].unbind(0)
         z = _final(logits[chunk].to(state.dtype), spec)
         p = torch.exp(z.sub(largest[:, None]).sub_(log_sum[:, None]))
         scale = torch.where(label.selected, dloss[chunk].to(state.dtype), 0.0)
-        dlogits[chunk] = _dlogits(p, inputs, spec, chunk, label, k, scale)
+        dlogits[chunk] = _dlogits(p, inputs, spec, chunk, label, k, scale, shards)
     return dlogits
 
 
@@ -82,11 +91,10 @@ def scale_tokens(buffer: Tensor, scale: Tensor) -> Tensor:
 # ---- pieces ----
 
 
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Even slices of at most the tokens that the device's budget holds."""
-    tokens, vocab = logits.shape
+def _chunks(logits: Tensor, shards: Shards) -> Iterator[slice]:
+    """Even slices of at most the tokens that the device's budget holds, the same for all shards."""
     budget = _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
-    return even(tokens, max(1, budget // vocab))
+    return even(len(logits), max(1, budget // shards.largest))
 
 
 def _final(z: Tensor, spec: LogitsSpec) -> Tensor:
@@ -95,15 +103,9 @@ def _final(z: Tensor, spec: LogitsSpec) -> Tensor:
     return torch.tanh(z / spec.softcap) * spec.softcap if spec.softcap else z
 
 
-class _ClassTerms(NamedTuple):
-    target: Tensor | float  # c_y, [M]
-    mean: Tensor | float
-
-
-def _class_terms(class_weight: Tensor | None, label: Labels) -> _ClassTerms:
-    if class_weight is None:
-        return _ClassTerms(1.0, 1.0)
-    return _ClassTerms(class_weight[label.column], class_weight.mean())
+def _at(z: Tensor, place: Place) -> Tensor:
+    """z [M, V] in each token's column, 0 where another shard holds it."""
+    return torch.where(place.held, z.gather(1, place.column[:, None]).squeeze(1), 0.0)
 
 
 class _Sums(NamedTuple):
@@ -118,27 +120,34 @@ class _Sums(NamedTuple):
 
     @classmethod
     def of(
-        cls, z: Tensor, z_y: Tensor, class_weight: Tensor | None, c_mean: Tensor | float, *, statistics: bool
+        cls,
+        z: Tensor,
+        z_y: Tensor,
+        class_weight: Tensor | None,
+        c_mean: Tensor | float,
+        shards: Shards,
+        *,
+        statistics: bool,
     ) -> "_Sums":
         """Sum over z [M, V], which becomes exp(z - largest)."""
-        vocab = z.shape[1]
         second = None
         if statistics:
-            two = z.topk(min(2, vocab), dim=1).values
-            second = two[:, 1] if vocab > 1 else torch.full_like(z_y, -torch.inf)
-        largest = z.amax(1)
+            two = z.topk(min(2, shards.size), dim=1).values
+            own = two[:, 1] if shards.size > 1 else torch.full_like(z_y, -torch.inf)
+            second = shards.second_largest(two[:, 0], own)
+        largest = shards.maximum(z.amax(1))
         z.sub_(largest[:, None])
-        weighted = z.mean(1) if class_weight is None else z @ class_weight / vocab
+        weighted = shards.sum(z.sum(1) if class_weight is None else z @ class_weight) / shards.vocab
         smoothing_term = weighted - c_mean * (z_y - largest)
         shifted = mean = None
         if statistics:
-            shifted, mean = z.clone(), largest + z.mean(1)
-        total = z.exp_().sum(1)
+            shifted, mean = z.clone(), largest + shards.sum(z.sum(1)) / shards.vocab
+        total = shards.sum(z.exp_().sum(1))
         log_sum = total.log()
         nll = (largest - z_y) + log_sum
         packed = None
         if shifted is not None and second is not None and mean is not None:
-            moment = shifted.masked_fill_(z == 0, 0.0).mul_(z).sum(1)
+            moment = shards.sum(shifted.masked_fill_(z == 0, 0.0).mul_(z).sum(1))
             packed = token_statistics(z_y, largest, total, nll, moment, largest, second, mean)
         return cls(largest, log_sum, largest + log_sum, nll, smoothing_term, packed)
 
@@ -151,16 +160,18 @@ def _dlogits(
     label: Labels,
     k: Tensor,
     scale: Tensor,
+    shards: Shards,
 ) -> Tensor:
     """Overwrite p with the gradient of the raw logits, times `scale` [M]; ignored tokens become 0."""
-    s, class_weight = inputs.smoothing[chunk], inputs.class_weight
-    c_y = _class_terms(class_weight, label).target
+    s, class_weight, place = inputs.smoothing[chunk], inputs.class_weight, shards.place(label.column)
+    c_y = 1.0 if class_weight is None else class_weight[place.column]
     scale = scale * spec.logit_scale
     p *= (scale * k)[:, None]
-    p -= (scale * s / p.shape[1])[:, None] * (1.0 if class_weight is None else class_weight)
+    p -= (scale * s / shards.vocab)[:, None] * (1.0 if class_weight is None else class_weight)
+    of_target = torch.where(place.held, scale * (1 - s) * c_y, 0.0)
     # one column a token: the same as scatter_add_, which CUDA refuses where determinism is requested
-    column = label.column[:, None]
-    p.scatter_(1, column, p.gather(1, column) - (scale * (1 - s) * c_y)[:, None])
+    column = place.column[:, None]
+    p.scatter_(1, column, p.gather(1, column) - of_target[:, None])
     if spec.softcap:
         raw = inputs.logits[chunk].to(p.dtype)
         p *= 1 - torch.tanh(raw * (spec.logit_scale / spec.softcap)).square()

@@ -1,0 +1,182 @@
+"""The per-token algebra, in PyTorch and in Triton, against the reference and its derivatives in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ual_kernels import UnsupportedError, cross_entropy, linear_cross_entropy, reference
+from ual_kernels._tokens import smoothing_limit, token_statistics, token_terms
+from ual_kernels._triton import math
+
+N, V = 12, 9
+
+
+@triton.jit
+def _terms_kernel(inputs_ptr, out_ptr, M, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.arange(0, BLOCK)
+    mask = token < M
+    inputs_ptr += token
+    nll = tl.load(inputs_ptr, mask=mask)
+    lse = tl.load(inputs_ptr + M, mask=mask)
+    term = tl.load(inputs_ptr + 2 * M, mask=mask)
+    s = tl.load(inputs_ptr + 3 * M, mask=mask)
+    c_y = tl.load(inputs_ptr + 4 * M, mask=mask)
+    c_mean = tl.load(inputs_ptr + 5 * M, mask=mask)
+    loss, k, uniform, ds = math.token_terms(nll, lse, term, s, c_y, c_mean, Z_LOSS)
+    out_ptr += token
+    tl.store(out_ptr, loss, mask=mask)
+    tl.store(out_ptr + M, k, mask=mask)
+    tl.store(out_ptr + 2 * M, uniform, mask=mask)
+    tl.store(out_ptr + 3 * M, ds, mask=mask)
+
+
+@triton.jit
+def _statistics_kernel(inputs_ptr, out_ptr, M, BLOCK: tl.constexpr):
+    token = tl.arange(0, BLOCK)
+    mask = token < M
+    inputs_ptr += token
+    math.store_statistics(
+        out_ptr + token, M, mask, mask,
+        tl.load(inputs_ptr, mask=mask), tl.load(inputs_ptr + M, mask=mask),
+        tl.load(inputs_ptr + 2 * M, mask=mask), tl.load(inputs_ptr + 3 * M, mask=mask),
+        tl.load(inputs_ptr + 4 * M, mask=mask), tl.load(inputs_ptr + 5 * M, mask=mask),
+        tl.load(inputs_ptr + 6 * M, mask=mask), tl.load(inputs_ptr + 7 * M, mask=mask),
+    )  # fmt: skip
+
+
+def triton_terms(*inputs: Tensor, z_loss: float) -> tuple[Tensor, ...]:
+    packed = torch.stack(inputs)
+    out = packed.new_full((4, N), torch.nan)
+    _terms_kernel[(1,)](packed, out, N, Z_LOSS=z_loss, BLOCK=16)
+    return tuple(out)
+
+
+def triton_statistics(*inputs: Tensor) -> Tensor:
+    packed = torch.stack(inputs)
+    out = packed.new_full((7, N), torch.nan)
+    _statistics_kernel[(1,)](packed, out, N, BLOCK=16)
+    return out
+
+
+def torch_terms(*inputs: Tensor, z_loss: float) -> tuple[Tensor, ...]:
+    return token_terms(*inputs, z_loss=z_loss)
+
+
+@pytest.fixture
+def problem(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits, targets, smoothing from 0 to its limit, class weights."""
+    logits = torch.randn(N, V, dtype=torch.float64, device=device) * 3
+    target = torch.randint(V, (N,), device=device)
+    smoothing = torch.linspace(0.0, V / (V - 1), N, dtype=torch.float64, device=device)
+    return logits, target, smoothing, torch.linspace(0.0, 2.0, V, dtype=torch.float64, device=device)
+
+
+@pytest.mark.kills("ual_kernels/_tokens.py", "uniform + 2 * z_loss * lse\n", "uniform\n")
+@pytest.mark.kills("ual_kernels/_tokens.py", "(c_mean - c_y) * nll - smoothing_term)", "-smoothing_term)")
+@pytest.mark.kills("ual_kernels/_triton/math.py", "uniform += 2.0 * Z_LOSS * lse", "pass")
+@pytest.mark.kills(
+    "ual_kernels/_triton/math.py", "k = (1.0 - s) * c_y + s * c_mean", "k = (1.0 - s) * c_y + s"
+)
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("terms", [torch_terms, triton_terms])
+def test_the_terms_are_the_reference_and_its_derivatives(
+    terms: Callable[..., tuple[Tensor, ...]], z_loss: float, problem: tuple[Tensor, ...]
+) -> None:
+    z, y, s, c = problem
+    z, s = z.requires_grad_(), s.requires_grad_()
+    loss = reference.cross_entropy(z, y, s, weight=c, z_loss=z_loss)
+    dz, ds = torch.autograd.grad(loss.sum(), [z, s])
+
+    z, s, column = z.detach(), s.detach(), y[:, None]
+    z_y, lse, p = z.gather(1, column).squeeze(1), torch.logsumexp(z, 1), torch.softmax(z, 1)
+    c_y, c_mean = c[y], c.mean().expand(N)
+    term = (c * z).mean(1) - c_mean * z_y
+    ours, k, uniform, ours_ds = terms(lse - z_y, lse, term, s, c_y, c_mean, z_loss=z_loss)
+    close = {"rtol": 0.0, "atol": 64 * torch.finfo(torch.float64).eps * z.abs().max().item()}
+    torch.testing.assert_close(ours, loss.detach(), **close)
+    torch.testing.assert_close(ours_ds, ds, **close)
+    everywhere = k[:, None] * p - s[:, None] * c / V
+    at_target = uniform - k * (1 - p.gather(1, column).squeeze(1)) - s * c_y / V
+    torch.testing.assert_close(everywhere.scatter(1, column, at_target[:, None]), dz, **close)
+
+
+@pytest.mark.kills("ual_kernels/_tokens.py", "log_total - moment / total", "log_total + moment / total")
+@pytest.mark.kills(
+    "ual_kernels/_triton/math.py", "log_total - moment / total, nan", "log_total + moment / total, nan"
+)
+@pytest.mark.kills(
+    "ual_kernels/_triton/math.py",
+    "tl.exp(largest - reference) / total",
+    "tl.exp(reference - reference) / total",
+)
+@pytest.mark.parametrize("statistics", [token_statistics, triton_statistics])
+def test_the_statistics_are_the_references(
+    statistics: Callable[..., Tensor], problem: tuple[Tensor, ...]
+) -> None:
+    z, y, _, _ = problem
+    z_y = z.gather(1, y[:, None]).squeeze(1)
+    point = z_y + 1.5  # any reference point near the largest logit
+    x = torch.exp(z - point[:, None])
+    two = z.topk(2).values
+    found = statistics(
+        z_y, point, x.sum(1), torch.logsumexp(z, 1) - z_y, (x * (z - point[:, None])).sum(1),
+        two[:, 0], two[:, 1], z.mean(1),
+    )  # fmt: skip
+    torch.testing.assert_close(found, reference.statistics(z, y), rtol=1e-12, atol=1e-12)
+
+
+# ---- smoothing beyond 1: Megatron's convention ----
+
+
+@pytest.mark.parametrize("vocab", [2, 3, 1_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_smoothing_up_to_its_limit_is_accepted(
+    backend: str, dtype: torch.dtype, vocab: int, device: torch.device
+) -> None:
+    """At V / (V - 1) the target gets nothing: the loss is the mean of the other classes' losses."""
+    logits = torch.randn(2, vocab, dtype=dtype, device=device)
+    target = torch.tensor([0, vocab - 1], device=device)
+    limit = vocab / (vocab - 1)
+    log_p = torch.log_softmax(logits.double(), 1)
+    own = log_p.gather(1, target[:, None]).squeeze(1)
+    expected = ((own - log_p.sum(1)) / (vocab - 1)).mean()
+    for smoothing in (limit, torch.tensor(limit, dtype=dtype, device=device)):
+        loss = cross_entropy(logits, target, label_smoothing=smoothing, backend=backend)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.kills(
+    "ual_kernels/_tokens.py", "return vocab / (vocab - 1) * (1 + 4", "return vocab / (vocab - 1) * (2 + 4"
+)
+@pytest.mark.parametrize("vocab", [1, 2, 3, 1_000])
+def test_smoothing_beyond_its_limit_is_refused(vocab: int, device: torch.device) -> None:
+    logits, target = torch.zeros(2, vocab, device=device), torch.zeros(2, dtype=torch.long, device=device)
+    beyond = smoothing_limit(vocab, torch.float32) * 1.001
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\]"):
+        cross_entropy(logits, target, label_smoothing=beyond)
+    loss = cross_entropy(
+        logits, target, label_smoothing=torch.tensor([0.5, beyond], device=device), reduction="none"
+    )
+    assert loss.isnan().tolist() == [False, True]
+
+
+def test_a_padded_vocabulary_is_a_slice_of_the_head(device: torch.device) -> None:
+    """The slice is a view: no copy, and the padding gets a gradient of exactly 0."""
+    hidden = torch.randn(4, 8, device=device, requires_grad=True)
+    head = torch.randn(19, 8, device=device, requires_grad=True)
+    target = torch.tensor([0, 16, 3, -100], device=device)
+    linear_cross_entropy(hidden, head[:17], target, label_smoothing=0.1).backward()
+    assert head.grad is not None
+    assert (head.grad[17:] == 0).all()
+    assert head.grad[:17].any(1).all()
+
+
+def test_a_backend_that_is_refused_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ual_kernels._arguments._INTERPRETING", False)
+    with pytest.raises(UnsupportedError, match='use "auto" or "torch"'):
+        cross_entropy(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), backend="triton")
