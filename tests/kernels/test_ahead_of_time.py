@@ -67,7 +67,7 @@ def test_every_plan_of_the_gemm_fits_and_multiplies_on_tensor_cores() -> None:
 def test_whole_blocks_move_in_128_bits() -> None:
     found = [r for r in reports() if r["target"] == "sm_90" and r["name"].endswith("bf16/32000")]
     kernels = {r["name"].split("/")[1] for r in found}
-    assert kernels == {"forward", "backward", "scale_rows"}
+    assert kernels == {"forward", "backward", "scale_tokens"}
     for report in found:
         # 4096 columns over 256 threads: 32 bytes a thread, once each way
         assert report["loads"]["128"] >= 2, report

@@ -18,7 +18,7 @@ from tests.kernels.cases import (
     options,
 )
 from ual_kernels import ops
-from ual_kernels._operands import ALL_TOKENS, LinearInputs, LinearSpec, LogitsInputs, LogitsSpec
+from ual_kernels._operands import ALL_TOKENS, LinearInputs, LinearSpec, LogitsInputs, LogitsOutputs, LogitsSpec
 
 # what every test here needs of a loss: its name, its cases, and its flags
 LOSSES = [
@@ -64,7 +64,7 @@ def test_opcheck_logits(
     inputs, spec = LogitsInputs(logits, target, smoothing, weight), LogitsSpec(*flags, statistics, backend)
     torch.library.opcheck(ops.cross_entropy_op, (*inputs, *spec))
     inputs = inputs._replace(logits=logits.detach(), smoothing=smoothing.detach())
-    state = ops.cross_entropy(inputs, spec).state
+    state = LogitsOutputs(*ops.cross_entropy_op(*inputs, *spec)).state
     torch.library.opcheck(ops.cross_entropy_backward_op, (scale.detach(), state, *inputs, *spec))
     inputs = inputs._replace(logits=logits.detach().clone(), class_weight=None)
     torch.library.opcheck(ops.cross_entropy_inplace_op, (*inputs, scale.detach(), *spec))

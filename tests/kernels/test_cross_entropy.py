@@ -23,6 +23,7 @@ from tests.kernels.cases import (
 )
 from ual_kernels import TokenStatistics, UnsupportedError, ops
 from ual_kernels._operands import LogitsInputs, LogitsSpec
+from ual_kernels._vocab_parallel import Shards
 
 FUSED = ["torch", "triton"]
 BACKENDS = [*FUSED, "reference"]
@@ -462,7 +463,7 @@ def test_the_operator_takes_any_upstream(backend: str, device: torch.device) -> 
     leaves, target = logits_case(5, 19, torch.float32, device)
     flags = -100, 0.0, 1.0, 0.0
     inputs = LogitsInputs(leaves["input"], target, leaves["label_smoothing"], None)
-    loss = ops.cross_entropy(inputs, LogitsSpec(*flags, False, backend)).loss
+    loss = ops.cross_entropy(inputs, LogitsSpec(*flags, False, backend), Shards(19)).loss
     upstream = torch.full((2 * 5,), torch.nan, device=device)
     upstream[::2] = torch.rand(5, device=device)
     for strided in (upstream[::2], torch.ones((), device=device).expand(5)):

@@ -434,8 +434,8 @@ def test_equals_the_torch_backend(
         5,
         "high",
     )
-    theirs = ops.linear_cross_entropy(inputs, LinearSpec(*flags, "torch"))
-    mine = ops.linear_cross_entropy(inputs, LinearSpec(*flags, "triton"))
+    theirs = ops.linear_cross_entropy_op(*inputs, *LinearSpec(*flags, "torch"))
+    mine = ops.linear_cross_entropy_op(*inputs, *LinearSpec(*flags, "triton"))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5, equal_nan=True)
 
