@@ -143,9 +143,15 @@ class LinearOutputs(NamedTuple):
 
         The head's gradient is as large as the head; a body starts it where it adds to it first.
         """
-        for tensor in (self.loss, self.state, self.dinput, self.dlinear_bias, self.dlora_a, self.dlora_b):
+        for tensor in (self.loss, self.state, self.dinput):
             tensor.zero_()
         fill_ignored(self.statistics)
+        self.zero_summed()
+
+    def zero_summed(self) -> None:
+        """Set the gradients that are sums over tokens to 0, but the head's."""
+        for tensor in (self.dlinear_bias, self.dlora_a, self.dlora_b):
+            tensor.zero_()
 
 
 def fill_ignored(statistics: Tensor) -> None:

@@ -18,7 +18,14 @@ from tests.kernels.cases import (
     options,
 )
 from ual_kernels import ops
-from ual_kernels._operands import ALL_TOKENS, LinearInputs, LinearSpec, LogitsInputs, LogitsOutputs, LogitsSpec
+from ual_kernels._operands import (
+    ALL_TOKENS,
+    LinearInputs,
+    LinearSpec,
+    LogitsInputs,
+    LogitsOutputs,
+    LogitsSpec,
+)
 
 # what every test here needs of a loss: its name, its cases, and its flags
 LOSSES = [

@@ -38,7 +38,7 @@ def trainable(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 heads = pytest.mark.parametrize("head", [frozen, trainable])
-variants = pytest.mark.parametrize("variant", ["fused", "cublas"], indirect=True)
+variants = pytest.mark.parametrize("variant", ["tma", "pointer", "cublas", "exact"], indirect=True)
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_only_far_rows_are_made_again(device: torch.device, monkeypatch: pytest.
     with torch.no_grad():
         leaves["linear_bias"][7] = -200.0
     whole = measure(ours, leaves, target, reduction="none")
-    monkeypatch.setattr(kernels, "_own_maximum_kernel", {(5,): lambda *_, **__: None})
+    monkeypatch.setattr(kernels, "_far_tokens_kernel", {(1,): lambda *_, **__: None})
     bare = measure(ours, leaves, target, reduction="none")
     near = [0, 1, 2, 4, 5]
     for name in ("loss", "input"):
@@ -345,19 +345,27 @@ def test_no_gradient_stops_after_the_loss(
     leaves, target = linear_case(12, 101, 16, torch.bfloat16, device)
     whole = ours(**leaves, target=target)
     products: list[tuple[int, int]] = []
-    multiply = kernels._product
+    multiply, add = kernels.product, kernels.add_product
+
+    def added(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        products.append((a.shape[0], b.shape[1]))
+        return add(out, a, b)
 
     def counted(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         products.append((a.shape[0], b.shape[1]))
         return multiply(a, b, out)
 
-    monkeypatch.setattr(kernels, "_product", counted)
+    monkeypatch.setattr(kernels, "product", counted)
+    monkeypatch.setattr(kernels, "add_product", added)
+    monkeypatch.setattr(kernels.Platform, "of", lambda tensor: kernels.Platform("interpreter", 1, waves=1))
     with torch.no_grad():
         assert torch.equal(ours(**leaves, target=target), whole)
-    assert products == ([] if variant == "fused" else [(11, 101)])
+    logits = {"exact": [(11, 101)], "cublas": [(11, 64), (11, 37)]}.get(variant, [])
+    assert products == logits
     products.clear()
     measure(ours, frozen(leaves), target)
-    assert products == ([] if variant == "fused" else [(11, 101)]) + [(11, 16)]
+    slices = 1 if variant == "exact" else 2
+    assert sorted(products) == sorted([*logits, *[(11, 16)] * slices])
 
 
 @variants
@@ -548,16 +556,32 @@ def test_a_filter_is_refused(device: torch.device) -> None:
 # ---- plans and refusals ----
 
 
-@pytest.mark.parametrize(("vocab", "itemsize"), [(32_000, 2), (128_256, 2), (128_256, 4), (262_144, 2)])
-def test_a_chunk_fits_its_budget_in_whole_tiles(vocab: int, itemsize: int) -> None:
-    rows = kernels.chunk_tokens(vocab, itemsize)
-    assert rows % 128 == 0
-    assert 512 <= rows <= 4_096
-    assert rows * vocab * itemsize <= 600e6
+@pytest.mark.parametrize("vocab", [32_000, 128_256, 262_144])
+def test_an_exact_chunk_fits_its_budget_in_whole_tiles(vocab: int) -> None:
+    tokens = kernels.exact_tokens(vocab)
+    assert tokens % 128 == 0
+    assert 512 <= tokens <= 4_096
+    assert tokens * vocab * 4 <= 600e6
 
 
 def test_a_vocabulary_beyond_the_budget_still_gets_a_tile() -> None:
-    assert kernels.chunk_tokens(1 << 24, 4) == 128
+    assert kernels.exact_tokens(1 << 24) == 128
+
+
+@pytest.mark.parametrize("vocab", [1_000, 32_000, 128_256, 262_144])
+@pytest.mark.parametrize("tokens", [1, 100, 1_024, 8_192])
+def test_a_slice_fills_whole_waves_and_stays_small(tokens: int, vocab: int) -> None:
+    h100 = kernels.Platform("sm_90", 132)
+    width = kernels.slice_columns(tokens, vocab, 128, 256, h100)
+    assert width % 256 == 0
+    assert 2 * tokens * width <= 300e6 or width == 256
+    if width < vocab:
+        tiles = -(-tokens // 128) * width // 256
+        assert tiles / 132 > 0.97 * -(-tiles // 132), "the last wave is full"
+
+
+def test_a_slice_of_the_largest_block_is_32_whole_waves() -> None:
+    assert kernels.slice_columns(8_192, 128_256, 128, 256, kernels.Platform("sm_90", 132)) == 66 * 256
 
 
 def test_chunks_cover_every_row_once_and_start_on_tiles() -> None:

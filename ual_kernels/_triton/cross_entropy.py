@@ -1,20 +1,25 @@
 """Cross entropy of given logits, with a smoothing of its own for every token.
 
-For a token with logits z in R^V (scaled and capped) and the algebra of `_tokens`, where
+For a token with logits z in R^V (scaled and capped), a reference point k and the algebra of `_tokens`,
 
-    high = max(z)   log_sum = log sum exp(z - high)   nll = (high - z_y) + log_sum   t = mean(c (z - z_y))
+    log_sum = log sum exp(z - k)   nll = (k - z_y) + log_sum   t = mean(c (z - z_y))   (the smoothing term)
 
-    dz_v  = g (K exp(z_v - high - log_sum) - (1 - s) c_y [v = y] - s c_v / V)          g = upstream
+    dz_v  = g (K exp(z_v - k - log_sum) - (1 - s) c_y [v = y] - s c_v / V)             g = upstream
     dx_v  = dz_v (1 - (z_v / softcap)^2) logit_scale                                    x = the raw logits
 
-Everything is measured from the token's own maximum or its own target, never as lse(z) itself: a stored lse
-near 100 has already lost 4e-6 of every probability in float32.
+Everything is measured from k, never as lse(z) itself: a stored lse near 100 has already lost 4e-6 of every
+probability in float32. 16-bit logits take k = z_y, which is known before they are read: sums over lanes, no
+reduction and no mask in the loop. A token whose sum leaves [0, 2^100), its target being 69 nats below the
+maximum, is read again with a running maximum, k = max(z), as wider logits always are: theirs is the accuracy
+that a far reference point would cost.
 
 Traffic: forward reads x once and keeps four numbers a token; backward reads x once more and writes dx (6NV
-bytes in bf16). In place, the forward reads its token's logits a second time, from L2, and leaves the
-gradient there (4NV). The logits of an ignored token are not read. Offsets are int64: N V passes 2^31 at 16k
-tokens of a 128k vocabulary. A token whose label is out of range, or whose numbers are NaN, gets NaN: loud and
-local.
+bytes in bf16). In place, the forward reads its token's logits a second time, from the end, whose lines are
+still in L2, and leaves the gradient there (4NV). The logits of an ignored token are not read. Offsets are
+int64: N V passes 2^31 at 16k tokens of a 128k vocabulary. A token whose label is out of range, or whose
+numbers are NaN, gets NaN: loud and local.
+
+A vocabulary that 16 does not divide is read in 2-byte words, three to five times slower: pad it.
 """
 
 from typing import NamedTuple
@@ -30,8 +35,12 @@ from ual_kernels._triton.math import (
     merge_two_largest,
     store_statistics,
     token_terms,
+    top2,
     two_largest,
 )
+
+_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_LARGEST_SUM: tl.constexpr = tl.constexpr(2.0**100)
 
 
 class Plan(NamedTuple):
@@ -41,14 +50,16 @@ class Plan(NamedTuple):
     num_warps: int
 
 
-def plan(vocab: int, itemsize: int) -> Plan:
-    """Two 16-byte loads a thread in flight, whatever the dtype; a float32 row needs half the warps for that.
+def plan(vocab: int, itemsize: int, *, heavy: bool = False) -> Plan:
+    """Predicted, until a card has measured it: 16-bit logits in blocks of 16 numbers a thread.
 
-    16-bit and float32 kernels spill on none of sm_80, sm_90, sm_100 and gfx942 (`python -m ual_kernels.aot`).
+    Few tokens should be in flight, so that the second read of a token's logits finds them in L2: 32 warps
+    are one token a processor. Statistics and class weights (`heavy`) take the registers of 16. No kernel spills on
+    sm_80, sm_90, sm_100 and gfx942 (`python -m ual_kernels.aot`). float32 logits need half the warps.
     """
-    wide = itemsize <= 2
-    block_v = min(triton.next_power_of_2(vocab), 4_096 if wide else 1_024)
-    return Plan(block_v, num_warps=8 if wide and block_v > 512 else 4)
+    most = 1_024 if itemsize > 2 else 8_192 if heavy else 16_384
+    block_v: int = min(triton.next_power_of_2(vocab), most)
+    return Plan(block_v, num_warps=4 if itemsize > 2 else max(4, block_v // 512))
 
 
 @triton.jit
@@ -59,13 +70,14 @@ def _forward_kernel(
     token_scale_ptr,  # [N] ACC, read if INPLACE
     class_weight_ptr,  # [V] ACC, read if WEIGHTED
     loss_ptr,  # [N] ACC, out
-    state_ptr,  # [4, N] ACC, out: high, log_sum, K, ds
+    state_ptr,  # [4, N] ACC, out: reference point, log_sum, K, ds
     statistics_ptr,  # [7, N] ACC, out if STATISTICS
     stride_n,
     N,
     V,
     ignore_index,
     ACC: tl.constexpr,
+    ANCHORED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     STATISTICS: tl.constexpr,
     INPLACE: tl.constexpr,
@@ -83,22 +95,137 @@ def _forward_kernel(
     x_y = tl.load(logits_ptr + tl.where(valid, target, 0), mask=selected, other=0.0).to(ACC)
     z_y = final_logits(x_y, SOFTCAP, LOGIT_SCALE)
     c_y = tl.full((), 1.0, ACC)
-    c_mean = tl.full((), 1.0, ACC)
     if WEIGHTED:
         c_y = tl.load(class_weight_ptr + tl.where(valid, target, 0))
-        c_mean = tl.full((), 0.0, ACC)
 
-    # online softmax: rescale the running sums whenever the running maximum moves
+    stop = tl.where(selected, V, 0)
+    if ANCHORED:
+        k = z_y
+        exp_sum, term, plain_term, moment, high, second, c_mean = _anchored_sums(
+            logits_ptr, class_weight_ptr, z_y, stop, WEIGHTED, STATISTICS, SOFTCAP, LOGIT_SCALE, BLOCK_V
+        )
+        if not (exp_sum < _LARGEST_SUM):  # true for NaN
+            k, exp_sum, term, plain_term, moment, high, second, c_mean = _online_sums(
+                logits_ptr, class_weight_ptr, z_y, stop,
+                ACC, WEIGHTED, STATISTICS, SOFTCAP, LOGIT_SCALE, BLOCK_V,
+            )  # fmt: skip
+    else:
+        k, exp_sum, term, plain_term, moment, high, second, c_mean = _online_sums(
+            logits_ptr, class_weight_ptr, z_y, stop,
+            ACC, WEIGHTED, STATISTICS, SOFTCAP, LOGIT_SCALE, BLOCK_V,
+        )  # fmt: skip
+    log_sum = tl.log(exp_sum)
+    smoothing_term = term / V
+    c_mean = c_mean / V if WEIGHTED else tl.full((), 1.0, ACC)
+
+    nll = (k - z_y) + log_sum
+    loss, coefficient, _, ds = token_terms(nll, k + log_sum, smoothing_term, s, c_y, c_mean, Z_LOSS)
+    nan_mask = tl.where(valid, 0.0, float("nan"))
+    coefficient += nan_mask
+    tl.store(loss_ptr + token, tl.where(selected, loss + nan_mask, 0.0))
+    tl.store(state_ptr + token, tl.where(selected, k, 0.0))
+    tl.store(state_ptr + N + token, tl.where(selected, log_sum, 0.0))
+    tl.store(state_ptr + 2 * N + token, tl.where(selected, coefficient, 0.0))
+    tl.store(state_ptr + 3 * N + token, tl.where(selected, ds + nan_mask, 0.0))
+    if STATISTICS:
+        store_statistics(
+            statistics_ptr + token, N, True, selected & valid,
+            k, exp_sum, nll, moment, high - k, second - k, z_y + plain_term / V, z_y >= high,
+        )  # fmt: skip
+    if INPLACE:
+        # every thread has read the target's logit before any thread overwrites it
+        tl.debug_barrier()
+        _write_gradient(
+            logits_ptr, logits_ptr, class_weight_ptr, target, z_y, s, k, log_sum, coefficient, c_y,
+            tl.load(token_scale_ptr + token) * LOGIT_SCALE, selected, valid, V,
+            ACC, WEIGHTED, SOFTCAP, LOGIT_SCALE, BLOCK_V,
+        )  # fmt: skip
+
+
+@triton.jit
+def _anchored_sums(
+    logits_ptr,  # [V], one token
+    class_weight_ptr,
+    z_y,
+    stop,  # V, or 0 for an ignored token
+    WEIGHTED: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Sums over z - z_y: of exp, of c times it, of itself, of exp times it; the two largest z; of c."""
+    zero = tl.zeros((BLOCK_V,), tl.float32)
+    low = tl.full((BLOCK_V,), float("-inf"), tl.float32)
+    total, term, plain, moment, c_sum, highs, seconds = zero, zero, zero, zero, zero, low, low
+    lane = tl.arange(0, BLOCK_V)
+    full = stop // BLOCK_V * BLOCK_V
+    for start in range(0, full, BLOCK_V):
+        x = tl.load(logits_ptr + start + lane, eviction_policy="evict_last").to(tl.float32)
+        z = final_logits(x, SOFTCAP, LOGIT_SCALE)
+        d = z - z_y
+        e = tl.exp2(d * _LOG2E)
+        total += e
+        if WEIGHTED:
+            c = tl.load(class_weight_ptr + start + lane)
+            c_sum += c
+            term += c * d
+        else:
+            term += d
+        if STATISTICS:
+            plain += d
+            moment += e * tl.maximum(d, -200.0)
+            highs, seconds = top2(highs, seconds, z, float("-inf"))
+    if full < stop:  # the ragged tail
+        inside = full + lane < stop
+        x = tl.load(logits_ptr + full + lane, mask=inside, other=0.0, eviction_policy="evict_last")
+        z = tl.where(inside, final_logits(x.to(tl.float32), SOFTCAP, LOGIT_SCALE), float("-inf"))
+        d = z - z_y
+        e = tl.exp2(d * _LOG2E)
+        total += e
+        if WEIGHTED:
+            c = tl.load(class_weight_ptr + full + lane, mask=inside, other=0.0)
+            c_sum += c
+            term += tl.where(inside, c * d, 0.0)
+        else:
+            term += tl.where(inside, d, 0.0)
+        if STATISTICS:
+            plain += tl.where(inside, d, 0.0)
+            moment += e * tl.maximum(d, -200.0)
+            highs, seconds = top2(highs, seconds, z, float("-inf"))
+    high, second = tl.max(highs, axis=0), tl.max(seconds, axis=0)
+    if STATISTICS:
+        high, second = tl.reduce((highs, seconds), 0, top2)
+    return (
+        tl.sum(total, axis=0), tl.sum(term, axis=0), tl.sum(plain, axis=0), tl.sum(moment, axis=0),
+        high, second, tl.sum(c_sum, axis=0),
+    )  # fmt: skip
+
+
+@triton.jit
+def _online_sums(
+    logits_ptr,  # [V], one token
+    class_weight_ptr,
+    z_y,
+    stop,
+    ACC: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The maximum, and the sums of `_anchored_sums` measured from it (c times z - z_y still from z_y)."""
     high = tl.full((), float("-inf"), ACC)
     second = tl.full((), float("-inf"), ACC)
     exp_sum = tl.full((), 0.0, ACC)
-    smoothing_term = tl.full((), 0.0, ACC)
+    term = tl.full((), 0.0, ACC)
     plain_term = tl.full((), 0.0, ACC)
-    weighted_sum = tl.full((), 0.0, ACC)  # of exp(z - high) (z - high)
-    stop = tl.where(selected, V, 0)
+    moment = tl.full((), 0.0, ACC)
+    c_sum = tl.full((), 0.0, ACC)
     for start in range(0, stop, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
-        inside = column < V
+        inside = column < stop
         x = tl.load(logits_ptr + column, mask=inside, other=0.0, eviction_policy="evict_last").to(ACC)
         z = tl.where(inside, final_logits(x, SOFTCAP, LOGIT_SCALE), float("-inf"))
         block_high = tl.max(z, axis=0)
@@ -109,44 +236,19 @@ def _forward_kernel(
         e = tl.exp(z - base)
         if STATISTICS:
             moved = tl.where(high == float("-inf"), 0.0, (high - base) * exp_sum)
-            weighted_sum = rescale * (weighted_sum + moved)
-            weighted_sum += tl.sum(tl.where(e > 0.0, e * (z - base), 0.0), axis=0)
+            moment = rescale * (moment + moved)
+            moment += tl.sum(tl.where(e > 0.0, e * (z - base), 0.0), axis=0)
             second = merge_two_largest(high, second, block_high, two_largest(z)[1])
             plain_term += tl.sum(tl.where(inside, z - z_y, 0.0), axis=0)
         exp_sum = exp_sum * rescale + tl.sum(e, axis=0)
         high = new_high
         if WEIGHTED:
             c = tl.load(class_weight_ptr + column, mask=inside, other=0.0)
-            smoothing_term += tl.sum(tl.where(inside, c * (z - z_y), 0.0), axis=0)
-            c_mean += tl.sum(c, axis=0)
+            term += tl.sum(tl.where(inside, c * (z - z_y), 0.0), axis=0)
+            c_sum += tl.sum(c, axis=0)
         else:
-            smoothing_term += tl.sum(tl.where(inside, z - z_y, 0.0), axis=0)
-    log_sum = tl.log(exp_sum)
-    smoothing_term = smoothing_term / V
-    if WEIGHTED:
-        c_mean = c_mean / V
-
-    nll = (high - z_y) + log_sum
-    loss, k, _, ds = token_terms(nll, high + log_sum, smoothing_term, s, c_y, c_mean, Z_LOSS)
-    nan_mask = tl.where(valid, 0.0, float("nan"))
-    tl.store(loss_ptr + token, tl.where(selected, loss + nan_mask, 0.0))
-    tl.store(state_ptr + token, tl.where(selected, high, 0.0))
-    tl.store(state_ptr + N + token, tl.where(selected, log_sum, 0.0))
-    tl.store(state_ptr + 2 * N + token, tl.where(selected, k + nan_mask, 0.0))
-    tl.store(state_ptr + 3 * N + token, tl.where(selected, ds + nan_mask, 0.0))
-    if STATISTICS:
-        store_statistics(
-            statistics_ptr + token, N, True, selected & valid,
-            z_y, high, exp_sum, nll, weighted_sum, high, second, z_y + plain_term / V,
-        )  # fmt: skip
-    if INPLACE:
-        # every thread has read the target's logit before any thread overwrites it
-        tl.debug_barrier()
-        _write_gradient(
-            logits_ptr, logits_ptr, class_weight_ptr, target, s, high, log_sum, k + nan_mask, c_y,
-            tl.load(token_scale_ptr + token) * LOGIT_SCALE, selected, V,
-            ACC, WEIGHTED, SOFTCAP, LOGIT_SCALE, BLOCK_V,
-        )  # fmt: skip
+            term += tl.sum(tl.where(inside, z - z_y, 0.0), axis=0)
+    return high, exp_sum, term, plain_term, moment, high, second, c_sum
 
 
 @triton.jit
@@ -172,15 +274,18 @@ def _backward_kernel(
     token = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + token).to(tl.int64)
     selected = target != ignore_index
+    valid = (target >= 0) & (target < V)
     c_y = tl.full((), 1.0, ACC)
     if WEIGHTED:
-        valid = (target >= 0) & (target < V)
         c_y = tl.load(class_weight_ptr + tl.where(valid, target, 0))
+    logits_ptr += token * stride_n
+    x_y = tl.load(logits_ptr + tl.where(valid, target, 0), mask=selected, other=0.0).to(ACC)
     _write_gradient(
-        logits_ptr + token * stride_n,
+        logits_ptr,
         dlogits_ptr + token * V,
         class_weight_ptr,
         target,
+        final_logits(x_y, SOFTCAP, LOGIT_SCALE),
         tl.load(smoothing_ptr + token),
         tl.load(state_ptr + token),
         tl.load(state_ptr + N + token),
@@ -188,6 +293,7 @@ def _backward_kernel(
         c_y,
         tl.load(dloss_ptr + token * stride_g).to(ACC) * LOGIT_SCALE,
         selected,
+        valid,
         V,
         ACC,
         WEIGHTED,
@@ -200,16 +306,18 @@ def _backward_kernel(
 @triton.jit
 def _write_gradient(
     source_ptr,  # [V], raw logits of one token
-    out_ptr,  # [V], may be source_ptr: a block is read before it is written
+    out_ptr,  # [V], may be source_ptr: each thread overwrites what it has read
     class_weight_ptr,
     target,
+    z_y,
     s,
-    high,
-    log_sum,
     k,
+    log_sum,
+    coefficient,
     c_y,
     scale,
     selected,
+    valid,
     V,
     ACC: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -217,25 +325,71 @@ def _write_gradient(
     LOGIT_SCALE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    on_target = (1.0 - s) * c_y
-    spread = s / V
-    for start in range(0, V, BLOCK_V):
-        column = start + tl.arange(0, BLOCK_V)
-        inside = column < V
-        x = tl.load(source_ptr + column, mask=inside & selected, other=0.0, eviction_policy="evict_first").to(
-            ACC
-        )
-        z = final_logits(x, SOFTCAP, LOGIT_SCALE)
-        p = tl.exp(z - high - log_sum)
-        q = tl.where(column == target, on_target, 0.0)
-        if WEIGHTED:
-            q += spread * tl.load(class_weight_ptr + column, mask=inside, other=0.0)
-        else:
-            q += spread
-        dx = (k * p - q) * scale
+    lane = tl.arange(0, BLOCK_V)
+    full = V // BLOCK_V * BLOCK_V
+    if selected:
+        # from the end, whose lines were read last
+        if full < V:
+            inside = full + lane < V
+            x = tl.load(source_ptr + full + lane, mask=inside, other=0.0, eviction_policy="evict_first")
+            c = _spread(class_weight_ptr, full + lane, V, s / V, WEIGHTED)
+            dx = _dlogits(x, k, log_sum, coefficient, c, scale, ACC, SOFTCAP, LOGIT_SCALE)
+            tl.store(out_ptr + full + lane, dx, mask=inside)
+        for i in range(0, full // BLOCK_V):
+            start = full - BLOCK_V - i * BLOCK_V
+            x = tl.load(source_ptr + start + lane, eviction_policy="evict_first")
+            c = _spread(class_weight_ptr, start + lane, V, s / V, WEIGHTED)
+            dx = _dlogits(x, k, log_sum, coefficient, c, scale, ACC, SOFTCAP, LOGIT_SCALE)
+            tl.store(out_ptr + start + lane, dx, eviction_policy="evict_first")
+        # one column is left; whoever stored its neighbours has finished
+        tl.debug_barrier()
+        c = s / V * c_y if WEIGHTED else s / V
+        dx = _exp(z_y, k, log_sum, ACC) * coefficient - ((1.0 - s) * c_y + c)
         if SOFTCAP != 0.0:
-            dx *= 1.0 - (z / SOFTCAP) * (z / SOFTCAP)
-        tl.store(out_ptr + column, tl.where(selected, dx, 0.0), mask=inside)
+            dx *= 1.0 - (z_y / SOFTCAP) * (z_y / SOFTCAP)
+        tl.store(out_ptr + tl.where(valid, target, 0), dx * scale, mask=valid)
+    else:
+        zero = tl.zeros((BLOCK_V,), ACC)
+        for start in range(0, V, BLOCK_V):
+            tl.store(out_ptr + start + lane, zero, mask=start + lane < V)
+
+
+@triton.jit
+def _spread(class_weight_ptr, column, V, spread, WEIGHTED: tl.constexpr):
+    """The smoothed part of a block's targets: spread, times class weights."""
+    if WEIGHTED:
+        spread = spread * tl.load(class_weight_ptr + column, mask=column < V, other=0.0)
+    return spread
+
+
+@triton.jit
+def _exp(z, k, log_sum, ACC: tl.constexpr):
+    """exp(z - k - log_sum), without a rounded k + log_sum."""
+    if tl.float32 == ACC:
+        p = tl.exp2((z - k) * _LOG2E - log_sum * _LOG2E)
+    else:
+        p = tl.exp(z - k - log_sum)
+    return p
+
+
+@triton.jit
+def _dlogits(
+    x,
+    k,
+    log_sum,
+    coefficient,
+    spread,
+    scale,
+    ACC: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+):
+    """The gradient of raw logits x, as if none of them were the target's."""
+    z = final_logits(x.to(ACC), SOFTCAP, LOGIT_SCALE)
+    dx = (coefficient * _exp(z, k, log_sum, ACC) - spread) * scale
+    if SOFTCAP != 0.0:
+        dx *= 1.0 - (z / SOFTCAP) * (z / SOFTCAP)
+    return dx
 
 
 @triton.jit
@@ -259,11 +413,13 @@ def forward(inputs: LogitsInputs, spec: LogitsSpec, *, inplace_scale: Tensor | N
     tokens, vocab = logits.shape
     outputs = LogitsOutputs.empty(inputs, spec)
     if tokens:
-        block_v, num_warps = plan(vocab, logits.element_size())
+        heavy = class_weight is not None or spec.statistics
+        block_v, num_warps = plan(vocab, logits.element_size(), heavy=heavy)
         _forward_kernel[(tokens,)](
             logits, target, smoothing, inplace_scale, class_weight, *outputs,
             logits.stride(0), tokens, vocab, spec.ignore_index,
             ACC=_TL[accumulator(logits)],
+            ANCHORED=logits.element_size() == 2,
             WEIGHTED=class_weight is not None,
             STATISTICS=spec.statistics,
             INPLACE=inplace_scale is not None,
@@ -282,7 +438,7 @@ def backward(dloss: Tensor, state: Tensor, inputs: LogitsInputs, spec: LogitsSpe
     tokens, vocab = logits.shape
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if tokens:
-        block_v, num_warps = plan(vocab, logits.element_size())
+        block_v, num_warps = plan(vocab, logits.element_size(), heavy=class_weight is not None)
         _backward_kernel[(tokens,)](
             dloss, logits, target, smoothing, class_weight, state, dlogits,
             dloss.stride(0), logits.stride(0), tokens, vocab, spec.ignore_index,

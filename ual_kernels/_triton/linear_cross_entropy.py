@@ -1,123 +1,200 @@
-"""Cross entropy of hidden states and a head: two GEMMs per chunk of tokens, nothing as large as the logits.
+"""Cross entropy of hidden states and a head: two GEMMs, or three, and nothing as large as the logits.
 
-For a token with hidden state e, the algebra of `_tokens` and z = scale (C e + b),
+For a token with hidden state e, the algebra of `_tokens` and z = scale (C e + u B + b) in units of log 2,
 
-    x_v  = exp(z_v - k) for v != y, 0 for v = y         total = sum_v x_v        t = exp(z_y - k)
-    nll  = log(1 + total / t)       p_y = t / (total + t)       lse = k + log(total + t)
+    x_v  = 2^(z_v - k) for v != y, 0 for v = y          total = sum_v x_v        t = 2^(z_y - k)
+    nll  = log(1 + total / t)       p_y = t / (total + t)       lse = log 2 (k + log2(total + t))
     de   = a scale (K (1 - p_y) x C / sum_v x_v + (U - K (1 - p_y)) C_y - s cbar)
 
 with cbar = mean_v c_v C_v and the token's scale a. The target's column is left out of x, so that what is
-rounded to 16 bits is never the probability that 1 is subtracted from. Two ways to make x, both from float32:
+rounded to 16 bits is never the probability that 1 is subtracted from.
 
-fused   a GEMM with the exponential in its epilogue, and the constant reference point k = z_y + 40: one visit,
-        2 MV bytes written. bfloat16 has the exponents of float32, which a constant reference needs. Tokens
-        whose total leaves [0, 2^100), because the target is some 109 nats below the maximum, are computed
-        again from their own maximum; the device decides.
-cublas  `torch.mm` into float32, then a kernel with one program a token, k = max(z): exact for every input.
+**Anchored** (bfloat16, the usual case). The reference point k = z_y + 32 is known before the first GEMM, so
+one visit of each logit is enough: x leaves the GEMM that makes it, in bfloat16, whose exponents are those of
+float32. No step needs all of a token's x at once, so
 
-float32 and float16 inputs, a softcap (whose slope needs the sum before x can be stored) and a bias that is
-trained (a sum over tokens that cancels, so x stays float32) take the second, and so do features that are no
-multiple of 16, a LoRA adapter on the head and logits that may be rounded (precision="fast").
-float16 has 5 bits of exponent: there k is 15 log 2 below the maximum, so that x reaches 2^15 and what is lost
-is below 2^-39 of the largest. Where x does not have the largest at 1 (a softcap) or meets gradients divided
-by many tokens (a head that is trained) it stays float32. float64 is not for tensor cores: use
-backend="torch".
+    frozen head    up to 8192 tokens at a time, the vocabulary in slices: x of a slice, then O += x C
+    trained head   x of all V classes for up to 2 D tokens: O = x C, dC += x^T (f E), as large as dC itself
+    no gradient    nothing is stored
+
+`VARIANT` says which GEMM makes x: "tma" (persistent, tensor memory accelerator, sm_90 and later), "pointer"
+(any GPU), or "cublas" (`torch.mm` into float32, then a kernel with one program per token). A token whose
+total leaves [0, 2^100), because its target is some 90 nats below the maximum, is computed again from its own
+maximum by a kernel for such tokens. The device decides.
+
+**Exact** (everything else): float32 logits of a chunk by `torch.mm`, then one program per token, k = max(z).
+Taken for float32 and float16 inputs, a softcap (whose slope needs the sum before x can be stored), a bias
+that is trained (a sum over tokens that cancels, so x stays float32) and precision="fast". float16 has 5 bits
+of exponent: there k is 15 below the maximum, so that x reaches 2^15 and what is lost is below 2^-39 of the
+largest. Where x does not have the largest at 1 (a softcap) or meets gradients divided by many tokens (a head
+that is trained) it stays float32. float64 is not for tensor cores: use backend="torch".
 """
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ual_kernels._matrices import add_by_label, column_mean
+from ual_kernels._matrices import add_by_label
 from ual_kernels._operands import LinearInputs, LinearOutputs, LinearSpec
-from ual_kernels._tokens import LossTokens, TokenFns, labels, mark_missed, select_loss_tokens
+from ual_kernels._tokens import LossTokens, TokenFns, mark_missed, select_loss_tokens
+from ual_kernels._triton.gemm import add_product, halves, product
 from ual_kernels._triton.math import (
     final_logits,
     merge_two_largest,
     store_statistics,
     token_terms,
+    top2,
     two_largest,
 )
 from ual_kernels._vocab_parallel import Shards
 from ual_kernels.statistics import LINEAR_STATISTICS
 
-# "fused" where possible; a benchmark or a test may request "cublas" everywhere
-VARIANT: Literal["fused", "cublas"] = "fused"
+Variant = Literal["tma", "pointer", "cublas", "exact"]
+
+VARIANT: Literal["auto"] | Variant = "auto"
+"""Which way is taken where it is possible; a benchmark or a test may request one by name."""
 
 _INTERPRETED = triton.knobs.runtime.interpret
-_PRODUCT_BYTES = 1 << 28
-_CHUNK_BYTES = 1 << 29  # of x or logits: at a vocabulary of 128k, 2048 tokens of the one or 1024 of the other
-_MOST_TOKENS = 4_096  # beyond, reading the head once a chunk is lost beside its FLOPs (ridge: 183 tokens)
+
+_FROZEN_TOKENS = 8_192  # at a time: from here on, reading the head again is lost beside the products
+_EXACT_BYTES = 1 << 29  # of logits
+_EXACT_TOKENS = 4_096
 _TILE_TOKENS = 128
 
-_REFERENCE: tl.constexpr = tl.constexpr(40.0)
+_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+_OFFSET: tl.constexpr = tl.constexpr(32.0)  # k above the target's logit
 _LARGEST_TOTAL: tl.constexpr = tl.constexpr(2.0**100)  # x C must not overflow either
+_HEADROOM = 15.0  # of float16, in powers of 2
 
-# planes of the [9, M] float32 table that the kernels hand each other
-_Z_Y: tl.constexpr = tl.constexpr(0)
-_MEAN: tl.constexpr = tl.constexpr(1)  # mean(c z)
+# planes of the [10, M] float32 table that the kernels hand each other; units of log 2 but for two
+_Z_Y: tl.constexpr = tl.constexpr(0)  # z_y, nats
+_MEAN: tl.constexpr = tl.constexpr(1)  # mean(c z), nats
 _K: tl.constexpr = tl.constexpr(2)
-_TOTAL: tl.constexpr = tl.constexpr(3)
-_MOMENT: tl.constexpr = tl.constexpr(4)  # sum of x (z - k)
-_HIGH: tl.constexpr = tl.constexpr(5)  # the largest z beside the target's
-_SECOND: tl.constexpr = tl.constexpr(6)
-_PLAIN_MEAN: tl.constexpr = tl.constexpr(7)
-_ROUNDED: tl.constexpr = tl.constexpr(8)  # sum of x as stored
-_TABLE_PLANES = 9
+_D_Y: tl.constexpr = tl.constexpr(3)  # z_y - k
+_TOTAL: tl.constexpr = tl.constexpr(4)
+_ROUNDED: tl.constexpr = tl.constexpr(5)  # sum of x as stored
+_MOMENT: tl.constexpr = tl.constexpr(6)  # sum of x (z - k)
+_PLAIN: tl.constexpr = tl.constexpr(7)  # sum of z - k
+_HIGH: tl.constexpr = tl.constexpr(8)  # the largest z - k beside the target's
+_SECOND: tl.constexpr = tl.constexpr(9)
+_TABLE_PLANES = 10
 
 
 class GemmPlan(NamedTuple):
-    """Launch shape of the fused GEMM."""
+    """Launch shape of the GEMM that makes x."""
 
     block_m: int
     block_n: int
     block_k: int
-    group: int
+    group: int  # tiles of tokens that walk the columns together and share each tile of the head in L2
     num_warps: int
     num_stages: int
+    flatten: bool = False  # one loop over tiles and features: loads of the next tile fly during an epilogue
+    source: str = "predicted"  # until a committed figure stands here
 
 
-def gemm_plan(platform: str, statistics: bool) -> GemmPlan:
-    """By platform: "cuda", "hip" (64 KiB of shared memory) or "interpreter" (many ragged tiles)."""
-    if platform == "interpreter":
-        return GemmPlan(16, 64, 32, 2, 4, 1)
-    if platform == "hip":
-        return GemmPlan(128, 64, 32, 8, 8, 2)
-    # the four more sums of a token take the registers of a larger tile
-    return GemmPlan(128, 64, 64, 8, 8, 4) if statistics else GemmPlan(128, 256, 64, 8, 8, 3)
+PLANS: dict[tuple[str, str], GemmPlan] = {
+    ("sm_90", "tma"): GemmPlan(128, 256, 64, 8, 8, 4, flatten=True),
+    ("sm_100", "tma"): GemmPlan(128, 256, 64, 8, 8, 3),
+    ("cuda", "pointer"): GemmPlan(128, 256, 64, 8, 8, 3),
+    ("cuda", "pointer, statistics"): GemmPlan(128, 128, 64, 8, 8, 3),
+    ("hip", "pointer"): GemmPlan(128, 64, 32, 8, 8, 2),
+    # many ragged tiles
+    ("interpreter", "tma"): GemmPlan(16, 64, 32, 2, 4, 1, flatten=True),
+    ("interpreter", "pointer"): GemmPlan(16, 64, 32, 2, 4, 1),
+}
+"""By architecture and variant."""
 
 
-def chunk_tokens(vocab: int, itemsize: int) -> int:
-    """Tokens at a time: whole tiles, as many as the budget holds."""
-    fitting = _CHUNK_BYTES // (vocab * itemsize)
-    return max(_TILE_TOKENS, min(_MOST_TOKENS, fitting // _TILE_TOKENS * _TILE_TOKENS))
+class Platform(NamedTuple):
+    """What the choice of launch shapes needs to know of a device."""
+
+    name: str  # "sm_90", ..., "hip" or "interpreter"
+    processors: int
+    waves: int = 32  # of tiles in a slice of the vocabulary
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Platform":
+        """The platform of a tensor's device."""
+        if _INTERPRETED:
+            return cls("interpreter", 2, 1)
+        properties = torch.cuda.get_device_properties(tensor.device)
+        if torch.version.hip:
+            return cls("hip", properties.multi_processor_count)
+        return cls(f"sm_{properties.major}0", properties.multi_processor_count)
+
+    @property
+    def tma(self) -> bool:
+        """Whether there are descriptors."""
+        return (self.name, "tma") in PLANS
+
+    def plan(self, variant: str, statistics: bool = False) -> GemmPlan:
+        """The launch shape of a variant."""
+        family = self.name if self.name in ("hip", "interpreter") else "cuda"
+        names = [f"{variant}, statistics", variant] if statistics else [variant]
+        return next(
+            PLANS[key] for name in names for key in ((self.name, name), (family, name)) if key in PLANS
+        )
 
 
-# ---- step 1: two dot products per token ----
+def slice_columns(tokens: int, vocab: int, block_m: int, block_n: int, platform: Platform) -> int:
+    """Columns of the vocabulary whose x exists at a time under a frozen head: whole tiles, in whole waves."""
+    most = max(1, platform.waves * platform.processors // -(-tokens // block_m))
+    return min(most, -(-vocab // block_n)) * block_n
+
+
+def exact_tokens(vocab: int) -> int:
+    """Tokens at a time on the exact path: whole tiles, as many as the budget of float32 logits holds."""
+    fitting = _EXACT_BYTES // (4 * vocab)
+    return max(_TILE_TOKENS, min(_EXACT_TOKENS, fitting // _TILE_TOKENS * _TILE_TOKENS))
+
+
+# ---- step 1: the target's logit, the mean of the logits, the reference point ----
 
 
 @triton.jit
-def _dots_kernel(
+def _prepare_kernel(
     e_ptr,  # [M, D]
     head_ptr,  # [V, D]
     bias_ptr,  # [V] fp32, read if BIASED
-    y_ptr,  # [M]
-    column_mean_ptr,  # [D] fp32, read unless SOFTCAP
-    bias_mean_ptr,  # [1] fp32, read if BIASED unless SOFTCAP
-    table_ptr,  # [9, M] fp32, out: Z_Y, and MEAN unless SOFTCAP
+    u_ptr,  # [M, R] fp32, read if RANKED
+    b_ptr,  # [V, R] fp32, read if RANKED
+    target_ptr,  # [M] int
+    complete_ptr,  # bool, read if COUNTED
+    column_mean_ptr,  # [D] fp32, read unless CAPPED
+    bias_mean_ptr,  # [1] fp32, read if BIASED unless CAPPED
+    label_ptr,  # [M] int32, out: a column for every token
+    nan_mask_ptr,  # [M] fp32, out
+    table_ptr,  # [10, M] fp32, out: Z_Y, K, D_Y, and MEAN unless CAPPED
     M,
+    V,
     D,
+    R,
+    ignore_index,
     BIASED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    RANKED: tl.constexpr,
+    COUNTED: tl.constexpr,
+    CAPPED: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    y = tl.load(y_ptr + token)
+    target = tl.load(target_ptr + token).to(tl.int64)
+    valid = (target >= 0) & (target < V)
+    nan = float("nan")
+    nan_mask = tl.where(valid | (target == ignore_index), 0.0, nan)
+    if COUNTED:
+        nan_mask = tl.where(tl.load(complete_ptr) != 0, nan_mask, nan)
+    y = tl.where(valid & (target != ignore_index), target, 0)
+    tl.store(label_ptr + token, y.to(tl.int32))
+    tl.store(nan_mask_ptr + token, nan_mask)
     z_y = tl.zeros((BLOCK_D,), tl.float32)
     mean = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -125,40 +202,221 @@ def _dots_kernel(
         inside = feature < D
         e = tl.load(e_ptr + token * D + feature, mask=inside, other=0.0).to(tl.float32)
         z_y += e * tl.load(head_ptr + y * D + feature, mask=inside, other=0.0).to(tl.float32)
-        if SOFTCAP == 0.0:
+        if not CAPPED:
             mean += e * tl.load(column_mean_ptr + feature, mask=inside, other=0.0)
     z_y = tl.sum(z_y, axis=0)
     mean = tl.sum(mean, axis=0)
+    if RANKED:
+        rank = tl.arange(0, BLOCK_R)
+        u = tl.load(u_ptr + token * R + rank, mask=rank < R, other=0.0)
+        z_y += tl.sum(u * tl.load(b_ptr + y * R + rank, mask=rank < R, other=0.0), axis=0)
     if BIASED:
         z_y += tl.load(bias_ptr + y)
-        if SOFTCAP == 0.0:
+        if not CAPPED:
             mean += tl.load(bias_mean_ptr)
-    tl.store(table_ptr + _Z_Y * M + token, final_logits(z_y, SOFTCAP, LOGIT_SCALE))
-    if SOFTCAP == 0.0:
-        tl.store(table_ptr + _MEAN * M + token, mean * LOGIT_SCALE)
+    table_ptr += token
+    tl.store(table_ptr + _Z_Y * M, z_y * LOGIT_SCALE)
+    # rounded once, here: what the rounding does to x, it does to t
+    k = z_y * (LOGIT_SCALE * _LOG2E) + _OFFSET
+    tl.store(table_ptr + _K * M, k)
+    tl.store(table_ptr + _D_Y * M, tl.fma(z_y, LOGIT_SCALE * _LOG2E, -k))
+    if not CAPPED:
+        tl.store(table_ptr + _MEAN * M, mean * LOGIT_SCALE)
 
 
-# ---- step 2, fused ----
+# ---- step 2, anchored: x from the GEMM that makes the logits ----
 
 
 @triton.jit
-def _fused_kernel(
-    e_ptr,  # [M, D]
-    head_ptr,  # [V, D]
-    bias_ptr,  # [V] fp32, read if BIASED
-    y_ptr,  # [M]
-    table_ptr,  # [9, M] fp32
-    x_ptr,  # [M, V], tokens stride_x apart, out if WRITE
-    partial_ptr,  # [2 or 6, M, tiles of columns] fp32, planes stride_p apart, out
-    stride_x,
+def _tile_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    first = tile // (GROUP * tiles_n) * GROUP
+    group = min(tiles_m - first, GROUP)
+    return first + tile % (GROUP * tiles_n) % group, tile % (GROUP * tiles_n) // group
+
+
+@triton.jit
+def _round_to_bfloat16(x):
+    """Nearest bfloat16, by integers: converting back and forth would take the pipe of the exponentials.
+
+    Returns the bfloat16 and the same number in float32. A NaN of all ones becomes -0.0; the sum of
+    x itself still is NaN.
+    """
+    bits = (x.to(tl.int32, bitcast=True) + 0x8000) & -65536
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _exponentials(
+    acc,  # [BLOCK_M, BLOCK_N] fp32: raw logits
+    k,  # [BLOCK_M]
+    y,  # [BLOCK_M] int32, columns of the same count as `first`
+    first,  # the tile's first column
+    V,
+    SCALE: tl.constexpr,  # of logits, in units of log 2
+    STATISTICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """x in bfloat16, and sums over the columns: total, rounded, moment, plain, the two largest."""
+    d = acc * SCALE - k[:, None]
+    at_edge = first + BLOCK_N > V
+    plain = tl.zeros((BLOCK_M,), tl.float32)
+    if STATISTICS:
+        if at_edge:
+            column = first + tl.arange(0, BLOCK_N)
+            plain = tl.sum(tl.where(column[None, :] < V, d, 0.0), axis=1)
+        else:
+            plain = tl.sum(d, axis=1)
+    holds_target = (y >= first) & (y < first + BLOCK_N)
+    # few tiles need a mask. It is applied to d: on `acc`, ptxas would wait after every product of the loop
+    if (tl.max(holds_target.to(tl.int32), axis=0) > 0) | at_edge:
+        column = first + tl.arange(0, BLOCK_N)
+        d = tl.where((column[None, :] == y[:, None]) | (column[None, :] >= V), float("-inf"), d)
+    x = tl.exp2(d)
+    total = tl.sum(x, axis=1)
+    moment = total
+    high = total
+    second = total
+    if STATISTICS:
+        # where d is -inf x is 0, and so is its share
+        moment = tl.sum(x * tl.maximum(d, -300.0), axis=1)
+        high, second = tl.reduce((d, tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)), 1, top2)
+    stored, as_stored = _round_to_bfloat16(x)
+    return stored, total, tl.sum(as_stored, axis=1), moment, plain, high, second
+
+
+@triton.jit
+def _store_partials(
+    partial_ptr,  # at the tile's tokens, planes stride_p apart
     stride_p,
+    known,
+    total,
+    rounded,
+    moment,
+    plain,
+    high,
+    second,
+    STATISTICS: tl.constexpr,
+    WRITE: tl.constexpr,
+):
+    tl.store(partial_ptr, total, mask=known)
+    if WRITE:
+        tl.store(partial_ptr + stride_p, rounded, mask=known)
+    if STATISTICS:
+        tl.store(partial_ptr + 2 * stride_p, moment, mask=known)
+        tl.store(partial_ptr + 3 * stride_p, plain, mask=known)
+        tl.store(partial_ptr + 4 * stride_p, high, mask=known)
+        tl.store(partial_ptr + 5 * stride_p, second, mask=known)
+
+
+@triton.jit
+def _tma_kernel(
+    e_desc,  # [M, D]
+    head_desc,  # [V, D]
+    x_desc,  # [M, V], blocks of half a tile, out if WRITE
+    u_desc,  # [M, R] bf16, read if RANKED
+    b_desc,  # [V, R] bf16, read if RANKED
+    bias_ptr,  # [V] fp32, read if BIASED
+    label_ptr,  # [M] int32
+    k_ptr,  # [M] fp32
+    partial_ptr,  # [2 or 6, tiles of columns, M] fp32, planes stride_p apart, out
+    stride_p,
+    first_column,  # of this slice of the vocabulary
     M,
     V,
     D,
+    R,
     BIASED: tl.constexpr,
+    RANKED: tl.constexpr,
     STATISTICS: tl.constexpr,
     WRITE: tl.constexpr,
-    LOGIT_SCALE: tl.constexpr,
+    SCALE: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    PROCESSORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    HALF: tl.constexpr = BLOCK_N // 2
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(V, BLOCK_N)
+    start = tl.program_id(0)
+    # counted apart, so that a flattened loop need not keep its own counter through the epilogue
+    finished = start - PROCESSORS
+    for tile in tl.range(start, tiles_m * tiles_n, PROCESSORS, flatten=FLATTEN):
+        tile_m, tile_n = _tile_of(tile, tiles_m, tiles_n, GROUP)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i in range(tl.cdiv(D, BLOCK_K)):
+            a = e_desc.load([tile_m * BLOCK_M, i * BLOCK_K])
+            b = head_desc.load([tile_n * BLOCK_N, i * BLOCK_K])
+            if INTERPRETED:  # which multiplies the bits of bfloat16 as integers
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            acc = tl.dot(a, b.T, acc)
+        if RANKED:
+            for i in range(tl.cdiv(R, BLOCK_K)):
+                a = u_desc.load([tile_m * BLOCK_M, i * BLOCK_K])
+                b = b_desc.load([tile_n * BLOCK_N, i * BLOCK_K])
+                if INTERPRETED:
+                    a = a.to(tl.float32)
+                    b = b.to(tl.float32)
+                acc = tl.dot(a, b.T, acc)
+        finished += PROCESSORS
+        tile_m, tile_n = _tile_of(finished, tiles_m, tiles_n, GROUP)
+        token = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        known = token < M
+        k = tl.load(k_ptr + token, mask=known, other=0.0)
+        y = tl.load(label_ptr + token, mask=known, other=-1) - first_column
+        column = tile_n * BLOCK_N
+        # two halves, so that the registers of one epilogue serve both; the split moves nothing
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        if BIASED:
+            offset = tl.arange(0, HALF)
+            left += tl.load(bias_ptr + column + offset, mask=column + offset < V, other=0.0)[None, :]
+            column_r = column + HALF
+            right += tl.load(bias_ptr + column_r + offset, mask=column_r + offset < V, other=0.0)[None, :]
+        stored, total, rounded, moment, plain, high, second = _exponentials(
+            left, k, y, column, V, SCALE, STATISTICS, BLOCK_M, HALF
+        )
+        if WRITE:
+            x_desc.store([tile_m * BLOCK_M, column], stored)
+        stored, total_r, rounded_r, moment_r, plain_r, high_r, second_r = _exponentials(
+            right, k, y, column + HALF, V, SCALE, STATISTICS, BLOCK_M, HALF
+        )
+        if WRITE:
+            x_desc.store([tile_m * BLOCK_M, column + HALF], stored)
+        second = merge_two_largest(high, second, high_r, second_r)
+        _store_partials(
+            partial_ptr + tile_n * M + token, stride_p, known, total + total_r, rounded + rounded_r,
+            moment + moment_r, plain + plain_r, tl.maximum(high, high_r), second, STATISTICS, WRITE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _pointer_kernel(
+    e_ptr,  # [M, D]
+    head_ptr,  # [V, D]
+    x_ptr,  # [M, V], tokens stride_x apart, out if WRITE
+    u_ptr,  # [M, R] bf16, read if RANKED
+    b_ptr,  # [V, R] bf16, read if RANKED
+    bias_ptr,  # [V] fp32, read if BIASED
+    label_ptr,  # [M] int32
+    k_ptr,  # [M] fp32
+    partial_ptr,  # [2 or 6, tiles of columns, M] fp32, planes stride_p apart, out
+    stride_x,
+    stride_p,
+    first_column,
+    M,
+    V,
+    D,
+    R,
+    BIASED: tl.constexpr,
+    RANKED: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    WRITE: tl.constexpr,
+    SCALE: tl.constexpr,
     EVEN_D: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -166,21 +424,16 @@ def _fused_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    # GROUP tiles of tokens walk the columns together and share each tile of the head in L2
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(V, BLOCK_N)
-    pid = tl.program_id(0)
-    first = pid // (GROUP * tiles_n) * GROUP
-    group = min(tiles_m - first, GROUP)
-    tile_m = first + pid % (GROUP * tiles_n) % group
-    tile_n = pid % (GROUP * tiles_n) // group
-
+    HALF: tl.constexpr = BLOCK_N // 2
+    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(V, BLOCK_N), GROUP)
     token = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     feature = tl.arange(0, BLOCK_K)
-    # past the edge read something that exists: no mask in the loop, none of it is kept
-    e_ptrs = e_ptr + tl.where(token < M, token, 0).to(tl.int64)[:, None] * D + feature[None, :]
-    head_ptrs = head_ptr + tl.where(column < V, column, 0).to(tl.int64)[:, None] * D + feature[None, :]
+    # past the edge read something that exists: no mask in the loop, none of it is stored
+    row = tl.where(token < M, token, 0).to(tl.int64)[:, None]
+    head_row = tl.where(column < V, column, 0).to(tl.int64)[:, None]
+    e_ptrs = e_ptr + row * D + feature[None, :]
+    head_ptrs = head_ptr + head_row * D + feature[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_K):
         if EVEN_D:
@@ -195,83 +448,178 @@ def _fused_kernel(
         acc = tl.dot(a, b.T, acc)
         e_ptrs += BLOCK_K
         head_ptrs += BLOCK_K
+    if RANKED:
+        for start in range(0, R, BLOCK_K):
+            inside = start + feature[None, :] < R
+            a = tl.load(u_ptr + row * R + start + feature[None, :], mask=inside, other=0.0)
+            b = tl.load(b_ptr + head_row * R + start + feature[None, :], mask=inside, other=0.0)
+            if INTERPRETED:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            acc = tl.dot(a, b.T, acc)
 
-    if BIASED:
-        acc += tl.load(bias_ptr + column, mask=column < V, other=0.0)[None, :]
     known = token < M
-    z_y = tl.load(table_ptr + _Z_Y * M + token, mask=known, other=0.0)
-    y = tl.load(y_ptr + token, mask=known, other=-1).to(tl.int32)
-    d = acc * LOGIT_SCALE - z_y[:, None]
-    inside = column[None, :] < V
-    keep = inside & (column[None, :] != y[:, None])
-    x = tl.where(keep, tl.exp(d - _REFERENCE), 0.0)
-    partial_ptr += token.to(tl.int64) * tiles_n + tile_n
-    tl.store(partial_ptr, tl.sum(x, axis=1), mask=known)
+    k = tl.load(k_ptr + token, mask=known, other=0.0)
+    y = tl.load(label_ptr + token, mask=known, other=-1) - first_column
+    first = tile_n * BLOCK_N
+    offset = tl.arange(0, HALF)
+    left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    if BIASED:
+        left += tl.load(bias_ptr + first + offset, mask=first + offset < V, other=0.0)[None, :]
+        first_r = first + HALF
+        right += tl.load(bias_ptr + first_r + offset, mask=first_r + offset < V, other=0.0)[None, :]
+    x_ptrs = x_ptr + token.to(tl.int64)[:, None] * stride_x + first + offset[None, :]
+    stored, total, rounded, moment, plain, high, second = _exponentials(
+        left, k, y, first, V, SCALE, STATISTICS, BLOCK_M, HALF
+    )
     if WRITE:
-        # the sum first: the store goes through shared memory, and x need not stay in registers across it
-        rounded = x.to(x_ptr.dtype.element_ty)
-        tl.store(partial_ptr + stride_p, tl.sum(rounded.to(tl.float32), axis=1), mask=known)
-        x_ptrs = x_ptr + token.to(tl.int64)[:, None] * stride_x + column[None, :]
-        tl.store(x_ptrs, rounded, mask=known[:, None] & inside)
-    if STATISTICS:
-        # where d is -inf x is 0, and so is its share
-        moment = tl.sum(x * tl.maximum(d - _REFERENCE, -200.0), axis=1)
-        tl.store(partial_ptr + 2 * stride_p, moment, mask=known)
-        tl.store(partial_ptr + 5 * stride_p, tl.sum(tl.where(inside, d, 0.0), axis=1), mask=known)
-        d = tl.where(keep, d, float("-inf"))
-        high = tl.max(d, axis=1)
-        tl.store(partial_ptr + 3 * stride_p, high, mask=known)
-        largest = d == high[:, None]
-        second = tl.max(tl.where(largest, float("-inf"), d), axis=1)
-        second = tl.where(tl.sum(largest.to(tl.int32), axis=1) > 1, high, second)
-        tl.store(partial_ptr + 4 * stride_p, second, mask=known)
+        tl.store(x_ptrs, stored, mask=known[:, None] & (first + offset < V)[None, :])
+    stored, total_r, rounded_r, moment_r, plain_r, high_r, second_r = _exponentials(
+        right, k, y, first + HALF, V, SCALE, STATISTICS, BLOCK_M, HALF
+    )
+    if WRITE:
+        tl.store(x_ptrs + HALF, stored, mask=known[:, None] & (first + HALF + offset < V)[None, :])
+    second = merge_two_largest(high, second, high_r, second_r)
+    _store_partials(
+        partial_ptr + tile_n * M + token, stride_p, known, total + total_r, rounded + rounded_r,
+        moment + moment_r, plain + plain_r, tl.maximum(high, high_r), second, STATISTICS, WRITE,
+    )  # fmt: skip
 
 
 @triton.jit
 def _join_kernel(
-    partial_ptr,  # [2 or 6, M, tiles] fp32, planes stride_p apart
-    table_ptr,  # [9, M] fp32, out: K, TOTAL, and if STATISTICS the rest but MEAN
+    partial_ptr,  # [2 or 6, tiles, M] fp32, planes stride_p apart
+    table_ptr,  # [10, M] fp32: what the slice adds
     stride_p,
     M,
-    V,
     tiles,
+    FIRST: tl.constexpr,  # slice of the vocabulary
     STATISTICS: tl.constexpr,
     WRITE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    partial_ptr += token * tiles
-    total = tl.zeros((BLOCK,), tl.float32)
-    rounded = tl.zeros((BLOCK,), tl.float32)
-    moment = tl.zeros((BLOCK,), tl.float32)
-    plain = tl.zeros((BLOCK,), tl.float32)
-    high = tl.full((), float("-inf"), tl.float32)
-    second = tl.full((), float("-inf"), tl.float32)
-    for start in range(0, tiles, BLOCK):
-        tile = start + tl.arange(0, BLOCK)
-        inside = tile < tiles
-        total += tl.load(partial_ptr + tile, mask=inside, other=0.0)
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    known = token < M
+    low = float("-inf")
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    rounded = tl.zeros((BLOCK_M,), tl.float32)
+    moment = tl.zeros((BLOCK_M,), tl.float32)
+    plain = tl.zeros((BLOCK_M,), tl.float32)
+    high = tl.full((BLOCK_M,), low, tl.float32)
+    second = tl.full((BLOCK_M,), low, tl.float32)
+    for start in range(0, tiles, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        inside = (tile < tiles)[:, None] & known[None, :]
+        ptrs = partial_ptr + tile[:, None] * M + token[None, :]
+        total += tl.sum(tl.load(ptrs, mask=inside, other=0.0), axis=0)
         if WRITE:
-            rounded += tl.load(partial_ptr + stride_p + tile, mask=inside, other=0.0)
+            rounded += tl.sum(tl.load(ptrs + stride_p, mask=inside, other=0.0), axis=0)
         if STATISTICS:
-            moment += tl.load(partial_ptr + 2 * stride_p + tile, mask=inside, other=0.0)
-            plain += tl.load(partial_ptr + 5 * stride_p + tile, mask=inside, other=0.0)
-            highs = tl.load(partial_ptr + 3 * stride_p + tile, mask=inside, other=float("-inf"))
-            seconds = tl.load(partial_ptr + 4 * stride_p + tile, mask=inside, other=float("-inf"))
-            block_high, block_second = two_largest(highs)
-            block_second = tl.maximum(block_second, tl.max(seconds, axis=0))
-            second = merge_two_largest(high, second, block_high, block_second)
-            high = tl.maximum(high, block_high)
-    z_y = tl.load(table_ptr + _Z_Y * M + token)
-    tl.store(table_ptr + _K * M + token, z_y + _REFERENCE)
-    tl.store(table_ptr + _TOTAL * M + token, tl.sum(total, axis=0))
+            moment += tl.sum(tl.load(ptrs + 2 * stride_p, mask=inside, other=0.0), axis=0)
+            plain += tl.sum(tl.load(ptrs + 3 * stride_p, mask=inside, other=0.0), axis=0)
+            highs = tl.load(ptrs + 4 * stride_p, mask=inside, other=low)
+            seconds = tl.load(ptrs + 5 * stride_p, mask=inside, other=low)
+            high_t, second_t = tl.reduce((highs, seconds), 0, top2)
+            second = merge_two_largest(high, second, high_t, second_t)
+            high = tl.maximum(high, high_t)
+    table_ptr += token
+    if not FIRST:
+        total += tl.load(table_ptr + _TOTAL * M, mask=known, other=0.0)
+        if WRITE:
+            rounded += tl.load(table_ptr + _ROUNDED * M, mask=known, other=0.0)
+        if STATISTICS:
+            moment += tl.load(table_ptr + _MOMENT * M, mask=known, other=0.0)
+            plain += tl.load(table_ptr + _PLAIN * M, mask=known, other=0.0)
+            before = tl.load(table_ptr + _HIGH * M, mask=known, other=low)
+            second_before = tl.load(table_ptr + _SECOND * M, mask=known, other=low)
+            second = merge_two_largest(high, second, before, second_before)
+            high = tl.maximum(high, before)
+    tl.store(table_ptr + _TOTAL * M, total, mask=known)
     if WRITE:
-        tl.store(table_ptr + _ROUNDED * M + token, tl.sum(rounded, axis=0))
+        tl.store(table_ptr + _ROUNDED * M, rounded, mask=known)
     if STATISTICS:
-        tl.store(table_ptr + _MOMENT * M + token, tl.sum(moment, axis=0))
-        tl.store(table_ptr + _HIGH * M + token, z_y + high)
-        tl.store(table_ptr + _SECOND * M + token, z_y + second)
-        tl.store(table_ptr + _PLAIN_MEAN * M + token, z_y + tl.sum(plain, axis=0) / V)
+        tl.store(table_ptr + _MOMENT * M, moment, mask=known)
+        tl.store(table_ptr + _PLAIN * M, plain, mask=known)
+        tl.store(table_ptr + _HIGH * M, high, mask=known)
+        tl.store(table_ptr + _SECOND * M, second, mask=known)
+
+
+@triton.jit
+def _anchored_rows_kernel(
+    logits_ptr,  # [M, V] fp32 products, tokens stride_l apart
+    bias_ptr,  # [V] fp32, read if BIASED
+    label_ptr,  # [M] int32
+    table_ptr,  # [10, M] fp32: what the slice adds
+    x_ptr,  # [M, V] bf16, tokens stride_x apart, out if WRITE: in the logits' own memory
+    stride_l,
+    stride_x,
+    first_column,
+    M,
+    V,
+    FIRST: tl.constexpr,
+    BIASED: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    WRITE: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Step 2 of variant "cublas": one read of the logits, one write of x."""
+    token = tl.program_id(0).to(tl.int64)
+    y = tl.load(label_ptr + token) - first_column
+    table_ptr += token
+    k = tl.load(table_ptr + _K * M)
+    low = float("-inf")
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    rounded = tl.zeros((BLOCK_V,), tl.float32)
+    moment = tl.zeros((BLOCK_V,), tl.float32)
+    plain = tl.zeros((BLOCK_V,), tl.float32)
+    highs = tl.full((BLOCK_V,), low, tl.float32)
+    seconds = tl.full((BLOCK_V,), low, tl.float32)
+    for start in range(0, V, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        inside = column < V
+        raw = tl.load(logits_ptr + token * stride_l + column, mask=inside, other=0.0)
+        if BIASED:
+            raw += tl.load(bias_ptr + column, mask=inside, other=0.0)
+        d = raw * SCALE - k
+        if STATISTICS:
+            plain += tl.where(inside, d, 0.0)
+        d = tl.where(inside & (column != y), d, low)
+        x = tl.exp2(d)
+        total += x
+        if STATISTICS:
+            moment += x * tl.maximum(d, -300.0)
+            highs, seconds = top2(highs, seconds, d, low)
+        if WRITE:
+            stored, as_stored = _round_to_bfloat16(x)
+            rounded += as_stored
+            # a block of x lands on logits that were read, its own first half included
+            tl.debug_barrier()
+            tl.store(x_ptr + token * stride_x + column, stored, mask=inside)
+    total = tl.sum(total, axis=0)
+    rounded = tl.sum(rounded, axis=0)
+    moment = tl.sum(moment, axis=0)
+    plain = tl.sum(plain, axis=0)
+    high, second = tl.reduce((highs, seconds), 0, top2)
+    if not FIRST:
+        total += tl.load(table_ptr + _TOTAL * M)
+        if WRITE:
+            rounded += tl.load(table_ptr + _ROUNDED * M)
+        if STATISTICS:
+            moment += tl.load(table_ptr + _MOMENT * M)
+            plain += tl.load(table_ptr + _PLAIN * M)
+            before = tl.load(table_ptr + _HIGH * M)
+            second = merge_two_largest(high, second, before, tl.load(table_ptr + _SECOND * M))
+            high = tl.maximum(high, before)
+    tl.store(table_ptr + _TOTAL * M, total)
+    if WRITE:
+        tl.store(table_ptr + _ROUNDED * M, rounded)
+    if STATISTICS:
+        tl.store(table_ptr + _MOMENT * M, moment)
+        tl.store(table_ptr + _PLAIN * M, plain)
+        tl.store(table_ptr + _HIGH * M, high)
+        tl.store(table_ptr + _SECOND * M, second)
 
 
 # ---- step 2 from a token's own maximum ----
@@ -279,143 +627,286 @@ def _join_kernel(
 
 @triton.jit
 def _own_maximum_kernel(
-    logits_ptr,  # [M, V] fp32 products of e and the head, read if GIVEN
+    logits_ptr,  # [M, V] fp32 products, tokens stride_l apart, read if GIVEN
     e_ptr,  # [M, D], read unless GIVEN
     head_ptr,  # [V, D], read unless GIVEN
+    u_ptr,  # [M, R] fp32, read if RANKED unless GIVEN
+    b_ptr,  # [V, R] fp32, read if RANKED unless GIVEN
     bias_ptr,  # [V] fp32, read if BIASED
     class_weight_ptr,  # [V] fp32, read if WEIGHTED and SOFTCAP
-    y_ptr,  # [M]
-    table_ptr,  # [9, M] fp32, out: all but Z_Y; MEAN if SOFTCAP; the last four if STATISTICS
+    label_ptr,  # [M] int32
+    table_ptr,  # [10, M] fp32, out: all but MEAN; MEAN if SOFTCAP; the last four if STATISTICS
     x_ptr,  # [M, V], tokens stride_x apart, out if WRITE; may lie in the logits' own memory
+    stride_l,
     stride_x,
     M,
     V,
     D,
+    R,
     GIVEN: tl.constexpr,
     BIASED: tl.constexpr,
+    RANKED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     STATISTICS: tl.constexpr,
     WRITE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
-    HEADROOM: tl.constexpr,  # k is this far below the maximum
+    HEADROOM: tl.constexpr,  # k is this far below the maximum, in powers of 2
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     if GIVEN:
-        logits_ptr += token * V
+        logits_ptr += token * stride_l
     elif tl.load(table_ptr + _TOTAL * M + token) < _LARGEST_TOTAL:  # false for NaN
-        return  # the constant reference point served this token well
-    y = tl.load(y_ptr + token)
-    z_y = tl.load(table_ptr + _Z_Y * M + token)
+        return  # the reference point served this token well
+    y = tl.load(label_ptr + token)
+    if GIVEN:
+        # the number that the token's logits hold
+        raw_y = tl.load(logits_ptr + y)
+        if BIASED:
+            raw_y += tl.load(bias_ptr + y)
+        z_y = final_logits(raw_y, SOFTCAP, LOGIT_SCALE)
+        tl.store(table_ptr + _Z_Y * M + token, z_y)
+        # every thread has read it before any thread overwrites it
+        tl.debug_barrier()
+    else:
+        z_y = tl.load(table_ptr + _Z_Y * M + token)
     e_ptr += token * D
+    if RANKED:
+        u_ptr += token * R
     high = tl.full((), float("-inf"), tl.float32)
     second = tl.full((), float("-inf"), tl.float32)
-    plain = tl.zeros((BLOCK_V,), tl.float32)
     mean = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         inside = column < V
-        raw = _raw_logits(logits_ptr, e_ptr, head_ptr, column, inside, D, GIVEN, BLOCK_V, BLOCK_D)
-        z = _biased(raw, bias_ptr, column, inside, BIASED, SOFTCAP, LOGIT_SCALE)
+        z = _final_block(
+            logits_ptr, e_ptr, head_ptr, u_ptr, b_ptr, bias_ptr, column, inside, D, R,
+            GIVEN, BIASED, RANKED, SOFTCAP, LOGIT_SCALE, BLOCK_V, BLOCK_D, BLOCK_R,
+        )  # fmt: skip
         if SOFTCAP != 0.0:
             if WEIGHTED:
                 mean += z * tl.load(class_weight_ptr + column, mask=inside, other=0.0)
             else:
                 mean += tl.where(inside, z, 0.0)
-        if STATISTICS:
-            plain += tl.where(inside, z, 0.0)
         others = tl.where(inside & (column != y), z, float("-inf"))
         if STATISTICS:
             block_high, block_second = two_largest(others)
             second = merge_two_largest(high, second, block_high, block_second)
         high = tl.maximum(high, tl.max(others, axis=0))
-    k = tl.maximum(high, z_y) - HEADROOM
+    k = tl.maximum(high, z_y) * _LOG2E - HEADROOM
     k = tl.where(k == float("-inf"), 0.0, k)
     total = tl.zeros((BLOCK_V,), tl.float32)
     rounded = tl.zeros((BLOCK_V,), tl.float32)
     moment = tl.zeros((BLOCK_V,), tl.float32)
+    plain = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         inside = column < V
-        raw = _raw_logits(logits_ptr, e_ptr, head_ptr, column, inside, D, GIVEN, BLOCK_V, BLOCK_D)
-        z = _biased(raw, bias_ptr, column, inside, BIASED, SOFTCAP, LOGIT_SCALE)
-        x = tl.where(inside & (column != y), tl.exp(z - k), 0.0)
+        z = _final_block(
+            logits_ptr, e_ptr, head_ptr, u_ptr, b_ptr, bias_ptr, column, inside, D, R,
+            GIVEN, BIASED, RANKED, SOFTCAP, LOGIT_SCALE, BLOCK_V, BLOCK_D, BLOCK_R,
+        )  # fmt: skip
+        d = z * _LOG2E - k
+        x = tl.where(inside & (column != y), tl.exp2(d), 0.0)
         total += x
         if STATISTICS:
-            moment += tl.where(x > 0.0, x * (z - k), 0.0)
+            moment += tl.where(x > 0.0, x * d, 0.0)
+            plain += tl.where(inside, d, 0.0)
         if WRITE:
             # a block of 16-bit x lands on logits that were read, its own first half included
             tl.debug_barrier()
             as_stored = x.to(x_ptr.dtype.element_ty)
             tl.store(x_ptr + token * stride_x + column, as_stored, mask=inside)
             rounded += as_stored.to(tl.float32)
-    tl.store(table_ptr + _K * M + token, k)
-    tl.store(table_ptr + _TOTAL * M + token, tl.sum(total, axis=0))
+    table_ptr += token
+    tl.store(table_ptr + _K * M, k)
+    tl.store(table_ptr + _D_Y * M, z_y * _LOG2E - k)
+    tl.store(table_ptr + _TOTAL * M, tl.sum(total, axis=0))
     if WRITE:
-        tl.store(table_ptr + _ROUNDED * M + token, tl.sum(rounded, axis=0))
+        tl.store(table_ptr + _ROUNDED * M, tl.sum(rounded, axis=0))
     if SOFTCAP != 0.0:
-        tl.store(table_ptr + _MEAN * M + token, tl.sum(mean, axis=0) / V)
+        tl.store(table_ptr + _MEAN * M, tl.sum(mean, axis=0) / V)
     if STATISTICS:
-        tl.store(table_ptr + _MOMENT * M + token, tl.sum(moment, axis=0))
-        tl.store(table_ptr + _HIGH * M + token, high)
-        tl.store(table_ptr + _SECOND * M + token, second)
-        tl.store(table_ptr + _PLAIN_MEAN * M + token, tl.sum(plain, axis=0) / V)
+        tl.store(table_ptr + _MOMENT * M, tl.sum(moment, axis=0))
+        tl.store(table_ptr + _PLAIN * M, tl.sum(plain, axis=0))
+        tl.store(table_ptr + _HIGH * M, high * _LOG2E - k)
+        tl.store(table_ptr + _SECOND * M, second * _LOG2E - k)
 
 
 @triton.jit
-def _raw_logits(
+def _final_block(
     logits_ptr,
     e_ptr,
     head_ptr,
-    column,
-    inside,
-    D,
-    GIVEN: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """A block of one token: read, or multiplied out once more."""
-    if GIVEN:
-        raw = tl.load(logits_ptr + column, mask=inside, other=0.0)
-    else:
-        acc = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
-        for start in range(0, D, BLOCK_D):
-            feature = start + tl.arange(0, BLOCK_D)
-            e = tl.load(e_ptr + feature, mask=feature < D, other=0.0).to(tl.float32)
-            c_ptrs = head_ptr + column.to(tl.int64)[:, None] * D + feature[None, :]
-            c = tl.load(c_ptrs, mask=inside[:, None] & (feature < D)[None, :], other=0.0).to(tl.float32)
-            acc += e[None, :] * c
-        raw = tl.sum(acc, axis=1)
-    return raw
-
-
-@triton.jit
-def _biased(
-    raw,
+    u_ptr,
+    b_ptr,
     bias_ptr,
     column,
     inside,
+    D,
+    R,
+    GIVEN: tl.constexpr,
     BIASED: tl.constexpr,
+    RANKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
+    """Final logits of one token at some columns: read, or multiplied out once more."""
+    if GIVEN:
+        raw = tl.load(logits_ptr + column, mask=inside, other=0.0)
+    else:
+        raw = _dot_block(e_ptr, head_ptr, column, inside, D, BLOCK_V, BLOCK_D)
+        if RANKED:
+            raw += _dot_block(u_ptr, b_ptr, column, inside, R, BLOCK_V, BLOCK_R)
     if BIASED:
         raw += tl.load(bias_ptr + column, mask=inside, other=0.0)
     return final_logits(raw, SOFTCAP, LOGIT_SCALE)
 
 
 @triton.jit
+def _dot_block(left_ptr, right_ptr, column, inside, D, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One token's left [D] times some rows of right [V, D]."""
+    acc = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        feature = start + tl.arange(0, BLOCK_D)
+        left = tl.load(left_ptr + feature, mask=feature < D, other=0.0).to(tl.float32)
+        ptrs = right_ptr + column.to(tl.int64)[:, None] * D + feature[None, :]
+        right = tl.load(ptrs, mask=inside[:, None] & (feature < D)[None, :], other=0.0).to(tl.float32)
+        acc += left[None, :] * right
+    return tl.sum(acc, axis=1)
+
+
+@triton.jit
+def _far_tokens_kernel(
+    e_ptr,  # [M, D]
+    head_ptr,  # [V, D]
+    bias_ptr,  # [V] fp32, read if BIASED
+    label_ptr,  # [M] int32
+    table_ptr,  # [10, M] fp32, out
+    scratch_ptr,  # [programs, V] fp32
+    product_ptr,  # [M, D] fp32, out: x C
+    M,
+    V,
+    D,
+    BIASED: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    SCALE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Steps 2 and 3 for the tokens that the reference point did not serve, where x is not kept.
+
+    One program computes all of such a token: right, and slow. Every other token costs it a look.
+    """
+    scratch_ptr += tl.program_id(0).to(tl.int64) * V
+    for block in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), PROGRAMS):
+        looked = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        totals = tl.load(table_ptr + _TOTAL * M + looked, mask=looked < M, other=0.0)
+        far = tl.where(totals < _LARGEST_TOTAL, 0, 1)  # 1 for NaN
+        if tl.max(far, axis=0) > 0:
+            for i in range(0, BLOCK_M):
+                token = tl.zeros((), tl.int64) + (block * BLOCK_M + i)  # 64 bits: it meets D
+                total = tl.load(table_ptr + _TOTAL * M + token, mask=token < M, other=0.0)
+                if not (total < _LARGEST_TOTAL):
+                    _far_token(
+                        e_ptr + token * D, head_ptr, bias_ptr, tl.load(label_ptr + token), table_ptr + token,
+                        scratch_ptr, product_ptr + token * D, M, V, D,
+                        BIASED, STATISTICS, SCALE, BLOCK_V, BLOCK_D,
+                    )  # fmt: skip
+
+
+@triton.jit
+def _far_token(
+    e_ptr,
+    head_ptr,
+    bias_ptr,
+    y,
+    table_ptr,
+    scratch_ptr,
+    product_ptr,
+    M,
+    V,
+    D,
+    BIASED: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    low = float("-inf")
+    z_y = tl.load(table_ptr + _Z_Y * M) * _LOG2E
+    highs = tl.full((BLOCK_V,), low, tl.float32)
+    seconds = tl.full((BLOCK_V,), low, tl.float32)
+    for start in range(0, V, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        inside = column < V
+        raw = _dot_block(e_ptr, head_ptr, column, inside, D, BLOCK_V, BLOCK_D)
+        if BIASED:
+            raw += tl.load(bias_ptr + column, mask=inside, other=0.0)
+        z = raw * SCALE
+        tl.store(scratch_ptr + column, z, mask=inside)
+        highs, seconds = top2(highs, seconds, tl.where(inside & (column != y), z, low), low)
+    high, second = tl.reduce((highs, seconds), 0, top2)
+    k = tl.maximum(high, z_y)
+    k = tl.where(k == low, 0.0, k)
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    moment = tl.zeros((BLOCK_V,), tl.float32)
+    plain = tl.zeros((BLOCK_V,), tl.float32)
+    tl.debug_barrier()
+    for start in range(0, V, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        inside = column < V
+        d = tl.load(scratch_ptr + column, mask=inside, other=0.0) - k
+        x = tl.where(inside & (column != y), tl.exp2(d), 0.0)
+        total += x
+        if STATISTICS:
+            moment += tl.where(x > 0.0, x * d, 0.0)
+            plain += tl.where(inside, d, 0.0)
+        tl.store(scratch_ptr + column, x, mask=inside)
+    tl.debug_barrier()
+    for start_d in range(0, D, BLOCK_D):
+        feature = start_d + tl.arange(0, BLOCK_D)
+        acc = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
+        for start in range(0, V, BLOCK_V):
+            column = start + tl.arange(0, BLOCK_V)
+            inside = column < V
+            x = tl.load(scratch_ptr + column, mask=inside, other=0.0)
+            ptrs = head_ptr + column.to(tl.int64)[:, None] * D + feature[None, :]
+            c = tl.load(ptrs, mask=inside[:, None] & (feature < D)[None, :], other=0.0).to(tl.float32)
+            acc += x[:, None] * c
+        tl.store(product_ptr + feature, tl.sum(acc, axis=0), mask=feature < D)
+    total = tl.sum(total, axis=0)
+    tl.store(table_ptr + _K * M, k)
+    tl.store(table_ptr + _D_Y * M, z_y - k)
+    tl.store(table_ptr + _TOTAL * M, total)
+    tl.store(table_ptr + _ROUNDED * M, total)
+    if STATISTICS:
+        tl.store(table_ptr + _MOMENT * M, tl.sum(moment, axis=0))
+        tl.store(table_ptr + _PLAIN * M, tl.sum(plain, axis=0))
+        tl.store(table_ptr + _HIGH * M, high - k)
+        tl.store(table_ptr + _SECOND * M, second - k)
+    tl.debug_barrier()
+
+
+@triton.jit
 def _bend_kernel(
-    logits_ptr,  # [M, V] fp32 products
+    logits_ptr,  # [M, V] fp32 products, tokens stride_l apart
     bias_ptr,  # [V] fp32, read if BIASED
     class_weight_ptr,  # [V] fp32, read if WEIGHTED
-    y_ptr,  # [M]
+    label_ptr,  # [M] int32
     smoothing_ptr,  # [M]
-    table_ptr,  # [9, M]
+    table_ptr,  # [10, M]
     factors_ptr,  # [4, M]
-    x_ptr,  # [M, V], tokens stride_x apart, out: the gradient of the capped token; may lie on the logits
+    x_ptr,  # [M, V], tokens stride_x apart, out: the gradient of the capped logits; may lie on the logits
+    stride_l,
     stride_x,
     M,
     V,
@@ -427,19 +918,21 @@ def _bend_kernel(
 ):
     """A softcap bends every column by its own slope: stored is rate x - s c / V, times the slope."""
     token = tl.program_id(0).to(tl.int64)
-    y = tl.load(y_ptr + token)
+    y = tl.load(label_ptr + token)
     spread = tl.load(smoothing_ptr + token) / V
     k = tl.load(table_ptr + _K * M + token)
     rate = tl.load(factors_ptr + 3 * M + token)
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         inside = column < V
-        raw = tl.load(logits_ptr + token * V + column, mask=inside, other=0.0)
-        z = _biased(raw, bias_ptr, column, inside, BIASED, SOFTCAP, LOGIT_SCALE)
+        raw = tl.load(logits_ptr + token * stride_l + column, mask=inside, other=0.0)
+        if BIASED:
+            raw += tl.load(bias_ptr + column, mask=inside, other=0.0)
+        z = final_logits(raw, SOFTCAP, LOGIT_SCALE)
         q = spread
         if WEIGHTED:
             q = spread * tl.load(class_weight_ptr + column, mask=inside, other=0.0)
-        dz = (rate * tl.exp(z - k) - q) * (1.0 - (z / SOFTCAP) * (z / SOFTCAP))
+        dz = (rate * tl.exp2(z * _LOG2E - k) - q) * (1.0 - (z / SOFTCAP) * (z / SOFTCAP))
         dz = tl.where(column == y, 0.0, dz)
         tl.debug_barrier()
         tl.store(x_ptr + token * stride_x + column, dz.to(x_ptr.dtype.element_ty), mask=inside)
@@ -450,18 +943,26 @@ def _bend_kernel(
 
 @triton.jit
 def _finish_kernel(
-    table_ptr,  # [9, M]
-    y_ptr,  # [M]
+    table_ptr,  # [10, M]
+    index_ptr,  # [M] int64, where the results lie
+    target_ptr,  # [M] int
+    label_ptr,  # [M] int32
+    nan_mask_ptr,  # [M]
     smoothing_ptr,  # [M]
     token_scale_ptr,  # [M]
+    weight_ptr,  # [M], read if REWEIGHTED: the part of token_scale that comes from the statistics
     class_weight_ptr,  # [V], read if WEIGHTED
     class_mean_ptr,  # [1], read if WEIGHTED
-    state_ptr,  # [2, M], tokens stride_out apart, out: unit loss, d(unit loss)/ds
-    statistics_ptr,  # [7, M], tokens stride_out apart, out if STATISTICS
+    loss_ptr,  # [N], out
+    state_ptr,  # [2, N], out: loss of a token_scale of 1, its derivative by the smoothing
+    statistics_ptr,  # [7, M], planes stride_s apart, out if STATISTICS
     factors_ptr,  # [4, M], out: of x C, of C_y, of cbar, and K / (total + t)
-    stride_out,
+    stride_s,
+    N,
     M,
     V,
+    ignore_index,
+    REWEIGHTED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     STATISTICS: tl.constexpr,
     WRITE: tl.constexpr,
@@ -475,20 +976,25 @@ def _finish_kernel(
     table_ptr += token
     z_y = tl.load(table_ptr + _Z_Y * M, mask=known, other=0.0)
     k = tl.load(table_ptr + _K * M, mask=known, other=0.0)
+    d_y = tl.load(table_ptr + _D_Y * M, mask=known, other=0.0)
     total = tl.load(table_ptr + _TOTAL * M, mask=known, other=1.0)
     s = tl.load(smoothing_ptr + token, mask=known, other=0.0)
+    selected = tl.load(target_ptr + token, mask=known, other=0).to(tl.int64) != ignore_index
+    nan_mask = tl.load(nan_mask_ptr + token, mask=known, other=0.0)
     c_y = tl.full((BLOCK,), 1.0, tl.float32)
     c_mean = tl.full((BLOCK,), 1.0, tl.float32)
     if WEIGHTED:
-        c_y = tl.load(class_weight_ptr + tl.load(y_ptr + token, mask=known, other=0), mask=known, other=0.0)
+        c_y = tl.load(
+            class_weight_ptr + tl.load(label_ptr + token, mask=known, other=0), mask=known, other=0.0
+        )
         c_mean = tl.load(class_mean_ptr + tl.zeros((BLOCK,), tl.int32))
     smoothing_term = tl.load(table_ptr + _MEAN * M, mask=known, other=0.0) - c_mean * z_y
 
-    t = tl.exp(z_y - k)
+    t = tl.exp2(d_y)
     whole = total + t
-    lse = k + tl.log(whole)
+    lse = (k + tl.log2(whole)) * _LN2
     # log(1 + total / t), where neither total nor t may be representable
-    log_odds = (k - z_y) + tl.log(total)
+    log_odds = (tl.log2(total) - d_y) * _LN2
     nll = tl.maximum(log_odds, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(log_odds)))
     rest = total / whole  # 1 - p_y, without the subtraction
 
@@ -499,11 +1005,18 @@ def _finish_kernel(
         # weights that sum to 1 as stored: a token that one wrong class dominates does not feel x's rounding
         rounded = tl.load(table_ptr + _ROUNDED * M, mask=known, other=1.0)
         rate = tl.where(rounded > 0.0, coefficient * rest / rounded, rate)
-    state_ptr += token
-    tl.store(state_ptr, unit, mask=known)
-    tl.store(state_ptr + stride_out, ds, mask=known)
 
-    a = tl.load(token_scale_ptr + token, mask=known, other=0.0) * LOGIT_SCALE
+    a = tl.load(token_scale_ptr + token, mask=known, other=0.0) + nan_mask
+    weight = tl.full((BLOCK,), 1.0, tl.float32)
+    if REWEIGHTED:
+        weight = tl.load(weight_ptr + token, mask=known, other=0.0)
+    index = tl.load(index_ptr + token, mask=known, other=0)
+    tl.store(loss_ptr + index, tl.where(selected, a * unit, 0.0), mask=known)
+    state_ptr += index
+    tl.store(state_ptr, tl.where(selected, (unit + nan_mask) * weight, 0.0), mask=known)
+    tl.store(state_ptr + N, tl.where(selected, (ds + nan_mask) * weight, 0.0), mask=known)
+
+    a = a * LOGIT_SCALE
     factors_ptr += token
     tl.store(factors_ptr + 3 * M, rate, mask=known)
     if SOFTCAP != 0.0:
@@ -517,32 +1030,38 @@ def _finish_kernel(
 
     if STATISTICS:
         moment = tl.load(table_ptr + _MOMENT * M, mask=known, other=0.0)
-        moment += tl.where(t > 0.0, t * (z_y - k), 0.0)
+        moment += tl.where(t > 0.0, t * d_y, 0.0)
         others = tl.load(table_ptr + _HIGH * M, mask=known, other=0.0)
         second = tl.load(table_ptr + _SECOND * M, mask=known, other=0.0)
-        plain_mean = tl.load(table_ptr + _PLAIN_MEAN * M, mask=known, other=0.0)
+        plain = tl.load(table_ptr + _PLAIN * M, mask=known, other=0.0)
+        largest = tl.maximum(d_y, others)
+        second = merge_two_largest(d_y, float("-inf"), others, second)
         store_statistics(
-            statistics_ptr + token, stride_out, known, known, z_y, k, whole, nll, moment,
-            tl.maximum(z_y, others), merge_two_largest(z_y, float("-inf"), others, second), plain_mean,
+            statistics_ptr + token, stride_s, known, selected & (nan_mask == 0.0),
+            k * _LN2, whole, nll, moment * _LN2, largest * _LN2, second * _LN2, (k + plain / V) * _LN2,
+            d_y >= others,
         )  # fmt: skip
+
+
+# ---- gradients ----
 
 
 @triton.jit
 def _input_gradient_kernel(
     product_ptr,  # [M, D] fp32: x C
     head_ptr,  # [V, D]
-    column_mean_ptr,  # [D] fp32, read unless SOFTCAP
-    y_ptr,  # [M]
+    column_mean_ptr,  # [D] fp32, read unless CAPPED
+    label_ptr,  # [M] int32
     index_ptr,  # [M], tokens of dinput
     factors_ptr,  # [4, M]
     dinput_ptr,  # [N, D], out
     M,
     D,
-    SOFTCAP: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    y = tl.load(y_ptr + token)
+    y = tl.load(label_ptr + token).to(tl.int64)
     out = tl.load(index_ptr + token)
     of_product = tl.load(factors_ptr + token)
     of_target = tl.load(factors_ptr + M + token)
@@ -552,9 +1071,81 @@ def _input_gradient_kernel(
         inside = feature < D
         de = of_product * tl.load(product_ptr + token * D + feature, mask=inside, other=0.0)
         de += of_target * tl.load(head_ptr + y * D + feature, mask=inside, other=0.0).to(tl.float32)
-        if SOFTCAP == 0.0:
+        if not CAPPED:
             de -= of_mean * tl.load(column_mean_ptr + feature, mask=inside, other=0.0)
         tl.store(dinput_ptr + out * D + feature, de.to(dinput_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_targets_kernel(
+    hidden_ptr,  # [M, D]
+    factor_ptr,  # [M] fp32
+    sorted_ptr,  # [M], labels in ascending order
+    order_ptr,  # [M], the tokens in that order
+    out_ptr,  # [V, D] fp32: factor times hidden is added in the rows of the labels
+    M,
+    D,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The targets' columns of the head's gradient: one program a label, so the order of a sum is fixed."""
+    place = tl.program_id(0)
+    label = tl.load(sorted_ptr + place).to(tl.int64)
+    if tl.load(sorted_ptr + place - 1, mask=place > 0, other=-1) == label:
+        return  # not the first token of its label
+    feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = feature < D
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    same = BLOCK_T
+    while same == BLOCK_T:
+        at = place + tl.arange(0, BLOCK_T)
+        mine = tl.load(sorted_ptr + at, mask=at < M, other=-1) == label
+        token = tl.load(order_ptr + at, mask=mine, other=0)
+        factor = tl.load(factor_ptr + token, mask=mine, other=0.0)
+        ptrs = hidden_ptr + token.to(tl.int64)[:, None] * D + feature[None, :]
+        rows = tl.load(ptrs, mask=mine[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        # what is masked must not be multiplied: a token of another label may hold NaN
+        acc += tl.sum(tl.where(mine[:, None], factor[:, None] * rows, 0.0), axis=0)
+        same = tl.sum(mine.to(tl.int32), axis=0)
+        place += BLOCK_T
+    out_ptrs = out_ptr + label * D + feature
+    tl.store(out_ptrs, tl.load(out_ptrs, mask=inside, other=0.0) + acc, mask=inside)
+
+
+@triton.jit
+def _column_sum_kernel(
+    matrix_ptr,  # [V, D]
+    class_weight_ptr,  # [V] fp32, read if WEIGHTED
+    out_ptr,  # [programs along V, D] fp32
+    V,
+    D,
+    WEIGHTED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = feature < D
+    acc = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
+    for start in range(tl.program_id(0) * BLOCK_V, V, tl.num_programs(0) * BLOCK_V):
+        row = start + tl.arange(0, BLOCK_V)
+        ptrs = matrix_ptr + row.to(tl.int64)[:, None] * D + feature[None, :]
+        block = tl.load(ptrs, mask=(row < V)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        if WEIGHTED:
+            block *= tl.load(class_weight_ptr + row, mask=row < V, other=0.0)[:, None]
+        acc += block
+    tl.store(out_ptr + tl.program_id(0) * D + feature, tl.sum(acc, axis=0), mask=inside)
+
+
+def column_mean(matrix: Tensor, class_weight: Tensor | None) -> Tensor:
+    """Mean over the rows of c_v times matrix [V, D], in float32."""
+    (rows, features), programs = matrix.shape, min(256, triton.cdiv(matrix.shape[0], 32))
+    partial = matrix.new_empty((programs, features), dtype=torch.float32)
+    block_d = min(128, triton.next_power_of_2(features))
+    _column_sum_kernel[(programs, triton.cdiv(features, block_d))](
+        matrix, class_weight, partial, rows, features,
+        WEIGHTED=class_weight is not None, BLOCK_V=32, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
+    return partial.sum(0) / rows
 
 
 # ---- the operator's body ----
@@ -571,17 +1162,43 @@ def linear_cross_entropy(
     `functional` refuses `gradient_filter` and process groups before they get here.
     """
     outputs = LinearOutputs.empty(inputs, spec)
-    outputs.fill_ignored()
-    outputs.dlinear_weight.zero_()
+    head = _Head.read(inputs, spec)  # launched before the number of loss tokens is waited for
     tokens = select_loss_tokens(inputs.target, spec.ignore_index, spec.max_loss_tokens)
     count = len(tokens.indices)
-    if count:
-        run = _Run(inputs, spec, outputs, tokens, token_fns)
-        for part in _chunks(count, run.most):
-            run.compute(part)
-        run.complete()
-        mark_missed(tokens, inputs.target, spec.ignore_index, outputs.loss, outputs.state.T, outputs.dinput)
+    outputs.fill_ignored() if count < len(inputs.target) else outputs.zero_summed()
+    if count == 0:
+        outputs.dlinear_weight.zero_()
+        return outputs
+    variant = choose_variant(inputs, spec, head.weight)
+    run = (_Exact if variant == "exact" else _Anchored)(
+        inputs, spec, outputs, head, tokens, token_fns, variant
+    )
+    for part in _chunks(count, run.most):
+        run.compute(part)
+    run.complete()
+    mark_missed(tokens, inputs.target, spec.ignore_index, outputs.loss, outputs.state.T, outputs.dinput)
     return outputs
+
+
+def choose_variant(inputs: LinearInputs, spec: LinearSpec, weight: Tensor) -> Variant:
+    """Which way this call takes; `VARIANT` decides where several are possible.
+
+    Args:
+        inputs: the operator's tensors.
+        spec: the operator's scalars.
+        weight: the head, contiguous; a view into a flat buffer may start on any 2 bytes.
+    """
+    trained_bias = spec.head_grad and inputs.linear_bias is not None
+    if inputs.input.dtype != torch.bfloat16 or spec.softcap or trained_bias or spec.precision == "fast":
+        return "exact"
+    if VARIANT in ("exact", "cublas"):
+        return VARIANT
+    features = weight.shape[1]
+    described = features % 8 == 0 and weight.data_ptr() % 16 == 0  # what a descriptor can describe
+    if VARIANT != "pointer" and described and Platform.of(weight).tma:
+        return "tma"
+    # features whose rows do not start on 16 bytes are loaded number by number
+    return "pointer" if features % 16 == 0 else "cublas"
 
 
 class _Head(NamedTuple):
@@ -602,22 +1219,25 @@ class _Head(NamedTuple):
     @classmethod
     def read(cls, inputs: LinearInputs, spec: LinearSpec) -> "_Head":
         def wide(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.detach().to(torch.float32)
+            return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
 
         class_weight, weight = inputs.class_weight, inputs.linear_weight.detach().contiguous()
         bias, a, b = wide(inputs.linear_bias), wide(inputs.lora_a), wide(inputs.lora_b)
-        bias = None if bias is None else bias.contiguous()
         weight_mean = merged_mean = bias_mean = None
         b_mean = weight.new_zeros(inputs.rank, dtype=torch.float32)
         if not spec.softcap:
-            weight_mean = merged_mean = column_mean(weight, class_weight, len(weight))
+            weight_mean = merged_mean = column_mean(weight, class_weight)
             if bias is not None:
-                bias_mean = column_mean(bias[:, None], class_weight, len(weight))
+                bias_mean = column_mean(bias[:, None], class_weight)
             if a is not None and b is not None:
-                b_mean = column_mean(b, class_weight, len(weight))
+                b_mean = column_mean(b, class_weight)
                 merged_mean = weight_mean + spec.lora_scale * (b_mean @ a)
         class_mean = None if class_weight is None else class_weight.mean()
         return cls(weight, bias, a, b, class_weight, class_mean, weight_mean, merged_mean, bias_mean, b_mean)
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
 
 
 class _Chunk(NamedTuple):
@@ -625,217 +1245,170 @@ class _Chunk(NamedTuple):
 
     part: slice  # of the loss tokens
     hidden: Tensor  # [M, D]
-    label: Tensor  # [M], a column for every token
-    table: Tensor  # [9, M], what kernels hand each other
+    label: Tensor  # [M] int32, a column for every token
+    nan_mask: Tensor  # [M]
+    table: Tensor  # [10, M], what kernels hand each other
     factors: Tensor  # [4, M], of x C, of C_y, of cbar, and K / (total + t)
-    lora_u: Tensor | None  # [M, r], scale e A^T
+    lora_u: Tensor | None  # [M, r] fp32, scale e A^T
+
+
+class _Made(NamedTuple):
+    """What step 2 leaves for the gradients."""
+
+    x: Tensor | None  # [M, V], if it is kept
+    product: Tensor | None  # [M, D] fp32, x C, if it is there already
+    logits: Tensor | None  # [M, V] fp32, what x lies in under a softcap
 
 
 class _Run:
     """One call of the operator: buffers that its chunks share, and what accumulates over them."""
+
+    most: int  # tokens at a time
 
     def __init__(
         self,
         inputs: LinearInputs,
         spec: LinearSpec,
         outputs: LinearOutputs,
+        head: _Head,
         tokens: LossTokens,
         token_fns: TokenFns | None,
     ) -> None:
-        self.inputs, self.spec, self.outputs, self.tokens, self.token_fns = (
-            inputs, spec, outputs, tokens, token_fns,
-        )  # fmt: skip
-        self.head = _Head.read(inputs, spec)
+        self.inputs, self.spec, self.outputs = inputs, spec, outputs
+        self.head, self.tokens, self.token_fns = head, tokens, token_fns
         self.statistics = spec.statistics or token_fns is not None
-        (_, features), vocab = inputs.input.shape, len(self.head.weight)
-        index, count = tokens.indices, len(tokens.indices)
-        label = labels(inputs.target[index], vocab, spec.ignore_index)
-        self.column, self.counted = label.column, label.selected & label.valid
-        self.nan_mask = label.nan_mask.to(torch.float32)
-        if tokens.complete is not None:
-            self.nan_mask = torch.where(tokens.complete, self.nan_mask, torch.nan)
-        self.smoothing = tokens.keep(inputs.smoothing[index])
-        self.scale = tokens.keep(inputs.token_scale[index])
-        self.given_scale = self.scale.clone() if token_fns is not None else self.scale
-
-        new = inputs.input.new_empty
-        self.state = new((2, count), dtype=torch.float32)
-        seen = count if self.statistics else 0
+        self.everything = len(tokens.indices) == len(inputs.target)  # nothing to gather
+        self.target = self._gather(inputs.target)
+        self.smoothing = tokens.keep(self._gather(inputs.smoothing))
+        self.scale = tokens.keep(self._gather(inputs.token_scale))
+        seen = len(tokens.indices) if self.statistics else 0
         self.packed = inputs.input.new_zeros((LINEAR_STATISTICS, seen), dtype=torch.float32)
-
-        self.x_dtype = _x_dtype(inputs, spec, outputs)
-        self.factor = torch.bfloat16 if inputs.input.dtype == torch.bfloat16 else self.x_dtype
-        self.operand = self.head.weight.to(self.factor)
-        self.fast = spec.precision == "fast" and inputs.input.dtype in (torch.bfloat16, torch.float16)
-        # hidden states and heads whose rows do not start on 16 bytes are loaded number by number
-        self.fused = (
-            VARIANT == "fused"
-            and self.x_dtype == torch.bfloat16
-            and not (spec.softcap or self.fast or inputs.rank)
-            and features % 16 == 0
-        )
-        self.most = spec.chunk_tokens or chunk_tokens(vocab, 2 if self.fused else 4)
-        # whole groups of 8 columns, so that every token's x starts on 16 bytes
-        width = -(-vocab // 8) * 8 if self.fused else vocab
-        rows = min(self.most, count) if spec.gradients or not self.fused else 0
-        self.buffer = new((rows, width), dtype=self.x_dtype if self.fused else torch.float32)
-        # the rank-one parts of dC, dB and db: sums of s a e, s a u and s a
-        self.smoothed = inputs.input.new_zeros(features, dtype=torch.float32)
+        # the rank-one part of dB: sum of s a u
         self.smoothed_u = inputs.input.new_zeros(inputs.rank, dtype=torch.float32)
-        self.smoothed_count = inputs.input.new_zeros((), dtype=torch.float32)
+
+    def _gather(self, tensor: Tensor, part: slice | None = None) -> Tensor:
+        """The loss tokens of [N, ...]; a view where they are all."""
+        if self.everything:
+            return tensor if part is None else tensor[part]
+        return tensor[self.tokens.indices if part is None else self.tokens.indices[part]]
 
     @property
-    def flags(self) -> dict[str, bool | float]:
-        return {"BIASED": self.head.bias is not None, "LOGIT_SCALE": self.spec.logit_scale}
+    def flags(self) -> dict[str, Any]:
+        return {
+            "BIASED": self.head.bias is not None,
+            "RANKED": self.inputs.rank > 0,
+            "LOGIT_SCALE": self.spec.logit_scale,
+        }
 
     def compute(self, part: slice) -> None:
         """Loss, statistics and gradients of one chunk."""
-        chunk = self._read(part)
-        x, logits = self._make_x(chunk)
-        self._finish(chunk)
+        chunk = self._prepare(part)
+        made = self._make_x(chunk)
+        weight = None
+        self._finish(chunk, weight)
         if self.token_fns is not None:
             # the statistics do not depend on what the functions return; the factors do, so once more
             smoothing, weight = self.token_fns(self.packed[:7, part])
             if smoothing is not None:
                 self.smoothing[part] = self.tokens.keep(smoothing, part)
             if weight is not None:
-                self.scale[part] = self.tokens.keep(self.scale[part] * weight, part)
-            self._finish(chunk)
+                weight = self.tokens.keep(weight, part).contiguous()
+                self.scale[part] *= weight
+            self._finish(chunk, weight)
         if not self.spec.gradients:
             return
-        if logits is not None and self.spec.softcap:
-            self._bend(chunk, logits, x)
-        if chunk.lora_u is None:
-            self._input_gradient(chunk, x)
-        else:
-            self._lora_gradients(chunk, x, chunk.lora_u)
+        if made.logits is not None and made.x is not None and self.spec.softcap:
+            self._bend(chunk, made.logits, made.x)
+        self._input_gradient(chunk, made)
         if self.spec.head_grad:
-            self._head_gradient(chunk, x)
+            assert made.x is not None
+            self._head_gradient(chunk, made.x)
 
     def complete(self) -> None:
-        """Results by token, and the rank-one parts of the head's gradient, after the last chunk."""
-        index, outputs, vocab = self.tokens.indices, self.outputs, len(self.head.weight)
-        scale = self.scale + self.nan_mask
-        state = self.state + self.nan_mask
-        if self.token_fns is not None:  # a weight from the statistics is part of `state`
-            given = self.given_scale
-            state = state * torch.where(given == 0, 0.0, scale / given)
-        outputs.loss[index] = self.tokens.keep(scale * self.state[0])
-        outputs.state[:, index] = self.tokens.keep(state)
+        """Statistics by token, and the rank-one parts of the head's gradient, after the last chunk."""
+        outputs, vocab = self.outputs, self.head.vocab
         if self.spec.statistics:
-            outputs.statistics[:, index] = torch.where(
-                self.counted, self.packed, outputs.statistics[:, index]
-            )
-        if self.spec.softcap:
-            return
-        class_weight = self.head.class_weight
-        over = self.head.weight.new_ones(vocab, dtype=torch.float32) if class_weight is None else class_weight
-        for out, total in ((outputs.dlinear_weight, self.smoothed), (outputs.dlora_b, self.smoothed_u)):
-            if out.numel():
-                out.addr_(over, total, alpha=-1.0 / vocab)
-        if outputs.dlinear_bias.numel():
-            outputs.dlinear_bias.sub_(over * (self.smoothed_count / vocab))
+            counted = (self.target != self.spec.ignore_index) & (self.target >= 0) & (self.target < vocab)
+            self.packed[7] = torch.where(counted, 0.0, torch.nan)
+            if self.everything:
+                outputs.statistics.copy_(self.packed)
+            else:
+                outputs.statistics[:, self.tokens.indices] = self.packed
+        if outputs.dlora_b.numel() and not self.spec.softcap:
+            outputs.dlora_b.addr_(self._over(), self.smoothed_u, alpha=-1.0 / vocab)
 
-    def _read(self, part: slice) -> _Chunk:
-        """Step 1: the target's logit, and the mean of the logits."""
-        head, spec = self.head, self.spec
-        hidden = self.inputs.input[self.tokens.indices[part]]
-        if self.tokens.selected is not None:
-            hidden = hidden.masked_fill(~self.tokens.selected[part][:, None], 0.0)
+    def _over(self) -> Tensor:
+        """What the mean is taken over: class weights, or ones, [V]."""
+        if self.head.class_weight is not None:
+            return self.head.class_weight
+        return self.head.weight.new_ones(self.head.vocab, dtype=torch.float32)
+
+    def _prepare(self, part: slice) -> _Chunk:
+        """Step 1."""
+        head, spec, tokens = self.head, self.spec, self.tokens
+        hidden = self._gather(self.inputs.input, part).contiguous()
+        if tokens.selected is not None:
+            hidden = hidden.masked_fill(~tokens.selected[part][:, None], 0.0)
+        if hidden.data_ptr() % 16:
+            hidden = hidden.clone()  # a view into a flat buffer may start on any 2 bytes
         count, features = hidden.shape
+        u = None
+        if head.lora_a is not None:
+            u = (_times(hidden, head.lora_a.T) * spec.lora_scale).contiguous()
+        label = hidden.new_empty(count, dtype=torch.int32)
+        nan_mask = hidden.new_empty(count, dtype=torch.float32)
         table = hidden.new_empty((_TABLE_PLANES, count), dtype=torch.float32)
         factors = hidden.new_empty((4, count), dtype=torch.float32)
-        label = self.column[part]
-        _dots_kernel[(count,)](
-            hidden, head.weight, head.bias, label, head.merged_mean, head.bias_mean, table, count, features,
-            **self.flags, SOFTCAP=spec.softcap,
-            BLOCK_D=_block_d(features), num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-        u = None if head.lora_a is None else (hidden.to(torch.float32) @ head.lora_a.T) * spec.lora_scale
-        return _Chunk(part, hidden, label, table, factors, u)
-
-    def _make_x(self, chunk: _Chunk) -> tuple[Tensor, Tensor | None]:
-        """Step 2: x [M, V], and the logits that it overwrites, if there are any."""
-        head, spec, vocab = self.head, self.spec, len(self.head.weight)
-        count, features = chunk.hidden.shape
-        if self.fused:
-            logits, x = None, self.buffer[:count, :vocab]
-            self._fused_x(chunk, x)
-        else:
-            logits = self._logits(chunk)
-            # in the logits' own memory: 16-bit x of a token takes the first half of its logits
-            x = logits.view(self.x_dtype)[:, :vocab]
-        _own_maximum_kernel[(count,)](
-            logits, chunk.hidden, head.weight, head.bias, head.class_weight, chunk.label, chunk.table,
-            x, x.stride(0), count, vocab, features,
-            **self.flags,
-            GIVEN=not self.fused,
-            WEIGHTED=head.class_weight is not None,
-            STATISTICS=self.statistics,
-            WRITE=spec.gradients and not spec.softcap,
-            SOFTCAP=spec.softcap,
-            HEADROOM=_FLOAT16_HEADROOM if self.x_dtype == torch.float16 else 0.0,
-            BLOCK_V=64 if self.fused else min(triton.next_power_of_2(vocab), 4_096),
-            BLOCK_D=128 if self.fused else 1,
-            num_warps=8, enable_fp_fusion=True,
-        )  # fmt: skip
-        return x, logits
-
-    def _fused_x(self, chunk: _Chunk, x: Tensor) -> None:
-        """x with the constant reference point; K, TOTAL and the statistics of the table."""
-        head, spec, statistics = self.head, self.spec, self.statistics
-        (count, features), vocab = chunk.hidden.shape, len(head.weight)
-        platform = "interpreter" if _INTERPRETED else "hip" if torch.version.hip else "cuda"
-        plan = gemm_plan(platform, statistics)
-        tiles = triton.cdiv(vocab, plan.block_n)
-        partial = chunk.table.new_empty((6 if statistics else 2, count, tiles))
-        _fused_kernel[(triton.cdiv(count, plan.block_m) * tiles,)](
-            chunk.hidden, head.weight, head.bias, chunk.label, chunk.table, x, partial,
-            x.stride(0), partial.stride(0), count, vocab, features,
-            **self.flags,
-            STATISTICS=statistics,
-            WRITE=spec.gradients,
-            EVEN_D=features % plan.block_k == 0,
-            INTERPRETED=_INTERPRETED,
-            BLOCK_M=plan.block_m,
-            BLOCK_N=plan.block_n,
-            BLOCK_K=plan.block_k,
-            GROUP=plan.group,
-            num_warps=plan.num_warps, num_stages=plan.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
-        _join_kernel[(count,)](
-            partial, chunk.table, partial.stride(0), count, vocab, tiles,
-            STATISTICS=statistics, WRITE=spec.gradients, BLOCK=min(triton.next_power_of_2(tiles), 512),
+        _prepare_kernel[(count,)](
+            hidden, head.weight, head.bias, u, head.lora_b, self.target[part], tokens.complete,
+            head.merged_mean, head.bias_mean, label, nan_mask, table,
+            count, head.vocab, features, self.inputs.rank, spec.ignore_index,
+            **self.flags, COUNTED=tokens.complete is not None, CAPPED=bool(spec.softcap),
+            BLOCK_D=_block_d(features), BLOCK_R=_block_r(self.inputs.rank),
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
+        return _Chunk(part, hidden, label, nan_mask, table, factors, u)
 
-    def _logits(self, chunk: _Chunk) -> Tensor:
-        """float32 products of hidden states and head, with the adapter's."""
-        head = self.head
-        logits = self.buffer[: len(chunk.hidden)]
-        if self.fast:
-            logits.copy_(torch.mm(chunk.hidden, head.weight.T))
-        else:
-            _product(chunk.hidden, head.weight.T, out=logits)
-        if chunk.lora_u is not None and head.lora_b is not None:
-            logits.addmm_(chunk.lora_u, head.lora_b.T)
-        if self.fast or chunk.lora_u is not None:
-            # the target's logit must be the number that the token's logits hold
-            z_y = logits.gather(1, chunk.label[:, None]).squeeze(1)
-            if head.bias is not None:
-                z_y = z_y + head.bias[chunk.label]
-            z_y, softcap = z_y * self.spec.logit_scale, self.spec.softcap
-            chunk.table[_Z_Y.value] = softcap * torch.tanh(z_y / softcap) if softcap else z_y
-        return logits
+    def _make_x(self, chunk: _Chunk) -> _Made:
+        """Step 2."""
+        raise NotImplementedError
 
-    def _finish(self, chunk: _Chunk) -> None:
+    def _head_gradient(self, chunk: _Chunk, x: Tensor) -> None:
+        raise NotImplementedError
+
+    def _own_maximum(
+        self, chunk: _Chunk, logits: Tensor | None, x: Tensor, *, write: bool, headroom: float = 0.0
+    ) -> None:
+        """Step 2 from each token's own maximum; without logits, for those that need it."""
+        head, given, vocab = self.head, logits is not None, self.head.vocab
+        count, features = chunk.hidden.shape
+        _own_maximum_kernel[(count,)](
+            logits, chunk.hidden, head.weight, chunk.lora_u, head.lora_b, head.bias, head.class_weight,
+            chunk.label, chunk.table, x, 0 if logits is None else logits.stride(0), x.stride(0),
+            count, vocab, features, self.inputs.rank,
+            **self.flags,
+            GIVEN=given,
+            WEIGHTED=head.class_weight is not None,
+            STATISTICS=self.statistics,
+            WRITE=write,
+            SOFTCAP=self.spec.softcap,
+            HEADROOM=headroom,
+            BLOCK_V=min(triton.next_power_of_2(vocab), 4_096) if given else 64,
+            BLOCK_D=1 if given else 128,
+            BLOCK_R=_block_r(self.inputs.rank),
+            num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    def _finish(self, chunk: _Chunk, weight: Tensor | None) -> None:
         """Loss, statistics, and the factors of the gradient."""
-        head, spec, part = self.head, self.spec, chunk.part
-        scale = self.scale[part] + self.nan_mask[part]
-        _finish_kernel[(triton.cdiv(len(scale), 128),)](
-            chunk.table, chunk.label, self.smoothing[part], scale, head.class_weight, head.class_mean,
-            self.state[:, part], self.packed[:, part] if self.statistics else self.packed, chunk.factors,
-            self.state.stride(0), len(scale), len(head.weight),
+        head, spec, part, outputs = self.head, self.spec, chunk.part, self.outputs
+        count = len(chunk.label)
+        _finish_kernel[(triton.cdiv(count, 128),)](
+            chunk.table, self.tokens.indices[part], self.target[part], chunk.label, chunk.nan_mask,
+            self.smoothing[part], self.scale[part], weight, head.class_weight, head.class_mean,
+            outputs.loss, outputs.state, self.packed[:, part] if self.statistics else self.packed,
+            chunk.factors, self.packed.stride(0), len(outputs.loss), count, head.vocab, spec.ignore_index,
+            REWEIGHTED=weight is not None,
             WEIGHTED=head.class_weight is not None,
             STATISTICS=self.statistics,
             WRITE=spec.gradients and not spec.softcap,
@@ -846,75 +1419,367 @@ class _Run:
         )  # fmt: skip
 
     def _bend(self, chunk: _Chunk, logits: Tensor, x: Tensor) -> None:
-        head, vocab = self.head, len(self.head.weight)
+        head, vocab = self.head, self.head.vocab
         _bend_kernel[(len(x),)](
             logits, head.bias, head.class_weight, chunk.label, self.smoothing[chunk.part], chunk.table,
-            chunk.factors, x, x.stride(0), len(x), vocab,
-            **self.flags, WEIGHTED=head.class_weight is not None, SOFTCAP=self.spec.softcap,
+            chunk.factors, x, logits.stride(0), x.stride(0), len(x), vocab,
+            BIASED=head.bias is not None, WEIGHTED=head.class_weight is not None,
+            SOFTCAP=self.spec.softcap, LOGIT_SCALE=self.spec.logit_scale,
             BLOCK_V=min(triton.next_power_of_2(vocab), 4_096), num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
 
-    def _input_gradient(self, chunk: _Chunk, x: Tensor) -> None:
-        if not self.spec.input_grad:
-            return
+    def _input_gradient(self, chunk: _Chunk, made: _Made) -> None:
+        """Gradients of the hidden states, and of an adapter."""
+        spec, head, outputs = self.spec, self.head, self.outputs
         count, features = chunk.hidden.shape
-        _input_gradient_kernel[(count,)](
-            _product(x.to(self.factor), self.operand), self.head.weight, self.head.weight_mean, chunk.label,
-            self.tokens.indices[chunk.part], chunk.factors, self.outputs.dinput, count, features,
-            SOFTCAP=self.spec.softcap, BLOCK_D=_block_d(features), num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-
-    def _lora_gradients(self, chunk: _Chunk, x: Tensor, u: Tensor) -> None:
-        """Gradients of A, B and the hidden states: [M, r] numbers more reach these through B."""
-        head, outputs = self.head, self.outputs
-        assert head.lora_a is not None
-        assert head.lora_b is not None
-        of_product, of_target, of_mean, _ = chunk.factors.unbind(0)
-        wide = x.to(torch.float32)
-        through_b = (wide @ head.lora_b) * of_product[:, None] + head.lora_b[chunk.label] * of_target[:, None]
-        through_b = (through_b - of_mean[:, None] * head.lora_b_mean) * self.spec.lora_scale
-        if self.spec.lora_grad:
-            outputs.dlora_a.addmm_(through_b.T, chunk.hidden.to(torch.float32))
-            outputs.dlora_b.addmm_(wide.T, u * of_product[:, None])
-            add_by_label(outputs.dlora_b, chunk.label, u * of_target[:, None])
-            self.smoothed_u += of_mean @ u
-        if self.spec.input_grad:
-            de = _product(x.to(self.factor), self.operand).mul_(of_product[:, None])
-            de.addmm_(through_b, head.lora_a)
+        indices, of_x = self.tokens.indices[chunk.part], made.product
+        if spec.input_grad and of_x is None:
+            assert made.x is not None
+            of_x = product(made.x.to(self.factor), self.operand)
+        if chunk.lora_u is None:
+            if of_x is not None:
+                _input_gradient_kernel[(count,)](
+                    of_x, head.weight, head.weight_mean, chunk.label, indices, chunk.factors, outputs.dinput,
+                    count, features, CAPPED=bool(spec.softcap), BLOCK_D=_block_d(features),
+                    num_warps=4, enable_fp_fusion=True,
+                )  # fmt: skip
+            return
+        assert made.x is not None
+        through_b = self._lora_gradients(chunk, made.x, chunk.lora_u)
+        if of_x is not None:
+            _, of_target, of_mean, _ = chunk.factors.unbind(0)
+            assert head.lora_a is not None
+            de = of_x.mul_(chunk.factors[0][:, None]).add_(_times(through_b, head.lora_a))
             de.addcmul_(of_target[:, None], head.weight[chunk.label].to(torch.float32))
             if head.weight_mean is not None:
                 de.addcmul_(of_mean[:, None], head.weight_mean, value=-1)
-            outputs.dinput[self.tokens.indices[chunk.part]] = de.to(outputs.dinput.dtype)
+            outputs.dinput[indices] = de.to(outputs.dinput.dtype)
+
+    def _lora_gradients(self, chunk: _Chunk, x: Tensor, u: Tensor) -> Tensor:
+        """Gradients of A and B; return what reaches u, [M, r]."""
+        head, outputs = self.head, self.outputs
+        assert head.lora_b is not None
+        of_x, of_target, of_mean, _ = chunk.factors.unbind(0)
+        through_b = _times(x, head.lora_b) * of_x[:, None]
+        through_b.addcmul_(head.lora_b[chunk.label], of_target[:, None])
+        through_b = (through_b - of_mean[:, None] * head.lora_b_mean) * self.spec.lora_scale
+        if self.spec.lora_grad:
+            outputs.dlora_a.add_(_times(chunk.hidden.T, through_b).T)
+            outputs.dlora_b.add_(_times(x.T, u * of_x[:, None]))
+            add_by_label(outputs.dlora_b, chunk.label.long(), u * of_target[:, None])
+            self.smoothed_u += of_mean @ u
+        return through_b
+
+    @property
+    def factor(self) -> torch.dtype:
+        """The dtype of the factors of x C and x^T (f E)."""
+        return torch.bfloat16
+
+    @property
+    def operand(self) -> Tensor:
+        """The head in that dtype."""
+        return self.head.weight
+
+
+class _Anchored(_Run):
+    """x from the GEMM that makes the logits, by slices of the vocabulary."""
+
+    def __init__(
+        self,
+        inputs: LinearInputs,
+        spec: LinearSpec,
+        outputs: LinearOutputs,
+        head: _Head,
+        tokens: LossTokens,
+        token_fns: TokenFns | None,
+        variant: Variant,
+    ) -> None:
+        super().__init__(inputs, spec, outputs, head, tokens, token_fns)
+        self.variant, self.platform = variant, Platform.of(inputs.input)
+        self.plan = self.platform.plan("pointer" if variant == "cublas" else variant, self.statistics)
+        count, features = len(tokens.indices), inputs.input.shape[1]
+        # gradients of the head or an adapter need x once `total` is known; a frozen head does not
+        self.keep = spec.gradients and (spec.head_grad or inputs.rank > 0)
+        # 2 D tokens of 16-bit x are as large as the float32 gradient of the head, which is there anyway
+        usual = -(-2 * features // _TILE_TOKENS) * _TILE_TOKENS if self.keep else _FROZEN_TOKENS
+        self.most = spec.chunk_tokens or usual
+        rows, vocab = min(self.most, count), head.vocab
+        width = slice_columns(rows, vocab, self.plan.block_m, self.plan.block_n, self.platform)
+        if variant == "cublas":  # which holds float32 logits of a slice
+            width = max(self.plan.block_n, width // 2)
+        self.slices = [slice(v, min(v + width, vocab)) for v in range(0, vocab, width)]
+        width = min(width, vocab)
+        # every token's x starts on 16 bytes
+        padded = -(-(vocab if self.keep else width) // 8) * 8
+        self.over = self._rank_one_factors() if spec.head_grad else inputs.input.new_empty((0, vocab))
+        kept = rows + len(self.over) if spec.gradients else 0
+        new = inputs.input.new_empty
+        self.logits = new((rows, -(-width // 8) * 8 if variant == "cublas" else 0), dtype=torch.float32)
+        if variant == "cublas" and not self.keep:
+            self.buffer = self.logits.view(torch.bfloat16)[:, :width] if spec.gradients else self.logits
+        else:
+            self.buffer = new((kept, padded), dtype=torch.bfloat16)
+        self.lora = self._lora_factors()
+        self.started = False  # the head's gradient
+
+    def _rank_one_factors(self) -> Tensor:
+        """Left factors of the rank-one part of dC, as further tokens of x: [2 or 4, V] bf16.
+
+        Their partners are the halves of -sum s a e / V; ones are exact, class weights take two halves.
+        """
+        over = self.head.class_weight
+        if over is None:
+            return self.head.weight.new_ones((2, self.head.vocab), dtype=torch.bfloat16)
+        high, low = halves(over)
+        return torch.stack([high, high, low, low])
+
+    def _lora_factors(self) -> Tensor | None:
+        """B as the GEMM reads it, [V, 3 r]: u B = u_high B_high + u_low B_high + u_high B_low."""
+        if self.head.lora_b is None:
+            return None
+        high, low = halves(self.head.lora_b)
+        return _padded(torch.cat([high, high, low], 1))
+
+    def _make_x(self, chunk: _Chunk) -> _Made:
+        count, write, head = len(chunk.label), self.spec.gradients, self.head
+        u = None
+        if chunk.lora_u is not None:
+            high, low = halves(chunk.lora_u)
+            u = _padded(torch.cat([high, low, high], 1))
+        of_x = None
+        for columns in self.slices:
+            first, width = columns.start == 0, columns.stop - columns.start
+            x = self.buffer[:count, columns] if self.keep else self.buffer[:count, :width]
+            if self.variant == "cublas":
+                self._by_cublas(chunk, columns, x, u)
+            else:
+                self._by_triton(chunk, columns, x, u)
+            if write and not self.keep:
+                rows = head.weight[columns]
+                of_x = product(x, rows) if first or of_x is None else add_product(of_x, x, rows)
+        x = self.buffer[:count, : head.vocab]
+        if of_x is not None:
+            self._far_tokens(chunk, of_x)
+        else:
+            self._own_maximum(chunk, None, x, write=write)
+        return _Made(x if self.keep else None, of_x, None)
+
+    def _by_triton(self, chunk: _Chunk, columns: slice, x: Tensor, u: Tensor | None) -> None:
+        plan, head, statistics = self.plan, self.head, self.statistics
+        (count, features), width = chunk.hidden.shape, columns.stop - columns.start
+        weight, lora = head.weight[columns], None if self.lora is None else self.lora[columns]
+        bias = None if head.bias is None else head.bias[columns]
+        rank = 0 if u is None else u.shape[1]
+        tiles_m, tiles_n = triton.cdiv(count, plan.block_m), triton.cdiv(width, plan.block_n)
+        partial = chunk.table.new_empty((6 if statistics else 2, tiles_n, count))
+        flags = {
+            "BIASED": bias is not None,
+            "RANKED": u is not None,
+            "STATISTICS": statistics,
+            "WRITE": self.spec.gradients,
+            "SCALE": self.spec.logit_scale * _LOG2E.value,
+            "INTERPRETED": _INTERPRETED,
+            "BLOCK_M": plan.block_m,
+            "BLOCK_N": plan.block_n,
+            "BLOCK_K": plan.block_k,
+            "GROUP": plan.group,
+            "num_warps": plan.num_warps,
+            "num_stages": plan.num_stages,
+            "enable_fp_fusion": True,
+        }
+        common = (bias, chunk.label, chunk.table[_K.value], partial)
+        sizes = (columns.start, count, width, features, rank)
+        if self.variant == "pointer":
+            _pointer_kernel[(tiles_m * tiles_n,)](
+                chunk.hidden, weight, x, u, lora, *common, x.stride(0), partial.stride(0), *sizes,
+                EVEN_D=features % plan.block_k == 0, **flags,
+            )  # fmt: skip
+        else:
+            programs = min(self.platform.processors, tiles_m * tiles_n)
+            a, b = [plan.block_m, plan.block_k], [plan.block_n, plan.block_k]
+            _tma_kernel[(programs,)](
+                TensorDescriptor.from_tensor(chunk.hidden, a),
+                TensorDescriptor.from_tensor(weight, b),
+                _descriptor(x, [plan.block_m, plan.block_n // 2]) if self.spec.gradients else None,
+                None if u is None else TensorDescriptor.from_tensor(u, a),
+                None if lora is None else TensorDescriptor.from_tensor(lora, b),
+                *common, partial.stride(0), *sizes,
+                # a second loop inside keeps the first from being flattened
+                FLATTEN=plan.flatten and u is None, PROCESSORS=programs, **flags,
+            )  # fmt: skip
+        block_m = 16 if _INTERPRETED else 32
+        _join_kernel[(triton.cdiv(count, block_m),)](
+            partial, chunk.table, partial.stride(0), count, tiles_n,
+            FIRST=columns.start == 0, STATISTICS=statistics, WRITE=self.spec.gradients,
+            BLOCK_M=block_m, BLOCK_T=32, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    def _by_cublas(self, chunk: _Chunk, columns: slice, x: Tensor, u: Tensor | None) -> None:
+        head, width = self.head, columns.stop - columns.start
+        logits = self.logits[: len(chunk.label), :width]
+        product(chunk.hidden, head.weight[columns].T, out=logits)
+        if u is not None and self.lora is not None:
+            add_product(logits, u, self.lora[columns].T)
+        bias = None if head.bias is None else head.bias[columns]
+        _anchored_rows_kernel[(len(logits),)](
+            logits, bias, chunk.label, chunk.table, x, logits.stride(0), x.stride(0),
+            columns.start, len(logits), width,
+            FIRST=columns.start == 0,
+            BIASED=bias is not None,
+            STATISTICS=self.statistics,
+            WRITE=self.spec.gradients,
+            SCALE=self.spec.logit_scale * _LOG2E.value,
+            BLOCK_V=min(triton.next_power_of_2(width), 4_096), num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    def _far_tokens(self, chunk: _Chunk, of_x: Tensor) -> None:
+        head, (count, features) = self.head, chunk.hidden.shape
+        programs = min(16, triton.cdiv(count, 128))
+        scratch = of_x.new_empty((programs, head.vocab))
+        _far_tokens_kernel[(programs,)](
+            chunk.hidden, head.weight, head.bias, chunk.label, chunk.table, scratch, of_x,
+            count, head.vocab, features,
+            BIASED=head.bias is not None,
+            STATISTICS=self.statistics,
+            SCALE=self.spec.logit_scale * _LOG2E.value,
+            PROGRAMS=programs,
+            BLOCK_M=128, BLOCK_V=64, BLOCK_D=128, num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    def _head_gradient(self, chunk: _Chunk, x: Tensor) -> None:
+        """dC += x^T (f E) and its rank-one part in one product; then the targets' columns, kept apart."""
+        outputs, hidden, count = self.outputs, chunk.hidden, len(chunk.label)
+        of_x, of_target, of_mean, _ = chunk.factors.unbind(0)
+        capped = bool(self.spec.softcap)
+        extra = 0 if capped else len(self.over)
+        right = hidden.new_empty((count + extra, hidden.shape[1]), dtype=torch.bfloat16)
+        torch.mul(hidden, of_x[:, None], out=right[:count])
+        if extra:
+            self.buffer[count : count + extra, : self.head.vocab] = self.over
+            smoothed = _times(hidden.T, of_mean[:, None])[:, 0] / -self.head.vocab
+            right[count:] = torch.stack(halves(smoothed)).repeat(extra // 2, 1)
+        left = self.buffer[: count + extra, : self.head.vocab].T
+        if self.started:
+            add_product(outputs.dlinear_weight, left, right)
+        else:
+            product(left, right, out=outputs.dlinear_weight)
+        self.started = True
+        label, order = torch.sort(chunk.label, stable=True)
+        block_d = min(256, triton.next_power_of_2(hidden.shape[1]))
+        _add_targets_kernel[(count, triton.cdiv(hidden.shape[1], block_d))](
+            hidden, of_target, label, order, outputs.dlinear_weight, count, hidden.shape[1],
+            BLOCK_T=16, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+class _Exact(_Run):
+    """float32 logits of a chunk, and each token's own maximum."""
+
+    def __init__(
+        self,
+        inputs: LinearInputs,
+        spec: LinearSpec,
+        outputs: LinearOutputs,
+        head: _Head,
+        tokens: LossTokens,
+        token_fns: TokenFns | None,
+        variant: Variant,
+    ) -> None:
+        super().__init__(inputs, spec, outputs, head, tokens, token_fns)
+        outputs.dlinear_weight.zero_()
+        dtype, count = inputs.input.dtype, len(tokens.indices)
+        half_range = dtype == torch.float16 and (spec.softcap or spec.head_grad or spec.lora_grad)
+        self.x_dtype = torch.float32 if outputs.dlinear_bias.numel() or half_range else dtype
+        self._factor = torch.bfloat16 if dtype == torch.bfloat16 else self.x_dtype
+        self._operand = head.weight.to(self._factor)
+        self.fast = spec.precision == "fast" and dtype in (torch.bfloat16, torch.float16)
+        self.most = spec.chunk_tokens or exact_tokens(head.vocab)
+        # whole groups of 8 columns, so that every token's logits and x start on 16 bytes
+        width = -(-head.vocab // 8) * 8
+        self.buffer = inputs.input.new_empty((min(self.most, count), width), dtype=torch.float32)
+        # the rank-one parts of dC and db: sums of s a e and s a
+        self.smoothed = inputs.input.new_zeros(inputs.input.shape[1], dtype=torch.float32)
+        self.smoothed_count = inputs.input.new_zeros((), dtype=torch.float32)
+
+    @property
+    def factor(self) -> torch.dtype:
+        return self._factor
+
+    @property
+    def operand(self) -> Tensor:
+        return self._operand
+
+    def complete(self) -> None:
+        super().complete()
+        outputs, vocab = self.outputs, self.head.vocab
+        if self.spec.softcap or not self.spec.head_grad:
+            return
+        outputs.dlinear_weight.addr_(self._over(), self.smoothed, alpha=-1.0 / vocab)
+        if outputs.dlinear_bias.numel():
+            outputs.dlinear_bias.sub_(self._over() * (self.smoothed_count / vocab))
+
+    def _make_x(self, chunk: _Chunk) -> _Made:
+        logits = self._logits(chunk)
+        # in the logits' own memory: 16-bit x of a token takes the first half of its logits
+        x = logits.view(self.x_dtype)[:, : self.head.vocab]
+        headroom = _HEADROOM if self.x_dtype == torch.float16 else 0.0
+        write = self.spec.gradients and not self.spec.softcap
+        self._own_maximum(chunk, logits, x, write=write, headroom=headroom)
+        return _Made(x, None, logits)
+
+    def _logits(self, chunk: _Chunk) -> Tensor:
+        """float32 products of hidden states and head, with the adapter's; padded to whole groups."""
+        head = self.head
+        padded = self.buffer[: len(chunk.label)]
+        logits = padded[:, : head.vocab]
+        if self.fast:
+            logits.copy_(torch.mm(chunk.hidden, head.weight.T))
+        else:
+            product(chunk.hidden, head.weight.T, out=logits)
+        if chunk.lora_u is not None and head.lora_b is not None:
+            logits.add_(_times(chunk.lora_u, head.lora_b.T))
+        return padded
 
     def _head_gradient(self, chunk: _Chunk, x: Tensor) -> None:
         outputs, hidden = self.outputs, chunk.hidden.to(torch.float32)
-        of_product, of_target, of_mean, _ = chunk.factors.unbind(0)
-        rounded = x.to(self.factor)
-        _add_product(outputs.dlinear_weight, rounded.T, (hidden * of_product[:, None]).to(self.factor))
-        add_by_label(outputs.dlinear_weight, chunk.label, hidden * of_target[:, None])
+        of_x, of_target, of_mean, _ = chunk.factors.unbind(0)
+        label = chunk.label.long()
+        right = (hidden * of_x[:, None]).to(self.factor)
+        add_product(outputs.dlinear_weight, x.to(self.factor).T, right)
+        add_by_label(outputs.dlinear_weight, label, hidden * of_target[:, None])
         self.smoothed += of_mean @ hidden
         if outputs.dlinear_bias.numel():
-            outputs.dlinear_bias.add_(of_product @ x)
-            add_by_label(outputs.dlinear_bias, chunk.label, of_target)
+            outputs.dlinear_bias.add_(of_x @ x)
+            add_by_label(outputs.dlinear_bias, label, of_target)
             self.smoothed_count += of_mean.sum()
 
 
-_FLOAT16_HEADROOM = 15 * 0.6931471805599453
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """a [m, k] times float32 b [k, r], r small, in float32; bfloat16 a meets the two halves of b."""
+    if a.dtype != torch.bfloat16:
+        return torch.mm(a.to(torch.float32), b)
+    both = product(a, torch.cat(halves(b), 1))
+    return both[:, : b.shape[1]] + both[:, b.shape[1] :]
 
 
-def _x_dtype(inputs: LinearInputs, spec: LinearSpec, outputs: LinearOutputs) -> torch.dtype:
-    """The dtype of x, as the head of this module explains."""
-    dtype = inputs.input.dtype
-    if outputs.dlinear_bias.numel():
-        return torch.float32
-    if dtype == torch.float16 and (spec.softcap or spec.head_grad or spec.lora_grad):
-        return torch.float32
-    return dtype
+def _padded(factors: Tensor) -> Tensor:
+    """Columns of zeros to a multiple of 16, so that rows start on 16 bytes."""
+    return torch.nn.functional.pad(factors, (0, -factors.shape[1] % 16))
+
+
+def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+    """A descriptor of a matrix whose rows may be longer than what is described."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
 def _block_d(features: int) -> int:
     block: int = triton.next_power_of_2(features)
     return min(block, 1_024)
+
+
+def _block_r(rank: int) -> int:
+    block: int = triton.next_power_of_2(max(rank, 1))
+    return block
 
 
 def _chunks(tokens: int, most: int) -> Iterator[slice]:
@@ -925,20 +1790,3 @@ def _chunks(tokens: int, most: int) -> Iterator[slice]:
         each = -(-each // _TILE_TOKENS) * _TILE_TOKENS
     for start in range(0, tokens, each):
         yield slice(start, min(start + each, tokens))
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b in float32; on the interpreter's CPU, 16-bit factors are widened first."""
-    if a.dtype == torch.float32 or not a.is_cuda:
-        return torch.mm(a.float(), b.float(), out=out)
-    if out is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b, out_dtype=torch.float32, out=out)
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b in float32, by blocks whose product is small beside the head's gradient."""
-    block = max(1, _PRODUCT_BYTES // (4 * out.shape[1]))
-    for start in range(0, len(out), block):
-        part = slice(start, start + block)
-        out[part] += _product(a[part], b)

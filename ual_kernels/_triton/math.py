@@ -39,7 +39,6 @@ def store_statistics(
     stride,
     mask,  # tokens that exist
     valid,  # tokens that are neither ignored nor out of range; the others get NaN
-    z_y,
     reference,
     total,
     nll,
@@ -47,19 +46,21 @@ def store_statistics(
     largest,
     second,
     mean,
+    correct,
 ):
-    """The first seven fields of TokenStatistics; see `_tokens.token_statistics`."""
+    """The first seven fields of TokenStatistics, nats; see `_tokens.token_statistics`.
+
+    `largest` and `second` are measured from `reference`, as the sums are.
+    """
     nan = float("nan")
     log_total = tl.log(total)
     tl.store(statistics_ptr, tl.where(valid, reference + log_total, nan), mask=mask)
     tl.store(statistics_ptr + stride, tl.where(valid, -nll, nan), mask=mask)
     tl.store(statistics_ptr + 2 * stride, tl.where(valid, log_total - moment / total, nan), mask=mask)
-    tl.store(
-        statistics_ptr + 3 * stride, tl.where(valid, tl.exp(largest - reference) / total, nan), mask=mask
-    )
+    tl.store(statistics_ptr + 3 * stride, tl.where(valid, tl.exp(largest) / total, nan), mask=mask)
     tl.store(statistics_ptr + 4 * stride, tl.where(valid, largest - second, nan), mask=mask)
     tl.store(statistics_ptr + 5 * stride, tl.where(valid, mean, nan), mask=mask)
-    tl.store(statistics_ptr + 6 * stride, tl.where(valid & (z_y >= largest), 1.0, 0.0), mask=mask)
+    tl.store(statistics_ptr + 6 * stride, tl.where(valid & correct, 1.0, 0.0), mask=mask)
 
 
 @triton.jit
@@ -75,3 +76,9 @@ def two_largest(z):
 def merge_two_largest(high, second, other_high, other_second):
     """The second largest of two sets, from the two largest of each."""
     return tl.maximum(tl.minimum(high, other_high), tl.maximum(second, other_second))
+
+
+@triton.jit
+def top2(high, second, other_high, other_second):
+    """The two largest of two sets, from the two largest of each; combines in `tl.reduce`."""
+    return tl.maximum(high, other_high), merge_two_largest(high, second, other_high, other_second)
