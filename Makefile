@@ -7,6 +7,8 @@ ROWS ?= 288
 PARTS ?= 1
 FORM ?= short
 RESULTS ?= benchmarks/results
+# the release of Triton on the GPU machines of today; its machine code is checked beside the installed one's
+OTHER_TRITON := $(CURDIR)/.venv/triton-3.6.0
 # threads that wait by spinning starve each other on a busy machine
 export OMP_WAIT_POLICY ?= passive
 
@@ -18,8 +20,8 @@ help:  ## list the targets
 quickstart: .venv/.quickstart  ## fine-tune a real model three ways on this machine and open a report
 	$(BIN)/ual quickstart --steps $(STEPS) --rows $(ROWS)
 
-test: .venv/.dev .venv/.quickstart  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup -p no:benchmark
+test: .venv/.dev .venv/.quickstart $(OTHER_TRITON)  ## run the tests
+	OMP_NUM_THREADS=1 UAL_OTHER_TRITON=$(OTHER_TRITON) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup -p no:benchmark
 
 bench: .venv/.peers  ## error, time and memory of the losses beside others; FORM=full, short or smoke
 	$(BIN)/python -m pytest benchmarks --$(FORM) --results $(RESULTS); status=$$?; \
@@ -55,6 +57,9 @@ clean:  ## remove .venv and caches
 .venv/.peers: .venv/.dev .venv/.quickstart
 	$(PIP) --no-deps liger-kernel cut-cross-entropy trl  # their own requirements would bring another torch
 	@touch $@
+
+$(OTHER_TRITON): .venv/.pip
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ triton==3.6.0
 
 .venv/.dev: .venv/.pip pyproject.toml constraints.txt
 	$(PIP) --editable '.[all]' --group dev

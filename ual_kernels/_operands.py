@@ -78,8 +78,8 @@ class LinearSpec(NamedTuple):
     """Scalars of `linear_cross_entropy`.
 
     `per_token` says that upstream gradients may differ between tokens. Then `dinput` is kept in ACC, and
-    `head_grad` and `lora_grad` must be False: backward calls the operator again with the upstream gradient in
-    `token_scale`.
+    `head_grad`, `bias_grad` and `lora_grad` must be False: backward calls the operator again with the
+    upstream gradient in `token_scale`.
     """
 
     ignore_index: int
@@ -91,6 +91,7 @@ class LinearSpec(NamedTuple):
     statistics: bool
     input_grad: bool
     head_grad: bool
+    bias_grad: bool
     lora_grad: bool
     per_token: bool
     max_loss_tokens: int  # or ALL_TOKENS
@@ -101,7 +102,7 @@ class LinearSpec(NamedTuple):
     @property
     def gradients(self) -> bool:
         """Whether any gradient is computed."""
-        return self.input_grad or self.head_grad or self.lora_grad
+        return self.input_grad or self.head_grad or self.bias_grad or self.lora_grad
 
 
 class LinearOutputs(NamedTuple):
@@ -133,7 +134,7 @@ class LinearOutputs(NamedTuple):
                 tokens, features, when=spec.input_grad, dtype=stored_dtype(inputs.input.dtype, spec.per_token)
             ),
             dlinear_weight=new(vocab, features, when=spec.head_grad),
-            dlinear_bias=new(vocab, when=spec.head_grad and inputs.linear_bias is not None),
+            dlinear_bias=new(vocab, when=spec.bias_grad),
             dlora_a=new(inputs.rank, features, when=spec.lora_grad),
             dlora_b=new(vocab, inputs.rank, when=spec.lora_grad),
         )

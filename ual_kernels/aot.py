@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ class Report:
     loads: dict[str, int]  # instructions that read global memory, by bits a thread; "tma" moves whole tiles
     stores: dict[str, int]
     tensor_core: dict[str, int]  # HMMA, HGMMA (wgmma), UTCHMMA (tcgen05), MFMA
+    serialised: int  # products that the next one of a loop waits for; wgmma alone
+    conversions: int  # F2F: between floating-point types in the pipe of the exponentials; NVIDIA alone
+    exponentials: int  # MUFU; NVIDIA alone
+    exchanges: int  # between threads, inside loops that store to global memory; NVIDIA alone
 
 
 def cross_entropy() -> Iterator[Specialisation]:
@@ -65,15 +70,16 @@ def cross_entropy() -> Iterator[Specialisation]:
         source._scale_tokens_kernel: (),
     }
     for dtype, itemsize in ITEMSIZES.items():
-        plans: dict[tuple[Any, bool], int] = {}
+        sizes: dict[tuple[Any, bool], int] = {}
         for vocab in VOCABULARIES:
-            plans.setdefault((source.plan(vocab, itemsize), vocab % 16 == 0), vocab)
-        for (plan, aligned), vocab in plans.items():
+            sizes.setdefault((source.plan(vocab, itemsize), vocab % 16 == 0), vocab)
+        for (_, aligned), vocab in sizes.items():
             for kernel, every in understood.items():
                 name = kernel.__name__.strip("_").removesuffix("_kernel")
                 for label, flags in {"all": every, **{f: (f,) for f in every}, "plain": ()}.items():
                     if label == "all" and not every:
                         continue
+                    plan = source.plan(vocab, itemsize, heavy="weighted" in flags or "statistics" in flags)
                     row, size = f"*{dtype}:16", "i32:16" if aligned else "i32"
                     known = {
                         **dict.fromkeys(("logits_ptr", "dlogits_ptr", "buffer_ptr"), row),
@@ -82,6 +88,7 @@ def cross_entropy() -> Iterator[Specialisation]:
                         "token_scale_ptr": "*fp32:16" if "inplace" in flags else None,
                         "class_weight_ptr": "*fp32:16" if "weighted" in flags else None,
                         "ACC": tl.float32,
+                        "ANCHORED": itemsize == 2,
                         "WEIGHTED": "weighted" in flags,
                         "STATISTICS": "statistics" in flags,
                         "INPLACE": "inplace" in flags,
@@ -102,80 +109,112 @@ def cross_entropy() -> Iterator[Specialisation]:
 
 
 def linear_cross_entropy() -> Iterator[Specialisation]:
-    """Each plan of the fused GEMM, ragged features and vocabularies included, and each kernel beside it."""
+    """Each plan of the GEMM that makes x, ragged features and vocabularies too; the kernels beside it."""
+    yield from _gemms()
+    yield from _beside_gemms()
+
+
+def _known(kernel: Any, dtype: str, **given: Any) -> dict[str, Any]:
+    """Arguments of a kernel of the linear loss, as the usual call has them but for `given`."""
+    usual = {
+        **dict.fromkeys(("e_ptr", "head_ptr", "x_ptr", "matrix_ptr", "hidden_ptr"), f"*{dtype}:16"),
+        **dict.fromkeys(("target_ptr", "index_ptr", "order_ptr"), "*i64:16"),
+        **dict.fromkeys(("label_ptr", "sorted_ptr"), "*i32:16"),
+        **dict.fromkeys(("V", "D", "stride_x", "stride_l", "first_column"), "i32:16"),
+        **dict.fromkeys(("u_desc", "b_desc", "u_ptr", "b_ptr", "weight_ptr", "complete_ptr"), None),
+        **dict.fromkeys(("BIASED", "RANKED", "WEIGHTED", "STATISTICS", "INTERPRETED", "CAPPED"), False),
+        **dict.fromkeys(("COUNTED", "REWEIGHTED", "FIRST"), False),
+        "WRITE": True, "SOFTCAP": 0.0, "LOGIT_SCALE": 1.0, "SCALE": 1.4426950408889634, "Z_LOSS": 0.0,
+        "HEADROOM": 0.0, "BLOCK_R": 16, "PROCESSORS": 132, "PROGRAMS": 16,
+        **given,
+    }  # fmt: skip
+    if usual["RANKED"]:
+        usual |= {n: v for n, v in (("u_ptr", "*fp32:16"), ("b_ptr", "*fp32:16")) if usual[n] is None}
+    return {n: usual.get(n, "*fp32:16" if n.endswith("_ptr") else "i32") for n in kernel.arg_names}
+
+
+def _gemms() -> Iterator[Specialisation]:
     from ual_kernels._triton import linear_cross_entropy as source
 
-    def known(kernel: Any, dtype: str, **given: Any) -> dict[str, Any]:
-        rows = f"*{dtype}:16"
-        usual = {
-            **dict.fromkeys(("e_ptr", "head_ptr", "x_ptr"), rows),
-            **dict.fromkeys(("y_ptr", "index_ptr"), "*i64:16"),
-            **dict.fromkeys(("V", "D", "stride_x"), "i32:16"),
-            **dict.fromkeys(("BIASED", "WEIGHTED", "STATISTICS", "INTERPRETED"), False),
-            "WRITE": True, "SOFTCAP": 0.0, "LOGIT_SCALE": 1.0, "Z_LOSS": 0.0, "HEADROOM": 0.0,
-            **given,
-        }  # fmt: skip
-        return {n: usual.get(n, "*fp32:16" if n.endswith("_ptr") else "i32") for n in kernel.arg_names}
-
-    for platform, targets in (("cuda", "sm_"), ("hip", "gfx")):
-        kinds: dict[str, dict[str, Any]] = {
-            "frozen": {},
-            "statistics": {"STATISTICS": True},
-            "loss": {"WRITE": False},
-            "biased": {"BIASED": True, "STATISTICS": True, "LOGIT_SCALE": 0.5},
+    kinds: dict[str, dict[str, Any]] = {
+        "frozen": {},
+        "statistics": {"STATISTICS": True},
+        "loss": {"WRITE": False},
+        "biased": {"BIASED": True, "STATISTICS": True, "SCALE": 0.5},
+        "lora": {"RANKED": True, "R": "i32:16"},
+        "lora-statistics": {"RANKED": True, "R": "i32:16", "STATISTICS": True},
+    }
+    shapes: dict[str, dict[str, Any]] = {
+        "128256": {"EVEN_D": True},
+        "50257": {"EVEN_D": False, "V": "i32"},
+    }
+    ways = (("sm_80", "pointer"), ("sm_90", "pointer"), ("sm_90", "tma"), ("sm_100", "pointer"),
+            ("sm_100", "tma"), ("hip", "pointer"))  # fmt: skip
+    for (architecture, variant), (label, flags), (vocab, shape) in product(
+        ways, kinds.items(), shapes.items()
+    ):
+        plan = source.Platform(architecture, 132).plan(variant, "STATISTICS" in flags)
+        a, b = (f"tensordesc<bf16[{rows}, {plan.block_k}]>" for rows in (plan.block_m, plan.block_n))
+        given = {
+            "e_desc": a,
+            "head_desc": b,
+            "x_desc": f"tensordesc<bf16[{plan.block_m}, {plan.block_n // 2}]>",
+            "FLATTEN": plan.flatten and "RANKED" not in flags,
+            "BLOCK_M": plan.block_m,
+            "BLOCK_N": plan.block_n,
+            "BLOCK_K": plan.block_k,
+            "GROUP": plan.group,
+            **flags,
+            **shape,
         }
-        shapes: dict[str, dict[str, Any]] = {
-            "128256": {"EVEN_D": True},
-            "50257": {"EVEN_D": False, "V": "i32", "stride_x": "i32"},
-        }
-        for label, flags in kinds.items():
-            plan = source.gemm_plan(platform, "STATISTICS" in flags)
-            blocks = {
-                "BLOCK_M": plan.block_m,
-                "BLOCK_N": plan.block_n,
-                "BLOCK_K": plan.block_k,
-                "GROUP": plan.group,
-            }
-            for vocab, shape in shapes.items():
-                yield Specialisation(
-                    f"linear_cross_entropy/fused/{label}/bf16/{vocab}",
-                    source._fused_kernel,
-                    known(source._fused_kernel, "bf16", **flags, **blocks, **shape),
-                    {
-                        "num_warps": plan.num_warps,
-                        "num_stages": plan.num_stages,
-                        "enable_fp_fusion": True,
-                    },
-                    targets,
-                )
+        if "RANKED" in flags:
+            given |= {"u_desc": a, "b_desc": b, "u_ptr": "*bf16:16", "b_ptr": "*bf16:16"}
+        kernel = source._tma_kernel if variant == "tma" else source._pointer_kernel
+        yield Specialisation(
+            f"linear_cross_entropy/{variant}/{label}/bf16/{vocab}",
+            kernel,
+            _known(kernel, "bf16", **given),
+            {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True},
+            "gfx" if architecture == "hip" else architecture,
+        )
 
-    whole = {"BIASED": True, "WEIGHTED": True, "STATISTICS": True, "Z_LOSS": 1e-4}
-    capped = {**whole, "SOFTCAP": 30.0, "WRITE": False}
+
+def _beside_gemms() -> Iterator[Specialisation]:
+    from ual_kernels._triton import linear_cross_entropy as source
+
+    every = {"BIASED": True, "WEIGHTED": True, "STATISTICS": True, "Z_LOSS": 1e-4}
+    capped = {**every, "SOFTCAP": 30.0, "CAPPED": True, "WRITE": False}
     given = {"GIVEN": True, "BLOCK_V": 4_096, "BLOCK_D": 1}
-    again = {"GIVEN": False, "BLOCK_V": 64, "BLOCK_D": 128, "logits_ptr": None, "class_weight_ptr": None}
+    again = {"GIVEN": False, "BLOCK_V": 64, "BLOCK_D": 128, "logits_ptr": None}
+    lora = {"RANKED": True, "R": "i32:16"}
+    prepare = {"BIASED": True, "COUNTED": True, "complete_ptr": "*i1", "BLOCK_D": 1_024, **lora}
+    rows = {"STATISTICS": True, "BIASED": True, "BLOCK_V": 4_096}
+    far = {"STATISTICS": True, "BIASED": True, "BLOCK_M": 128, "BLOCK_V": 64, "BLOCK_D": 128}
+    finish = {**every, "SOFTCAP": 30.0, "REWEIGHTED": True, "weight_ptr": "*fp32:16", "BLOCK": 128}
+    halves, wide = ("bf16", "fp16"), ("bf16", "fp16", "fp32")
     beside: list[tuple[str, Any, tuple[str, ...], dict[str, Any], int]] = [
-        ("dots/all", source._dots_kernel, ("bf16", "fp16", "fp32"), {"BIASED": True, "BLOCK_D": 1_024}, 4),
-        ("join/all", source._join_kernel, ("bf16",), {"STATISTICS": True, "BLOCK": 512}, 4),
-        ("own_maximum/plain", source._own_maximum_kernel, ("bf16", "fp16", "fp32"), given, 8),
-        ("own_maximum/all", source._own_maximum_kernel, ("bf16", "fp16", "fp32"), {**given, **whole}, 8),
+        ("prepare/all", source._prepare_kernel, wide, prepare, 4),
+        ("join/all", source._join_kernel, ("bf16",), {"STATISTICS": True, "BLOCK_M": 32, "BLOCK_T": 32}, 4),
+        ("rows/plain", source._anchored_rows_kernel, ("bf16",), {"BLOCK_V": 4_096}, 8),
+        ("rows/all", source._anchored_rows_kernel, ("bf16",), rows, 8),
+        ("own_maximum/plain", source._own_maximum_kernel, wide, given, 8),
+        ("own_maximum/all", source._own_maximum_kernel, wide, {**given, **every}, 8),
         ("own_maximum/capped", source._own_maximum_kernel, ("bf16", "fp32"), {**given, **capped}, 8),
-        (
-            "own_maximum/again",
-            source._own_maximum_kernel,
-            ("bf16",),
-            {**again, "STATISTICS": True, "BIASED": True},
-            8,
-        ),
+        ("own_maximum/again", source._own_maximum_kernel, ("bf16",), {**again, **lora, **every}, 8),
+        ("far/all", source._far_tokens_kernel, ("bf16",), far, 8),
         ("bend/all", source._bend_kernel, ("bf16", "fp32"), {**capped, "BLOCK_V": 4_096}, 8),
-        ("finish/all", source._finish_kernel, ("bf16",), {**whole, "SOFTCAP": 30.0, "BLOCK": 128}, 4),
-        ("gradient/plain", source._input_gradient_kernel, ("bf16", "fp16", "fp32"), {"BLOCK_D": 1_024}, 4),
-    ]
+        ("finish/all", source._finish_kernel, ("bf16",), finish, 4),
+        ("gradient/plain", source._input_gradient_kernel, wide, {"BLOCK_D": 1_024}, 4),
+        ("targets/plain", source._add_targets_kernel, ("bf16",), {"BLOCK_T": 16, "BLOCK_D": 256}, 4),
+        ("column_sum/weighted", source._column_sum_kernel, halves, {"WEIGHTED": True, "BLOCK_V": 32,
+                                                                    "BLOCK_D": 128}, 4),
+    ]  # fmt: skip
     for name, kernel, dtypes, flags, warps in beside:
         for dtype in dtypes:
             yield Specialisation(
                 f"linear_cross_entropy/{name}/{dtype}/128256",
                 kernel,
-                known(kernel, dtype, **flags, dinput_ptr=f"*{dtype}:16"),
+                _known(kernel, dtype, **{"dinput_ptr": f"*{dtype}:16", **flags}),
                 {"num_warps": warps, "enable_fp_fusion": True},
             )
 
@@ -223,13 +262,39 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
         bits = re.search(r"\.[US]?(8|16|64|128|256)(?=\.|$)", operation)
         return "tma" if operation.startswith("U") else bits[1] if bits else "32"
 
+    # products, and how many of them a wait leaves unfinished
+    order = "".join(
+        line[-1] if line.startswith("W") else "P"
+        for line in re.findall(r"\bHGMMA\b|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d", dump)
+    )
     return {
         "registers": usage["REG"],
         "spill_bytes": usage["STACK"] + usage["LOCAL"],
         "loads": _count(operations, r"LDG|UTMALDG|UBLKCP", width),
         "stores": _count(operations, r"STG|UTMASTG", width),
         "tensor_core": _count(operations, r"\w+MMA\b", lambda operation: operation.partition(".")[0]),
+        "serialised": order.count("P0P"),
+        "conversions": sum(o.startswith("F2F.") for o in operations),
+        "exponentials": sum(o.startswith("MUFU") for o in operations),
+        "exchanges": _exchanges_where_stored(dump),
     }
+
+
+def _exchanges_where_stored(dump: str) -> int:
+    """Shared memory and barriers inside loops that store to global memory.
+
+    Where there are none, each thread stores what it has loaded itself, and storing in place is safe.
+    """
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", dump, re.M)
+    found = 0
+    for address, text in lines:
+        branch = re.search(r"\bBRA(?:\.\w+)*\s+(?:\w+,\s*)?(?:`\(\S+\)\s*)?(0x[0-9a-f]+)", text)
+        if branch is None or int(branch[1], 16) >= int(address, 16):
+            continue
+        inside = [t for a, t in lines if int(branch[1], 16) <= int(a, 16) <= int(address, 16)]
+        if any(re.search(r"\bSTG\b", t) for t in inside):
+            found += sum(bool(re.search(r"\b(LDS|STS|BAR|SHFL)\b", t)) for t in inside)
+    return found
 
 
 def _read_amdgcn(assembly: str) -> dict[str, Any]:
@@ -248,6 +313,10 @@ def _read_amdgcn(assembly: str) -> dict[str, Any]:
         "loads": _count(operations, r"(global|buffer|flat)_load", width),
         "stores": _count(operations, r"(global|buffer|flat)_store", width),
         "tensor_core": _count(operations, r"v_s?w?mf?ma", lambda operation: operation.split("_")[1].upper()),
+        "serialised": 0,
+        "conversions": 0,
+        "exponentials": 0,
+        "exchanges": 0,
     }
 
 
@@ -283,8 +352,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only: no name matches {' '.join(given.only)}; names look like {every[0].name}")
 
     names = max(len(s.name) for s in chosen)
-    columns = f"{{:{names}}}  {{:6}}  {{:>5}}  {{:>4}}  {{:>5}}  {{:>6}}  {{:30}}  {{:22}}  {{}}"
-    header = ("name", "target", "warps", "regs", "spill", "shared", "loads", "stores", "tensor core")
+    columns = f"{{:{names}}}  {{:6}}  {{:>5}}  {{:>4}}  {{:>5}}  {{:>6}}  {{:30}}  {{:22}}  {{:11}}  "
+    columns += "{:>6}  {:>3}  {:>4}  {:>4}"
+    header = ("name", "target", "warps", "regs", "spill", "shared", "loads", "stores", "tensor core",
+              "serial", "F2F", "MUFU", "exch")  # fmt: skip
     if not given.json:
         print(columns.format(*header))  # noqa: T201
     spilled = compiled = 0

@@ -342,7 +342,7 @@ def _of_linear(
         operands.class_weight,
     )
     per_token = arguments.reduction == "none"
-    head_grad, lora_grad = _trained(linear_weight, linear_bias), _trained(lora.a, lora.b)
+    head_grad, bias_grad, lora_grad = _trained(linear_weight), _trained(linear_bias), _trained(lora.a, lora.b)
     spec = LinearSpec(
         arguments.ignore_index,
         arguments.softcap or 0.0,
@@ -351,8 +351,9 @@ def _of_linear(
         arguments.z_loss,
         float(options.gradient_filter),
         statistics,
-        input_grad=_trained(input) and not (per_token and (head_grad or lora_grad)),
+        input_grad=_trained(input) and not (per_token and (head_grad or bias_grad or lora_grad)),
         head_grad=head_grad and not per_token,
+        bias_grad=bias_grad and not per_token,
         lora_grad=lora_grad and not per_token,
         per_token=per_token,
         max_loss_tokens=_most_tokens(options, len(hidden)),

@@ -12,6 +12,8 @@ them by one in the usual case.
 """
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,9 +48,15 @@ def _body(backend: str, operator: str) -> Any:
         ) from error
 
 
-def _without_autocast(tensor: Tensor) -> torch.autocast:
-    """Autocast was applied before an operator was called; inside, it would round what must stay exact."""
-    return torch.autocast(tensor.device.type, enabled=False)
+@contextmanager
+def _as_called(tensor: Tensor) -> Iterator[None]:
+    """The context of a body: the tensor's device, since Triton launches on the current one; no autocast.
+
+    Autocast was applied before an operator was called. Inside, it would round what must stay exact.
+    """
+    device = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    with torch.autocast(tensor.device.type, enabled=False), device:
+        yield
 
 
 class _Once(torch.autograd.Function):
@@ -98,7 +106,7 @@ def cross_entropy_inplace(
 )
 def cross_entropy_op(*values: Any) -> tuple[Tensor, ...]:
     inputs, spec = LogitsInputs(*values[:_LOGITS]), LogitsSpec(*values[_LOGITS:])
-    with _without_autocast(inputs.logits):
+    with _as_called(inputs.logits):
         return tuple(_body(spec.backend, "cross_entropy").forward(inputs, spec))
 
 
@@ -121,7 +129,7 @@ def cross_entropy_backward_op(dloss: Tensor, state: Tensor, *values: Any) -> Ten
 def _logits_gradient(
     dloss: Tensor, state: Tensor, inputs: LogitsInputs, spec: LogitsSpec, *shards: Shards
 ) -> Tensor:
-    with _without_autocast(inputs.logits):
+    with _as_called(inputs.logits):
         dlogits: Tensor = _body(spec.backend, "cross_entropy").backward(dloss, state, inputs, spec, *shards)
         return dlogits
 
@@ -164,7 +172,7 @@ class _CrossEntropySharded(torch.autograd.Function):
     @staticmethod
     def forward(*values: Any) -> tuple[Tensor, ...]:
         inputs, spec = LogitsInputs(*values[:_LOGITS]), LogitsSpec(*values[_LOGITS:-1])
-        with _without_autocast(inputs.logits):
+        with _as_called(inputs.logits):
             return tuple(_body(spec.backend, "cross_entropy").forward(inputs, spec, shards=values[-1]))
 
     @staticmethod
@@ -186,7 +194,7 @@ def cross_entropy_inplace_op(*values: Any) -> tuple[Tensor, ...]:
     """As `cross_entropy`; the gradient, times `token_scale`, overwrites the logits."""
     inputs, token_scale = LogitsInputs(*values[:_LOGITS]), values[_LOGITS]
     spec = LogitsSpec(*values[_LOGITS + 1 :])
-    with _without_autocast(inputs.logits):
+    with _as_called(inputs.logits):
         return tuple(_body(spec.backend, "cross_entropy").forward(inputs, spec, inplace_scale=token_scale))
 
 
@@ -215,7 +223,7 @@ class _CrossEntropyInplace(torch.autograd.Function):
         if shards.alone:
             loss, state, statistics = cross_entropy_inplace_op(*inputs, token_scale, *spec)
         else:
-            with _without_autocast(buffer):
+            with _as_called(buffer):
                 loss, state, statistics = _body(spec.backend, "cross_entropy").forward(
                     inputs, spec, inplace_scale=token_scale, shards=shards
                 )
@@ -236,7 +244,9 @@ class _CrossEntropyInplace(torch.autograd.Function):
                 "logits' buffer away as their gradient; use retain_graph without inplace_backward"
             )
         loss, state, token_scale = ctx.saved_tensors
-        dlogits, ctx.buffer = _body(ctx.backend, "cross_entropy").scale_tokens(ctx.buffer, dloss), None
+        with _as_called(dloss):
+            dlogits = _body(ctx.backend, "cross_entropy").scale_tokens(ctx.buffer, dloss)
+        ctx.buffer = None
         return _once(dlogits, dloss * token_scale * state[3], dloss * loss, *others)
 
 
@@ -256,7 +266,7 @@ def linear_cross_entropy(
 
 
 def _compute_linear(inputs: LinearInputs, spec: LinearSpec, *direct: Any) -> LinearOutputs:
-    with _without_autocast(inputs.input):
+    with _as_called(inputs.input):
         outputs: LinearOutputs = _body(spec.backend, "linear_cross_entropy").linear_cross_entropy(
             inputs, spec, *direct
         )
@@ -300,7 +310,8 @@ def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
         spec = ctx.spec._replace(
             statistics=False,
             input_grad=wants.input,
-            head_grad=bool(wants.linear_weight or wants.linear_bias),
+            head_grad=bool(wants.linear_weight),
+            bias_grad=bool(wants.linear_bias),
             lora_grad=bool(wants.lora_a or wants.lora_b),
             per_token=False,
         )
@@ -310,7 +321,10 @@ def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
             with torch.no_grad():  # as an operator would have it
                 gradients = list(_compute_linear(inputs, spec, *ctx.direct)[3:])
         upstream = torch.ones_like(dloss)
-    dinput = (gradients[0] * upstream[:, None]).to(ctx.dtypes[0]) if wants.input else None
+    dinput = None
+    if wants.input:  # in one pass: no float32 [N, D] on the way
+        dinput = torch.empty_like(gradients[0], dtype=ctx.dtypes[0])
+        torch.mul(gradients[0], upstream[:, None], out=dinput)
     # gradients that are sums over tokens exist only where all tokens share one upstream value
     scalar = upstream[:1].sum()
     summed = [

@@ -18,15 +18,24 @@ SELECTED = (
     "*/forward/weighted/bf16/1000",  # nothing divides by 16: no vector loads, other register counts
     "*/forward/all/fp32/1000",
     "*/plain/bf16/32000",  # the usual call
-    "linear*/fused/*",
+    "*/forward/inplace/bf16/32000",
+    "linear*/pointer/*/128256",
+    "linear*/tma/*/128256",
+    "linear*/tma/frozen/*/50257",
     "linear*/own_maximum/all/*",
     "linear*/own_maximum/again/*",
+    "linear*/rows/all/*",
+    "linear*/far/*",
 )
+# a second release of Triton, whose machine code differs; CI installs it into a folder of its own
+OTHER = os.environ.get("UAL_OTHER_TRITON", "")
 
 
-def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
+def compiling(*arguments: str, release: str = "") -> subprocess.CompletedProcess[str]:
     """A fresh process, since the interpreter has replaced the compiler's own library here."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    if release:
+        environment["PYTHONPATH"] = release
     return subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300
     )
@@ -51,17 +60,85 @@ def test_nothing_spills(dtype: str, target: str) -> None:
     assert [r for r in found if r["spill_bytes"]] == []
 
 
-def test_every_plan_of_the_gemm_fits_and_multiplies_on_tensor_cores() -> None:
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes a block may have
+EXPONENTIALS = 2 * 132 + 16  # 128 a thread, in the two epilogues of a flattened loop, and a few beside them
+
+
+def assert_a_gemm_is_fast(report: dict[str, Any]) -> None:
+    """What the machine code of a GEMM must show on any card: nothing of it needs a clock."""
     instructions = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
-    shared = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes a block may have
-    found = [r for r in reports() if "/fused/" in r["name"]]
-    assert len(found) == 8 * len(NVIDIA)
+    assert report["spill_bytes"] == 0, report
+    assert report["tensor_core"].keys() == {instructions[report["target"]]}, report
+    assert report["shared_bytes"] <= SHARED[report["target"]], report
+    assert report["serialised"] == 0, report  # or ptxas waits after each product: two to three times slower
+    assert report["conversions"] == 0, report
+    assert report["exponentials"] <= EXPONENTIALS, report
+    writes = "/loss/" not in report["name"]
+    if "/tma/" in report["name"]:
+        assert report["loads"]["tma"] >= 2, report
+        if "biased" not in report["name"]:  # whose bias comes in vectors
+            assert "128" not in report["loads"], report  # operands come by descriptors alone
+        assert report["stores"].get("tma", 0) >= writes, report
+    elif writes:
+        assert "128" in report["stores"], report  # x leaves in whole vectors
+        assert "16" not in report["stores"], report
+
+
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    'float("-inf"), d)\n    x = tl.exp2(d)',
+    'float("-inf"), acc)\n        d = d * SCALE - k[:, None]\n    x = tl.exp2(d)',
+)
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "    stored, as_stored = _round_to_bfloat16(x)\n    return",
+    "    stored = x.to(tl.bfloat16)\n    as_stored = stored.to(tl.float32)\n    return",
+)
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    '("sm_90", "tma"): GemmPlan(128, 256, 64, 8, 8, 4, flatten=True)',
+    '("sm_90", "tma"): GemmPlan(128, 256, 64, 8, 4, 4, flatten=True)',
+)
+@pytest.mark.parametrize("label", ["frozen", "statistics", "loss", "biased", "lora", "lora-statistics"])
+@pytest.mark.parametrize("variant", ["tma", "pointer"])
+def test_the_machine_code_of_a_gemm(variant: str, label: str) -> None:
+    found = [r for r in reports() if f"/{variant}/{label}/" in r["name"]]
+    assert {r["target"] for r in found} == ({"sm_90", "sm_100"} if variant == "tma" else {*NVIDIA})
     for report in found:
-        assert report["spill_bytes"] == 0, report
-        assert report["tensor_core"].keys() == {instructions[report["target"]]}, report
-        assert report["shared_bytes"] <= shared[report["target"]], report
-        if report["name"].endswith("/frozen/bf16/128256"):
-            assert report["stores"]["128"] == 16, report  # x leaves in whole vectors
+        assert_a_gemm_is_fast(report)
+
+
+@pytest.mark.skipif(not OTHER, reason="UAL_OTHER_TRITON names no folder with another release of Triton")
+def test_the_machine_code_of_another_release() -> None:
+    patterns = only(["linear*/tma/*/128256", "*/forward/inplace/bf16/32000"])
+    done = compiling("-m", "ual_kernels.aot", "sm_90", "--json", *patterns, release=OTHER)
+    assert done.returncode == 0, done.stderr
+    version = compiling("-c", "import triton; print(triton.__version__)", release=OTHER).stdout.strip()
+    import triton
+
+    assert version != triton.__version__
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 7
+    for report in found:
+        if "/tma/" in report["name"]:
+            assert_a_gemm_is_fast(report)
+        else:
+            assert (report["spill_bytes"], report["exchanges"]) == (0, 0), report
+
+
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "            dx = _dlogits(x, k, log_sum, coefficient, c, scale, ACC, SOFTCAP, LOGIT_SCALE)\n"
+    "            tl.store(out_ptr + start",
+    "            dx = _dlogits(x, k, log_sum, coefficient, c, scale, ACC, SOFTCAP, LOGIT_SCALE)\n"
+    "            tl.debug_barrier()\n            tl.store(out_ptr + start",
+)
+def test_each_thread_stores_in_place_what_it_has_read() -> None:
+    """No exchange between threads in the loops that store the gradient over the logits."""
+    found = [r for r in reports() if "/forward/inplace/bf16/32000" in r["name"]]
+    assert {r["target"] for r in found} == {*NVIDIA}
+    for report in found:
+        assert report["exchanges"] == 0, report
 
 
 def test_whole_blocks_move_in_128_bits() -> None:
@@ -69,11 +146,11 @@ def test_whole_blocks_move_in_128_bits() -> None:
     kernels = {r["name"].split("/")[1] for r in found}
     assert kernels == {"forward", "backward", "scale_tokens"}
     for report in found:
-        # 4096 columns over 256 threads: 32 bytes a thread, once each way
+        # 16 columns a thread: 32 bytes
         assert report["loads"]["128"] >= 2, report
-        if report["stores"].keys() != {"32"}:  # a forward that keeps its logits stores four numbers a row
-            assert report["stores"]["128"] == 2, report
-        # scalars only: labels, and what is known of a row
+        if report["stores"].keys() != {"32"}:  # a forward that keeps its logits stores four numbers a token
+            assert report["stores"]["128"] >= 2, report
+        # scalars only: labels, and what is known of a token
         assert sum(n for bits, n in report["loads"].items() if bits != "128") <= 8, report
 
 
@@ -107,7 +184,7 @@ def test_the_table_of_an_amd_card() -> None:
     assert cells["target"] == "gfx942"
     assert cells["spill"] == "0"
     assert 0 < int(cells["regs"]) <= 128
-    assert "128:1" in row
+    assert "128:2" in row
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_opcheck_linear(
         leaves["sample_weight"],
         None,
     )
-    gradients = (not per_row, not per_row, biased and not per_row, per_row)
+    gradients = (not per_row, not per_row, *(biased and not per_row,) * 2, per_row)
     spec = LinearSpec(-100, 0.0, 1.0, 0.5, 1e-3, 0.0, True, *gradients, ALL_TOKENS, 2, "high", "torch")
     torch.library.opcheck(ops.linear_cross_entropy_op, (*inputs, *spec))
 
@@ -205,3 +205,37 @@ def test_under_activation_checkpointing(
     checkpoint(run, *leaves.values(), use_reentrant=reentrant).sum().backward()
     for name, gradient in zip(names, plain, strict=True):
         assert torch.equal(leaves[name].grad, gradient), name
+
+
+# ---- devices ----
+
+
+@pytest.mark.kills("ual_kernels/ops.py", "enabled=False), device:", "enabled=False):")
+@every_loss
+def test_bodies_run_on_the_device_of_their_tensors(
+    loss: Callable[..., Any], backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton launches on the current device, which need not be the tensors': both passes enter it."""
+    entered: list[Tensor] = []
+    guard = torch.cuda.device_of
+
+    class Recorded(guard):  # type: ignore[misc, valid-type]
+        def __init__(self, tensor: Tensor) -> None:
+            super().__init__(tensor)
+            self.tensor = tensor
+
+        def __enter__(self) -> None:
+            entered.append(self.tensor)
+            super().__enter__()
+
+    monkeypatch.setattr(torch.cuda, "device_of", Recorded)
+    leaves, target = case(loss, 5, device, torch.bfloat16)
+    value = loss(**leaves, target=target, reduction="none", backend=backend)
+    assert len(entered) == 1
+    torch.autograd.grad(value.sum(), list(leaves.values()))
+    assert len(entered) == 2
+    if loss is cross_entropy:
+        entered.clear()
+        scaled = loss(leaves["input"] * 1.0, target, inplace_backward=True, backend=backend)
+        (scaled * 3.0).backward()
+        assert len(entered) == 2

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from tests.kernels.cases import (
@@ -384,10 +386,10 @@ def test_opcheck(dtype: torch.dtype, variant: str, device: torch.device) -> None
     smoothing, scale = leaves["label_smoothing"], leaves["sample_weight"]
     adapter = torch.randn(2, 16, device=device), torch.randn(13, 2, device=device)
     for *gradients, lora in (
-        (True, True, False, False, (None, None)),
-        (True, False, False, True, (None, None)),
-        (False, False, False, False, (None, None)),
-        (True, True, True, False, adapter),
+        (True, True, False, False, False, (None, None)),
+        (True, False, False, False, True, (None, None)),
+        (False, False, False, False, False, (None, None)),
+        (True, True, False, True, False, adapter),
     ):
         torch.library.opcheck(
             ops.linear_cross_entropy_op,
@@ -426,22 +428,8 @@ def test_equals_the_torch_backend(
         detached["input"], detached["linear_weight"], detached["linear_bias"], *lora, target,
         detached["label_smoothing"], detached["sample_weight"], weight,
     )  # fmt: skip
-    flags = (
-        -100,
-        softcap,
-        0.5,
-        0.25,
-        1e-3,
-        0.0,
-        True,
-        True,
-        True,
-        adapter,
-        False,
-        max_loss_tokens,
-        5,
-        "high",
-    )
+    gradients = (True, True, True, adapter, False)  # of input, head, bias, adapter; the last is per_token
+    flags = (-100, softcap, 0.5, 0.25, 1e-3, 0.0, True, *gradients, max_loss_tokens, 5, "high")
     theirs = ops.linear_cross_entropy_op(*inputs, *LinearSpec(*flags, "torch"))
     mine = ops.linear_cross_entropy_op(*inputs, *LinearSpec(*flags, "triton"))
     for a, b in zip(mine, theirs, strict=True):
@@ -597,3 +585,225 @@ def test_float64_is_refused(device: torch.device) -> None:
     leaves, target = linear_case(4, 17, 16, torch.float64, device)
     with pytest.raises(UnsupportedError, match='no float64; use "torch"'):
         ours(**leaves, target=target)
+
+
+# ---- what only a GPU meets, as far as an interpreter can show it ----
+
+
+def moved(tensor: Tensor, elements: int) -> Tensor:
+    """The same numbers, starting some elements into a flat buffer."""
+    buffer = tensor.new_empty(tensor.numel() + elements)
+    view = buffer[elements:].view(tensor.shape)
+    view.copy_(tensor.detach())
+    return view
+
+
+def linear_spec(**changes: Any) -> LinearSpec:
+    gradients = (True, False, False, False, False)
+    flags = (-100, 0.0, 1.0, 1.0, 0.0, 0.0, False, *gradients, ALL_TOKENS, 0, "high", "triton")
+    return LinearSpec(*flags)._replace(**changes)
+
+
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py", "weight.data_ptr() % 16 == 0", "weight.data_ptr() % 2 == 0"
+)
+@pytest.mark.parametrize(
+    ("features", "start", "expected"),
+    [
+        (32, 0, "tma"),
+        (24, 0, "tma"),
+        (32, 1, "pointer"),
+        (32, 8, "tma"),
+        (20, 0, "cublas"),
+        (24, 4, "cublas"),
+    ],
+)
+def test_descriptors_describe_16_byte_rows_alone(
+    features: int, start: int, expected: str, device: torch.device
+) -> None:
+    head = moved(torch.randn(50, features, device=device).bfloat16(), start)
+    hidden, numbers = head[:4], torch.zeros(4, device=device)
+    inputs = LinearInputs(hidden, head, None, None, None, numbers.long(), numbers, numbers, None)
+    assert kernels.choose_variant(inputs, linear_spec(), head) == expected
+
+
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "            hidden = hidden.clone()  # a view",
+    "            pass  # a view",
+)
+@pytest.mark.parametrize("trained", [False, True])
+def test_views_into_flat_buffers(
+    trained: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states and a head that start on any 2 bytes, as flattened parameters do."""
+    described: list[int] = []
+    make = kernels.TensorDescriptor.from_tensor
+
+    def recorded(tensor: Tensor, block: list[int]) -> Any:
+        described.append(tensor.data_ptr() % 16)
+        return make(tensor, block)
+
+    monkeypatch.setattr(kernels.TensorDescriptor, "from_tensor", recorded)
+    leaves, target = linear_case(24, 101, 32, torch.bfloat16, device)
+    target.clamp_(min=0)  # no token to drop, so nothing is gathered
+    leaves = trainable(leaves) if trained else frozen(leaves)
+    plain = measure(ours, leaves, target)
+    assert described
+    assert set(described) == {0}
+    for name in ("input", "linear_weight"):
+        leaves[name] = moved(leaves[name], 3).requires_grad_(leaves[name].requires_grad)
+        shifted = measure(ours, leaves, target)
+        assert set(described) == {0}
+        for key in plain:
+            torch.testing.assert_close(shifted[key], plain[key], rtol=2e-2, atol=1e-6)
+
+
+def test_every_tokens_logits_start_on_16_bytes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An odd vocabulary: the products' rows are padded, or cuBLAS would leave its fast kernels."""
+    strides: list[int] = []
+    multiply = kernels.product
+
+    def recorded(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is not None and out.shape[1] != 16:
+            strides.append(out.stride(0))
+        return multiply(a, b, out)
+
+    monkeypatch.setattr(kernels, "product", recorded)
+    for variant in ("exact", "cublas"):
+        monkeypatch.setattr(kernels, "VARIANT", variant)
+        leaves, target = linear_case(12, 101, 16, torch.bfloat16, device)
+        at_the_floor(frozen(leaves), target)
+    assert strides
+    assert all(stride % 8 == 0 for stride in strides)
+
+
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "(x.to(tl.int32, bitcast=True) + 0x8000)",
+    "x.to(tl.int32, bitcast=True)",
+)
+def test_rounding_by_integers(device: torch.device) -> None:
+    """Nearest, as hardware rounds but for ties; infinity stays; the NaN of a GPU, all ones, becomes -0."""
+    bits = torch.randint(0, 0x7F80_0000 - 0x8000, (4_096,), device=device, dtype=torch.int32)
+    bits = bits[(bits & 0xFFFF) != 0x8000]
+    special = torch.tensor([0, 0x7F80_0000, 0x7FFF_FFFF], device=device, dtype=torch.int32)
+    x = torch.cat([bits, special]).view(torch.float32)
+    stored = torch.empty(8_192, device=device, dtype=torch.bfloat16)
+    wide = torch.empty(8_192, device=device)
+    _rounding_kernel[(1,)](x, stored, wide, len(x), BLOCK=8_192)
+    stored, wide = stored[: len(x)], wide[: len(x)]
+    assert torch.equal(stored[:-1], x[:-1].bfloat16())
+    assert torch.equal(wide[:-1], stored[:-1].float())
+    assert stored[-1].view(torch.int16).item() == -0x8000
+
+
+@triton.jit
+def _rounding_kernel(x_ptr, stored_ptr, wide_ptr, N, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    stored, wide = kernels._round_to_bfloat16(tl.load(x_ptr + i, mask=i < N, other=0.0))
+    tl.store(stored_ptr + i, stored, mask=i < N)
+    tl.store(wide_ptr + i, wide, mask=i < N)
+
+
+@variants
+@pytest.mark.parametrize("trained", [False, True])
+def test_nan_hidden_states_are_loud_and_local(trained: bool, variant: str, device: torch.device) -> None:
+    """x of a NaN token may be anything; its total is NaN, and so are its loss and its gradient."""
+    leaves, target = linear_case(6, 101, 16, torch.bfloat16, device)
+    leaves = trainable(leaves) if trained else frozen(leaves)
+    clean = measure(ours, leaves, target, reduction="none")
+    with torch.no_grad():
+        leaves["input"][3] = torch.nan
+    found = measure(ours, leaves, target, reduction="none")
+    others = torch.arange(6, device=device) != 3
+    assert found["loss"].isnan().tolist() == (~others).tolist()
+    assert found["input"][3].isnan().all()
+    assert torch.equal(found["loss"][others], clean["loss"][others])
+    if not trained:
+        assert torch.equal(found["input"][others], clean["input"][others])
+
+
+def test_the_mean_is_launched_before_the_count_is_waited_for(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the pass over the head then hides the wait for the number of loss tokens."""
+    order: list[str] = []
+    mean, select = kernels.column_mean, kernels.select_loss_tokens
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            order.append(name)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(kernels, "column_mean", recorded("mean", mean))
+    monkeypatch.setattr(kernels, "select_loss_tokens", recorded("count", select))
+    leaves, target = linear_case(12, 101, 16, torch.bfloat16, device)
+    ours(**frozen(leaves), target=target)
+    assert order.index("mean") < order.index("count")
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_nothing_is_gathered_where_every_token_counts(
+    everything: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    launch = kernels._prepare_kernel
+
+    class Launch:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+            def call(hidden: Tensor, *arguments: Any, **flags: Any) -> None:
+                seen.append(hidden.data_ptr())
+                launch[grid](hidden, *arguments, **flags)
+
+            return call
+
+    monkeypatch.setattr(kernels, "_prepare_kernel", Launch())
+    leaves, target = linear_case(12, 101, 16, torch.bfloat16, device)
+    if everything:
+        target.clamp_(min=0)
+    leaves = frozen(leaves)
+    ours(**leaves, target=target)
+    assert (seen == [leaves["input"].data_ptr()]) is everything
+
+
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "        if self.started:\n            add_product",
+    "        if False:\n            add_product",
+)
+@variants
+@pytest.mark.parametrize("classes", [False, True])
+def test_a_trained_head_over_several_chunks(classes: bool, variant: str, device: torch.device) -> None:
+    """dC over chunks: the first begins it, further ones add; one label in all of them; class weights."""
+    leaves, target = linear_case(50, 101, 16, torch.bfloat16, device)
+    target[5:40] = 7
+    flags = {"chunk_tokens": 16}
+    if classes:
+        flags["weight"] = torch.linspace(0.0, 2.0, 101, device=device)  # type: ignore[assignment]
+    exact_flags = {k: v for k, v in flags.items() if k != "chunk_tokens"}
+    actual = measure(ours, trainable(leaves), target, **flags)
+    exact = measure(linear_definition, as_float64(trainable(leaves)), target, **exact_flags)
+    assert_at_the_floor(actual, exact)
+
+
+@variants
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_lora_heads_on_every_way(label_smoothing: float, variant: str, device: torch.device) -> None:
+    """Adapter and trained head at once: u B inside the GEMM, x kept, far tokens included."""
+    leaves, target = linear_case(40, 101, 32, torch.bfloat16, device)
+    leaves = trainable(leaves)
+    leaves["lora_a"] = (torch.randn(5, 32, device=device) / 6).requires_grad_()
+    leaves["lora_b"] = torch.randn(101, 5, device=device).requires_grad_()
+    with torch.no_grad():
+        target[3] = 7
+        leaves["linear_bias"][7] = -120.0
+        leaves["label_smoothing"].mul_(label_smoothing)
+    actual = measure(lora_loss, leaves, target, reduction="none")
+    exact = measure(lora_definition, as_float64(leaves), target, reduction="none")
+    for name in ("lora_a", "lora_b"):
+        error = (actual.pop(name) - exact[name]).norm() / exact.pop(name).norm()
+        assert error <= torch.finfo(torch.bfloat16).eps / 12**0.5, name
+    assert_at_the_floor(actual, exact)

@@ -54,12 +54,12 @@ def plan(vocab: int, itemsize: int, *, heavy: bool = False) -> Plan:
     """Predicted, until a card has measured it: 16-bit logits in blocks of 16 numbers a thread.
 
     Few tokens should be in flight, so that the second read of a token's logits finds them in L2: 32 warps
-    are one token a processor. Statistics and class weights (`heavy`) take the registers of 16. No kernel spills on
-    sm_80, sm_90, sm_100 and gfx942 (`python -m ual_kernels.aot`). float32 logits need half the warps.
+    are one token a processor. Statistics and class weights (`heavy`) take more registers: 8 numbers a thread,
+    16 warps. No kernel spills on sm_80, sm_90, sm_100 and gfx942 (`python -m ual_kernels.aot`).
     """
-    most = 1_024 if itemsize > 2 else 8_192 if heavy else 16_384
-    block_v: int = min(triton.next_power_of_2(vocab), most)
-    return Plan(block_v, num_warps=4 if itemsize > 2 else max(4, block_v // 512))
+    most = 1_024 if itemsize > 2 else 4_096 if heavy else 16_384
+    block_v = min(1 << (vocab.bit_length() - 1), most)  # some full block, which needs no mask
+    return Plan(block_v, num_warps=4 if itemsize > 2 else max(4, block_v // (256 if heavy else 512)))
 
 
 @triton.jit

@@ -101,10 +101,14 @@ class GemmPlan(NamedTuple):
 
 PLANS: dict[tuple[str, str], GemmPlan] = {
     ("sm_90", "tma"): GemmPlan(128, 256, 64, 8, 8, 4, flatten=True),
+    ("sm_90", "pointer"): GemmPlan(128, 128, 64, 8, 8, 3),
     ("sm_100", "tma"): GemmPlan(128, 256, 64, 8, 8, 3),
+    ("sm_100", "tma, statistics"): GemmPlan(128, 64, 64, 8, 8, 4),
+    ("sm_100", "pointer, statistics"): GemmPlan(128, 64, 64, 8, 8, 4),
     ("cuda", "pointer"): GemmPlan(128, 256, 64, 8, 8, 3),
     ("cuda", "pointer, statistics"): GemmPlan(128, 128, 64, 8, 8, 3),
     ("hip", "pointer"): GemmPlan(128, 64, 32, 8, 8, 2),
+    ("hip", "pointer, statistics"): GemmPlan(64, 64, 32, 8, 8, 2),
     # many ragged tiles
     ("interpreter", "tma"): GemmPlan(16, 64, 32, 2, 4, 1, flatten=True),
     ("interpreter", "pointer"): GemmPlan(16, 64, 32, 2, 4, 1),
@@ -1188,8 +1192,7 @@ def choose_variant(inputs: LinearInputs, spec: LinearSpec, weight: Tensor) -> Va
         spec: the operator's scalars.
         weight: the head, contiguous; a view into a flat buffer may start on any 2 bytes.
     """
-    trained_bias = spec.head_grad and inputs.linear_bias is not None
-    if inputs.input.dtype != torch.bfloat16 or spec.softcap or trained_bias or spec.precision == "fast":
+    if inputs.input.dtype != torch.bfloat16 or spec.softcap or spec.bias_grad or spec.precision == "fast":
         return "exact"
     if VARIANT in ("exact", "cublas"):
         return VARIANT
@@ -1320,7 +1323,7 @@ class _Run:
         if made.logits is not None and made.x is not None and self.spec.softcap:
             self._bend(chunk, made.logits, made.x)
         self._input_gradient(chunk, made)
-        if self.spec.head_grad:
+        if self.spec.head_grad or self.spec.bias_grad:
             assert made.x is not None
             self._head_gradient(chunk, made.x)
 
@@ -1449,7 +1452,8 @@ class _Run:
         if of_x is not None:
             _, of_target, of_mean, _ = chunk.factors.unbind(0)
             assert head.lora_a is not None
-            de = of_x.mul_(chunk.factors[0][:, None]).add_(_times(through_b, head.lora_a))
+            multiply = _through if self.factor == torch.bfloat16 else torch.mm
+            de = of_x.mul_(chunk.factors[0][:, None]).add_(multiply(through_b, head.lora_a))
             de.addcmul_(of_target[:, None], head.weight[chunk.label].to(torch.float32))
             if head.weight_mean is not None:
                 de.addcmul_(of_mean[:, None], head.weight_mean, value=-1)
@@ -1689,7 +1693,7 @@ class _Exact(_Run):
         outputs.dlinear_weight.zero_()
         dtype, count = inputs.input.dtype, len(tokens.indices)
         half_range = dtype == torch.float16 and (spec.softcap or spec.head_grad or spec.lora_grad)
-        self.x_dtype = torch.float32 if outputs.dlinear_bias.numel() or half_range else dtype
+        self.x_dtype = torch.float32 if spec.bias_grad or half_range else dtype
         self._factor = torch.bfloat16 if dtype == torch.bfloat16 else self.x_dtype
         self._operand = head.weight.to(self._factor)
         self.fast = spec.precision == "fast" and dtype in (torch.bfloat16, torch.float16)
@@ -1712,10 +1716,11 @@ class _Exact(_Run):
     def complete(self) -> None:
         super().complete()
         outputs, vocab = self.outputs, self.head.vocab
-        if self.spec.softcap or not self.spec.head_grad:
+        if self.spec.softcap:
             return
-        outputs.dlinear_weight.addr_(self._over(), self.smoothed, alpha=-1.0 / vocab)
-        if outputs.dlinear_bias.numel():
+        if self.spec.head_grad:
+            outputs.dlinear_weight.addr_(self._over(), self.smoothed, alpha=-1.0 / vocab)
+        if self.spec.bias_grad:
             outputs.dlinear_bias.sub_(self._over() * (self.smoothed_count / vocab))
 
     def _make_x(self, chunk: _Chunk) -> _Made:
@@ -1737,18 +1742,20 @@ class _Exact(_Run):
         else:
             product(chunk.hidden, head.weight.T, out=logits)
         if chunk.lora_u is not None and head.lora_b is not None:
-            logits.add_(_times(chunk.lora_u, head.lora_b.T))
+            multiply = _through if self.factor == torch.bfloat16 else torch.mm
+            logits.add_(multiply(chunk.lora_u, head.lora_b.T))
         return padded
 
     def _head_gradient(self, chunk: _Chunk, x: Tensor) -> None:
         outputs, hidden = self.outputs, chunk.hidden.to(torch.float32)
         of_x, of_target, of_mean, _ = chunk.factors.unbind(0)
         label = chunk.label.long()
-        right = (hidden * of_x[:, None]).to(self.factor)
-        add_product(outputs.dlinear_weight, x.to(self.factor).T, right)
-        add_by_label(outputs.dlinear_weight, label, hidden * of_target[:, None])
-        self.smoothed += of_mean @ hidden
-        if outputs.dlinear_bias.numel():
+        if self.spec.head_grad:
+            right = (hidden * of_x[:, None]).to(self.factor)
+            add_product(outputs.dlinear_weight, x.to(self.factor).T, right)
+            add_by_label(outputs.dlinear_weight, label, hidden * of_target[:, None])
+            self.smoothed += of_mean @ hidden
+        if self.spec.bias_grad:
             outputs.dlinear_bias.add_(of_x @ x)
             add_by_label(outputs.dlinear_bias, label, of_target)
             self.smoothed_count += of_mean.sum()
@@ -1760,6 +1767,12 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a.to(torch.float32), b)
     both = product(a, torch.cat(halves(b), 1))
     return both[:, : b.shape[1]] + both[:, b.shape[1] :]
+
+
+def _through(a: Tensor, b: Tensor) -> Tensor:
+    """float32 a [m, r] times float32 b [r, k], r small: three products of halves, in one."""
+    (high, low), (right_high, right_low) = halves(a), halves(b)
+    return product(torch.cat([high, low, high], 1), torch.cat([right_high, right_high, right_low]))
 
 
 def _padded(factors: Tensor) -> Tensor:
