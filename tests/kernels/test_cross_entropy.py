@@ -49,8 +49,8 @@ def judge(leaves: dict[str, Tensor], target: Tensor, flags: dict[str, Any], **ho
     "uniform, (c_mean - c_y) * nll - smoothing_term",
     "uniform, -smoothing_term",
 )
-@pytest.mark.kills("ual_kernels/_triton/cross_entropy.py", "on_target = (1.0 - s) * c_y", "on_target = c_y")
-@pytest.mark.kills("ual_kernels/_triton/cross_entropy.py", "spread = s / V", "spread = s")
+@pytest.mark.kills("ual_kernels/_triton/cross_entropy.py", "((1.0 - s) * c_y + c)", "(c_y + c)")
+@pytest.mark.kills("ual_kernels/_triton/cross_entropy.py", "((1.0 - s) * c_y + c)", "((1.0 - s) * c_y)")
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
     "dx *= 1.0 - (z / SOFTCAP) * (z / SOFTCAP)",
@@ -64,7 +64,7 @@ def judge(leaves: dict[str, Tensor], target: Tensor, flags: dict[str, Any], **ho
 )
 @pytest.mark.kills(
     "ual_kernels/_torch/cross_entropy.py",
-    "p -= (scale * s / p.shape[1])[:, None]",
+    "p -= (scale * s / shards.vocab)[:, None]",
     "p -= (scale * s)[:, None]",
 )
 @pytest.mark.kills(
@@ -101,8 +101,8 @@ def test_the_oracle(flags: str, device: torch.device) -> None:
 # Two lanes; odd and below a block; a whole block and a block and one, in float32 and in bfloat16.
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
-    "            smoothing_term += tl.sum(tl.where(inside, z - z_y, 0.0)",
-    "            smoothing_term += tl.sum(z - z_y",
+    "            term += tl.sum(tl.where(inside, z - z_y, 0.0)",
+    "            term += tl.sum(z - z_y",
 )
 @fused
 @pytest.mark.parametrize("dtype", names([torch.float32, torch.bfloat16]))
@@ -146,8 +146,8 @@ def test_tiny_and_huge_logits(scale: float, backend: str, device: torch.device) 
 
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
-    "p = tl.exp(z - high - log_sum)",
-    "p = tl.exp(z - (high + log_sum))",
+    "p = tl.exp2((z - k) * _LOG2E - log_sum * _LOG2E)",
+    "p = tl.exp2((z - (k + log_sum)) * _LOG2E)",
 )
 @pytest.mark.kills(
     "ual_kernels/_torch/cross_entropy.py",
@@ -218,8 +218,8 @@ def test_the_gradient_in_place(flags: str, dtype: torch.dtype, backend: str, dev
 )
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
-    "weighted_sum = rescale * (weighted_sum + moved)",
-    "weighted_sum = rescale * weighted_sum",
+    "moment = rescale * (moment + moved)",
+    "moment = rescale * moment",
 )
 @backends
 @pytest.mark.parametrize("dtype", names(DTYPES))
@@ -399,13 +399,13 @@ def test_a_row_stride_reads_and_writes_only_its_view(backend: str, device: torch
 
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
-    "token * stride_n\n    x_y",
-    "(token * stride_n).to(tl.int32)\n    x_y",
+    "s = tl.load(smoothing_ptr + token)\n    logits_ptr += token * stride_n",
+    "s = tl.load(smoothing_ptr + token)\n    logits_ptr += (token * stride_n).to(tl.int32)",
 )
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
-    "logits_ptr + token * stride_n,\n",
-    "logits_ptr + (token * stride_n).to(tl.int32),\n",
+    "tl.where(valid, target, 0))\n    logits_ptr += token * stride_n",
+    "tl.where(valid, target, 0))\n    logits_ptr += (token * stride_n).to(tl.int32)",
 )
 @fused
 def test_offsets_past_two_to_the_31(backend: str, device: torch.device, tmp_path: Path) -> None:
@@ -528,8 +528,8 @@ def test_all_rows_ignored_is_zero_with_a_connected_graph(
 )
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
-    "tl.store(out_ptr + column, tl.where(selected, dx, 0.0), mask=inside)",
-    "tl.store(out_ptr + column, dx, mask=inside)",
+    "tl.store(out_ptr + start + lane, zero, mask=start + lane < V)",
+    "pass",
 )
 @pytest.mark.kills(
     "ual_kernels/_torch/cross_entropy.py", "return p.masked_fill_(~label.selected[:, None], 0.0)", "return p"
@@ -655,8 +655,8 @@ def test_forbidden_classes_cost_nothing_without_smoothing(backend: str, device: 
 
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
-    "tl.where(selected, k + nan_mask, 0.0)",
-    "tl.where(selected, k, 0.0)",
+    "    coefficient += nan_mask\n",
+    "",
 )
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
@@ -780,7 +780,7 @@ def test_no_grad_makes_no_graph_and_writes_nothing(backend: str, device: torch.d
     assert torch.equal(logits, before)
 
 
-@pytest.mark.kills("ual_kernels/ops.py", "ctx.buffer, dloss), None", "ctx.buffer, dloss), ctx.buffer")
+@pytest.mark.kills("ual_kernels/ops.py", "        ctx.buffer = None\n", "")
 @fused
 def test_in_place_backward_runs_once(backend: str, device: torch.device) -> None:
     logits = torch.randn(4, 17, device=device, requires_grad=True) * 1.0
