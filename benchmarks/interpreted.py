@@ -82,5 +82,5 @@ def repair() -> None:
     ReduceOps.apply_impl = apply_impl
 
     # tests want many ragged tiles; here a GPU's tiles are wanted, and a tenth of the Python
-    plan = ours.gemm_plan
-    ours.gemm_plan = lambda platform, *rest: plan("cuda", *rest)
+    # the launch shapes of a card
+    ours.Platform.of = staticmethod(lambda tensor: ours.Platform("sm_90", 132))  # type: ignore[method-assign]

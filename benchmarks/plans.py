@@ -1,13 +1,13 @@
-"""The fused GEMM under a handful of launch plans, beside cuBLAS: TFLOP/s of E C^T with our epilogue.
+"""The GEMM that makes x under a handful of launch plans, beside cuBLAS: TFLOP/s of E C^T with our epilogue.
 
     python -m benchmarks.plans                            # on a GPU: D 4096, V 128256 and V 32000, N 8192
     python -m benchmarks.plans --problem gemma2 --rounds 20
     python -m benchmarks.plans --problem tiny             # anywhere: does it run
 
 Each plan runs inside the whole training step (frozen head, a smoothing per row), and the time is that of the
-launches of `_fused_kernel` alone, by CUDA events around each; the whole step's time stands beside it. A
-plan counts only if the loss and the gradient of the step are those of the "cublas" variant, within what
-rounding the exponentials to 16 bits allows. cuBLAS multiplies the same matrices into bfloat16, all at once.
+launches that make x alone, by CUDA events around each; the whole step's time stands beside it. A plan counts
+only if the loss and the gradient of the step are those of the "exact" variant, within what rounding the
+exponentials to 16 bits allows. cuBLAS multiplies the same matrices into bfloat16, all at once.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,34 +32,38 @@ from benchmarks.measure import CUDA, DEVICE, seconds
 from benchmarks.problems import FROZEN, PROBLEMS, Case, Problem
 from ual_kernels import linear_cross_entropy
 from ual_kernels._triton import linear_cross_entropy as kernels
+from ual_kernels._triton.linear_cross_entropy import GemmPlan, Platform
 
 # two results that are both at bfloat16's floor, 2.3e-3 from the truth at most
 _APART = 5e-3
-SWEEP: tuple[dict[str, int], ...] = (
-    {"block_m": 128, "block_n": 256, "block_k": 64, "group": 8, "num_warps": 8, "num_stages": 3},
-    {"block_m": 128, "block_n": 256, "block_k": 64, "group": 16, "num_warps": 8, "num_stages": 3},
-    {"block_m": 128, "block_n": 256, "block_k": 64, "group": 8, "num_warps": 8, "num_stages": 4},
-    {"block_m": 128, "block_n": 128, "block_k": 64, "group": 8, "num_warps": 8, "num_stages": 4},
-    {"block_m": 128, "block_n": 128, "block_k": 64, "group": 8, "num_warps": 4, "num_stages": 4},
-    {"block_m": 256, "block_n": 128, "block_k": 64, "group": 8, "num_warps": 8, "num_stages": 3},
-    {"block_m": 256, "block_n": 64, "block_k": 64, "group": 8, "num_warps": 8, "num_stages": 4},
-    {"block_m": 64, "block_n": 256, "block_k": 64, "group": 8, "num_warps": 4, "num_stages": 4},
+# variant, block_m, block_n, block_k, group, num_warps, num_stages, flatten
+SWEEP: tuple[tuple[str, GemmPlan], ...] = (
+    ("tma", GemmPlan(128, 256, 64, 8, 8, 4, True)),
+    ("tma", GemmPlan(128, 256, 64, 16, 8, 4, True)),
+    ("tma", GemmPlan(128, 256, 64, 32, 8, 4, True)),
+    ("tma", GemmPlan(128, 256, 64, 8, 8, 4, False)),
+    ("tma", GemmPlan(128, 256, 64, 16, 8, 4, False)),
+    ("tma", GemmPlan(256, 128, 64, 8, 8, 4, True)),
+    ("tma", GemmPlan(128, 256, 128, 8, 8, 2, True)),
+    ("tma", GemmPlan(128, 128, 64, 8, 4, 3, True)),
+    ("pointer", GemmPlan(128, 256, 64, 8, 8, 3)),
+    ("pointer", GemmPlan(128, 128, 64, 8, 8, 3)),
 )
-TINY_SWEEP = tuple(
-    {"block_m": m, "block_n": n, "block_k": 32, "group": 2, "num_warps": 4, "num_stages": 1}
-    for m, n in ((16, 64), (16, 128))
+TINY_SWEEP: tuple[tuple[str, GemmPlan], ...] = (
+    ("tma", GemmPlan(16, 64, 32, 2, 4, 1, True)),
+    ("pointer", GemmPlan(16, 128, 32, 2, 4, 1)),
 )
 
 
 @contextmanager
-def planned(plan: Any) -> Iterator[None]:
-    """While inside, every fused GEMM is launched so."""
-    choose = kernels.gemm_plan
-    kernels.gemm_plan = lambda *_: plan
+def planned(plan: GemmPlan) -> Iterator[None]:
+    """While inside, every GEMM that makes x is launched so."""
+    choose = Platform.plan
+    Platform.plan = lambda *_: plan  # type: ignore[method-assign]
     try:
         yield
     finally:
-        kernels.gemm_plan = choose
+        Platform.plan = choose  # type: ignore[method-assign]
 
 
 class _Stopwatch:
@@ -112,19 +117,18 @@ def sweep(problem: Problem, rounds: int) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = [
         {"plan": "cuBLAS", "gemm_seconds": taken, "tflops": cublas, "of_cublas": 1.0, "step_seconds": None}
     ]
-    loss, gradient = step(case, "cublas")
-    given = kernels.gemm_plan("cuda", False)
-    plans = [
-        given,
-        *(p for p in (given._replace(**p) for p in (SWEEP if CUDA else TINY_SWEEP)) if p != given),
-    ]
-    for plan in plans:
-        record: dict[str, Any] = {"plan": " ".join(f"{k}={v}" for k, v in plan._asdict().items())}
-        record["ours_now"] = plan == given
+    loss, gradient = step(case, "exact")
+    platform = Platform.of(case.hidden)
+    now = "tma" if platform.tma else "pointer"
+    given = now, platform.plan(now)
+    plans = [given, *(p for p in (SWEEP if CUDA else TINY_SWEEP) if p != given)]
+    for variant, plan in plans:
+        shape = " ".join(f"{k}={v}" for k, v in plan._asdict().items() if k != "source")
+        record: dict[str, Any] = {"plan": f"{variant} {shape}", "ours_now": (variant, plan) == given}
         records.append(record)
         try:
             with planned(plan):
-                mine, mine_gradient = step(case, "fused")  # compiles
+                mine, mine_gradient = step(case, variant)  # compiles
                 apart = ((mine_gradient - gradient).norm() / gradient.norm()).item()
                 record["apart"] = apart
                 if not (apart <= _APART and abs(mine - loss) <= 1e-4 * abs(loss)):
@@ -133,8 +137,8 @@ def sweep(problem: Problem, rounds: int) -> list[dict[str, Any]]:
                 gemm, whole = [], []
                 for _ in range(rounds):
                     watch = _Stopwatch()
-                    with watching(kernels, "_fused_kernel", watch.around):
-                        whole.append(seconds(lambda: step(case, "fused")))
+                    with watching(kernels, f"_{variant}_kernel", watch.around):
+                        whole.append(seconds(partial(step, case, variant)))
                     gemm.append(watch.total())
         except Exception as error:  # too much shared memory for this card, and the like
             record["raised"] = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -147,7 +151,7 @@ def sweep(problem: Problem, rounds: int) -> list[dict[str, Any]]:
 
 def report(found: dict[str, Any]) -> str:
     """Tables in Markdown, one for each problem."""
-    text = [f"# Plans of the fused GEMM, {found['rounds']} rounds"]
+    text = [f"# Plans of the GEMM that makes x, {found['rounds']} rounds"]
     if INTERPRETED:
         text.append("Interpreted on a CPU: these times mean nothing.")
     for name, records in found["problems"].items():

@@ -271,7 +271,7 @@ PROVIDERS = (
     Provider(
         "ours, triton fused",
         Solves.PER_ROW,
-        _ours(HIGH, "fused"),
+        _ours(HIGH, "auto"),
         "triton",
         weights=True,
         adapters=True,

@@ -115,7 +115,7 @@ def linear_paths() -> Iterator[tuple[str, Path]]:
         "padded": {"vocab_size": VOCAB - 5},
         "fast": {"precision": "fast"},
     }
-    for variant in ("fused", "cublas"):
+    for variant in ("tma", "pointer", "cublas", "exact"):
         for name, flags in plans.items():
             yield f"linear/{variant}/{name}", _linear(variant, t, flags)
         # features that fill whole tiles, and features that the fused GEMM does not take
@@ -126,7 +126,7 @@ def linear_paths() -> Iterator[tuple[str, Path]]:
             flags = plans[name] | (
                 {"linear_bias": t["bias"].to(dtype)} if "linear_bias" in plans[name] else {}
             )
-            yield f"linear/{dtype}/{name}", _linear("cublas", drawn(dtype), flags)
+            yield f"linear/{dtype}/{name}", _linear("exact", drawn(dtype), flags)
 
 
 def _linear(variant: str, t: dict[str, Tensor], flags: dict[str, Any]) -> Path:

@@ -20,7 +20,7 @@ from ual_kernels._triton import linear_cross_entropy as kernels
 
 pytestmark = pytest.mark.gpu
 
-variants = pytest.mark.parametrize("variant", ["fused", "cublas"], indirect=True)
+variants = pytest.mark.parametrize("variant", ["tma", "pointer", "cublas", "exact"], indirect=True)
 
 
 @pytest.fixture
@@ -196,30 +196,29 @@ def test_a_cuda_graph_replays_on_new_numbers(variant: str, device: torch.device)
             torch.testing.assert_close(replayed, eager)
 
 
-# ---- rows that the constant anchor does not serve ----
+# ---- tokens that the constant reference point does not serve ----
 
 
 @contextmanager
-def counting_rows_made_again() -> Iterator[list[int]]:
-    """How many rows of each launch ask `_own_maximum_kernel` for their own maximum."""
+def counting_far_tokens() -> Iterator[list[int]]:
+    """How many tokens of each launch of `_far_tokens_kernel` it has to compute."""
     found: list[int] = []
 
     def look(arguments: dict[str, Any]) -> Any:
-        if not arguments["GIVEN"]:
-            total = arguments["table_ptr"][kernels._TOTAL.value]
-            found.append(int((~(total < kernels._LARGEST_TOTAL.value)).sum()))
+        total = arguments["table_ptr"][kernels._TOTAL.value]
+        found.append(int((~(total < kernels._LARGEST_TOTAL.value)).sum()))
         return nullcontext()
 
     with ExitStack() as stack:
-        stack.enter_context(watching(kernels, "_own_maximum_kernel", look))
+        stack.enter_context(watching(kernels, "_far_tokens_kernel", look))
         yield found
 
 
-@pytest.mark.parametrize("variant", ["fused"], indirect=True)
-def test_no_ordinary_row_is_made_again(variant: str, device: torch.device) -> None:
+@pytest.mark.parametrize("variant", ["auto"], indirect=True)
+def test_no_ordinary_token_is_far(variant: str, device: torch.device) -> None:
     """Logits of a standard deviation of 3, and targets drawn from them or at random."""
     leaves, target = case(500, 5_003, 64, device)
-    with counting_rows_made_again() as found:
+    with counting_far_tokens() as found:
         step(leaves, target)
         logits = leaves["input"].detach().float() @ leaves["linear_weight"].detach().float().T
         step(leaves, torch.distributions.Categorical(logits=logits).sample())
@@ -227,13 +226,13 @@ def test_no_ordinary_row_is_made_again(variant: str, device: torch.device) -> No
     assert not any(found)
 
 
-@pytest.mark.parametrize("variant", ["fused"], indirect=True)
-def test_a_far_row_is_made_again(variant: str, device: torch.device) -> None:
+@pytest.mark.parametrize("variant", ["auto"], indirect=True)
+def test_a_far_token_is_computed_again(variant: str, device: torch.device) -> None:
     """The control: a target some 200 nats below the maximum."""
     leaves, target = case(500, 5_003, 64, device)
     with torch.no_grad():
         leaves["input"][4] = leaves["linear_weight"][9] * 200
         target[4] = leaves["linear_weight"].float().mv(leaves["linear_weight"][9].float()).argmin()
-    with counting_rows_made_again() as found:
+    with counting_far_tokens() as found:
         step(leaves, target)
     assert found == [1]
