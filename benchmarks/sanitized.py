@@ -162,6 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--names", action="store_true")
     parser.add_argument("--planted", action="store_true")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="PATH", help="this path alone; repeatable"
+    )
     given = parser.parse_args(arguments)
     if given.names:
         print(*(name for module in MODULES for name in kernels(module)), sep="\n")
@@ -186,10 +189,14 @@ def main(arguments: list[str] | None = None) -> int:
                 stack.enter_context(watching(module, name, count))
         for paths in (logits_paths, linear_paths):
             for name, path in paths():
+                if given.only and not any(name == only for only in given.only):
+                    continue
                 ran += 1
                 if not all(torch.isfinite(value).all() for value in path()):
                     bad.append(name)
-    silent = [name for module in MODULES for name in kernels(module) if not launched[name]]
+    if given.only and ran != len(given.only):
+        parser.error(f"--only: {len(given.only) - ran} of {given.only} are no paths")
+    silent = [] if given.only else [n for module in MODULES for n in kernels(module) if not launched[n]]
     print(f"{ran} paths; launches: {', '.join(f'{n} {c}' for n, c in sorted(launched.items()))}")
     for name in bad:
         print(f"NOT FINITE: {name}")

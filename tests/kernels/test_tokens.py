@@ -74,7 +74,7 @@ def problem(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = torch.randn(N, V, dtype=torch.float64, device=device) * 3
     target = torch.randint(V, (N,), device=device)
     smoothing = torch.linspace(0.0, V / (V - 1), N, dtype=torch.float64, device=device)
-    return logits, target, smoothing, torch.linspace(0.0, 2.0, V, dtype=torch.float64, device=device)
+    return logits, target, smoothing, torch.linspace(0.5, 3.0, V, dtype=torch.float64, device=device)
 
 
 @pytest.mark.kills("ual_kernels/_tokens.py", "uniform + 2 * z_loss * lse\n", "uniform\n")

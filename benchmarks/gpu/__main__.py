@@ -1,0 +1,131 @@
+"""Run stages on a GPU: each in a process of its own, with a time limit of its own.
+
+    python -m benchmarks.gpu prove  --out OUT   # do the kernels run, are they right, which shape is best
+    python -m benchmarks.gpu record --out OUT   # the figures to publish: ours, peers, training, accuracy
+    python -m benchmarks.gpu sweep steps --out OUT
+    python -m benchmarks.gpu prove --out OUT --dry-run   # on any machine: tiny shapes, Triton's interpreter
+
+Each result is a line of OUT/results.jsonl, written at once: a stage that is killed keeps what it measured. A
+stage that fails or runs past its limit is named, and the next one runs. A table ends the run. The exit status
+is 1 if a stage failed, 2 for wrong arguments.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.plan import LIMIT, RUNS, STAGES
+
+# a stage of a dry run is interpreted, and its limit says nothing about a GPU
+_DRY_LIMIT = 300.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "stages", nargs="+", metavar="STAGE", help=f"{', '.join(RUNS)}, or {', '.join(STAGES)}"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU")
+    parser.add_argument(
+        "--states", type=Path, help="hidden states from `python -m benchmarks.accuracy --export`"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, metavar="S", help=f"of the run (default: {LIMIT:g})"
+    )
+    given = parser.parse_args(arguments)
+    names = [name for stage in given.stages for name in RUNS.get(stage, (stage,))]
+    for name in names:
+        if name not in STAGES:
+            parser.error(f"STAGE: there is no {name!r}; available: {', '.join([*RUNS, *STAGES])}")
+    if given.states is not None and not given.states.is_file():
+        parser.error(
+            f"--states: {given.states} is no file; make it with python -m benchmarks.accuracy --export"
+        )
+    if not given.dry_run and not _gpu():
+        parser.error("there is no CUDA device; pass --dry-run to try the stages on a CPU")
+    given.out.mkdir(parents=True, exist_ok=True)
+
+    started, failed = time.monotonic(), []
+    deadline = started + (given.limit if not given.dry_run else _DRY_LIMIT * len(names))
+    for name in names:
+        limit = _DRY_LIMIT if given.dry_run else STAGES[name].seconds
+        verdict = run(name, given, min(limit, deadline - time.monotonic()))
+        passed = round(time.monotonic() - started, 1)
+        _note(given.out, stage=name, what="the stage", verdict=verdict, ended_at_seconds=passed)
+        print(f"{name}: {verdict}, {passed:.0f} s since the start", flush=True)
+        if verdict != "passed":
+            failed.append(name)
+    print(table(given.out, names))
+    return int(bool(failed))
+
+
+def run(name: str, given: argparse.Namespace, limit: float) -> str:
+    """Run one stage; return "passed", or why it did not."""
+    if limit <= 1:
+        return "not started: the run's time is up"
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if given.dry_run:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    else:
+        environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.stages", name, str(given.out)]
+    command += ["--dry-run"] * given.dry_run
+    command += ["--states", str(given.states)] * (given.states is not None)
+    with (given.out / "log.txt").open("a", encoding="utf-8") as log:
+        log.write(f"# {name}\n")
+        log.flush()
+        # a group of its own: a kernel that hangs, and what it started, are killed together
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return f"ran past its {limit:.0f} s"
+        finally:
+            _kill(process)
+    return "passed" if code == 0 else f"failed with status {code}, see log.txt"
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _note(out: Path, **record: Any) -> None:
+    with (out / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def table(out: Path, names: list[str]) -> str:
+    """What was measured, a line each."""
+    lines = []
+    for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        stage, what = record.pop("stage"), record.pop("what")
+        record.pop("machine", None)
+        cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
+        if stage in names:
+            lines.append(f"{stage:10} {what:44} {'  '.join(cells)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,573 @@
+"""The stages themselves; `benchmarks.gpu.plan` says what each of them asks. One process runs one stage."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.interpreted import INTERPRETED, repair  # before anything that imports Triton
+
+# isort: split
+import torch
+from torch import Tensor
+
+from benchmarks import accuracy, machine, measure, plans
+from benchmarks.measure import CUDA, DEVICE, seconds
+from benchmarks.problems import FROZEN, IGNORED, PROBLEMS, SETTINGS, TINY, Case, Problem, Setting
+from benchmarks.providers import LOGITS_PROVIDERS, PROVIDERS, MissingError, chosen
+from ual_kernels import (
+    CrossEntropyOptions,
+    LinearCrossEntropyOptions,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_cross_entropy_with_statistics,
+)
+from ual_kernels._triton import cross_entropy as of_logits
+from ual_kernels._triton import linear_cross_entropy as of_states
+from ual_kernels._triton.gemm import add_product, product
+
+BY_NAME = {setting.name: setting for setting in SETTINGS}
+WAYS = ("tma", "pointer", "cublas", "exact")
+ROUNDS = 7
+# cycles that a device sleeps before a step is timed, so that launches from Python are not what is measured
+_SLEEP = 4_000_000
+STAGES: dict[str, Callable[["Run"], None]] = {}
+
+
+class Run:
+    """Where a stage writes, and on what it runs."""
+
+    def __init__(self, name: str, out: Path, dry: bool, states: Path | None) -> None:
+        self.name, self.out, self.dry, self.states = name, out, dry, states
+
+    def emit(self, what: str, **values: Any) -> None:
+        """Write one result, at once."""
+        with (self.out / "results.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": self.name, "what": what, **values}) + "\n")
+        print(what, values, flush=True)
+
+    def problems(self, *names: str) -> list[Problem]:
+        return [TINY] if self.dry else [PROBLEMS[name] for name in names]
+
+    def settings(self, *names: str) -> tuple[str, ...]:
+        return names[:1] if self.dry else names
+
+    @property
+    def rounds(self) -> int:
+        return 1 if self.dry else ROUNDS
+
+    def sound(self, ways: tuple[str, ...]) -> list[str]:
+        """Those ways to make x that no canary found wrong."""
+        bad = {what.partition(" ")[0] for what in self.wrong_canaries()}
+        return [way for way in ways if way not in bad]
+
+    def wrong_canaries(self) -> list[str]:
+        """What the canaries of this run found wrong."""
+        path = self.out / "results.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        found = [record for record in map(json.loads, lines) if record["stage"] == "canary"]
+        return [r["what"] for r in found if r["what"] in CANARIES and r["verdict"] != "right"]
+
+
+def stage(function: Callable[[Run], None]) -> Callable[[Run], None]:
+    STAGES[function.__name__.strip("_")] = function
+    return function
+
+
+# ---- does it run ----
+
+
+CANARIES = {
+    **{
+        f"{way} {kind}": (way, kind) for way in WAYS for kind in ("frozen", "statistics", "trainable", "lora")
+    },
+    "logits kept": ("", "kept"),
+    "logits inplace": ("", "inplace"),
+}
+
+
+@stage
+def canary(run: Run) -> None:
+    """Each kernel once, tiny, in a process that may hang or die."""
+    run.emit("machine", machine=machine.describe())
+    # a dry run needs no more than to see that the stage works
+    names = [name for name in CANARIES if not run.dry or name in ("tma frozen", "logits inplace")]
+
+    def fly(name: str) -> str:
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.stages", "one-canary", str(run.out)]
+        try:
+            done = subprocess.run(
+                [*command, "--canary", name], capture_output=True, text=True, check=False,
+                timeout=240 if run.dry else 40,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return "hangs"
+        return "right" if done.returncode == 0 else (done.stderr.strip() or "died").splitlines()[-1]
+
+    # side by side: most of their time is imports and compilation
+    with ThreadPoolExecutor(1 if run.dry else 9) as pool:
+        for name, verdict in zip(names, pool.map(fly, names), strict=True):
+            run.emit(name, verdict=verdict)
+    if run.wrong_canaries():
+        sys.exit("some kernels are wrong; the stages that follow leave them out")
+
+
+def _one_canary(name: str) -> None:
+    way, kind = CANARIES[name]
+    problem = Problem("canary", 64, 64, 328) if INTERPRETED else Problem("canary", 300, 256, 1_000)
+    if way:
+        of_states.VARIANT = way  # type: ignore[assignment]
+        setting = BY_NAME.get(kind, FROZEN)
+        loss = _with_statistics if kind == "statistics" else _ours
+        measure.errors(loss, measure.telling(problem.case(setting, DEVICE, torch.bfloat16)))
+    else:
+        measure.errors(
+            _given_logits(kind == "inplace"), measure.telling(problem.logits(DEVICE, torch.bfloat16))
+        )
+
+
+def _ours(c: Case) -> Tensor:
+    return _linear(c, None)
+
+
+def _linear(c: Case, live: int | None) -> Tensor:
+    """Ours as `ual` calls it: the collator has counted the loss tokens."""
+    return linear_cross_entropy(
+        c.hidden, c.head, c.target, linear_lora=c.lora, label_smoothing=c.smoothing, sample_weight=c.weight,
+        reduction=c.reduction, options=LinearCrossEntropyOptions(max_loss_tokens=live), backend="triton",
+    )  # fmt: skip
+
+
+def _with_statistics(c: Case) -> Tensor:
+    return linear_cross_entropy_with_statistics(
+        c.hidden, c.head, c.target, label_smoothing=c.smoothing, sample_weight=c.weight,
+        reduction=c.reduction, backend="triton",
+    )[0]  # fmt: skip
+
+
+def _given_logits(inplace: bool) -> Callable[[Case], Tensor]:
+    options = CrossEntropyOptions(inplace_backward=inplace)
+    return lambda c: cross_entropy(
+        c.hidden, c.target, label_smoothing=c.smoothing, options=options, backend="triton"
+    )
+
+
+# ---- what bounds it ----
+
+
+@stage
+def ceilings(run: Run) -> None:
+    """Copies, and products as the losses call them, over the bare ones."""
+    with suppress(FileNotFoundError):
+        told = subprocess.run(
+            ["nvidia-smi", "-q", "-d", "CLOCK,POWER"], capture_output=True, text=True, check=False
+        )
+        run.emit("nvidia-smi", clocks=re.findall(r"(?:Graphics|Memory|Max Limit)\s+: (.*)", told.stdout)[:4])
+    taken = _best(measure.copy(), run)
+    run.emit("copy", ms=taken * 1e3, gb_s=measure.COPIED / taken / 1e9)
+    for problem in run.problems("llama3", "qwen2.5", "gemma2", "llama2"):
+        n, d, v = problem.rows, problem.features, problem.vocab
+        e, c = (torch.randn(r, d, device=DEVICE).to(torch.bfloat16) for r in (n, v))
+        x = torch.randn(n, v, device=DEVICE, dtype=torch.bfloat16)
+        o = torch.empty(n, d, device=DEVICE, dtype=torch.float32)
+        bare = {
+            "E C^T": _best(lambda e=e, c=c: torch.mm(e, c.T), run),
+            "X C": _best(lambda x=x, c=c: torch.mm(x, c), run),
+            "X^T E": _best(lambda x=x, e=e: torch.mm(x.T, e), run),
+        }
+        for name, taken in bare.items():
+            run.emit(f"{problem.name} {name}", ms=taken * 1e3, tflops=2 * n * d * v / taken / 1e12)
+        wide = _best(lambda x=x, c=c, o=o: product(x, c, out=o), run)
+        run.emit(f"{problem.name} X C, float32 out", ms=wide * 1e3, of_bare=wide / bare["X C"])
+        width = min(v, 66 * 256)
+        part, rows = x[:, :width].contiguous(), c[:width]
+        once = _best(lambda part=part, rows=rows, o=o: product(part, rows, out=o), run)
+        added = _best(lambda part=part, rows=rows, o=o: add_product(o, part, rows), run)
+        run.emit(f"{problem.name} O += X C of a slice", ms=added * 1e3, of_once=added / once)
+        for m in (1_024, 2_048):
+            if m < n:
+                short = _best(lambda x=x, c=c, o=o, m=m: product(x[:m], c, out=o[:m]), run)
+                run.emit(f"{problem.name} X C, {m} tokens", per_flop_of_all=short / m * n / wide)
+        dhead = torch.empty(v, d, device=DEVICE, dtype=torch.float32)
+        first = _best(lambda x=x, e=e, h=dhead: product(x.T, e, out=h), run)
+        more = _best(lambda x=x, e=e, h=dhead: add_product(h, x.T, e), run)
+        run.emit(f"{problem.name} dC, float32 out", ms=first * 1e3, of_bare=first / bare["X^T E"])
+        run.emit(f"{problem.name} dC += ", ms=more * 1e3, of_once=more / first)
+        del e, c, x, o, dhead, part, rows
+
+
+def _best(step: Callable[[], Any], run: Run) -> float:
+    step()
+    return min(seconds(step) for _ in range(run.rounds))
+
+
+# ---- is it right ----
+
+
+@stage
+def tests(run: Run) -> None:
+    """The kernels' tests, without the project's options: another pytest, torch or numpy may stand there."""
+    report = run.out / "tests.xml"
+    selection = ["tests/kernels/test_linear_triton.py", "tests/kernels/test_cross_entropy.py",
+                 "tests/kernels/test_tokens.py", "tests/kernels/test_gpu.py",
+                 "-k", "triton or gpu or tokens"]  # fmt: skip
+    if run.dry:
+        selection = ["tests/kernels/test_linear_triton.py", "-k", "same_bits"]
+    options = ["-o", "addopts=--strict-markers", "-o", "filterwarnings=default", "-o", "minversion=0",
+               "-p", "no:cacheprovider", "-p", "no:benchmark", "-q", "--maxfail", "25"]  # fmt: skip
+    if not run.dry and _importable("xdist"):
+        options += ["-n", "12"]
+    if _importable("pytest_timeout"):
+        options += ["--timeout", "60" if CUDA else "240", "--timeout-method", "thread"]
+    # pytest's settings of the run around this one are its own
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "pytest", *options, f"--junitxml={report}", *selection],
+        cwd=machine.ROOT, env=environment, check=False,
+    )  # fmt: skip
+    suite = ET.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    run.emit("pytest", status=done.returncode, **counts)
+    for case in suite.iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            run.emit("failed", test=f"{case.get('classname')}::{case.get('name')}")
+    if done.returncode:
+        sys.exit("tests failed")
+
+
+def _importable(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+# ---- which launch shape ----
+
+
+@stage
+def sweep(run: Run) -> None:
+    """x's GEMM under several plans; given logits under several blocks."""
+    for problem in run.problems("llama3", "llama2"):
+        for record in plans.sweep(problem, 1 if run.dry else 5):
+            run.emit(f"{problem.name} {record.pop('plan')}", **record)
+    problem = run.problems("llama3")[0]
+    copied = 2 * problem.rows * problem.vocab * 2 / (measure.COPIED / _best(measure.copy(), run))
+    case = problem.logits(DEVICE, torch.bfloat16)
+    choose = of_logits.plan
+    for block, warps in ((16_384, 32), (8_192, 16), (16_384, 16), (8_192, 32), (4_096, 8), (32_768, 32)):
+        if block > problem.vocab:
+            continue
+        of_logits.plan = lambda *_, shape=(block, warps), **__: of_logits.Plan(*shape)
+        try:
+            taken = _best(measure.training_step(_given_logits(True), case), run)
+            run.emit(f"logits in place {block} {warps} warps", ms=taken * 1e3, of_copy=copied / taken)
+        except Exception as error:  # too many registers for this card, and the like
+            run.emit(
+                f"logits in place {block} {warps} warps", raised=f"{type(error).__name__}: {error}"[:200]
+            )
+        finally:
+            of_logits.plan = choose
+
+
+# ---- whole steps ----
+
+
+@stage
+def steps(run: Run) -> None:
+    """Every way, on the two hardest shapes; then where one step spends its time."""
+    for problem in run.problems("llama3", "gemma2"):
+        for setting in run.settings("frozen", "trainable", "half-ignored", "none+weights", "lora"):
+            for way in run.sound(("tma", "pointer", "cublas") if setting == "frozen" else ("tma",)):
+                _race(run, problem, BY_NAME[setting], way)
+        if not run.dry:  # minutes in the interpreter
+            _race(run, problem, FROZEN, "tma", statistics=True)
+    problem = run.problems("llama3")[0]
+    case = problem.case(FROZEN, DEVICE, torch.bfloat16)
+    of_states.VARIANT = "auto"
+    step = measure.training_step(lambda c: _linear(c, problem.rows), case)
+    step()
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if CUDA else activity.CPU]) as profile:
+        step()
+        if CUDA:
+            torch.cuda.synchronize()
+    key = "self_device_time_total" if CUDA else "self_cpu_time_total"
+    events = sorted(profile.key_averages(), key=lambda event: -getattr(event, key))
+    for event in events[:20]:
+        run.emit("one step: " + event.key[:60], count=event.count, ms=getattr(event, key) / 1e3)
+
+
+def _race(run: Run, problem: Problem, setting: Setting, way: str, *, statistics: bool = False) -> None:
+    of_states.VARIANT = way  # type: ignore[assignment]
+    case = problem.case(setting, DEVICE, torch.bfloat16)
+    live = int((case.target != IGNORED).sum())
+    loss = _with_statistics if statistics else lambda c: _linear(c, live)
+    label = f"{problem.name} {setting.name}{', statistics' if statistics else ''}, {way}"
+    found = _timed(run, loss, case, setting)
+    run.emit(label, **found)
+
+
+def _timed(run: Run, loss: Callable[[Case], Tensor], case: Case, setting: Setting) -> dict[str, float]:
+    """A step over the bare products of the same round: as called, and with launches hidden."""
+    step, bare = measure.training_step(loss, case), measure.products(case, setting)
+    bare()
+    step()
+    step()
+    called, hidden, products = [], [], []
+    for _ in range(run.rounds):
+        products.append(seconds(bare))
+        called.append(seconds(step))
+        hidden.append(_asleep(step))
+    return {
+        "ms": median(hidden) * 1e3,
+        "of_products": measure.ratio(hidden, products),
+        "of_products_as_called": measure.ratio(called, products),
+        "products_ms": median(products) * 1e3,
+        **({"peak_mb": measure.peak_bytes(step) / 1e6} if CUDA else {}),
+    }
+
+
+def _asleep(step: Callable[[], Any]) -> float:
+    """Seconds of the device alone: it sleeps until the step's launches are queued."""
+    if not CUDA:
+        return seconds(step)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_SLEEP)
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@stage
+def ncu(run: Run) -> None:
+    """NVIDIA's profiler on one slice, where it is installed."""
+    tool = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    if tool is None:
+        run.emit("ncu", skipped="it is not installed" if CUDA else "there is no GPU")
+        return
+    sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats")
+    for kernel, what in (("_tma_kernel", "one-slice"), ("_forward_kernel", "one-logits")):
+        command = [tool, "--clock-control", "none", "--launch-count", "1", "-k", f"regex:{kernel}"]
+        for section in sections:
+            command += ["--section", section]
+        command += [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.stages", what, str(run.out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        (run.out / f"ncu-{what}.txt").write_text(done.stdout[-60_000:], encoding="utf-8")
+        wanted = "|".join(("Compute .SM. Throughput", "DRAM Throughput", "L2 Hit Rate", "Duration"))
+        figures = dict(re.findall(rf"({wanted})\s+\S+\s+([\d.]+)", done.stdout))
+        run.emit(f"ncu {kernel}", status=done.returncode, **figures)
+
+
+def _one_slice() -> None:
+    case = PROBLEMS["llama3"].case(FROZEN, DEVICE, torch.bfloat16)
+    measure.training_step(lambda c: _linear(c, len(c.target)), case)()
+
+
+def _one_logits() -> None:
+    measure.training_step(_given_logits(True), PROBLEMS["llama3"].logits(DEVICE, torch.bfloat16))()
+
+
+CHECKED = {
+    "racecheck": (
+        "linear/tma/frozen", "linear/tma/all", "linear/tma/trainable", "linear/tma/far",
+        "linear/cublas/frozen", "logits/torch.bfloat16/in place",
+    ),
+    "memcheck": (
+        "linear/tma/frozen", "linear/tma/lora", "linear/pointer/odd", "logits/torch.bfloat16/all",
+    ),
+}  # fmt: skip
+
+
+@stage
+def sanitizer(run: Run) -> None:
+    """Races and memory, on few paths: a checker is a hundred times slower."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        run.emit("sanitizer", skipped="it is not installed" if CUDA else "there is no GPU")
+        return
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    inner = [sys.executable, "-W", "ignore", "-m", "benchmarks.sanitized"]
+    planted = subprocess.run(
+        [tool, "--tool", "memcheck", "--error-exitcode", "9", *inner, "--planted"], check=False
+    )
+    run.emit("memcheck sees a planted error", seen=planted.returncode == 9)
+    worst = int(planted.returncode != 9)
+    for checker, paths in CHECKED.items():
+        only = [argument for path in paths for argument in ("--only", path)]
+        done = subprocess.run([tool, "--tool", checker, "--error-exitcode", "9", *inner, *only], check=False)
+        run.emit(checker, status=done.returncode)
+        worst = max(worst, done.returncode)
+    if worst:
+        sys.exit("a checker found something, or did not see what was planted")
+
+
+# ---- the record ----
+
+
+@stage
+def ours(run: Run) -> None:
+    """Every shape and setting, and given logits."""
+    for problem in run.problems("llama3", "gemma2", "qwen2.5", "llama2"):
+        for setting in run.settings("frozen", "none+weights", "trainable", "half-ignored", "lora"):
+            _race(run, problem, BY_NAME[setting], "auto")
+        if not run.dry:  # minutes in the interpreter
+            _race(run, problem, FROZEN, "auto", statistics=True)
+        copied = 2 * problem.rows * problem.vocab * 2 / (measure.COPIED / _best(measure.copy(), run))
+        case = problem.logits(DEVICE, torch.bfloat16)
+        for inplace in (False, True):
+            taken = _best(measure.training_step(_given_logits(inplace), case), run)
+            name = f"{problem.name} logits{', in place' if inplace else ''}"
+            run.emit(name, ms=taken * 1e3, of_copy=copied / taken)
+
+
+@stage
+def peers(run: Run) -> None:
+    """Others, after a check against float64, on the question that each of them can answer."""
+    names = ("naive", "naive, torch.compile", "F.cross_entropy of 16-bit logits", "liger + rank one",
+             "liger fused linear", "cut-cross-entropy", "cut-cross-entropy, no filter", "trl chunked",
+             "torch chunked")  # fmt: skip
+    repair()
+    for problem in run.problems("llama3", "gemma2"):
+        for setting in run.settings("frozen", "trainable"):
+            for provider in chosen(PROVIDERS, list(names)):
+                label = f"{problem.name} {setting}: {provider.name}"
+                try:
+                    loss = provider.load()
+                    small = measure.slice_of(problem).case(BY_NAME[setting], DEVICE, torch.bfloat16)
+                    measure.errors(loss, provider.ask(measure.telling(small)))
+                    case = provider.ask(problem.case(BY_NAME[setting], DEVICE, torch.bfloat16))
+                    found = _timed(run, loss, case, BY_NAME[setting])
+                    run.emit(label, solves=provider.solves.value, **found)
+                except (MissingError, measure.WrongError) as error:
+                    run.emit(label, left_out=str(error))
+                except Exception as error:  # a peer that does not run here must not end the stage
+                    run.emit(label, raised=f"{type(error).__name__}: {error}"[:300])
+                if CUDA:
+                    torch.cuda.empty_cache()
+        case = problem.logits(DEVICE, torch.bfloat16)
+        for provider in chosen(LOGITS_PROVIDERS, ["naive", "F.cross_entropy", "liger, in place"]):
+            with suppress(MissingError):
+                asked = provider.ask(case)
+                taken = _best(measure.training_step(provider.load(), asked), run)
+                run.emit(
+                    f"{problem.name} logits: {provider.name}", solves=provider.solves.value, ms=taken * 1e3
+                )
+
+
+@stage
+def training(run: Run) -> None:
+    """A LoRA step of a random Llama, fused and as transformers computes it."""
+    try:
+        from peft import LoraConfig, get_peft_model
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from ual.models import fuse, unfuse
+    except ImportError as error:
+        run.emit("training", skipped=str(error))
+        return
+    sizes: dict[str, Any] = {
+        "vocab_size": 128_256, "hidden_size": 2_048, "intermediate_size": 8_192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
+    }  # fmt: skip
+    if run.dry:
+        sizes |= {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+                  "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    batch, length = (2, 16) if run.dry else (4, 2_048)
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16)
+    adapter = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(model, adapter).train()
+    ids = torch.randint(sizes["vocab_size"], (batch, length), device=DEVICE)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients: dict[str, list[Tensor]] = {}
+    for name in ("transformers", "fused"):
+        given: dict[str, Any] = {"input_ids": ids, "labels": ids}
+        if name == "fused":
+            fuse(model, backend="triton")
+            given |= {"max_loss_tokens": batch * (length - 1)}
+        losses: list[Tensor] = []
+
+        def step(given: dict[str, Any] = given, losses: list[Tensor] = losses) -> None:
+            model.zero_grad()
+            loss = model(**given).loss
+            loss.backward()
+            losses.append(loss.detach())
+
+        step()
+        taken = _best(step, run)
+        peak = {"peak_mb": measure.peak_bytes(step) / 1e6} if CUDA else {}
+        gradients[name] = [p.grad.detach().float().clone() for p in trained if p.grad is not None]
+        run.emit(f"LoRA step, {name}", ms=taken * 1e3, loss=losses[-1].item(), **peak)
+    unfuse(model)
+    off = sum(((a - b) ** 2).sum() for a, b in zip(*gradients.values(), strict=True))
+    whole = sum((a**2).sum() for a in gradients["transformers"])
+    run.emit("LoRA gradients apart", relative=float(off / whole) ** 0.5)
+
+
+@stage
+def accuracy_(run: Run) -> None:
+    """dE and dC on the hidden states of a real model."""
+    if run.states is not None:
+        states = accuracy.stored(run.states, 1_024)
+    elif run.dry:
+        states = accuracy.random_states(16)
+    else:
+        run.emit("accuracy", skipped="no --states were given")
+        return
+    case = accuracy.problem(states)
+    truth = measure.exact(case)
+    for way in (*run.sound(WAYS), ""):
+        if way:
+            of_states.VARIANT = way  # type: ignore[assignment]
+        name = way or "naive"
+        provider = next(p for p in PROVIDERS if p.name == ("ours, triton fused" if way else "naive"))
+        loss = _ours if way else provider.load()
+        run.emit(f"accuracy, {name}", **accuracy.measure(provider, loss, case, truth))
+
+
+@stage
+def scaling(run: Run) -> None:
+    """Time a token and peak memory, from one token to many."""
+    of_states.VARIANT = "auto"
+    for rows in (16, 48) if run.dry else (1, 256, 4_096, 65_536):
+        problem = Problem("scaling", rows, *((64, 320) if run.dry else (4_096, 128_256)))
+        case = problem.case(FROZEN, DEVICE, torch.bfloat16)
+        found = _timed(run, lambda c, rows=rows: _linear(c, rows), case, FROZEN)
+        run.emit(f"{rows} tokens", **found)
+
+
+def main() -> None:
+    """One stage, as `benchmarks.gpu` starts it."""
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu.stages")
+    inner = {"one-canary": None, "one-slice": _one_slice, "one-logits": _one_logits}
+    parser.add_argument("stage", choices=[*STAGES, *inner])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--states", type=Path)
+    parser.add_argument("--canary", choices=CANARIES)
+    given = parser.parse_args()
+    repair()
+    if given.stage == "one-canary":
+        _one_canary(given.canary)
+    elif given.stage in inner:
+        inner[given.stage]()  # type: ignore[misc]
+    else:
+        STAGES[given.stage](Run(given.stage, given.out, given.dry_run, given.states))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""`python -m benchmarks.gpu` runs end to end without a GPU: its minutes on one are not lost to a slip."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.plan import LIMIT, RUNS, STAGES, Stage
+from tests.conftest import GPU, ROOT
+
+
+def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    # the stages' pytest is their own: neither a worker of this one nor measured for coverage with it
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    given = inherited | {"OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=550, check=False
+    )
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_every_stage(tmp_path: Path) -> None:
+    stages = list(dict.fromkeys([*RUNS["prove"], *RUNS["record"]]))
+    done = started(*stages, "--out", str(tmp_path), "--dry-run")
+    assert done.returncode == 0, done.stdout + (tmp_path / "log.txt").read_text()[-3000:]
+    found = results(tmp_path)
+    verdicts = {r["stage"]: r["verdict"] for r in found if r["what"] == "the stage"}
+    assert verdicts == dict.fromkeys(stages, "passed")
+    measured = {r["stage"] for r in found if r["what"] != "the stage"}
+    assert measured == {*stages}
+    assert next(r for r in found if r["what"] == "machine")["machine"]["versions"]["torch"]
+    skipped = {r["stage"] for r in found if isinstance(r.get("skipped"), str)}
+    assert skipped == {"ncu", "sanitizer"}  # tools of a GPU
+    assert len(list(tmp_path.iterdir())) <= 8  # which is all that a rented machine may send back
+    # the table ends the output
+    assert done.stdout.splitlines()[-1].startswith(f"{stages[-1]} ")
+
+
+def test_each_stage_is_known_and_each_run_fits() -> None:
+    from benchmarks.gpu import stages
+
+    assert {*stages.STAGES} == {*STAGES}
+    assert {name for run in RUNS.values() for name in run} == {*STAGES}
+    assert LIMIT <= 340
+
+
+def given(folder: Path) -> argparse.Namespace:
+    return argparse.Namespace(out=folder, dry_run=True, states=None)
+
+
+def test_a_stage_that_hangs_is_killed_with_what_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = tmp_path / "hanging"
+    hanging.write_text("#!/bin/sh\nsleep 600 & echo $! >child\nwait\n")
+    hanging.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(hanging))
+    before = time.monotonic()
+    assert gpu.run("sweep", given(tmp_path), 2.0) == "ran past its 2 s"
+    assert time.monotonic() - before < 20
+    child = int((tmp_path / "child").read_text())
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+@pytest.mark.kills("benchmarks/gpu/__main__.py", "    return int(bool(failed))", "    return 0")
+def test_a_stage_that_fails_is_named_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert gpu.main(["sweep", "steps", "--out", str(tmp_path), "--dry-run"]) == 1
+    verdicts = {r["stage"]: r["verdict"] for r in results(tmp_path)}
+    assert verdicts == dict.fromkeys(("sweep", "steps"), "failed with status 1, see log.txt")
+    assert "steps: failed with status 1" in capsys.readouterr().out
+
+
+@pytest.mark.kills("benchmarks/gpu/__main__.py", "min(limit, deadline - time.monotonic())", "limit")
+def test_a_run_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rental does not cover is not started, and says so."""
+    monkeypatch.setattr(gpu, "STAGES", dict.fromkeys(STAGES, Stage(100, "")))
+    monkeypatch.setattr(gpu, "_gpu", lambda: True)
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    assert gpu.main(["sweep", "steps", "--out", str(tmp_path), "--limit", "0.5"]) == 1
+    assert {r["verdict"] for r in results(tmp_path)} == {"not started: the run's time is up"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["prove"], "the following arguments are required: --out"),
+        (["proove", "--out", "{}"], "STAGE: there is no 'proove'; available: prove, record, canary"),
+        (["prove", "--out", "{}", "--dry-run", "--states", "{}/none"], "none is no file; make it with"),
+        pytest.param(
+            ["prove", "--out", "{}"],
+            "no CUDA device; pass --dry-run",
+            marks=pytest.mark.skipif(GPU, reason="there is one"),
+        ),
+    ],
+)
+def test_refuses(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = started(*(argument.format(tmp_path) for argument in arguments))
+    assert done.returncode == 2
+    assert said in done.stderr
