@@ -62,6 +62,7 @@ VARIANT: Literal["auto"] | Variant = "auto"
 _INTERPRETED = triton.knobs.runtime.interpret
 
 _FROZEN_TOKENS = 8_192  # at a time: from here on, reading the head again is lost beside the products
+_KEPT_BYTES = 1 << 29  # of x that waits for an adapter's gradients
 _EXACT_BYTES = 1 << 29  # of logits
 _EXACT_TOKENS = 4_096
 _TILE_TOKENS = 128
@@ -104,9 +105,12 @@ PLANS: dict[tuple[str, str], GemmPlan] = {
     ("sm_90", "pointer"): GemmPlan(128, 128, 64, 8, 8, 3),
     ("sm_100", "tma"): GemmPlan(128, 256, 64, 8, 8, 3),
     ("sm_100", "tma, statistics"): GemmPlan(128, 64, 64, 8, 8, 4),
+    ("sm_100", "pointer"): GemmPlan(128, 256, 64, 8, 8, 3),
     ("sm_100", "pointer, statistics"): GemmPlan(128, 64, 64, 8, 8, 4),
-    ("cuda", "pointer"): GemmPlan(128, 256, 64, 8, 8, 3),
-    ("cuda", "pointer, statistics"): GemmPlan(128, 128, 64, 8, 8, 3),
+    ("sm_80", "pointer"): GemmPlan(128, 256, 64, 8, 8, 3),
+    ("sm_80", "pointer, statistics"): GemmPlan(128, 128, 64, 8, 8, 3),
+    # any other card of NVIDIA: 64 KiB of shared memory
+    ("cuda", "pointer"): GemmPlan(128, 128, 64, 8, 8, 2),
     ("hip", "pointer"): GemmPlan(128, 64, 32, 8, 8, 2),
     ("hip", "pointer, statistics"): GemmPlan(64, 64, 32, 8, 8, 2),
     # many ragged tiles
@@ -131,7 +135,9 @@ class Platform(NamedTuple):
         properties = torch.cuda.get_device_properties(tensor.device)
         if torch.version.hip:
             return cls("hip", properties.multi_processor_count)
-        return cls(f"sm_{properties.major}0", properties.multi_processor_count)
+        # cards of one major version differ in shared memory, but for these two
+        minor = 0 if properties.major in (9, 10) else properties.minor
+        return cls(f"sm_{properties.major}{minor}", properties.multi_processor_count)
 
     @property
     def tma(self) -> bool:
@@ -1504,10 +1510,14 @@ class _Anchored(_Run):
         count, features = len(tokens.indices), inputs.input.shape[1]
         # gradients of the head or an adapter need x once `total` is known; a frozen head does not
         self.keep = spec.gradients and (spec.head_grad or inputs.rank > 0)
-        # 2 D tokens of 16-bit x are as large as the float32 gradient of the head, which is there anyway
-        usual = -(-2 * features // _TILE_TOKENS) * _TILE_TOKENS if self.keep else _FROZEN_TOKENS
+        vocab, usual = head.vocab, _FROZEN_TOKENS
+        if spec.head_grad:
+            # 2 D tokens of 16-bit x are as large as the float32 gradient of the head, which is there anyway
+            usual = -(-2 * features // _TILE_TOKENS) * _TILE_TOKENS
+        elif self.keep:
+            usual = max(1, min(usual, _KEPT_BYTES // (2 * vocab)) // _TILE_TOKENS) * _TILE_TOKENS
         self.most = spec.chunk_tokens or usual
-        rows, vocab = min(self.most, count), head.vocab
+        rows = min(self.most, count)
         width = slice_columns(rows, vocab, self.plan.block_m, self.plan.block_n, self.platform)
         if variant == "cublas":  # which holds float32 logits of a slice
             width = max(self.plan.block_n, width // 2)
