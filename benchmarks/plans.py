@@ -108,15 +108,13 @@ def _cublas(case: Case, rounds: int) -> float:
     return median(seconds(lambda: torch.mm(e, c.T, out=x)) for _ in range(rounds))
 
 
-def sweep(problem: Problem, rounds: int) -> list[dict[str, Any]]:
-    """A record for each plan, and one for cuBLAS."""
+def sweep(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield a record for cuBLAS, and one for each plan as soon as it is measured."""
     case = problem.case(FROZEN, DEVICE, torch.bfloat16)
     flop = 2 * problem.rows * problem.vocab * problem.features
     taken = _cublas(case, rounds)
     cublas = flop / taken / 1e12
-    records: list[dict[str, Any]] = [
-        {"plan": "cuBLAS", "gemm_seconds": taken, "tflops": cublas, "of_cublas": 1.0, "step_seconds": None}
-    ]
+    yield {"plan": "cuBLAS", "gemm_seconds": taken, "tflops": cublas, "of_cublas": 1.0, "step_seconds": None}
     loss, gradient = step(case, "exact")
     platform = Platform.of(case.hidden)
     now = "tma" if platform.tma else "pointer"
@@ -125,28 +123,32 @@ def sweep(problem: Problem, rounds: int) -> list[dict[str, Any]]:
     for variant, plan in plans:
         shape = " ".join(f"{k}={v}" for k, v in plan._asdict().items() if k != "source")
         record: dict[str, Any] = {"plan": f"{variant} {shape}", "ours_now": (variant, plan) == given}
-        records.append(record)
         try:
-            with planned(plan):
-                mine, mine_gradient = step(case, variant)  # compiles
-                apart = ((mine_gradient - gradient).norm() / gradient.norm()).item()
-                record["apart"] = apart
-                if not (apart <= _APART and abs(mine - loss) <= 1e-4 * abs(loss)):
-                    record["wrong"] = f"loss {mine.item()} against {loss.item()}, gradients {apart:.1e} apart"
-                    continue
-                gemm, whole = [], []
-                for _ in range(rounds):
-                    watch = _Stopwatch()
-                    with watching(kernels, f"_{variant}_kernel", watch.around):
-                        whole.append(seconds(partial(step, case, variant)))
-                    gemm.append(watch.total())
+            record |= _measured(case, variant, plan, rounds, loss, gradient)
         except Exception as error:  # too much shared memory for this card, and the like
             record["raised"] = f"{type(error).__name__}: {error}".partition("\n")[0]
-            continue
-        record |= {"gemm_seconds": median(gemm), "step_seconds": median(whole)}
-        record["tflops"] = flop / record["gemm_seconds"] / 1e12
-        record["of_cublas"] = record["tflops"] / cublas
-    return records
+        if "gemm_seconds" in record:
+            record["tflops"] = flop / record["gemm_seconds"] / 1e12
+            record["of_cublas"] = record["tflops"] / cublas
+        yield record
+
+
+def _measured(
+    case: Case, variant: str, plan: GemmPlan, rounds: int, loss: Tensor, gradient: Tensor
+) -> dict[str, Any]:
+    """Seconds of the GEMM and of the whole step, if the step's results are right."""
+    with planned(plan):
+        mine, mine_gradient = step(case, variant)  # compiles
+        apart = ((mine_gradient - gradient).norm() / gradient.norm()).item()
+        if not (apart <= _APART and abs(mine - loss) <= 1e-4 * abs(loss)):
+            return {"wrong": f"loss {mine.item()} against {loss.item()}, gradients {apart:.1e} apart"}
+        gemm, whole = [], []
+        for _ in range(rounds):
+            watch = _Stopwatch()
+            with watching(kernels, f"_{variant}_kernel", watch.around):
+                whole.append(seconds(partial(step, case, variant)))
+            gemm.append(watch.total())
+    return {"apart": apart, "gemm_seconds": median(gemm), "step_seconds": median(whole)}
 
 
 def report(found: dict[str, Any]) -> str:
@@ -189,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--rounds must be at least 1, got {given.rounds}")
     repair()
     found: dict[str, Any] = {"machine": machine.describe(), "rounds": given.rounds}
-    found["problems"] = {name: sweep(PROBLEMS[name], given.rounds) for name in given.problem}
+    found["problems"] = {name: list(sweep(PROBLEMS[name], given.rounds)) for name in given.problem}
     text = report(found)
     print(text)
     machine.save(found, text, "plans", given.json, given.markdown)

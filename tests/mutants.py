@@ -149,7 +149,7 @@ def verdict(code: int) -> str:
 
 
 def prepare() -> None:
-    """Import what every fork needs, on the CPU: a wild address then ends a process and not a GPU driver."""
+    """Import what every fork needs, on the CPU: an access out of bounds then ends no GPU driver."""
     os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     sys.dont_write_bytecode = True
     for module in ("torch._dynamo", "triton"):
@@ -182,7 +182,8 @@ def main(word: str, parts: int) -> int:
         needed = sorted({test for mutant in chosen for test in mutant.tests})
         shares = [tuple(needed[i::WORKERS]) for i in range(WORKERS)]
         unbroken = [Mutant("pyproject.toml", "", "", tests=share) for share in shares if share]
-        if any(code for _, code in attempts(unbroken, Path(folder, "unbroken"))):
+        codes = [code for _, code in attempts(unbroken, Path(folder, "unbroken"))]
+        if any(codes):
             print("the unbroken code fails its tests, so no mutant was tried")
             return 1
         for mutant, code in attempts(chosen, Path(folder, "broken")):

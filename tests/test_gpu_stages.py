@@ -54,6 +54,8 @@ def test_each_stage_is_known_and_each_run_fits() -> None:
     assert {*stages.STAGES} == {*STAGES}
     assert {name for run in RUNS.values() for name in run} == {*STAGES}
     assert LIMIT <= 340
+    for run in RUNS.values():
+        assert sum(STAGES[name].seconds for name in run) <= LIMIT
 
 
 def given(folder: Path) -> argparse.Namespace:
@@ -97,11 +99,18 @@ def test_a_run_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert {r["verdict"] for r in results(tmp_path)} == {"not started: the run's time is up"}
 
 
+def test_results_of_another_run_are_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["sweep", "--out", str(tmp_path), "--dry-run"])
+    assert "holds the results of another run; name another folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["prove"], "the following arguments are required: --out"),
-        (["proove", "--out", "{}"], "STAGE: there is no 'proove'; available: prove, record, canary"),
+        (["proove", "--out", "{}"], "unknown stage 'proove'; available: prove, record, canary"),
         (["prove", "--out", "{}", "--dry-run", "--states", "{}/none"], "none is no file; make it with"),
         pytest.param(
             ["prove", "--out", "{}"],

@@ -2,7 +2,7 @@
 
 import math
 import os
-from typing import NamedTuple, get_args
+from typing import NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from ual_kernels._operands import accumulator
 from ual_kernels._tokens import TokenFns, nan_outside, smoothing_limit
 from ual_kernels._types import Backend, Reduction, UnsupportedError
 from ual_kernels._vocab_parallel import Shards
+from ual_kernels.options import CrossEntropyOptions, LinearCrossEntropyOptions
 from ual_kernels.statistics import TokenFn
+
+Options = TypeVar("Options", CrossEntropyOptions, LinearCrossEntropyOptions)
 
 # Triton reads this when it decorates a kernel, so once, at import; so do we.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -70,7 +73,7 @@ def prepare(
         shape: what `target` must have.
         target: class indices.
         arguments: the shared keywords.
-        shards: how many classes there are, and which of them `arguments.weight` speaks of.
+        shards: how many classes there are, and which of them `arguments.weight` covers.
         statistics: whether statistics are wanted, for which tokens of weight 0 have to be computed.
 
     Raises:
@@ -88,6 +91,10 @@ def prepare(
     if callable(weight):
         weight_fn, weight = weight, None
     limit = smoothing_limit(shards.vocab, acc)
+    if not isinstance(smoothing, Tensor | float | int):
+        raise ValueError(
+            f"label_smoothing must be a number, a tensor or a function of the statistics, got {smoothing!r}"
+        )
     if not isinstance(smoothing, Tensor):
         if not 0 <= smoothing <= limit:
             raise ValueError(
@@ -106,7 +113,7 @@ def prepare(
         scale = _per_token("sample_weight", weight, target, acc)
         scale = torch.where(scale >= 0, scale, torch.nan)
         if not (scale.requires_grad or statistics):
-            # a token of weight 0 has no loss and no gradient: spare it the GEMM
+            # a token of weight 0 has no loss and no gradient: drop it before the GEMM
             labels = torch.where(scale == 0, ignore_index, labels)
     selected = labels != ignore_index
     token_scale = torch.where(selected, torch.ones_like(smoothing) if scale is None else scale, 0.0)
@@ -202,6 +209,8 @@ def lora(linear_lora: tuple[Tensor, Tensor, float] | None, input: Tensor, linear
     """Check (A, B, scale)."""
     if linear_lora is None:
         return Lora(None, None, 1.0)
+    if not (isinstance(linear_lora, tuple) and len(linear_lora) == 3):
+        raise ValueError(f"linear_lora must be (A, B, scale) or None, got {type(linear_lora).__name__}")
     a, b, scale = linear_lora
     vocab, features = linear_weight.shape
     rank = a.shape[0] if a.ndim == 2 else "r"
@@ -251,31 +260,39 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Linear:
     if bias is not None:
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"linear_bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+        check_floating("linear_bias", bias)
         check_device("linear_bias", bias, input)
     return Linear(input, weight, bias)
 
 
+def check_options(options: Options | None, kind: type[Options]) -> Options:
+    """The options, or the defaults; raise if they are another function's."""
+    if options is not None and not isinstance(options, kind):
+        raise ValueError(f"options must be {kind.__name__} or None, got {type(options).__name__}")
+    return options or kind()
+
+
 def check_logits(input: Tensor) -> None:
-    """Refuse what is no [..., V]."""
+    """Raise unless input is [..., V], V >= 1."""
     if input.ndim < 1 or input.shape[-1] == 0:
         raise ValueError(f"input must be [..., V] with V >= 1, got {list(input.shape)}")
     check_floating("input", input)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Refuse other dtypes than the four that are supported."""
+    """Raise unless the dtype is one of the four that are supported."""
     if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise ValueError(f"{name} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
-    """Refuse a tensor on another device."""
+    """Raise unless both tensors are on one device."""
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
 
 
 def check_inplace(input: Tensor, backend: Backend) -> None:
-    """Refuse logits that must not, or cannot, be overwritten."""
+    """Raise if the logits must not, or cannot, be overwritten."""
     if backend == "reference":
         raise UnsupportedError('backend="reference" has no inplace_backward; use "torch"')
     if torch.compiler.is_compiling():
@@ -289,7 +306,9 @@ def check_inplace(input: Tensor, backend: Backend) -> None:
             "before a loss scaler's factor arrives; use bfloat16 or float32"
         )
     if not input.is_contiguous():
-        raise ValueError(f"inplace_backward needs contiguous input, got strides {input.stride()}")
+        raise ValueError(
+            f"inplace_backward needs contiguous input, got strides {input.stride()}; call input.contiguous()"
+        )
 
 
 def choose_backend(backend: Backend, input: Tensor, *, fused: Backend) -> Backend:

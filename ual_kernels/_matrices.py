@@ -1,4 +1,4 @@
-"""Passes over matrices as large as the head, without a second matrix as large on the way."""
+"""Passes over matrices as large as the head, without allocating another matrix of that size."""
 
 from collections.abc import Callable
 

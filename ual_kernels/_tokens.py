@@ -31,7 +31,7 @@ class LossTokens(NamedTuple):
     complete: Tensor | None  # bool: no loss token was left out; None if none can be
 
     def keep(self, tensor: Tensor, chunk: slice | None = None) -> Tensor:
-        """Set what ignored tokens hold to 0; the last dimension of `tensor` is that of the tokens."""
+        """Zero the entries of ignored tokens; the last dimension of `tensor` is that of the tokens."""
         if self.selected is None:
             return tensor
         selected = self.selected if chunk is None else self.selected[chunk]
@@ -77,7 +77,7 @@ class Labels(NamedTuple):
 
     @property
     def nan_mask(self) -> Tensor:
-        """0 for tokens that are right or ignored, NaN for targets that are neither."""
+        """0 for valid and ignored targets, NaN for targets out of range."""
         return torch.where(self.valid | ~self.selected, 0.0, torch.nan)
 
 
@@ -108,7 +108,7 @@ def token_terms(
 ) -> TokenTerms:
     """Compute the loss of a sample weight of 1 and the coefficients of its gradient."""
     k = (1 - s) * c_y + s * c_mean
-    # a token without smoothing must not see the mean of a vocabulary that holds -inf (0 inf = nan)
+    # a token without smoothing must not use the mean logit: it may be -inf, and 0 inf is nan
     loss = k * nll - torch.where(s == 0, 0.0, s * smoothing_term)
     uniform = s * c_mean
     if z_loss:
@@ -174,7 +174,7 @@ class TokenFns(NamedTuple):
 
 
 def smoothing_limit(vocab: int, dtype: torch.dtype) -> float:
-    """The largest smoothing, V / (V - 1), at which the target itself gets nothing; rounding included."""
+    """The largest smoothing, V / (V - 1), at which the target has probability zero; rounding included."""
     return vocab / (vocab - 1) * (1 + 4 * torch.finfo(dtype).eps) if vocab > 1 else 1.0
 
 

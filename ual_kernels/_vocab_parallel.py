@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 
 class Place(NamedTuple):
-    """Where a shard holds the tokens' labels."""
+    """The column of each label within this shard."""
 
     column: Tensor  # [M], 0 where another shard holds the label
     held: Tensor  # [M] bool

@@ -44,7 +44,7 @@ def cross_entropy(
         label_smoothing: a float in [0, 1], or a tensor shaped like any leading part of `target` ([B] is one
             value per sample, [B, T] one per token), spread over the rest; or a function of the token's own
             `TokenStatistics` (see `ual_kernels.losses`), for which the logits are read once more. Values up
-            to V / (V - 1), where the target gets nothing, are accepted.
+            to V / (V - 1), where the target has probability zero, are accepted.
         sample_weight: a tensor >= 0, shaped likewise, or such a function; multiplies each token's loss. None
             is 1.
         weight: [V] class weights, as in PyTorch; not differentiable.
@@ -66,7 +66,8 @@ def cross_entropy(
 
     Raises:
         ValueError: shapes, dtypes, devices, names or floats that do not fit the above.
-        UnsupportedError: a backend that was requested by name cannot run here.
+        UnsupportedError: what was requested by name cannot run here; `inplace_backward` or a `process_group`
+            under torch.compile.
 
     A target outside [0, V), a smoothing out of range or a negative weight *in a tensor* makes its own token's
     loss NaN and leaves the rest right: finding it here would stall the device.
@@ -150,7 +151,7 @@ def linear_cross_entropy(
     options: LinearCrossEntropyOptions | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """`cross_entropy(input @ linear_weight.T + linear_bias, target)` without ever holding all the logits.
+    """`cross_entropy(input @ linear_weight.T + linear_bias, target)` without materializing the logits.
 
     Ignored tokens are dropped before the first GEMM. Gradients are computed in forward, chunk by chunk; none
     is computed for a head with `requires_grad=False`. Logits stay in the accumulator's dtype. Drop-in for
@@ -251,12 +252,12 @@ def _of_logits(
     statistics: bool,
 ) -> tuple[Tensor, Tensor]:
     """The reduced loss, and packed statistics [7, N] ([7, 0] unless wanted)."""
-    options = options or CrossEntropyOptions()
+    options = _arguments.check_options(options, CrossEntropyOptions)
     _arguments.check_logits(input)
     grouped = options.process_group is not None
     backend = _arguments.choose_backend(backend, input, fused="torch" if grouped else "triton")
     if grouped and backend != "torch":
-        raise UnsupportedError('process_group needs backend="torch"')
+        raise UnsupportedError(f'process_group needs backend="torch", got {backend!r}')
     if grouped and torch.compiler.is_compiling():
         raise UnsupportedError("a process_group cannot be compiled; call cross_entropy outside torch.compile")
     if options.inplace_backward:
@@ -305,7 +306,7 @@ def _of_linear(
     statistics: bool,
 ) -> tuple[Tensor, Tensor]:
     """The reduced loss, and packed statistics ([8, 0] unless wanted)."""
-    options = options or LinearCrossEntropyOptions()
+    options = _arguments.check_options(options, LinearCrossEntropyOptions)
     input, linear_weight, linear_bias = _arguments.linear(input, linear_weight, linear_bias)
     lora = _arguments.lora(linear_lora, input, linear_weight)
     backend = _arguments.choose_backend(backend, input, fused="torch")  # until Triton's is measured on a GPU

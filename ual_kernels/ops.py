@@ -7,8 +7,8 @@ cross_entropy_inplace                   logits are given and become their own gr
 linear_cross_entropy                    logits never exist; gradients are computed in forward
 
 The loss of the linear operator is `token_scale * (loss of a weight of 1)`. A token's scale holds its sample
-weight and the reduction's divisor, so that gradients computed in forward are final, and backward multiplies
-them by one in the usual case.
+weight and the reduction's divisor, so that gradients computed in forward are final. In the usual case the
+upstream gradient is 1.
 """
 
 import importlib
@@ -60,7 +60,7 @@ def _as_called(tensor: Tensor) -> Iterator[None]:
 
 
 class _Once(torch.autograd.Function):
-    """Gradients as they are; differentiating them again raises, where autograd would see constants."""
+    """Identity whose backward raises. Without it, double backward would treat the gradients as constants."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
@@ -68,7 +68,9 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> Any:
-        raise RuntimeError('the fused losses are differentiable once; backend="reference" is, twice')
+        raise RuntimeError(
+            'the fused losses are differentiable once; use backend="reference" for second derivatives'
+        )
 
 
 def _once(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -240,8 +242,8 @@ class _CrossEntropyInplace(torch.autograd.Function):
             return None, None, None, *others
         if ctx.buffer is None:
             raise RuntimeError(
-                "backward ran a second time through cross_entropy(inplace_backward=True): the first gave the "
-                "logits' buffer away as their gradient; use retain_graph without inplace_backward"
+                "backward ran a second time through cross_entropy with inplace_backward=True: the first call "
+                "returned the logits' buffer as their gradient; use retain_graph without inplace_backward"
             )
         loss, state, token_scale = ctx.saved_tensors
         with _as_called(dloss):

@@ -1,4 +1,4 @@
-"""How a loss is computed, never what it is: options that change speed and memory, not the definition.
+"""How a loss is computed: options that change speed and memory, not what is computed.
 
 PyTorch 2.13 separates the two in the same way (`torch.nn.LinearCrossEntropyOptions`); its fields are others.
 """
@@ -40,8 +40,8 @@ class LinearCrossEntropyOptions:
             device synchronization. If it is too small, the loss is NaN.
         compact: drop ignored tokens before the first GEMM. False keeps them, at full cost: for CUDA graphs,
             where the number of tokens must not depend on data.
-        chunk_tokens: number of tokens whose logits exist at a time, >= 1. None chooses what fits a small
-            budget (512 MiB with backend="triton").
+        chunk_tokens: number of tokens that are computed at a time, >= 1. None is the backend's choice, by a
+            budget of memory (docs/kernels.md).
         precision: "high" never rounds logits to 16 bits. "fast" does, as most implementations do: the
             relative error of the gradient grows from 2e-3, its rounding error, to 1e-2 (docs/kernels.md).
         gradient_filter: skip the gradient of parts of the vocabulary that together hold less than this

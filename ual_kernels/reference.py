@@ -25,12 +25,12 @@ def cross_entropy(
     logit_scale: float = 1.0,
     z_loss: float = 0.0,
 ) -> Tensor:  # [N]
-    """Per-row loss: 0 where ignored, whatever the row holds; NaN where the target or smoothing is illegal."""
+    """Per-token loss: 0 where ignored, whatever the logits; NaN where target or smoothing is out of range."""
     vocab = input.shape[-1]
-    live = target != ignore_index
-    legal = (target >= 0) & (target < vocab)
-    y = torch.where(live & legal, target, 0).long()[:, None]
-    z = final_logits(input.where(live[:, None], 0.0), softcap=softcap, logit_scale=logit_scale)
+    selected = target != ignore_index
+    valid = (target >= 0) & (target < vocab)
+    y = torch.where(selected & valid, target, 0).long()[:, None]
+    z = final_logits(input.where(selected[:, None], 0.0), softcap=softcap, logit_scale=logit_scale)
     log_p = torch.log_softmax(z, dim=-1)
     nll = -log_p.gather(-1, y).squeeze(-1)
     if weight is None:
@@ -43,8 +43,8 @@ def cross_entropy(
     loss = (1 - label_smoothing) * nll + label_smoothing * uniform
     if z_loss:
         loss = loss + z_loss * torch.logsumexp(z, dim=-1).square()
-    poison = torch.where(live & ~legal, torch.nan, 1.0).to(loss.dtype)
-    return (loss * poison).where(live, 0.0)
+    nan_mask = torch.where(selected & ~valid, torch.nan, 1.0).to(loss.dtype)
+    return (loss * nan_mask).where(selected, 0.0)
 
 
 def statistics(
@@ -58,8 +58,8 @@ def statistics(
     """Per-token statistics by their definitions; NaN where ignored (0 in the last row)."""
     with torch.no_grad():
         vocab = input.shape[-1]
-        live = (target != ignore_index) & (target >= 0) & (target < vocab)
-        y = torch.where(live, target, 0).long()[:, None]
+        selected = (target != ignore_index) & (target >= 0) & (target < vocab)
+        y = torch.where(selected, target, 0).long()[:, None]
         z = final_logits(input, softcap=softcap, logit_scale=logit_scale)
         log_p = torch.log_softmax(z, dim=-1)
         z_y = z.gather(-1, y).squeeze(-1)
@@ -75,8 +75,8 @@ def statistics(
                 (z_y >= top[:, 0]).to(z.dtype),
             ]
         )
-        dead = rows.new_tensor([torch.nan] * 6 + [0.0])[:, None]
-        return torch.where(live, rows, dead)
+        ignored = rows.new_tensor([torch.nan] * 6 + [0.0])[:, None]
+        return torch.where(selected, rows, ignored)
 
 
 def final_logits(input: Tensor, *, softcap: float | None = None, logit_scale: float = 1.0) -> Tensor:

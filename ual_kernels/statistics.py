@@ -1,4 +1,4 @@
-"""What one pass over the vocabulary tells about each token."""
+"""Per-token statistics of one pass over the vocabulary."""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias

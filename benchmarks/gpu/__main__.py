@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.gpu.plan import LIMIT, RUNS, STAGES
 
-# a stage of a dry run is interpreted, and its limit says nothing about a GPU
+# a stage of a dry run is interpreted; the limits of a GPU do not apply
 _DRY_LIMIT = 300.0
 
 
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "stages", nargs="+", metavar="STAGE", help=f"{', '.join(RUNS)}, or {', '.join(STAGES)}"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder, empty or new")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU")
     parser.add_argument(
         "--states", type=Path, help="hidden states from `python -m benchmarks.accuracy --export`"
@@ -46,11 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
     names = [name for stage in given.stages for name in RUNS.get(stage, (stage,))]
     for name in names:
         if name not in STAGES:
-            parser.error(f"STAGE: there is no {name!r}; available: {', '.join([*RUNS, *STAGES])}")
+            parser.error(f"unknown stage {name!r}; available: {', '.join([*RUNS, *STAGES])}")
     if given.states is not None and not given.states.is_file():
         parser.error(
             f"--states: {given.states} is no file; make it with python -m benchmarks.accuracy --export"
         )
+    if (given.out / "results.jsonl").exists():
+        parser.error(f"--out: {given.out} holds the results of another run; name another folder")
     if not given.dry_run and not _gpu():
         parser.error("there is no CUDA device; pass --dry-run to try the stages on a CPU")
     given.out.mkdir(parents=True, exist_ok=True)

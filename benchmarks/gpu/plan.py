@@ -14,30 +14,20 @@ class Stage:
 
 
 STAGES = {
-    "canary": Stage(60, "does each kernel run, and is it right, tiny, in a process of its own"),
-    "ceilings": Stage(35, "what the bare copies and products take that bound everything else"),
-    "tests": Stage(90, "do the tests of the kernels pass, compiled"),
-    "sweep": Stage(75, "which launch shape is best: x's GEMM, and given logits"),
-    "steps": Stage(60, "whole steps over the bare products, and where one spends its time"),
+    "canary": Stage(45, "does each kernel run, and is it correct on a tiny input, in a process of its own"),
+    "ceilings": Stage(30, "what the bare copies and products take that bound everything else"),
+    "tests": Stage(75, "do the tests of the kernels pass, compiled"),
+    "sweep": Stage(70, "which launch shape is best: x's GEMM, and given logits"),
+    "steps": Stage(55, "whole steps relative to the bare GEMMs, and where one spends its time"),
     "ncu": Stage(35, "what limits the GEMM and the kernel of given logits"),
-    "sanitizer": Stage(40, "are there races or accesses out of bounds"),
+    "sanitizer": Stage(30, "races in shared memory, accesses out of bounds"),
     "ours": Stage(60, "whole steps of every setting and shape, and their peak memory"),
-    "peers": Stage(90, "the same for others, where they answer the same question or a simpler one"),
-    "training": Stage(30, "a LoRA step of a model of 1B parameters, beside the model's own loss"),
-    "accuracy": Stage(30, "the error on real hidden states"),
-    "scaling": Stage(30, "time and memory for few and many tokens"),
+    "peers": Stage(70, "the same for other implementations, each on the question that it answers"),
+    "training": Stage(25, "a LoRA step of a model of 1B parameters, beside the model's own loss"),
+    "accuracy": Stage(15, "the error on real hidden states"),
+    "scaling": Stage(20, "time and memory for few and many tokens"),
 }
 RUNS = {
     "prove": ("canary", "ceilings", "tests", "sweep", "steps", "ncu", "sanitizer"),
-    "record": (
-        "canary",
-        "ceilings",
-        "tests",
-        "ours",
-        "peers",
-        "training",
-        "accuracy",
-        "scaling",
-        "sanitizer",
-    ),
+    "record": ("canary", "ceilings", "ours", "tests", "peers", "training", "accuracy", "scaling"),
 }

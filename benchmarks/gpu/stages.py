@@ -5,11 +5,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import accuracy, machine, measure, plans
+from benchmarks.gpu.plan import STAGES as STAGE_SECONDS
 from benchmarks.measure import CUDA, DEVICE, seconds
 from benchmarks.problems import FROZEN, IGNORED, PROBLEMS, SETTINGS, TINY, Case, Problem, Setting
 from benchmarks.providers import LOGITS_PROVIDERS, PROVIDERS, MissingError, chosen
@@ -32,15 +34,16 @@ from ual_kernels import (
     linear_cross_entropy,
     linear_cross_entropy_with_statistics,
 )
+from ual_kernels._operands import ALL_TOKENS, LinearInputs, LinearSpec
 from ual_kernels._triton import cross_entropy as of_logits
 from ual_kernels._triton import linear_cross_entropy as of_states
 from ual_kernels._triton.gemm import add_product, product
 
 BY_NAME = {setting.name: setting for setting in SETTINGS}
-WAYS = ("tma", "pointer", "cublas", "exact")
+VARIANTS = ("tma", "pointer", "cublas", "exact")
 ROUNDS = 7
 # cycles that a device sleeps before a step is timed, so that launches from Python are not what is measured
-_SLEEP = 4_000_000
+_sleep = [4_000_000]
 STAGES: dict[str, Callable[["Run"], None]] = {}
 
 
@@ -66,10 +69,15 @@ class Run:
     def rounds(self) -> int:
         return 1 if self.dry else ROUNDS
 
-    def sound(self, ways: tuple[str, ...]) -> list[str]:
-        """Those ways to make x that no canary found wrong."""
+    def passed(self, variants: tuple[str, ...] = VARIANTS) -> list[str]:
+        """The variants that no canary of this run found wrong."""
         bad = {what.partition(" ")[0] for what in self.wrong_canaries()}
-        return [way for way in ways if way not in bad]
+        return [variant for variant in variants if variant not in bad]
+
+    @property
+    def main_variant(self) -> str:
+        """The fastest variant that passed: what "auto" would choose, unless a canary found it wrong."""
+        return next(iter(self.passed()), "auto")
 
     def wrong_canaries(self) -> list[str]:
         """What the canaries of this run found wrong."""
@@ -89,7 +97,9 @@ def stage(function: Callable[[Run], None]) -> Callable[[Run], None]:
 
 CANARIES = {
     **{
-        f"{way} {kind}": (way, kind) for way in WAYS for kind in ("frozen", "statistics", "trainable", "lora")
+        f"{way} {kind}": (way, kind)
+        for way in VARIANTS
+        for kind in ("frozen", "statistics", "trainable", "lora")
     },
     "logits kept": ("", "kept"),
     "logits inplace": ("", "inplace"),
@@ -98,17 +108,17 @@ CANARIES = {
 
 @stage
 def canary(run: Run) -> None:
-    """Each kernel once, tiny, in a process that may hang or die."""
+    """Run each kernel once on a tiny input, in a process that may hang or crash."""
     run.emit("machine", machine=machine.describe())
     # a dry run needs no more than to see that the stage works
     names = [name for name in CANARIES if not run.dry or name in ("tma frozen", "logits inplace")]
 
-    def fly(name: str) -> str:
+    def try_one(name: str) -> str:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.stages", "one-canary", str(run.out)]
         try:
             done = subprocess.run(
                 [*command, "--canary", name], capture_output=True, text=True, check=False,
-                timeout=240 if run.dry else 40,
+                timeout=240 if run.dry else 25,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return "hangs"
@@ -116,8 +126,9 @@ def canary(run: Run) -> None:
 
     # side by side: most of their time is imports and compilation
     with ThreadPoolExecutor(1 if run.dry else 9) as pool:
-        for name, verdict in zip(names, pool.map(fly, names), strict=True):
-            run.emit(name, verdict=verdict)
+        waiting = {pool.submit(try_one, name): name for name in names}
+        for future in as_completed(waiting):
+            run.emit(waiting[future], verdict=future.result())
     if run.wrong_canaries():
         sys.exit("some kernels are wrong; the stages that follow leave them out")
 
@@ -129,11 +140,24 @@ def _one_canary(name: str) -> None:
         of_states.VARIANT = way  # type: ignore[assignment]
         setting = BY_NAME.get(kind, FROZEN)
         loss = _with_statistics if kind == "statistics" else _ours
-        measure.errors(loss, measure.telling(problem.case(setting, DEVICE, torch.bfloat16)))
+        case = problem.case(setting, DEVICE, torch.bfloat16)
+        measure.errors(loss, measure.telling(case))
+        taken = _variant(case)
+        if taken != way:
+            sys.exit(f"this card takes {taken} instead")
     else:
         measure.errors(
             _given_logits(kind == "inplace"), measure.telling(problem.logits(DEVICE, torch.bfloat16))
         )
+
+
+def _variant(c: Case) -> str:
+    """The variant that a call takes."""
+    assert c.head is not None
+    n = c.smoothing if isinstance(c.smoothing, Tensor) else torch.zeros(len(c.target), device=DEVICE)
+    inputs = LinearInputs(c.hidden, c.head, None, None, None, c.target, n, n, None)
+    flags = (IGNORED, 0.0, 1.0, 1.0, 0.0, 0.0, False, True, c.head.requires_grad, False, False, False)
+    return of_states.choose_variant(inputs, LinearSpec(*flags, ALL_TOKENS, 0, "high", "triton"), c.head)
 
 
 def _ours(c: Case) -> Tensor:
@@ -149,9 +173,13 @@ def _linear(c: Case, live: int | None) -> Tensor:
 
 
 def _with_statistics(c: Case) -> Tensor:
+    return _linear_with_statistics(c, None)
+
+
+def _linear_with_statistics(c: Case, live: int | None) -> Tensor:
     return linear_cross_entropy_with_statistics(
         c.hidden, c.head, c.target, label_smoothing=c.smoothing, sample_weight=c.weight,
-        reduction=c.reduction, backend="triton",
+        reduction=c.reduction, options=LinearCrossEntropyOptions(max_loss_tokens=live), backend="triton",
     )[0]  # fmt: skip
 
 
@@ -206,6 +234,11 @@ def ceilings(run: Run) -> None:
         del e, c, x, o, dhead, part, rows
 
 
+def _copied(problem: Problem, run: Run) -> float:
+    """Seconds that reading and writing 16-bit logits once takes a plain copy."""
+    return 4 * problem.rows * problem.vocab * _best(measure.copy(), run) / measure.COPIED
+
+
 def _best(step: Callable[[], Any], run: Run) -> float:
     step()
     return min(seconds(step) for _ in range(run.rounds))
@@ -231,18 +264,22 @@ def tests(run: Run) -> None:
         options += ["--timeout", "60" if CUDA else "240", "--timeout-method", "thread"]
     # pytest's settings of the run around this one are its own
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "pytest", *options, f"--junitxml={report}", *selection],
-        cwd=machine.ROOT, env=environment, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", *options, f"--junitxml={report}", *selection]
+    # SIGINT, so that pytest still writes what it has seen
+    process = subprocess.Popen(command, cwd=machine.ROOT, env=environment)
+    try:
+        status = process.wait(None if run.dry else STAGE_SECONDS["tests"].seconds - 15)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        status = process.wait()
     suite = ET.parse(report).getroot().find("testsuite")
     assert suite is not None
     counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
-    run.emit("pytest", status=done.returncode, **counts)
+    run.emit("pytest", status=status, **counts)
     for case in suite.iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
             run.emit("failed", test=f"{case.get('classname')}::{case.get('name')}")
-    if done.returncode:
+    if status:
         sys.exit("tests failed")
 
 
@@ -259,11 +296,10 @@ def _importable(module: str) -> bool:
 def sweep(run: Run) -> None:
     """x's GEMM under several plans; given logits under several blocks."""
     for problem in run.problems("llama3", "llama2"):
-        for record in plans.sweep(problem, 1 if run.dry else 5):
+        for record in plans.sweep(problem, 1 if run.dry else 5):  # as they are measured
             run.emit(f"{problem.name} {record.pop('plan')}", **record)
     problem = run.problems("llama3")[0]
-    copied = 2 * problem.rows * problem.vocab * 2 / (measure.COPIED / _best(measure.copy(), run))
-    case = problem.logits(DEVICE, torch.bfloat16)
+    case, copied = problem.logits(DEVICE, torch.bfloat16), _copied(problem, run)
     choose = of_logits.plan
     for block, warps in ((16_384, 32), (8_192, 16), (16_384, 16), (8_192, 32), (4_096, 8), (32_768, 32)):
         if block > problem.vocab:
@@ -288,13 +324,15 @@ def steps(run: Run) -> None:
     """Every way, on the two hardest shapes; then where one step spends its time."""
     for problem in run.problems("llama3", "gemma2"):
         for setting in run.settings("frozen", "trainable", "half-ignored", "none+weights", "lora"):
-            for way in run.sound(("tma", "pointer", "cublas") if setting == "frozen" else ("tma",)):
+            for way in (
+                run.passed(("tma", "pointer", "cublas")) if setting == "frozen" else [run.main_variant]
+            ):
                 _race(run, problem, BY_NAME[setting], way)
         if not run.dry:  # minutes in the interpreter
-            _race(run, problem, FROZEN, "tma", statistics=True)
+            _race(run, problem, FROZEN, run.main_variant, statistics=True)
     problem = run.problems("llama3")[0]
     case = problem.case(FROZEN, DEVICE, torch.bfloat16)
-    of_states.VARIANT = "auto"
+    of_states.VARIANT = run.main_variant  # type: ignore[assignment]
     step = measure.training_step(lambda c: _linear(c, problem.rows), case)
     step()
     activity = torch.profiler.ProfilerActivity
@@ -312,9 +350,9 @@ def _race(run: Run, problem: Problem, setting: Setting, way: str, *, statistics:
     of_states.VARIANT = way  # type: ignore[assignment]
     case = problem.case(setting, DEVICE, torch.bfloat16)
     live = int((case.target != IGNORED).sum())
-    loss = _with_statistics if statistics else lambda c: _linear(c, live)
+    call = _linear_with_statistics if statistics else _linear
     label = f"{problem.name} {setting.name}{', statistics' if statistics else ''}, {way}"
-    found = _timed(run, loss, case, setting)
+    found = _timed(run, lambda c: call(c, live), case, setting)
     run.emit(label, **found)
 
 
@@ -343,11 +381,17 @@ def _asleep(step: Callable[[], Any]) -> float:
     if not CUDA:
         return seconds(step)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(_SLEEP)
-    start.record()
-    step()
-    end.record()
-    end.synchronize()
+    for _ in range(4):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(_sleep[0])
+        start.record()
+        step()
+        queued_in_time = not start.query()
+        end.record()
+        end.synchronize()
+        if queued_in_time:
+            break
+        _sleep[0] *= 2  # the launches took longer than the sleep
     return start.elapsed_time(end) / 1e3
 
 
@@ -364,11 +408,19 @@ def ncu(run: Run) -> None:
         for section in sections:
             command += ["--section", section]
         command += [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.stages", what, str(run.out)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=16, check=False)
+        except subprocess.TimeoutExpired:
+            run.emit(f"ncu {kernel}", raised="it ran past 16 s")
+            continue
+        if done.returncode:
+            said = (done.stdout + done.stderr).strip().splitlines()
+            run.emit(f"ncu {kernel}", raised=" ".join(line for line in said if "ERR" in line) or said[-1])
+            continue
         (run.out / f"ncu-{what}.txt").write_text(done.stdout[-60_000:], encoding="utf-8")
         wanted = "|".join(("Compute .SM. Throughput", "DRAM Throughput", "L2 Hit Rate", "Duration"))
         figures = dict(re.findall(rf"({wanted})\s+\S+\s+([\d.]+)", done.stdout))
-        run.emit(f"ncu {kernel}", status=done.returncode, **figures)
+        run.emit(f"ncu {kernel}", **figures)
 
 
 def _one_slice() -> None:
@@ -386,14 +438,14 @@ CHECKED = {
         "linear/cublas/frozen", "logits/torch.bfloat16/in place",
     ),
     "memcheck": (
-        "linear/tma/frozen", "linear/tma/lora", "linear/pointer/odd", "logits/torch.bfloat16/all",
+        "linear/tma/frozen", "linear/tma/lora", "linear/pointer/frozen", "logits/torch.bfloat16/all",
     ),
 }  # fmt: skip
 
 
 @stage
 def sanitizer(run: Run) -> None:
-    """Races and memory, on few paths: a checker is a hundred times slower."""
+    """Races in shared memory, and accesses out of bounds, on few paths: checkers are slow."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         run.emit("sanitizer", skipped="it is not installed" if CUDA else "there is no GPU")
@@ -409,7 +461,7 @@ def sanitizer(run: Run) -> None:
         only = [argument for path in paths for argument in ("--only", path)]
         done = subprocess.run([tool, "--tool", checker, "--error-exitcode", "9", *inner, *only], check=False)
         run.emit(checker, status=done.returncode)
-        worst = max(worst, done.returncode)
+        worst |= done.returncode != 0  # a signal's status is negative
     if worst:
         sys.exit("a checker found something, or did not see what was planted")
 
@@ -422,11 +474,10 @@ def ours(run: Run) -> None:
     """Every shape and setting, and given logits."""
     for problem in run.problems("llama3", "gemma2", "qwen2.5", "llama2"):
         for setting in run.settings("frozen", "none+weights", "trainable", "half-ignored", "lora"):
-            _race(run, problem, BY_NAME[setting], "auto")
+            _race(run, problem, BY_NAME[setting], run.main_variant)
         if not run.dry:  # minutes in the interpreter
-            _race(run, problem, FROZEN, "auto", statistics=True)
-        copied = 2 * problem.rows * problem.vocab * 2 / (measure.COPIED / _best(measure.copy(), run))
-        case = problem.logits(DEVICE, torch.bfloat16)
+            _race(run, problem, FROZEN, run.main_variant, statistics=True)
+        case, copied = problem.logits(DEVICE, torch.bfloat16), _copied(problem, run)
         for inplace in (False, True):
             taken = _best(measure.training_step(_given_logits(inplace), case), run)
             name = f"{problem.name} logits{', in place' if inplace else ''}"
@@ -453,18 +504,23 @@ def peers(run: Run) -> None:
                     run.emit(label, solves=provider.solves.value, **found)
                 except (MissingError, measure.WrongError) as error:
                     run.emit(label, left_out=str(error))
-                except Exception as error:  # a peer that does not run here must not end the stage
+                except Exception as error:  # a failing peer must not abort the stage
                     run.emit(label, raised=f"{type(error).__name__}: {error}"[:300])
                 if CUDA:
                     torch.cuda.empty_cache()
-        case = problem.logits(DEVICE, torch.bfloat16)
+        case, copied = problem.logits(DEVICE, torch.bfloat16), _copied(problem, run)
         for provider in chosen(LOGITS_PROVIDERS, ["naive", "F.cross_entropy", "liger, in place"]):
-            with suppress(MissingError):
-                asked = provider.ask(case)
-                taken = _best(measure.training_step(provider.load(), asked), run)
-                run.emit(
-                    f"{problem.name} logits: {provider.name}", solves=provider.solves.value, ms=taken * 1e3
-                )
+            label = f"{problem.name} logits: {provider.name}"
+            try:
+                loss = provider.load()
+                small = measure.telling(measure.slice_of(problem).logits(DEVICE, torch.bfloat16))
+                measure.errors(loss, provider.ask(small))
+                taken = _best(measure.training_step(loss, provider.ask(case)), run)
+                run.emit(label, solves=provider.solves.value, ms=taken * 1e3, of_copy=copied / taken)
+            except (MissingError, measure.WrongError) as error:
+                run.emit(label, left_out=str(error))
+            except Exception as error:  # a failing peer must not abort the stage
+                run.emit(label, raised=f"{type(error).__name__}: {error}"[:300])
 
 
 @stage
@@ -494,6 +550,7 @@ def training(run: Run) -> None:
     ids = torch.randint(sizes["vocab_size"], (batch, length), device=DEVICE)
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients: dict[str, list[Tensor]] = {}
+    of_states.VARIANT = run.main_variant  # type: ignore[assignment]
     for name in ("transformers", "fused"):
         given: dict[str, Any] = {"input_ids": ids, "labels": ids}
         if name == "fused":
@@ -530,7 +587,7 @@ def accuracy_(run: Run) -> None:
         return
     case = accuracy.problem(states)
     truth = measure.exact(case)
-    for way in (*run.sound(WAYS), ""):
+    for way in (*run.passed(), ""):
         if way:
             of_states.VARIANT = way  # type: ignore[assignment]
         name = way or "naive"
@@ -542,7 +599,7 @@ def accuracy_(run: Run) -> None:
 @stage
 def scaling(run: Run) -> None:
     """Time a token and peak memory, from one token to many."""
-    of_states.VARIANT = "auto"
+    of_states.VARIANT = run.main_variant  # type: ignore[assignment]
     for rows in (16, 48) if run.dry else (1, 256, 4_096, 65_536):
         problem = Problem("scaling", rows, *((64, 320) if run.dry else (4_096, 128_256)))
         case = problem.case(FROZEN, DEVICE, torch.bfloat16)

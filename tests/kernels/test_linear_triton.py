@@ -23,7 +23,7 @@ from tests.kernels.cases import (
     names,
     options,
 )
-from ual_kernels import UnsupportedError, ops
+from ual_kernels import UnsupportedError, losses, ops
 from ual_kernels._operands import ALL_TOKENS, LinearInputs, LinearSpec
 from ual_kernels._triton import linear_cross_entropy as kernels
 
@@ -807,3 +807,41 @@ def test_lora_heads_on_every_way(label_smoothing: float, variant: str, device: t
         error = (actual.pop(name) - exact[name]).norm() / exact.pop(name).norm()
         assert error <= torch.finfo(torch.bfloat16).eps / 12**0.5, name
     assert_at_the_floor(actual, exact)
+
+
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "            self.smoothing, self.scale = self.smoothing.clone(), self.scale.clone()\n",
+    "            pass\n",
+)
+@variants
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_weight_function_leaves_the_operators_inputs_alone(
+    reduction: str, variant: str, device: torch.device
+) -> None:
+    """No token is ignored, so smoothing and scale are not gathered: the weight must not be applied twice."""
+    leaves, target = linear_case(9, 101, 16, torch.bfloat16, device)
+    target.clamp_(min=0)
+    leaves = trainable(leaves)
+    del leaves["sample_weight"]
+    flags = {"reduction": reduction, **losses.dft()}
+    actual = measure(ours, leaves, target, **flags)
+    expected = measure(linear_cross_entropy, leaves, target, **flags, backend="torch")
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=2e-2, atol=2e-2 * value.abs().max().item())
+
+
+def test_tokens_that_were_counted_have_statistics_in_every_backend(device: torch.device) -> None:
+    """With max_loss_tokens too small the loss is NaN; the selected tokens still have their statistics."""
+    leaves, target = linear_case(6, 50, 16, torch.bfloat16, device)
+    found = [
+        linear_cross_entropy(
+            **frozen(leaves), target=target, max_loss_tokens=3, return_statistics=True, backend=backend
+        )
+        for backend in ("torch", "triton")
+    ]
+    for loss, statistics in found:
+        assert loss.isnan()
+        assert int((~statistics.lse.isnan()).sum()) == 3
+    for mine, theirs in zip(found[1][1], found[0][1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)

@@ -1,6 +1,7 @@
 """The per-token algebra, in PyTorch and in Triton, against the reference and its derivatives in float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ual_kernels import UnsupportedError, cross_entropy, linear_cross_entropy, reference
+from ual_kernels import (
+    CrossEntropyOptions,
+    LinearCrossEntropyOptions,
+    UnsupportedError,
+    cross_entropy,
+    linear_cross_entropy,
+    reference,
+)
 from ual_kernels._tokens import smoothing_limit, token_statistics, token_terms
 from ual_kernels._triton import math
 
@@ -178,3 +186,34 @@ def test_a_backend_that_is_refused_names_another(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("ual_kernels._arguments._INTERPRETING", False)
     with pytest.raises(UnsupportedError, match='use "auto" or "torch"'):
         cross_entropy(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"options": LinearCrossEntropyOptions()}, "options must be CrossEntropyOptions or None, got Linear"),
+        ({"label_smoothing": None}, "label_smoothing must be a number, a tensor or a function"),
+        ({"label_smoothing": "0.1"}, "label_smoothing must be a number, a tensor or a function"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        cross_entropy(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"options": CrossEntropyOptions()}, "options must be LinearCrossEntropyOptions or None, got Cross"),
+        (
+            {"linear_lora": (torch.zeros(1, 3), torch.zeros(2, 1))},
+            r"linear_lora must be \(A, B, scale\) or None",
+        ),
+        ({"linear_bias": torch.zeros(2, dtype=torch.long)}, "linear_bias must be bfloat16, float16"),
+    ],
+)
+def test_arguments_of_the_linear_loss_are_named(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        linear_cross_entropy(
+            torch.zeros(1, 3), torch.zeros(2, 3), torch.zeros(1, dtype=torch.long), **arguments
+        )

@@ -77,7 +77,7 @@ class Gemm:
 
 @contextmanager
 def onednn_precision(name: str) -> Iterator[None]:
-    """How oneDNN multiplies float32 matrices meanwhile; a setting of the whole process."""
+    """Set how oneDNN multiplies float32 matrices inside the context; the setting is process-wide."""
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = name

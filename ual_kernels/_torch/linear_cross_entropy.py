@@ -90,7 +90,7 @@ def linear_cross_entropy(
     if inputs.class_weight is not None:
         c_mean = shards.sum(inputs.class_weight.sum()) / shards.vocab
 
-    with onednn_precision("ieee"):  # but where `gemm` knows better
+    with onednn_precision("ieee"):  # except inside `gemm`, which sets its own precision
         for part in even(count, sweep.plan.tokens):
             chunk = Chunk.gather(inputs, spec, tokens, part, shards, gemm)
             sweep.run(chunk)
@@ -300,7 +300,7 @@ class Sweep:
         self.class_weight, self.spec, self.statistics = inputs.class_weight, spec, statistics
         size, features = inputs.linear_weight.shape
         self.keep = any(t.dright is not None for t in summands) or spec.gradient_filter > 0
-        # the ranks of a group meet after every chunk: their chunks are those of the largest shard
+        # ranks synchronize after every chunk: their chunks are those of the largest shard
         self.plan = plan(shards.largest, features, count, self.keep, inputs.input.is_cuda, spec.chunk_tokens)
         width = self.plan.width
         self.parts = [slice(v, min(v + width, size)) for v in range(0, size, width)]
@@ -454,7 +454,7 @@ class Sweep:
                 add(bent, tile.slope, right)
 
     def gradients(self, chunk: Chunk, factors: Factors, *, first: bool, last: bool) -> list[Tensor | None]:
-        """dleft of each summand; dright is added to: the first chunk starts it, the last completes it."""
+        """Return dleft of each summand; add to dright, which the first chunk zeroes, the last completes."""
         for t, left in zip(self.summands, chunk.lefts, strict=True):
             if t.dright is not None and not self.spec.softcap:
                 t.smoothed.add_(factors.of_mean @ left.to(t.dright.dtype))

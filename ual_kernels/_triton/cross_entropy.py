@@ -17,9 +17,10 @@ Traffic: forward reads x once and keeps four numbers a token; backward reads x o
 bytes in bf16). In place, the forward reads its token's logits a second time, from the end, whose lines are
 still in L2, and leaves the gradient there (4NV). The logits of an ignored token are not read. Offsets are
 int64: N V passes 2^31 at 16k tokens of a 128k vocabulary. A token whose label is out of range, or whose
-numbers are NaN, gets NaN: loud and local.
+numbers are NaN, gets NaN; other tokens are unaffected.
 
-A vocabulary that 16 does not divide is read in 2-byte words, three to five times slower: pad it.
+A vocabulary that 16 does not divide is read in 2-byte words, three to five times slower. Pad such a
+vocabulary.
 """
 
 from typing import NamedTuple
@@ -341,7 +342,7 @@ def _write_gradient(
             c = _spread(class_weight_ptr, start + lane, V, s / V, WEIGHTED)
             dx = _dlogits(x, k, log_sum, coefficient, c, scale, ACC, SOFTCAP, LOGIT_SCALE)
             tl.store(out_ptr + start + lane, dx, eviction_policy="evict_first")
-        # one column is left; whoever stored its neighbours has finished
+        # one column is left; all stores of its block are complete
         tl.debug_barrier()
         c = s / V * c_y if WEIGHTED else s / V
         dx = _exp(z_y, k, log_sum, ACC) * coefficient - ((1.0 - s) * c_y + c)

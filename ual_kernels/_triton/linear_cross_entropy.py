@@ -61,7 +61,7 @@ VARIANT: Literal["auto"] | Variant = "auto"
 
 _INTERPRETED = triton.knobs.runtime.interpret
 
-_FROZEN_TOKENS = 8_192  # at a time: from here on, reading the head again is lost beside the products
+_FROZEN_TOKENS = 8_192  # at a time: above this, reading the head again is negligible next to the GEMMs
 _KEPT_BYTES = 1 << 29  # of x that waits for an adapter's gradients
 _EXACT_BYTES = 1 << 29  # of logits
 _EXACT_TOKENS = 4_096
@@ -670,7 +670,7 @@ def _own_maximum_kernel(
     if GIVEN:
         logits_ptr += token * stride_l
     elif tl.load(table_ptr + _TOTAL * M + token) < _LARGEST_TOTAL:  # false for NaN
-        return  # the reference point served this token well
+        return  # the reference point is in range for this token
     y = tl.load(label_ptr + token)
     if GIVEN:
         # the number that the token's logits hold
@@ -814,7 +814,7 @@ def _far_tokens_kernel(
 ):
     """Steps 2 and 3 for the tokens that the reference point did not serve, where x is not kept.
 
-    One program computes all of such a token: right, and slow. Every other token costs it a look.
+    One program computes all of such a token: correct but slow. Other tokens cost one load.
     """
     scratch_ptr += tl.program_id(0).to(tl.int64) * V
     for block in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), PROGRAMS):
@@ -926,7 +926,7 @@ def _bend_kernel(
     LOGIT_SCALE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A softcap bends every column by its own slope: stored is rate x - s c / V, times the slope."""
+    """A softcap multiplies each column by its own slope; stored is (rate x - s c / V) times the slope."""
     token = tl.program_id(0).to(tl.int64)
     y = tl.load(label_ptr + token)
     spread = tl.load(smoothing_ptr + token) / V
@@ -989,7 +989,8 @@ def _finish_kernel(
     d_y = tl.load(table_ptr + _D_Y * M, mask=known, other=0.0)
     total = tl.load(table_ptr + _TOTAL * M, mask=known, other=1.0)
     s = tl.load(smoothing_ptr + token, mask=known, other=0.0)
-    selected = tl.load(target_ptr + token, mask=known, other=0).to(tl.int64) != ignore_index
+    target = tl.load(target_ptr + token, mask=known, other=0).to(tl.int64)
+    selected = target != ignore_index
     nan_mask = tl.load(nan_mask_ptr + token, mask=known, other=0.0)
     c_y = tl.full((BLOCK,), 1.0, tl.float32)
     c_mean = tl.full((BLOCK,), 1.0, tl.float32)
@@ -1047,7 +1048,7 @@ def _finish_kernel(
         largest = tl.maximum(d_y, others)
         second = merge_two_largest(d_y, float("-inf"), others, second)
         store_statistics(
-            statistics_ptr + token, stride_s, known, selected & (nan_mask == 0.0),
+            statistics_ptr + token, stride_s, known, selected & (target >= 0) & (target < V),
             k * _LN2, whole, nll, moment * _LN2, largest * _LN2, second * _LN2, (k + plain / V) * _LN2,
             d_y >= others,
         )  # fmt: skip
@@ -1172,7 +1173,7 @@ def linear_cross_entropy(
     `functional` refuses `gradient_filter` and process groups before they get here.
     """
     outputs = LinearOutputs.empty(inputs, spec)
-    head = _Head.read(inputs, spec)  # launched before the number of loss tokens is waited for
+    head = _Head.read(inputs, spec)  # launched before the host waits for the number of loss tokens
     tokens = select_loss_tokens(inputs.target, spec.ignore_index, spec.max_loss_tokens)
     count = len(tokens.indices)
     outputs.fill_ignored() if count < len(inputs.target) else outputs.zero_summed()
@@ -1290,6 +1291,8 @@ class _Run:
         self.target = self._gather(inputs.target)
         self.smoothing = tokens.keep(self._gather(inputs.smoothing))
         self.scale = tokens.keep(self._gather(inputs.token_scale))
+        if token_fns is not None:  # which replace parts of them; they may be the operator's own inputs
+            self.smoothing, self.scale = self.smoothing.clone(), self.scale.clone()
         seen = len(tokens.indices) if self.statistics else 0
         self.packed = inputs.input.new_zeros((LINEAR_STATISTICS, seen), dtype=torch.float32)
         # the rank-one part of dB: sum of s a u
@@ -1326,7 +1329,9 @@ class _Run:
             self._finish(chunk, weight)
         if not self.spec.gradients:
             return
-        if made.logits is not None and made.x is not None and self.spec.softcap:
+        if self.spec.softcap:
+            assert made.logits is not None
+            assert made.x is not None
             self._bend(chunk, made.logits, made.x)
         self._input_gradient(chunk, made)
         if self.spec.head_grad or self.spec.bias_grad:
@@ -1347,7 +1352,7 @@ class _Run:
             outputs.dlora_b.addr_(self._over(), self.smoothed_u, alpha=-1.0 / vocab)
 
     def _over(self) -> Tensor:
-        """What the mean is taken over: class weights, or ones, [V]."""
+        """Weights of the mean: class weights, or ones, [V]."""
         if self.head.class_weight is not None:
             return self.head.class_weight
         return self.head.weight.new_ones(self.head.vocab, dtype=torch.float32)
@@ -1664,14 +1669,12 @@ class _Anchored(_Run):
         """dC += x^T (f E) and its rank-one part in one product; then the targets' columns, kept apart."""
         outputs, hidden, count = self.outputs, chunk.hidden, len(chunk.label)
         of_x, of_target, of_mean, _ = chunk.factors.unbind(0)
-        capped = bool(self.spec.softcap)
-        extra = 0 if capped else len(self.over)
+        extra = len(self.over)
         right = hidden.new_empty((count + extra, hidden.shape[1]), dtype=torch.bfloat16)
         torch.mul(hidden, of_x[:, None], out=right[:count])
-        if extra:
-            self.buffer[count : count + extra, : self.head.vocab] = self.over
-            smoothed = _times(hidden.T, of_mean[:, None])[:, 0] / -self.head.vocab
-            right[count:] = torch.stack(halves(smoothed)).repeat(extra // 2, 1)
+        self.buffer[count : count + extra, : self.head.vocab] = self.over
+        smoothed = _times(hidden.T, of_mean[:, None])[:, 0] / -self.head.vocab
+        right[count:] = torch.stack(halves(smoothed)).repeat(extra // 2, 1)
         left = self.buffer[: count + extra, : self.head.vocab].T
         if self.started:
             add_product(outputs.dlinear_weight, left, right)

@@ -23,7 +23,7 @@ def final_logits(x, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr):
 def token_terms(nll, lse, smoothing_term, s, c_y, c_mean, Z_LOSS: tl.constexpr):
     """Loss of a sample weight of 1, K, U and dloss/ds; see `_tokens.token_terms`."""
     k = (1.0 - s) * c_y + s * c_mean
-    # a token without smoothing must not see the mean of a vocabulary that holds -inf (0 inf = nan)
+    # a token without smoothing must not use the mean logit: it may be -inf, and 0 inf is nan
     loss = k * nll - tl.where(s == 0.0, 0.0, s * smoothing_term)
     uniform = s * c_mean
     if Z_LOSS != 0.0:
