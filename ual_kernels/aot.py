@@ -125,7 +125,7 @@ def _known(kernel: Any, dtype: str, **given: Any) -> dict[str, Any]:
         **dict.fromkeys(("BIASED", "RANKED", "WEIGHTED", "STATISTICS", "INTERPRETED", "CAPPED"), False),
         **dict.fromkeys(("COUNTED", "REWEIGHTED", "FIRST"), False),
         "WRITE": True, "SOFTCAP": 0.0, "LOGIT_SCALE": 1.0, "SCALE": 1.4426950408889634, "Z_LOSS": 0.0,
-        "HEADROOM": 0.0, "BLOCK_R": 16, "PROCESSORS": 132, "PROGRAMS": 16,
+        "HEADROOM": 0.0, "BLOCK_R": 16, "PROCESSORS": 132,
         **given,
     }  # fmt: skip
     if usual["RANKED"]:

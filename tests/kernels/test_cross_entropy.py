@@ -534,7 +534,7 @@ def test_all_rows_ignored_is_zero_with_a_connected_graph(
 @pytest.mark.kills(
     "ual_kernels/_torch/cross_entropy.py", "return p.masked_fill_(~label.selected[:, None], 0.0)", "return p"
 )
-@pytest.mark.kills("ual_kernels/reference.py", "input.where(live[:, None], 0.0)", "input")
+@pytest.mark.kills("ual_kernels/reference.py", "input.where(selected[:, None], 0.0)", "input")
 @backends
 @pytest.mark.parametrize("nothing", [torch.nan, torch.inf, -torch.inf])
 def test_what_an_ignored_row_holds_does_not_matter(
@@ -672,8 +672,8 @@ def test_forbidden_classes_cost_nothing_without_smoothing(backend: str, device: 
 @pytest.mark.kills("ual_kernels/_arguments.py", "total = token_scale.nansum()", "total = token_scale.sum()")
 @pytest.mark.kills(
     "ual_kernels/reference.py",
-    "torch.where(live & ~legal, torch.nan, 1.0)",
-    "torch.where(live & ~legal, 1.0, 1.0)",
+    "torch.where(selected & ~valid, torch.nan, 1.0)",
+    "torch.where(selected & ~valid, 1.0, 1.0)",
 )
 @backends
 @pytest.mark.parametrize(

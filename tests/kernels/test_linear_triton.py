@@ -638,13 +638,13 @@ def test_views_into_flat_buffers(
 ) -> None:
     """Hidden states and a head that start on any 2 bytes, as flattened parameters do."""
     described: list[int] = []
-    make = kernels.TensorDescriptor.from_tensor
+    make = kernels._descriptor
 
-    def recorded(tensor: Tensor, block: list[int]) -> Any:
+    def recorded(tensor: Tensor, block: list[int], stride: int) -> Any:
         described.append(tensor.data_ptr() % 16)
-        return make(tensor, block)
+        return make(tensor, block, stride)
 
-    monkeypatch.setattr(kernels.TensorDescriptor, "from_tensor", recorded)
+    monkeypatch.setattr(kernels, "_descriptor", recorded)
     leaves, target = linear_case(24, 101, 32, torch.bfloat16, device)
     target.clamp_(min=0)  # no token to drop, so nothing is gathered
     leaves = trainable(leaves) if trained else frozen(leaves)
@@ -845,3 +845,48 @@ def test_tokens_that_were_counted_have_statistics_in_every_backend(device: torch
         assert int((~statistics.lse.isnan()).sum()) == 3
     for mine, theirs in zip(found[1][1], found[0][1], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_one_token_of_a_wider_matrix(device: torch.device) -> None:
+    """A single row may have any stride, which no descriptor takes: its own length is what counts."""
+    leaves, target = linear_case(1, 101, 32, torch.bfloat16, device)
+    target.clamp_(min=0)
+    leaves = frozen(leaves)
+    plain = measure(ours, leaves, target)
+    wide = torch.zeros(1, 1_001, device=device, dtype=torch.bfloat16)
+    wide[:, :32] = leaves["input"].detach()
+    leaves["input"] = wide[:, :32].requires_grad_()
+    shifted = measure(ours, leaves, target)
+    for name, value in plain.items():
+        assert torch.equal(shifted[name], value), name
+
+
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py", "tl.load(bias_high_ptr) * _LOG2E + _OFFSET", "k"
+)
+def test_ignored_tokens_are_never_far(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With compact=False they stay, as zeros. A class that the bias masks must not make them expensive."""
+    leaves, target = linear_case(12, 101, 16, torch.bfloat16, device)
+    target[3:] = -100
+    leaves = frozen(leaves)
+    with torch.no_grad():
+        leaves["linear_bias"][0] = -1e4
+    far: list[int] = []
+    launch = kernels._far_tokens_kernel
+
+    class Launch:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+            def call(*arguments: Any, **flags: Any) -> None:
+                total = arguments[4][kernels._TOTAL.value]
+                far.append(int((~(total < kernels._LARGEST_TOTAL.value)).sum()))
+                launch[grid](*arguments, **flags)
+
+            return call
+
+    monkeypatch.setattr(kernels, "_far_tokens_kernel", Launch())
+    target[target == 0] = 1
+    compact = measure(ours, leaves, target)
+    whole = measure(ours, leaves, target, compact=False)
+    assert far == [0, 0]
+    for name, value in compact.items():
+        assert torch.equal(whole[name], value), name

@@ -179,6 +179,7 @@ def _prepare_kernel(
     complete_ptr,  # bool, read if COUNTED
     column_mean_ptr,  # [D] fp32, read unless CAPPED
     bias_mean_ptr,  # [1] fp32, read if BIASED unless CAPPED
+    bias_high_ptr,  # [1] fp32, read if BIASED: the largest bias, scaled
     label_ptr,  # [M] int32, out: a column for every token
     nan_mask_ptr,  # [M] fp32, out
     table_ptr,  # [10, M] fp32, out: Z_Y, K, D_Y, and MEAN unless CAPPED
@@ -228,6 +229,8 @@ def _prepare_kernel(
     tl.store(table_ptr + _Z_Y * M, z_y * LOGIT_SCALE)
     # rounded once, here: what the rounding does to x, it does to t
     k = z_y * (LOGIT_SCALE * _LOG2E) + _OFFSET
+    if BIASED:  # an ignored token's logits are the bias; none of it may make the token an expensive one
+        k = tl.where(target == ignore_index, tl.load(bias_high_ptr) * _LOG2E + _OFFSET, k)
     tl.store(table_ptr + _K * M, k)
     tl.store(table_ptr + _D_Y * M, tl.fma(z_y, LOGIT_SCALE * _LOG2E, -k))
     if not CAPPED:
@@ -807,7 +810,6 @@ def _far_tokens_kernel(
     BIASED: tl.constexpr,
     STATISTICS: tl.constexpr,
     SCALE: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -817,7 +819,7 @@ def _far_tokens_kernel(
     One program computes all of such a token: correct but slow. Other tokens cost one load.
     """
     scratch_ptr += tl.program_id(0).to(tl.int64) * V
-    for block in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), PROGRAMS):
+    for block in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         looked = block * BLOCK_M + tl.arange(0, BLOCK_M)
         totals = tl.load(table_ptr + _TOTAL * M + looked, mask=looked < M, other=0.0)
         far = tl.where(totals < _LARGEST_TOTAL, 0, 1)  # 1 for NaN
@@ -880,6 +882,7 @@ def _far_token(
         if STATISTICS:
             moment += tl.where(x > 0.0, x * d, 0.0)
             plain += tl.where(inside, d, 0.0)
+        tl.debug_barrier()  # several threads hold the same column
         tl.store(scratch_ptr + column, x, mask=inside)
     tl.debug_barrier()
     for start_d in range(0, D, BLOCK_D):
@@ -1225,6 +1228,7 @@ class _Head(NamedTuple):
     merged_mean: Tensor | None  # [D], with the adapter
     bias_mean: Tensor | None  # [1]
     lora_b_mean: Tensor  # [r]
+    bias_high: Tensor | None  # [1], the largest, scaled
 
     @classmethod
     def read(cls, inputs: LinearInputs, spec: LinearSpec) -> "_Head":
@@ -1243,7 +1247,11 @@ class _Head(NamedTuple):
                 b_mean = column_mean(b, class_weight)
                 merged_mean = weight_mean + spec.lora_scale * (b_mean @ a)
         class_mean = None if class_weight is None else class_weight.mean()
-        return cls(weight, bias, a, b, class_weight, class_mean, weight_mean, merged_mean, bias_mean, b_mean)
+        bias_high = None if bias is None else (bias * spec.logit_scale).amax().reshape(1)
+        return cls(
+            weight, bias, a, b, class_weight, class_mean,
+            weight_mean, merged_mean, bias_mean, b_mean, bias_high,
+        )  # fmt: skip
 
     @property
     def vocab(self) -> int:
@@ -1375,7 +1383,7 @@ class _Run:
         factors = hidden.new_empty((4, count), dtype=torch.float32)
         _prepare_kernel[(count,)](
             hidden, head.weight, head.bias, u, head.lora_b, self.target[part], tokens.complete,
-            head.merged_mean, head.bias_mean, label, nan_mask, table,
+            head.merged_mean, head.bias_mean, head.bias_high, label, nan_mask, table,
             count, head.vocab, features, self.inputs.rank, spec.ignore_index,
             **self.flags, COUNTED=tokens.complete is not None, CAPPED=bool(spec.softcap),
             BLOCK_D=_block_d(features), BLOCK_R=_block_r(self.inputs.rank),
@@ -1528,12 +1536,12 @@ class _Anchored(_Run):
             width = max(self.plan.block_n, width // 2)
         self.slices = [slice(v, min(v + width, vocab)) for v in range(0, vocab, width)]
         width = min(width, vocab)
-        # every token's x starts on 16 bytes
-        padded = -(-(vocab if self.keep else width) // 8) * 8
+        # every token's x starts on a multiple of 16, which is what Triton knows of a stride
+        padded = -(-(vocab if self.keep else width) // 16) * 16
         self.over = self._rank_one_factors() if spec.head_grad else inputs.input.new_empty((0, vocab))
         kept = rows + len(self.over) if spec.gradients else 0
         new = inputs.input.new_empty
-        self.logits = new((rows, -(-width // 8) * 8 if variant == "cublas" else 0), dtype=torch.float32)
+        self.logits = new((rows, -(-width // 16) * 16 if variant == "cublas" else 0), dtype=torch.float32)
         if variant == "cublas" and not self.keep:
             self.buffer = self.logits.view(torch.bfloat16)[:, :width] if spec.gradients else self.logits
         else:
@@ -1614,17 +1622,18 @@ class _Anchored(_Run):
                 EVEN_D=features % plan.block_k == 0, **flags,
             )  # fmt: skip
         else:
-            programs = min(self.platform.processors, tiles_m * tiles_n)
+            processors = self.platform.processors
             a, b = [plan.block_m, plan.block_k], [plan.block_n, plan.block_k]
-            _tma_kernel[(programs,)](
-                TensorDescriptor.from_tensor(chunk.hidden, a),
-                TensorDescriptor.from_tensor(weight, b),
-                _descriptor(x, [plan.block_m, plan.block_n // 2]) if self.spec.gradients else None,
-                None if u is None else TensorDescriptor.from_tensor(u, a),
-                None if lora is None else TensorDescriptor.from_tensor(lora, b),
+            half = [plan.block_m, plan.block_n // 2]
+            _tma_kernel[(min(processors, tiles_m * tiles_n),)](
+                _descriptor(chunk.hidden, a, features),
+                _descriptor(weight, b, features),
+                _descriptor(x, half, x.stride(0)) if self.spec.gradients else None,
+                None if u is None else _descriptor(u, a, rank),
+                None if lora is None else _descriptor(lora, b, rank),
                 *common, partial.stride(0), *sizes,
                 # a second loop inside keeps the first from being flattened
-                FLATTEN=plan.flatten and u is None, PROCESSORS=programs, **flags,
+                FLATTEN=plan.flatten and u is None, PROCESSORS=processors, **flags,
             )  # fmt: skip
         block_m = 16 if _INTERPRETED else 32
         _join_kernel[(triton.cdiv(count, block_m),)](
@@ -1661,7 +1670,6 @@ class _Anchored(_Run):
             BIASED=head.bias is not None,
             STATISTICS=self.statistics,
             SCALE=self.spec.logit_scale * _LOG2E.value,
-            PROGRAMS=programs,
             BLOCK_M=128, BLOCK_V=64, BLOCK_D=128, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -1711,8 +1719,8 @@ class _Exact(_Run):
         self._operand = head.weight.to(self._factor)
         self.fast = spec.precision == "fast" and dtype in (torch.bfloat16, torch.float16)
         self.most = spec.chunk_tokens or exact_tokens(head.vocab)
-        # whole groups of 8 columns, so that every token's logits and x start on 16 bytes
-        width = -(-head.vocab // 8) * 8
+        # every token's logits and x start on a multiple of 16
+        width = -(-head.vocab // 16) * 16
         self.buffer = inputs.input.new_empty((min(self.most, count), width), dtype=torch.float32)
         # the rank-one parts of dC and db: sums of s a e and s a
         self.smoothed = inputs.input.new_zeros(inputs.input.shape[1], dtype=torch.float32)
@@ -1793,9 +1801,9 @@ def _padded(factors: Tensor) -> Tensor:
     return torch.nn.functional.pad(factors, (0, -factors.shape[1] % 16))
 
 
-def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """A descriptor of a matrix whose rows may be longer than what is described."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+def _descriptor(matrix: Tensor, block: list[int], stride: int) -> TensorDescriptor:
+    """A descriptor of a matrix whose rows are `stride` apart: the stride of a single row may be anything."""
+    return TensorDescriptor(matrix, list(matrix.shape), [stride, 1], block)
 
 
 def _block_d(features: int) -> int:
