@@ -9,6 +9,8 @@ FORM ?= short
 RESULTS ?= benchmarks/results
 # the release of Triton on the GPU machines of today; its machine code is checked beside the installed one's
 OTHER_TRITON := $(CURDIR)/.venv/triton-3.6.0
+# a peer of the GPU benchmarks that does not import beside the versions installed here
+UNSLOTH_ZOO := $(CURDIR)/.venv/unsloth-zoo
 # threads that wait by spinning starve each other on a busy machine
 export OMP_WAIT_POLICY ?= passive
 
@@ -20,8 +22,9 @@ help:  ## list the targets
 quickstart: .venv/.quickstart  ## fine-tune a real model three ways on this machine and open a report
 	$(BIN)/ual quickstart --steps $(STEPS) --rows $(ROWS)
 
-test: .venv/.dev .venv/.quickstart $(OTHER_TRITON)  ## run the tests
-	OMP_NUM_THREADS=1 UAL_OTHER_TRITON=$(OTHER_TRITON) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup -p no:benchmark
+test: .venv/.dev .venv/.quickstart $(OTHER_TRITON) $(UNSLOTH_ZOO)  ## run the tests
+	OMP_NUM_THREADS=1 UAL_OTHER_TRITON=$(OTHER_TRITON) UAL_UNSLOTH_ZOO=$(UNSLOTH_ZOO) \
+		$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup -p no:benchmark
 
 bench: .venv/.peers  ## error, time and memory of the losses beside others; FORM=full, short or smoke
 	$(BIN)/python -m pytest benchmarks --$(FORM) --results $(RESULTS); status=$$?; \
@@ -60,6 +63,9 @@ clean:  ## remove .venv and caches
 
 $(OTHER_TRITON): .venv/.pip
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ triton==3.6.0
+
+$(UNSLOTH_ZOO): .venv/.pip
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ unsloth_zoo==2026.10.9
 
 .venv/.dev: .venv/.pip pyproject.toml constraints.txt
 	$(PIP) --editable '.[all]' --group dev

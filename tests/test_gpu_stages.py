@@ -33,7 +33,9 @@ def results(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_a_dry_run_of_every_stage(tmp_path: Path) -> None:
     stages = list(dict.fromkeys([*RUNS["prove"], *RUNS["record"]]))
-    done = started(*stages, "--out", str(tmp_path), "--dry-run")
+    zoo = os.environ.get("UAL_UNSLOTH_ZOO")
+    more = ["--unsloth-zoo", zoo] if zoo else []
+    done = started(*stages, "--out", str(tmp_path), "--dry-run", *more)
     assert done.returncode == 0, done.stdout + (tmp_path / "log.txt").read_text()[-3000:]
     found = results(tmp_path)
     verdicts = {r["stage"]: r["verdict"] for r in found if r["what"] == "the stage"}
@@ -42,7 +44,12 @@ def test_a_dry_run_of_every_stage(tmp_path: Path) -> None:
     assert measured == {*stages}
     assert next(r for r in found if r["what"] == "machine")["machine"]["versions"]["torch"]
     skipped = {r["stage"] for r in found if isinstance(r.get("skipped"), str)}
-    assert skipped == {"ncu", "sanitizer"}  # tools of a GPU
+    # the tools of a GPU, and a package that nothing installs unless it is asked for
+    assert skipped == {"ncu", "sanitizer"} | ({"unsloth"} if not zoo else set())
+    if zoo:
+        peer = [r for r in found if r["what"].startswith("tiny frozen: unsloth-zoo")]
+        assert [r["solves"] for r in peer] == ["s = 0", "one s = 0.1"], peer
+        assert {(r["version"], r["license"]) for r in peer} == {("2026.10.9", "AGPL-3.0")}
     assert len(list(tmp_path.iterdir())) <= 8  # which is all that a rented machine may send back
     # the table ends the output
     assert done.stdout.splitlines()[-1].startswith(f"{stages[-1]} ")
@@ -59,7 +66,7 @@ def test_each_stage_is_known_and_each_run_fits() -> None:
 
 
 def given(folder: Path) -> argparse.Namespace:
-    return argparse.Namespace(out=folder, dry_run=True, states=None)
+    return argparse.Namespace(out=folder, dry_run=True, states=None, unsloth_zoo=None)
 
 
 def test_a_stage_that_hangs_is_killed_with_what_it_started(
@@ -112,6 +119,10 @@ def test_results_of_another_run_are_not_mixed_in(tmp_path: Path, capsys: pytest.
         (["prove"], "the following arguments are required: --out"),
         (["proove", "--out", "{}"], "unknown stage 'proove'; available: prove, record, canary"),
         (["prove", "--out", "{}", "--dry-run", "--states", "{}/none"], "none is no file; make it with"),
+        (
+            ["prove", "--out", "{}", "--dry-run", "--unsloth-zoo", "{}"],
+            "holds no unsloth_zoo/fused_losses/fused_linear.py; make one with pip install --no-deps --target",
+        ),
         pytest.param(
             ["prove", "--out", "{}"],
             "no CUDA device; pass --dry-run",

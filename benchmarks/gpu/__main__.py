@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.plan import LIMIT, RUNS, STAGES
+from benchmarks.gpu.plan import LIMIT, RUNS, STAGES, ZOO_FILE, ZOO_INSTALL
 
 # a stage of a dry run is interpreted; the limits of a GPU do not apply
 _DRY_LIMIT = 300.0
@@ -40,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--states", type=Path, help="hidden states from `python -m benchmarks.accuracy --export`"
     )
     parser.add_argument(
+        "--unsloth-zoo", type=Path, metavar="DIR", help=f"a folder with unsloth-zoo (AGPL-3.0); {ZOO_INSTALL}"
+    )
+    parser.add_argument(
         "--limit", type=float, default=LIMIT, metavar="S", help=f"of the run (default: {LIMIT:g})"
     )
     given = parser.parse_args(arguments)
@@ -51,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             f"--states: {given.states} is no file; make it with python -m benchmarks.accuracy --export"
         )
+    if given.unsloth_zoo is not None and not (given.unsloth_zoo / ZOO_FILE).is_file():
+        parser.error(f"--unsloth-zoo: {given.unsloth_zoo} holds no {ZOO_FILE}; {ZOO_INSTALL}")
     if (given.out / "results.jsonl").exists():
         parser.error(f"--out: {given.out} holds the results of another run; name another folder")
     if not given.dry_run and not _gpu():
@@ -82,7 +87,8 @@ def run(name: str, given: argparse.Namespace, limit: float) -> str:
         environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.stages", name, str(given.out)]
     command += ["--dry-run"] * given.dry_run
-    command += ["--states", str(given.states)] * (given.states is not None)
+    for option, path in (("--states", given.states), ("--unsloth-zoo", given.unsloth_zoo)):
+        command += [option, str(path)] * (path is not None)
     with (given.out / "log.txt").open("a", encoding="utf-8") as log:
         log.write(f"# {name}\n")
         log.flush()

@@ -1,6 +1,8 @@
 """The stages themselves; `benchmarks.gpu.plan` says what each of them asks. One process runs one stage."""
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -24,9 +26,10 @@ from torch import Tensor
 
 from benchmarks import accuracy, machine, measure, plans
 from benchmarks.gpu.plan import STAGES as STAGE_SECONDS
+from benchmarks.gpu.plan import ZOO_FILE, ZOO_INSTALL
 from benchmarks.measure import CUDA, DEVICE, seconds
 from benchmarks.problems import FROZEN, IGNORED, PROBLEMS, SETTINGS, TINY, Case, Problem, Setting
-from benchmarks.providers import LOGITS_PROVIDERS, PROVIDERS, MissingError, chosen
+from benchmarks.providers import LOGITS_PROVIDERS, PROVIDERS, Loss, MissingError, Provider, Solves, chosen
 from ual_kernels import (
     CrossEntropyOptions,
     LinearCrossEntropyOptions,
@@ -50,8 +53,10 @@ STAGES: dict[str, Callable[["Run"], None]] = {}
 class Run:
     """Where a stage writes, and on what it runs."""
 
-    def __init__(self, name: str, out: Path, dry: bool, states: Path | None) -> None:
-        self.name, self.out, self.dry, self.states = name, out, dry, states
+    def __init__(
+        self, name: str, out: Path, dry: bool, states: Path | None, unsloth_zoo: Path | None
+    ) -> None:
+        self.name, self.out, self.dry, self.states, self.unsloth_zoo = name, out, dry, states, unsloth_zoo
 
     def emit(self, what: str, **values: Any) -> None:
         """Write one result, at once."""
@@ -484,6 +489,24 @@ def ours(run: Run) -> None:
             run.emit(name, ms=taken * 1e3, of_copy=copied / taken)
 
 
+def _peer(run: Run, problem: Problem, setting: Setting, provider: Provider, **more: str) -> None:
+    """Time a step of another implementation, if it is right."""
+    label = f"{problem.name} {setting.name}: {provider.name}"
+    try:
+        loss = provider.load()
+        small = measure.slice_of(problem).case(setting, DEVICE, torch.bfloat16)
+        measure.errors(loss, provider.ask(measure.telling(small)))
+        case = provider.ask(problem.case(setting, DEVICE, torch.bfloat16))
+        found = _timed(run, loss, case, setting)
+        run.emit(label, solves=provider.solves.value, **found, **more)
+    except (MissingError, measure.WrongError) as error:
+        run.emit(label, left_out=str(error), **more)
+    except Exception as error:  # a failing peer must not abort the stage
+        run.emit(label, raised=f"{type(error).__name__}: {error}"[:300], **more)
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
 @stage
 def peers(run: Run) -> None:
     """Others, after a check against float64, on the question that each of them can answer."""
@@ -494,20 +517,7 @@ def peers(run: Run) -> None:
     for problem in run.problems("llama3", "gemma2"):
         for setting in run.settings("frozen", "trainable"):
             for provider in chosen(PROVIDERS, list(names)):
-                label = f"{problem.name} {setting}: {provider.name}"
-                try:
-                    loss = provider.load()
-                    small = measure.slice_of(problem).case(BY_NAME[setting], DEVICE, torch.bfloat16)
-                    measure.errors(loss, provider.ask(measure.telling(small)))
-                    case = provider.ask(problem.case(BY_NAME[setting], DEVICE, torch.bfloat16))
-                    found = _timed(run, loss, case, BY_NAME[setting])
-                    run.emit(label, solves=provider.solves.value, **found)
-                except (MissingError, measure.WrongError) as error:
-                    run.emit(label, left_out=str(error))
-                except Exception as error:  # a failing peer must not abort the stage
-                    run.emit(label, raised=f"{type(error).__name__}: {error}"[:300])
-                if CUDA:
-                    torch.cuda.empty_cache()
+                _peer(run, problem, BY_NAME[setting], provider)
         case, copied = problem.logits(DEVICE, torch.bfloat16), _copied(problem, run)
         for provider in chosen(LOGITS_PROVIDERS, ["naive", "F.cross_entropy", "liger, in place"]):
             label = f"{problem.name} logits: {provider.name}"
@@ -521,6 +531,38 @@ def peers(run: Run) -> None:
                 run.emit(label, left_out=str(error))
             except Exception as error:  # a failing peer must not abort the stage
                 run.emit(label, raised=f"{type(error).__name__}: {error}"[:300])
+
+
+@stage
+def unsloth(run: Run) -> None:
+    """unsloth-zoo's fused head: no smoothing and one for all tokens, with the head frozen.
+
+    The package does not import beside the versions of this project, so its one file is loaded by its path, in
+    the process that this stage is.
+    """
+    folder = run.unsloth_zoo
+    if folder is None:
+        run.emit("unsloth-zoo", skipped=f"no --unsloth-zoo was given; {ZOO_INSTALL}")
+        return
+
+    def load() -> Loss:
+        name = "unsloth_zoo_fused_linear"
+        spec = importlib.util.spec_from_file_location(name, folder / ZOO_FILE)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return lambda c: module.fused_linear_cross_entropy(
+            c.hidden, c.head, None, c.target, divisor=(c.target != IGNORED).sum(), ignore_index=IGNORED,
+            label_smoothing=c.smoothing,
+        )  # fmt: skip
+
+    found = next(importlib.metadata.distributions(name="unsloth_zoo", path=[str(folder)]), None)
+    about = {"version": found.version if found else "unknown", "license": "AGPL-3.0"}
+    for problem in run.problems("llama3", "gemma2"):
+        for solves in (Solves.NONE, Solves.ONE):
+            provider = Provider(f"unsloth-zoo, {solves.value}", solves, load, "unsloth_zoo", rows=False)
+            _peer(run, problem, FROZEN, provider, **about)
 
 
 @stage
@@ -615,6 +657,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--states", type=Path)
+    parser.add_argument("--unsloth-zoo", type=Path)
     parser.add_argument("--canary", choices=CANARIES)
     given = parser.parse_args()
     repair()
@@ -623,7 +666,7 @@ def main() -> None:
     elif given.stage in inner:
         inner[given.stage]()  # type: ignore[misc]
     else:
-        STAGES[given.stage](Run(given.stage, given.out, given.dry_run, given.states))
+        STAGES[given.stage](Run(given.stage, given.out, given.dry_run, given.states, given.unsloth_zoo))
 
 
 if __name__ == "__main__":
