@@ -82,6 +82,7 @@ def test_the_floor(states: States, row: dict[str, Any]) -> None:
     }
 
 
+@pytest.mark.timeout(1800)  # an interpreted kernel takes minutes for a vocabulary of 49152
 def test_accuracy(states: States, row: dict[str, Any], provider: Provider) -> None:
     row["how"] = provider.how
     try:
