@@ -113,6 +113,7 @@ def test_results_of_another_run_are_not_mixed_in(tmp_path: Path, capsys: pytest.
     assert "holds the results of another run; name another folder" in capsys.readouterr().err
 
 
+@pytest.mark.kills("benchmarks/gpu/__main__.py", "value is not None and stage not in names", "False")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -122,6 +123,10 @@ def test_results_of_another_run_are_not_mixed_in(tmp_path: Path, capsys: pytest.
         (
             ["prove", "--out", "{}", "--dry-run", "--unsloth-zoo", "{}"],
             "holds no unsloth_zoo/fused_losses/fused_linear.py; make one with pip install --no-deps --target",
+        ),
+        (
+            ["unsloth", "--out", "{}", "--dry-run", "--states", __file__],
+            "--states serves the stage accuracy, which this run lacks; add it, or drop --states",
         ),
         pytest.param(
             ["prove", "--out", "{}"],

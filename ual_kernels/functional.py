@@ -305,7 +305,7 @@ def _of_linear(
     *,
     statistics: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The reduced loss, and packed statistics ([8, 0] unless wanted)."""
+    """The reduced loss, and packed statistics [8, N] ([7, N] of the reference; no columns unless wanted)."""
     options = _arguments.check_options(options, LinearCrossEntropyOptions)
     input, linear_weight, linear_bias = _arguments.linear(input, linear_weight, linear_bias)
     lora = _arguments.lora(linear_lora, input, linear_weight)

@@ -56,6 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if given.unsloth_zoo is not None and not (given.unsloth_zoo / ZOO_FILE).is_file():
         parser.error(f"--unsloth-zoo: {given.unsloth_zoo} holds no {ZOO_FILE}; {ZOO_INSTALL}")
+    for option, value, stage in (
+        ("--states", given.states, "accuracy"), ("--unsloth-zoo", given.unsloth_zoo, "unsloth"),
+    ):  # fmt: skip
+        if value is not None and stage not in names:
+            parser.error(f"{option} serves the stage {stage}, which this run lacks; add it, or drop {option}")
     if (given.out / "results.jsonl").exists():
         parser.error(f"--out: {given.out} holds the results of another run; name another folder")
     if not given.dry_run and not _gpu():

@@ -420,7 +420,7 @@ def ncu(run: Run) -> None:
             continue
         if done.returncode:
             said = (done.stdout + done.stderr).strip().splitlines()
-            run.emit(f"ncu {kernel}", raised=" ".join(line for line in said if "ERR" in line) or said[-1])
+            run.emit(f"ncu {kernel}", raised=" ".join([line for line in said if "ERR" in line] or said[-1:]))
             continue
         (run.out / f"ncu-{what}.txt").write_text(done.stdout[-60_000:], encoding="utf-8")
         wanted = "|".join(("Compute .SM. Throughput", "DRAM Throughput", "L2 Hit Rate", "Duration"))

@@ -30,6 +30,7 @@ largest. Where x does not have the largest at 1 (a softcap) or meets gradients d
 that is trained) it stays float32. float64 is not for tensor cores: use backend="torch".
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -1278,7 +1279,7 @@ class _Made(NamedTuple):
     logits: Tensor | None  # [M, V] fp32, what x lies in under a softcap
 
 
-class _Run:
+class _Run(ABC):
     """One call of the operator: buffers that its chunks share, and what accumulates over them."""
 
     most: int  # tokens at a time
@@ -1391,12 +1392,13 @@ class _Run:
         )  # fmt: skip
         return _Chunk(part, hidden, label, nan_mask, table, factors, u)
 
+    @abstractmethod
     def _make_x(self, chunk: _Chunk) -> _Made:
         """Step 2."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _head_gradient(self, chunk: _Chunk, x: Tensor) -> None:
-        raise NotImplementedError
+        """Add the chunk's part of the gradients of a trained head and its bias."""
 
     def _own_maximum(
         self, chunk: _Chunk, logits: Tensor | None, x: Tensor, *, write: bool, headroom: float = 0.0
