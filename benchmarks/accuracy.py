@@ -3,9 +3,9 @@
     python -m benchmarks.accuracy --export states.pt.gz          # here, where the model is
     pytest benchmarks/bench_accuracy.py --states states.pt.gz    # there, where a GPU is and the model is not
 
-Hidden states, head and targets are those of SmolLM2-135M-Instruct (V = 49152, D = 576; weights dequantised
-from 4 bits by `ual.quickstart.model`) reading worked answers of GSM8K, in bfloat16. Every provider gets these
-same bfloat16 numbers, so that what is measured is the loss and not the model. Smoothing is uniform in
+Hidden states, head and targets are those of SmolLM2-135M-Instruct (V = 49152, D = 576; weights dequantized
+from 4 bits by `ual.pipelines.quickstart.model`) reading worked answers of GSM8K, in bfloat16. Every provider gets
+these same bfloat16 numbers, so that what is measured is the loss and not the model. Smoothing is uniform in
 [0, 0.2], a value of its own for each row, for those who can; else 0.1 for all rows, or 0. Gradients are of
 the mean.
 
@@ -102,7 +102,7 @@ def model_folder() -> Path:
     """
     from ual.errors import UserError
     from ual.files import cache_folder
-    from ual.quickstart.model import prepare
+    from ual.pipelines.quickstart.model import prepare
 
     try:
         return prepare(cache_folder(os.environ))

@@ -98,7 +98,7 @@ def test_train_step(benchmark: Any, row: dict[str, Any], form: grid.Form, dtype:
     row |= {"solves": LOSSES[loss], "ours": loss == "fused", "rows": ROWS * LENGTH}
     if form.name == grid.SMOKE.name:
         pytest.skip("a real model's step takes longer than a smoke run")
-    from ual.quickstart.model import PACKAGE
+    from ual.pipelines.quickstart.model import PACKAGE
 
     try:
         importlib.metadata.distribution(PACKAGE)

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from ual import reliability
-from ual.data.answers import normalise
+from ual.methods import reliability
+from ual.methods.answers import normalise
 
 _ANSWERS = 18  # recorded for all but 18 of 1,319 questions
 

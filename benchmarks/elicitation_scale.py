@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ual.elicit.run as elicitation
-from ual.elicit_config import ElicitConfig
-from ual.uncertainty.asking import Reply, Request
-from ual.uncertainty.meter import Meter, Spent
+import ual.pipelines.elicit as elicitation
+from ual.config.elicit import ElicitConfig
+from ual.uncertainty.budget import Meter, Spent
+from ual.uncertainty.protocol import Reply, Request
 
 
 class Instant:

@@ -59,7 +59,7 @@ def stories(shared: Path) -> Path:
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct from its package, converted once for all workers, and for `ual quickstart`."""
     from ual.files import cache_folder
-    from ual.quickstart import model
+    from ual.pipelines.quickstart import model
 
     try:
         importlib.metadata.distribution(model.PACKAGE)

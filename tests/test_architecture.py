@@ -79,16 +79,16 @@ sys.exit("not refused")
 
 PURE = [
     "ual",
-    "ual.config",
+    "ual.config.run",
     "ual.records",
     "ual.errors",
     "ual.files",
-    "ual.smoothing",
-    "ual.reliability",
+    "ual.methods.smoothing",
+    "ual.methods.reliability",
     "ual.data",
-    "ual.elicit_config",
-    "ual.elicit.run",
-    "ual.uncertainty.endpoint",
+    "ual.config.elicit",
+    "ual.pipelines.elicit",
+    "ual.uncertainty.backends.endpoint",
 ]
 
 

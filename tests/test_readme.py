@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from ual import config
+from ual.config import run as configuration
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,7 +21,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_configuration_is_valid_and_short() -> None:
     (text,) = blocks("yaml")
-    run = config.parse(yaml.safe_load(text))
+    run = configuration.parse(yaml.safe_load(text))
     assert (run.smoothing.max, run.lora.r, run.uncertainty.estimator) == (0.2, 16, "white_box")
     assert len(text.splitlines()) <= 10
 

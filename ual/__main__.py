@@ -1,5 +1,5 @@
 """`python -m ual` is `ual`."""
 
-from ual.cli import main
+from ual.cli.main import main
 
 main()

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from ual.errors import UserError
 from ual.records import Message
-from ual.uncertainty.asking import Reply, Request, Token, key
+from ual.uncertainty.budget import Spent
 from ual.uncertainty.cache import Cache
-from ual.uncertainty.meter import Spent
+from ual.uncertainty.protocol import Reply, Request, Token, key
 
 WRITER = """
 import sys

@@ -12,12 +12,12 @@ import pytest
 from pydantic import SecretStr
 
 from tests.elicit.servers import Server, serving
-from ual.elicit_config import EndpointConfig
+from ual.config.elicit import EndpointConfig
 from ual.errors import UserError
 from ual.records import Message
-from ual.uncertainty.asking import AskError, Reply, Request
-from ual.uncertainty.endpoint import Endpoint, check_address, parse
-from ual.uncertainty.meter import Budget, BudgetReachedError, Meter, Prices, Spent
+from ual.uncertainty.backends.endpoint import Endpoint, check_address, parse
+from ual.uncertainty.budget import Budget, BudgetReachedError, Meter, Prices, Spent
+from ual.uncertainty.protocol import AskError, Reply, Request
 
 KEY = "sk-planted-0123456789"
 QUESTION = Request((Message("user", "How sure are you?"),), max_tokens=8)
@@ -67,7 +67,7 @@ def test_a_storm_of_429_passes_after_the_wait_it_asks_for(server: Server) -> Non
 
 
 @pytest.mark.kills(
-    "ual/uncertainty/endpoint.py", "if wait is not None and wait > _LONGEST_WAIT:", "if False:"
+    "ual/uncertainty/backends/endpoint.py", "if wait is not None and wait > _LONGEST_WAIT:", "if False:"
 )
 def test_a_wait_too_long_is_a_failure_at_once(server: Server) -> None:
     before, started = len(server.asked), time.monotonic()
@@ -88,13 +88,13 @@ def test_500s_are_tried_again_and_counted(server: Server) -> None:
 
 
 @pytest.mark.kills(
-    "ual/uncertainty/endpoint.py",
+    "ual/uncertainty/backends/endpoint.py",
     "            self._left -= len(chunk)",
     "            self._left -= 0",
     only="endless-longer than max_response_bytes-1",
 )
 @pytest.mark.kills(
-    "ual/uncertainty/endpoint.py",
+    "ual/uncertainty/backends/endpoint.py",
     "async with asyncio.timeout(self._config.timeout):",
     "if True:",
     only="drip-no reply within 0.4 s-2",
@@ -126,7 +126,7 @@ def test_what_cannot_be_read_fails_in_bounded_time(
 
 
 @pytest.mark.kills(
-    "ual/uncertainty/endpoint.py", "used = most  # what was sent", "used = Spent(1)  # what was sent"
+    "ual/uncertainty/backends/endpoint.py", "used = most  # what was sent", "used = Spent(1)  # what was sent"
 )
 def test_a_connection_that_broke_is_charged_in_full_since_it_may_have_been_answered(server: Server) -> None:
     meter = Meter()
@@ -139,7 +139,7 @@ def test_a_dropped_connection_is_tried_again(server: Server) -> None:
     assert reply.text == "0.25"
 
 
-@pytest.mark.kills("ual/uncertainty/endpoint.py", "follow_redirects=False", "follow_redirects=True")
+@pytest.mark.kills("ual/uncertainty/backends/endpoint.py", "follow_redirects=False", "follow_redirects=True")
 def test_redirects_are_not_followed(server: Server) -> None:
     before = len(server.asked)
     (error,) = ask(server.url("away"))
@@ -159,7 +159,9 @@ def test_at_most_so_many_at_once(server: Server) -> None:
     assert server.most_at_once == 3
 
 
-@pytest.mark.kills("ual/uncertainty/endpoint.py", "        async with self._slots:", "        if True:")
+@pytest.mark.kills(
+    "ual/uncertainty/backends/endpoint.py", "        async with self._slots:", "        if True:"
+)
 def test_waiting_for_a_slot_is_not_waiting_for_the_reply(server: Server) -> None:
     requests = [replace(QUESTION, draw=i) for i in range(50)]  # 50 ms each, one after another
     replies = ask(server.url("slow"), *requests, concurrency=1, timeout=2, max_retries=0)
@@ -167,7 +169,7 @@ def test_waiting_for_a_slot_is_not_waiting_for_the_reply(server: Server) -> None
 
 
 @pytest.mark.kills(
-    "ual/uncertainty/endpoint.py", "            await self._requests.acquire()", "            pass"
+    "ual/uncertainty/backends/endpoint.py", "            await self._requests.acquire()", "            pass"
 )
 def test_requests_per_minute(server: Server) -> None:
     started = time.monotonic()
@@ -183,12 +185,12 @@ def test_tokens_per_minute(server: Server) -> None:
 
 
 @pytest.mark.kills(
-    "ual/uncertainty/meter.py",
+    "ual/uncertainty/budget.py",
     "self.before + self.spent + self._held + most",
     "self.before + self.spent + most",
 )
 @pytest.mark.kills(
-    "ual/uncertainty/meter.py", "                if not self._under_way:", "                if True:"
+    "ual/uncertainty/budget.py", "                if not self._under_way:", "                if True:"
 )
 def test_the_budget_is_never_exceeded(server: Server) -> None:
     requests = [replace(QUESTION, draw=i) for i in range(10)]
@@ -205,10 +207,10 @@ def test_the_budget_is_never_exceeded(server: Server) -> None:
 
 
 @pytest.mark.kills(
-    "ual/uncertainty/endpoint.py", "for name in set(request.headers) - _HEADERS:", "for name in ():"
+    "ual/uncertainty/backends/endpoint.py", "for name in set(request.headers) - _HEADERS:", "for name in ():"
 )
 @pytest.mark.kills(
-    "ual/uncertainty/endpoint.py",
+    "ual/uncertainty/backends/endpoint.py",
     'return text.replace(self._key.get_secret_value(), "[key]") if self._key else text',
     "return text",
 )
@@ -234,7 +236,7 @@ def test_the_key_is_sent_and_never_shown(
 
 
 @pytest.mark.kills(
-    "ual/uncertainty/endpoint.py",
+    "ual/uncertainty/backends/endpoint.py",
     "not allow_plain_http and not _loopback(host)",
     "not allow_plain_http and 'localhost' not in host and '127' not in host",
 )

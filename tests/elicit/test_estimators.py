@@ -10,8 +10,8 @@ import pytest
 
 from ual.errors import UserError
 from ual.records import Elicited, Message, Sample
-from ual.uncertainty.asking import Reply, Request, Token
-from ual.uncertainty.registry import ESTIMATORS, build
+from ual.uncertainty.estimators.registry import ESTIMATORS, build
+from ual.uncertainty.protocol import Reply, Request, Token
 
 SAMPLE = Sample("1", (Message("user", "What is 2 + 2?"), Message("assistant", "4")), uncertainty=0.7)
 CHOICE = Sample(
@@ -46,7 +46,7 @@ def tokens(*parts: tuple[str, Sequence[tuple[str, float]]]) -> tuple[Token, ...]
 
 
 @pytest.mark.kills(
-    "ual/uncertainty/judge.py",
+    "ual/uncertainty/estimators/judge.py",
     "sum(i * m for i, m in enumerate(mass)) / total",
     "sum(i * m for i, m in enumerate(mass))",
 )
@@ -150,7 +150,7 @@ def entailing(pairs: set[tuple[str, str]], answers: Sequence[str]) -> Callable[[
 
 
 @pytest.mark.kills(
-    "ual/uncertainty/semantic_entropy.py",
+    "ual/uncertainty/estimators/semantic_entropy.py",
     "for first, second in ((a, b), (b, a)):",
     "for first, second in ((a, b),):",
 )
@@ -193,7 +193,9 @@ def test_rewording_asks_each_wording() -> None:
 
 
 @pytest.mark.kills(
-    "ual/uncertainty/rewording.py", "return normalise(texts[letters.index(letter)])", "return letter"
+    "ual/uncertainty/estimators/paraphrase.py",
+    "return normalise(texts[letters.index(letter)])",
+    "return letter",
 )
 def test_options_are_permuted_and_answers_mapped_back() -> None:
     spec = {"name": "rewording", "by": "permute_options", "wordings": 5}
@@ -216,7 +218,7 @@ def test_options_are_permuted_and_answers_mapped_back() -> None:
 
 
 @pytest.mark.kills(
-    "ual/uncertainty/rewording.py",
+    "ual/uncertainty/estimators/paraphrase.py",
     "match[0][: match.start(2) - match.start()] + next(following)",
     "match[0].replace(match[2], next(following), 1)",
 )

@@ -15,14 +15,14 @@ from transformers import (
     BertTokenizerFast,
 )
 
-from ual.config import ModelConfig
-from ual.elicit import local
-from ual.elicit_config import LocalConfig
+from ual.config.elicit import LocalConfig
+from ual.config.run import ModelConfig
 from ual.errors import UserError
 from ual.models import Prompt, generate
 from ual.records import Message
-from ual.uncertainty.asking import AskError, Reply, Request
-from ual.uncertainty.meter import Meter, Spent
+from ual.uncertainty.backends import local
+from ual.uncertainty.budget import Meter, Spent
+from ual.uncertainty.protocol import AskError, Reply, Request
 
 PROMPTS = [[1, 403, 407], [1, 261, 400, 267, 300, 301, 302], [1], [1, 350, 266, 410, 290]]
 
@@ -188,7 +188,7 @@ def test_a_classifier_is_read_by_its_labels_names(tmp_path: Path) -> None:
 
 
 def test_a_budget_holds_for_a_local_model_too(stories: Path) -> None:
-    from ual.uncertainty.meter import Budget
+    from ual.uncertainty.budget import Budget
 
     meter = Meter(Budget(requests=2))
     requests = [Request((Message("user", "x"),), max_tokens=1, draw=i) for i in range(4)]

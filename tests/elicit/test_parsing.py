@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ual.uncertainty.parsing import integer, last_number, option, probability, yes_or_no
+from ual.uncertainty.estimators.parsing import integer, last_number, option, probability, yes_or_no
 
 
 @pytest.mark.parametrize(
@@ -27,18 +27,22 @@ def test_probabilities_that_were_stated(text: str, value: float) -> None:
 
 
 @pytest.mark.kills(
-    "ual/uncertainty/parsing.py",
+    "ual/uncertainty/estimators/parsing.py",
     '    return value if 0 <= value <= 1 else "out of range"',
     "    return value % 1",
 )
-@pytest.mark.kills("ual/uncertainty/parsing.py", "    if len(values) > 1:", "    if len(values) > 9:")
 @pytest.mark.kills(
-    "ual/uncertainty/parsing.py", "if comma and len(digits) == 3", "if comma and len(digits) == 9"
+    "ual/uncertainty/estimators/parsing.py", "    if len(values) > 1:", "    if len(values) > 9:"
 )
 @pytest.mark.kills(
-    "ual/uncertainty/parsing.py", "        if match is None:  # a label", "        if False:  # a label"
+    "ual/uncertainty/estimators/parsing.py", "if comma and len(digits) == 3", "if comma and len(digits) == 9"
 )
-@pytest.mark.kills("ual/uncertainty/parsing.py", "    if len(given) != 1 or", "    if")
+@pytest.mark.kills(
+    "ual/uncertainty/estimators/parsing.py",
+    "        if match is None:  # a label",
+    "        if False:  # a label",
+)
+@pytest.mark.kills("ual/uncertainty/estimators/parsing.py", "    if len(given) != 1 or", "    if")
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -60,7 +64,7 @@ def test_what_states_no_probability_says_why(text: str | None, reason: str) -> N
 
 
 @pytest.mark.kills(
-    "ual/uncertainty/parsing.py",
+    "ual/uncertainty/estimators/parsing.py",
     "if truncated and any(end >= len(text.rstrip())",
     "if truncated and any(end > len(text)",
 )

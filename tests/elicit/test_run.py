@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 from tests.elicit.servers import Server, completion, serving
 from tests.ual.runs import ENVIRONMENT, ROOT, write_rows
-from ual.cli import app
+from ual.cli.main import app
+from ual.config.elicit import ElicitConfig
 from ual.data import load
-from ual.elicit.run import run
-from ual.elicit_config import ElicitConfig
 from ual.errors import UserError
-from ual.uncertainty.registry import ESTIMATORS, build
+from ual.pipelines.elicit import run
+from ual.uncertainty.estimators.registry import ESTIMATORS, build
 
 KEY = "sk-planted-9876543210"
 

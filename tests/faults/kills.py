@@ -34,12 +34,14 @@ def launcher(name: str) -> list[str]:
     """The words before the configuration's name that start two processes."""
     port = str(free_port())
     return {
-        "torchrun": [f"{BIN}/torchrun", "--nproc_per_node", "2", "--master_port", port, "-m", "ual.train"],
-        "deepspeed": [f"{BIN}/deepspeed", "--num_gpus", "2", "--master_port", port, "--module", "ual.train"],
+        "torchrun": [f"{BIN}/torchrun", "--nproc_per_node", "2", "--master_port", port, "-m", "ual", "train"],
+        "deepspeed": [
+            f"{BIN}/deepspeed", "--num_gpus", "2", "--master_port", port, "--module", "ual", "train",
+        ],
         "accelerate": [
             f"{BIN}/accelerate", "launch", "--use_deepspeed", "--num_processes", "2", "--num_machines", "1",
             "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port,
-            "-m", "ual.train",
+            "-m", "ual", "train",
         ],
         "ual": [sys.executable, "-m", "ual", "train"],
     }[name]  # fmt: skip
@@ -79,7 +81,7 @@ class Launch:
         for child in psutil.Process(self.process.pid).children(recursive=True):
             try:
                 rank = child.environ().get("RANK")
-                if rank is not None and "ual.train" in child.cmdline():
+                if rank is not None and "ual" in child.cmdline():
                     found[int(rank)] = child
             except (psutil.NoSuchProcess, psutil.ZombieProcess):
                 continue

@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.ual.runs import ENVIRONMENT, ROOT, configure, gsm8k, ual, write_rows
-from ual.cli import app
+from ual.cli.main import app
 
 ROWS = [
     {"prompt": f"What is {i} + {i}?", "completion": f"It is {2 * i}.", "uncertainty": i / 10}
@@ -149,7 +149,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, stories: Path) -> None:
 
 
 @pytest.mark.kills(
-    "ual/train/folder.py", "for folder in (self.path, self.checkpoints):", "for folder in (self.path,):"
+    "ual/runs/folder.py", "for folder in (self.path, self.checkpoints):", "for folder in (self.path,):"
 )
 def test_a_read_only_folder_is_refused_before_the_model_is_loaded(tmp_path: Path, stories: Path) -> None:
     config = configure(tmp_path, stories, ROWS, uncertainty="column")
@@ -184,7 +184,7 @@ def test_the_loss_alone_says_what_the_command_needs(tmp_path: Path) -> None:
 def test_help_shows_an_example_that_works(tmp_path: Path, stories: Path) -> None:
     help_text = CliRunner().invoke(app, ["train", "--help"]).output
     assert "ual train config.yaml" in help_text
-    from ual.cli import _EXAMPLE
+    from ual.cli.train import _EXAMPLE
 
     lines = _EXAMPLE.split("[bold]Examples")[0].splitlines()[2:]
     text = "\n".join(line.removeprefix("  ") for line in lines if line.startswith("  "))

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests.faults.test_bad_input import ROWS, refuse
 from tests.ual.runs import ENVIRONMENT, ROOT, configure, free_port, history
-from ual.cli import app
+from ual.cli.main import app
 from ual.errors import UserError
 from ual.train import checkpoint
 
@@ -113,20 +113,21 @@ def test_a_run_passes_over_its_damaged_checkpoint(tmp_path: Path, tiny: Path) ->
 _ONE_LEAVES = """
 import os, sys
 import torch.distributed as dist
-from ual.train import ranks
+from ual.train import distributed
 
 dist.init_process_group("gloo")
-ranks.wait()
-if ranks.rank() == 1:
+distributed.wait()
+if distributed.rank() == 1:
     os._exit(1)
 try:
-    ranks.wait()
+    distributed.wait()
 except RuntimeError as error:
-    os._exit(0 if ranks.is_lost(error) and not ranks.is_lost(RuntimeError("disk quota exceeded")) else 3)
+    full = RuntimeError("disk quota exceeded")
+    os._exit(0 if distributed.is_lost(error) and not distributed.is_lost(full) else 3)
 """
 
 
-@pytest.mark.kills("ual/train/ranks.py", 'or "gloo/transport" in str(error)', "")
+@pytest.mark.kills("ual/train/distributed.py", 'or "gloo/transport" in str(error)', "")
 def test_a_process_that_is_gone_is_not_taken_for_a_full_disk() -> None:
     at = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
@@ -140,7 +141,7 @@ def test_a_process_that_is_gone_is_not_taken_for_a_full_disk() -> None:
             process.kill()
 
 
-@pytest.mark.kills("ual/train/folder.py", "elif resume is True:", "elif resume:")
+@pytest.mark.kills("ual/runs/folder.py", "elif resume is True:", "elif resume:")
 def test_nothing_to_go_on_with(tmp_path: Path, tiny: Path) -> None:
     config = configure(tmp_path, tiny, ROWS, uncertainty="column", training={"max_steps": 2})
     assert "--resume auto" in refuse(config, "--resume")
@@ -150,7 +151,7 @@ def test_nothing_to_go_on_with(tmp_path: Path, tiny: Path) -> None:
 
 
 @pytest.mark.kills(
-    "ual/train/callbacks.py", "if not ranks.highest(mine):", "if mine or not ranks.highest(mine):"
+    "ual/train/callbacks.py", "if not distributed.highest(mine):", "if mine or not distributed.highest(mine):"
 )
 def test_a_gradient_that_is_not_finite_names_the_samples(tmp_path: Path, tiny: Path) -> None:
     """A weight near the largest float overflows one row's gradient; the step before has been saved."""
@@ -222,9 +223,11 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
     )
 
 
-@pytest.mark.kills("ual/train/zero.py", "if stage(values) == 3 and not", "if stage(values) == 4 and not")
+@pytest.mark.kills("ual/train/deepspeed.py", "if stage(values) == 3 and not", "if stage(values) == 4 and not")
 @pytest.mark.kills(
-    "ual/train/zero.py", 'if (hint := nearest(key, _KEYS)).startswith("did', 'if (hint := "").startswith("did'
+    "ual/train/deepspeed.py",
+    'if (hint := nearest(key, _KEYS)).startswith("did',
+    'if (hint := "").startswith("did',
 )
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -243,7 +246,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
 def test_a_deepspeed_file_is_checked(
     tmp_path: Path, tiny: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
-    from ual.train.zero import PROFILES
+    from ual.train.deepspeed import PROFILES
 
     values = json.loads(PROFILES["zero3"].read_text())
     change(values)

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from tests.ual.runs import ENVIRONMENT, ROOT, configure, gsm8k, history
-from ual.config import load
-from ual.run import run
+from ual.config.run import load
+from ual.pipelines.train import run
 from ual.train import checkpoint
 
 pytestmark = [
@@ -68,7 +68,7 @@ def test_torchrun_meets_across_machines(machines: list[str], shared: Path, tmp_p
              "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "ual",
              # names say nothing here, so who hosts the meeting, and where each one is, must be said
              "--rdzv_conf", f"is_host={int(side == 'a')}", "--local_addr", address,
-             "--rdzv_endpoint", f"{ADDRESSES[0]}:29500", "-m", "ual.train", str(config)],
+             "--rdzv_endpoint", f"{ADDRESSES[0]}:29500", "-m", "ual", "train", str(config)],
             env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": f"v{os.getpid()}{side}", "DS_ACCELERATOR": "cpu"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
         )

@@ -105,9 +105,9 @@ def zero(case: Case, folder: Path) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_fp32_param
     from transformers import TrainingArguments
 
+    from ual.data.training_set import Features
     from ual.train import UALTrainer
-    from ual.train.trainer import Features
-    from ual.train.zero import deepspeed_config, join
+    from ual.train.deepspeed import deepspeed_config, join
 
     class InOrder(UALTrainer):
         def _get_train_sampler(self, *_: Any) -> Any:

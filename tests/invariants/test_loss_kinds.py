@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from ual.config import LossConfig
+from ual.config.run import LossConfig
 from ual.data import Collator
+from ual.data.training_set import Features
 from ual.errors import UserError
 from ual.models import fuse
 from ual.train import UALTrainer
-from ual.train.loss import objective
-from ual.train.trainer import Features
+from ual.train.objective import objective
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -45,9 +45,9 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
 }
 
 
-@pytest.mark.kills("ual/train/loss.py", "return loss / mean.nan_to_num(nan=1.0)", "return loss")
-@pytest.mark.kills("ual/train/loss.py", "losses.eaft(config.top_k, config.alpha)", "losses.eaft()")
-@pytest.mark.kills("ual/train/loss.py", "losses.mile(config.gamma, config.sigma)", "losses.mile()")
+@pytest.mark.kills("ual/train/objective.py", "return loss / mean.nan_to_num(nan=1.0)", "return loss")
+@pytest.mark.kills("ual/train/objective.py", "losses.eaft(config.top_k, config.alpha)", "losses.eaft()")
+@pytest.mark.kills("ual/train/objective.py", "losses.mile(config.gamma, config.sigma)", "losses.mile()")
 @pytest.mark.parametrize("kind", RULES)
 def test_the_loss_is_its_definition(kind: str, tiny: Path, tmp_path: Path) -> None:
     """Two micro-batches of two rows; MiLe's mean is that of each; the weights have no gradient."""

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from tests.ual.runs import configure, gsm8k, history, start, ual
-from ual.config import load
+from ual.config.run import load
 from ual.data import Collator, Renderer
 from ual.data import load as load_rows
+from ual.data.training_set import Features
 from ual.models import fuse
-from ual.run import run
+from ual.pipelines.train import run
 from ual.train import UALTrainer
-from ual.train.trainer import Features
 
 pytestmark = [
     # the trainer's own import of tensorboard and torch.distributed, on a CPU

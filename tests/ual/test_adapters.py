@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from tests.ual.runs import configure, gsm8k
-from ual import cli
-from ual.config import LoraConfig, ModelConfig, load
+from ual.cli import main as cli
+from ual.config.run import LoraConfig, ModelConfig, load
 from ual.errors import UserError
 from ual.models import attach_lora, fuse, load_model, merge, unfuse
+from ual.pipelines.train import run
 from ual.report import card
-from ual.run import run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

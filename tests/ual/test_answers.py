@@ -12,10 +12,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ual import reliability
 from ual.data import load
-from ual.data.answers import Group, normalise, process, read, write
+from ual.data.questions import read
 from ual.errors import UserError
+from ual.methods import reliability
+from ual.methods.answers import normalise
+from ual.pipelines.weak_labels import Group, process, write
 
 Writer = Callable[..., Path]
 

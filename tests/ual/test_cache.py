@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from ual.data import Renderer, cache, tokenise
+from ual.data import Renderer, tokenise
 from ual.records import Message, Sample
 
 
@@ -46,7 +46,7 @@ def from_cache(made: Renderer, samples: list[Sample], folder: Path) -> bool:
     return not rendered
 
 
-@pytest.mark.kills("ual/data/cache.py", "renderer.counts.update(counts)", "pass")
+@pytest.mark.kills("ual/data/tokenize.py", "renderer.counts.update(counts)", "pass")
 def test_a_second_run_reads_what_the_first_made(tokenizer: Any, tmp_path: Path) -> None:
     assert not from_cache(renderer(tokenizer), SAMPLES, tmp_path)
     again = renderer(tokenizer)
@@ -58,7 +58,7 @@ def test_a_second_run_reads_what_the_first_made(tokenizer: Any, tmp_path: Path) 
     assert tokenise(SAMPLES, renderer(tokenizer)) == tokenise(SAMPLES, renderer(tokenizer), tmp_path)
 
 
-@pytest.mark.kills("ual/data/cache.py", "[sample.id, chat, sample.tools]", "[sample.id]")
+@pytest.mark.kills("ual/data/tokenize.py", "[sample.id, chat, sample.tools]", "[sample.id]")
 def test_whatever_changes_the_tokens_is_in_the_key(tokenizer: Any, tmp_path: Path) -> None:
     assert not from_cache(renderer(tokenizer), SAMPLES, tmp_path)
     for options in (
@@ -86,7 +86,9 @@ def test_whatever_changes_the_tokens_is_in_the_key(tokenizer: Any, tmp_path: Pat
     assert from_cache(renderer(tokenizer), weighted, tmp_path)
 
 
-@pytest.mark.kills("ual/data/cache.py", 'arrays["checksum"].tobytes() != _checksum(tokens, trained)', "False")
+@pytest.mark.kills(
+    "ual/data/tokenize.py", 'arrays["checksum"].tobytes() != _checksum(tokens, trained)', "False"
+)
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: flip(b)])
 def test_a_damaged_file_is_made_again(damage: Any, tokenizer: Any, tmp_path: Path) -> None:
     assert not from_cache(renderer(tokenizer), SAMPLES, tmp_path)
@@ -122,7 +124,7 @@ def test_the_oldest_goes_first(tokenizer: Any, tmp_path: Path, monkeypatch: pyte
         time.sleep(0.01)
     tokenise(SAMPLES[:3], renderer(tokenizer), tmp_path)  # read, so no longer the oldest
     size = max(path.stat().st_size for path in tmp_path.glob("*.npz"))
-    monkeypatch.setattr(cache, "_LARGEST", 3 * size)
+    monkeypatch.setattr("ual.data.tokenize._LARGEST", 3 * size)
     tokenise(SAMPLES, renderer(tokenizer), tmp_path)
     assert from_cache(renderer(tokenizer), SAMPLES, tmp_path)
     assert from_cache(renderer(tokenizer), SAMPLES[:3], tmp_path)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import ual
 from tests.ual.runs import configure, write_rows
-from ual.cli import app
+from ual.cli.main import app
 from ual.data import load
 
 ROWS = [

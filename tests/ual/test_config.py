@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ual import config
+from ual.config import run as configuration
+from ual.config.base import dump
 from ual.errors import UserError
 
 MINIMAL = "model: some/model\ndata: rows.jsonl\n"
@@ -18,7 +19,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_short_forms_and_defaults(file: Path) -> None:
-    run = config.load(file)
+    run = configuration.load(file)
     assert run.model.path == "some/model"
     assert run.data.train == "rows.jsonl"
     assert run.output_dir == "runs/first"
@@ -33,10 +34,12 @@ def test_short_forms_and_defaults(file: Path) -> None:
 
 
 def test_a_dump_reads_back_equal(file: Path, tmp_path: Path) -> None:
-    run = config.load(file, ["loss=uniform", "training={max_steps: 3, learning_rate: 1.0e-3}", "lora=null"])
+    run = configuration.load(
+        file, ["loss=uniform", "training={max_steps: 3, learning_rate: 1.0e-3}", "lora=null"]
+    )
     again = tmp_path / "resolved.yaml"
-    again.write_text(config.dump(run))
-    assert config.load(again) == run
+    again.write_text(dump(run))
+    assert configuration.load(again) == run
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ def test_a_dump_reads_back_equal(file: Path, tmp_path: Path) -> None:
     ],
 )
 def test_overrides(file: Path, override: str, section: str, name: str, value: object) -> None:
-    assert getattr(getattr(config.load(file, [override]), section), name) == value
+    assert getattr(getattr(configuration.load(file, [override]), section), name) == value
 
 
 @pytest.mark.parametrize(
@@ -73,17 +76,17 @@ def test_refusals_name_the_place(tmp_path: Path, text: str, message: str) -> Non
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        config.load(path)
+        configuration.load(path)
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.yaml: cannot read the configuration: No such file"):
-        config.load(tmp_path / "none.yaml")
+        configuration.load(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("override", ["loss", "=3", "loss=[", "data.trian=x"])
 def test_bad_overrides(file: Path, override: str) -> None:
     with pytest.raises(UserError):
-        config.load(file, [override])
+        configuration.load(file, [override])

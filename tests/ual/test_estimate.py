@@ -12,10 +12,11 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.ual.runs import ENVIRONMENT, ROOT
-from ual import config as configuration
+from ual.config import run as configuration
+from ual.config.base import dump
 from ual.errors import UserError
 from ual.models.memory import StepMemory, empty_model, step_memory
-from ual.train.estimate import _states, estimate, sharded
+from ual.pipelines.estimate import _states, estimate, sharded
 
 LLAMA = {
     "model_type": "llama",
@@ -95,7 +96,7 @@ def test_a_real_steps_peak_is_what_was_estimated(settings: Path, tmp_path: Path)
     ):
         run = configuration.load(settings, overrides)
         files.append(tmp_path / f"{len(files)}.yaml")
-        files[-1].write_text(configuration.dump(run))
+        files[-1].write_text(dump(run))
         estimates.append(estimate(run, device="cpu"))
     environment = ENVIRONMENT | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(
@@ -157,8 +158,8 @@ def test_optimizers_by_name(optim: str, states: float) -> None:
     assert _states(optim) == states
 
 
-@pytest.mark.kills("ual/train/estimate.py", "gpus if zero >= 2 else 1", "gpus if zero >= 1 else 1")
-@pytest.mark.kills("ual/train/estimate.py", "(4 * (states + 1))", "(4 * states)")
+@pytest.mark.kills("ual/pipelines/estimate.py", "gpus if zero >= 2 else 1", "gpus if zero >= 1 else 1")
+@pytest.mark.kills("ual/pipelines/estimate.py", "(4 * (states + 1))", "(4 * states)")
 def test_zero_shards_by_its_stages() -> None:
     step = StepMemory(
         frozen_weights=800, trained_weights=80, trained_parameters=20, gradients=80, largest_layer=50,

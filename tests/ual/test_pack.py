@@ -176,7 +176,7 @@ def test_packed_is_unpacked(family: str, attention: str) -> None:
         assert ours <= 4 * theirs + torch.finfo(torch.float32).eps
 
 
-@pytest.mark.kills("ual/models/fused_loss.py", 'kwargs.setdefault("use_cache", False)', "pass")
+@pytest.mark.kills("ual/models/fuse.py", 'kwargs.setdefault("use_cache", False)', "pass")
 def test_a_cache_left_on_does_not_mix_rows() -> None:
     """transformers does not see that a sequence is packed where it makes a key-value cache."""
     features = packed(rows())
@@ -227,8 +227,10 @@ def absolute(model: PreTrainedModel) -> None:
     body.forward = counted
 
 
-@pytest.mark.kills("ual/models/isolation.py", "(beside - beside_other, 8 * eps", "(alone - alone, 8 * eps")
-@pytest.mark.kills("ual/models/isolation.py", "(beside - alone, eps**0.5", "(alone - alone, eps**0.5")
+@pytest.mark.kills(
+    "ual/models/packing_check.py", "(beside - beside_other, 8 * eps", "(alone - alone, 8 * eps"
+)
+@pytest.mark.kills("ual/models/packing_check.py", "(beside - alone, eps**0.5", "(alone - alone, eps**0.5")
 @pytest.mark.parametrize(
     ("breaks", "message"),
     [(leaking, "'leaks' lets packed rows see each other"), (absolute, "otherwise than the row alone")],

@@ -19,8 +19,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ual.analysis import data_uri, distribution, loss_curves, plots, reliability_diagram, write_png
 from ual.evaluate import reliability_bins
+from ual.report import plots
+from ual.report.plots import data_uri, distribution, loss_curves, reliability_diagram, write_png
 
 AWKWARD = ["$x$ and $\\frac{", "<b>&\"'", "名前 имя", "a\x00b\ud800\n", "", "n" * 200, "--> ]]>"]
 
@@ -241,7 +242,7 @@ def test_a_settled_figure_looks_the_same() -> None:
 
 def test_pyplot_is_never_loaded() -> None:
     code = (
-        "import sys, ual.analysis as a; a.data_uri(a.loss_curves({'a': [(1, 2.0)]})); "
+        "import sys, ual.report.plots as a; a.data_uri(a.loss_curves({'a': [(1, 2.0)]})); "
         "assert not {'matplotlib.pyplot', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

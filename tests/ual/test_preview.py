@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.ual.runs import configure
-from ual import cli
-from ual.config import load
-from ual.preview import preview
+from ual.cli import main as cli
+from ual.config.run import load
+from ual.pipelines.preview import preview
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -40,7 +40,7 @@ def invoke(*words: object, code: int = 0) -> str:
     return result.output
 
 
-@pytest.mark.kills("ual/preview.py", "elif sample.sample_weight == 0:", "elif False:")
+@pytest.mark.kills("ual/pipelines/preview.py", "elif sample.sample_weight == 0:", "elif False:")
 def test_every_row_is_counted_once_with_its_reason(config: Path) -> None:
     found = preview(load(config))
     assert found.count == 10
@@ -59,7 +59,7 @@ def test_every_row_is_counted_once_with_its_reason(config: Path) -> None:
     assert 2 <= packed.sequences < found.trained_rows
 
 
-@pytest.mark.kills("ual/preview.py", "trained = [False, *(", "trained = [True, *(")
+@pytest.mark.kills("ual/pipelines/preview.py", "trained = [False, *(", "trained = [True, *(")
 def test_what_is_shown_is_what_is_trained(config: Path) -> None:
     cut, first, last = (preview(load(config), count=7).rows[i] for i in (0, 1, 6))
     assert cut.truncated

@@ -8,7 +8,7 @@ import pytest
 
 from ual.data.load import load
 from ual.errors import UserError
-from ual.quickstart import data
+from ual.pipelines.quickstart import data
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

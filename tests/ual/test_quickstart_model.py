@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ual.errors import UserError
 from ual.models.gguf import convert
-from ual.quickstart import model
+from ual.pipelines.quickstart import model
 
 MARKER = "conversion.json"
 _NAMES = {  # llama.cpp's names of weights, and transformers'
@@ -134,7 +134,7 @@ def assert_whole(folder: Path, source: Path) -> None:
 def in_process(site: Path, cache: Path, before: str = "", after: str = "") -> list[str]:
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r}); from pathlib import Path; {before}\n"
-        "from ual.quickstart.model import prepare\n"
+        "from ual.pipelines.quickstart.model import prepare\n"
         f"folder = prepare(Path({str(cache)!r})); {after}\n"
     )
     return [sys.executable, "-W", "error", "-c", code]

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ual import reliability
 from ual.errors import UserError
+from ual.methods import reliability
 
 NAN = math.nan
 EPS = np.finfo(np.float64).eps
@@ -32,9 +32,9 @@ some_answers = st.lists(st.sampled_from(["18", "26", "4", "9", None]), min_size=
 entropies = st.lists(st.floats(0, 3), max_size=30)
 
 
-@pytest.mark.kills("ual/reliability.py", "math.log(n / count)", "math.log2(n / count)")
+@pytest.mark.kills("ual/methods/reliability.py", "math.log(n / count)", "math.log2(n / count)")
 @pytest.mark.kills(
-    "ual/reliability.py", "for count in sorted(counts.values())", "for count in counts.values()"
+    "ual/methods/reliability.py", "for count in sorted(counts.values())", "for count in counts.values()"
 )
 class TestEntropy:
     @golden
@@ -89,7 +89,7 @@ class TestEntropy:
         assert len({reliability.entropy(order) for order in orders}) == 1
 
 
-@pytest.mark.kills("ual/reliability.py", "h <= limit", "h < limit")
+@pytest.mark.kills("ual/methods/reliability.py", "h <= limit", "h < limit")
 class TestKeep:
     @given(entropies)
     def test_the_median_keeps_at_least_half_and_all_ties(self, h: list[float]) -> None:
@@ -141,7 +141,7 @@ class TestKeep:
 
 
 @pytest.mark.kills(
-    "ual/reliability.py",
+    "ual/methods/reliability.py",
     "(count - highest) / (len(answers) * temperature)",
     "(count - highest) / temperature",
 )
@@ -177,7 +177,9 @@ class TestAnswerWeights:
             reliability.answer_weights(["a"], temperature)
 
 
-@pytest.mark.kills("ual/reliability.py", "(counts[answer], answer is not None)", "(counts[answer], True)")
+@pytest.mark.kills(
+    "ual/methods/reliability.py", "(counts[answer], answer is not None)", "(counts[answer], True)"
+)
 class TestMajority:
     @given(some_answers)
     def test_no_answer_is_more_frequent(self, answers: list[str | None]) -> None:

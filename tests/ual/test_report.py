@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ual import config as configuration
+from ual.config import run as configuration
+from ual.config.base import dump
 from ual.errors import UserError
 from ual.evaluate import Evaluation, TokenMetrics
 from ual.report import findings, write
-from ual.report.runs import read
+from ual.runs.read import read
 
 HEADLINE = ("nll", "perplexity", "accuracy", "ece", "brier")
 SECTIONS = ("verdict", "results", "figures", "sources", "examples", "reproduce")
@@ -162,7 +163,7 @@ def build(
     folder.mkdir(parents=True)
     for name, content in files.items():
         if name == "config.yaml":
-            text = configuration.dump(content) if isinstance(content, configuration.RunConfig) else content
+            text = dump(content) if isinstance(content, configuration.RunConfig) else content
         elif isinstance(content, list):
             text = "".join(json.dumps(row) + "\n" for row in content)
         else:

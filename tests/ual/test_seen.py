@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ual.data.groups import assign
 from ual.train.callbacks import describe
-from ual.train.seen import BatchStatistics, spread
+from ual.train.metrics import BatchStatistics, spread
 from ual_kernels import TokenStatistics
 
 NAMES = ("source/a", "source/b", "uncertainty/q1")
@@ -41,9 +41,9 @@ def batch(packed: bool) -> tuple[torch.Tensor, Any, Any, Any]:
     return (torch.tensor([live[:-1]]), *(torch.tensor([column]) for column in columns))
 
 
-@pytest.mark.kills("ual/train/seen.py", "else groups[:, :-1]", "else groups[:, :1]")
-@pytest.mark.kills("ual/train/seen.py", "torch.where(groups < 0, nowhere, groups)", "groups.clamp(min=0)")
-@pytest.mark.kills("ual/train/seen.py", "live.numel() + len(live)", "live.numel()")
+@pytest.mark.kills("ual/train/metrics.py", "else groups[:, :-1]", "else groups[:, :1]")
+@pytest.mark.kills("ual/train/metrics.py", "torch.where(groups < 0, nowhere, groups)", "groups.clamp(min=0)")
+@pytest.mark.kills("ual/train/metrics.py", "live.numel() + len(live)", "live.numel()")
 @pytest.mark.parametrize("packed", [False, True])
 def test_sums_by_hand(packed: bool) -> None:
     live, smoothing, weight, groups = batch(packed)
@@ -105,7 +105,9 @@ def test_processes_are_added_up() -> None:
 
 
 @pytest.mark.kills(
-    "ual/train/seen.py", "if values.ndim == 1 else values[:, :-1]", "if values.ndim == 1 else values[:, 1:]"
+    "ual/train/metrics.py",
+    "if values.ndim == 1 else values[:, :-1]",
+    "if values.ndim == 1 else values[:, 1:]",
 )
 def test_spread() -> None:
     live = torch.tensor([[True, False], [True, True]])

@@ -7,9 +7,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ual import smoothing
-from ual.config import SmoothingConfig
+from ual.config.run import SmoothingConfig
 from ual.errors import UserError
+from ual.methods import smoothing
 
 EPS = np.finfo(np.float64).eps
 NAN = math.nan
@@ -42,7 +42,7 @@ def assert_order_kept(before: np.ndarray, after: np.ndarray) -> None:
     assert (steps[ties] == 0).all()
 
 
-@pytest.mark.kills("ual/smoothing.py", "np.cumsum(count) - (count + 1) / 2", "np.cumsum(count) - 1")
+@pytest.mark.kills("ual/methods/smoothing.py", "np.cumsum(count) - (count + 1) / 2", "np.cumsum(count) - 1")
 class TestScale:
     @given(uncertainties, st.sampled_from(["rank", "min_max"]))
     @example(np.array([-1.7e308, 1.7e308, 0.0]), "min_max")
@@ -111,11 +111,11 @@ class TestScale:
 
 
 @pytest.mark.kills(
-    "ual/smoothing.py",
+    "ual/methods/smoothing.py",
     "minimum + (maximum - minimum) * values, minimum",
     "maximum - (maximum - minimum) * values, minimum",
 )
-@pytest.mark.kills("ual/smoothing.py", "values = values**power", "values = values * power")
+@pytest.mark.kills("ual/methods/smoothing.py", "values = values**power", "values = values * power")
 class TestSmooth:
     @given(scaled, bounds(), maps)
     def test_is_monotone_and_within_bounds(
@@ -179,7 +179,9 @@ def matchable(draw: st.DrawFn) -> tuple[np.ndarray, float, float, float]:
 
 
 @pytest.mark.kills(
-    "ual/smoothing.py", "((maximum - target) / (maximum - mean))", "((maximum - mean) / (maximum - target))"
+    "ual/methods/smoothing.py",
+    "((maximum - target) / (maximum - mean))",
+    "((maximum - mean) / (maximum - target))",
 )
 class TestMatchMean:
     # s and its mean carry a rounding each per sum of at most 30 terms, and the map four more
@@ -277,7 +279,7 @@ class TestControls:
         assert (smoothing.random(10, 0) != smoothing.random(10, 1)).all()
 
 
-@pytest.mark.kills("ual/smoothing.py", "np.median(values[~missing])", "np.mean(values[~missing])")
+@pytest.mark.kills("ual/methods/smoothing.py", "np.median(values[~missing])", "np.mean(values[~missing])")
 class TestFillMissing:
     @given(uncertainties)
     def test_median_fills_only_the_gaps(self, x: np.ndarray) -> None:

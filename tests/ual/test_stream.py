@@ -11,10 +11,11 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from tests.ual.runs import configure, history, write_rows
-from ual import config, rows
+from ual.config import run as configuration
 from ual.data import PackedCollator, load, stream
+from ual.data import training_set as rows
 from ual.errors import UserError
-from ual.run import run
+from ual.pipelines.train import run
 
 ROWS = [
     {"id": i, "prompt": f"What is {i} + {i}?", "completion": f"It is {2 * i}.", "uncertainty": (7 * i) % 30,
@@ -54,12 +55,12 @@ def test_a_wrong_row_is_named_with_its_place(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny: Path) -> config.RunConfig:
+def settings(tmp_path: Path, tiny: Path) -> run.RunConfig:
     path = configure(tmp_path, tiny, ROWS, data=STREAMED, uncertainty="column")
-    return config.load(path)
+    return configuration.load(path)
 
 
-def streamed(settings: config.RunConfig, tiny: Path) -> rows.TrainingRows:
+def streamed(settings: run.RunConfig, tiny: Path) -> rows.TrainingRows:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
 
     class Model:
@@ -71,7 +72,7 @@ def streamed(settings: config.RunConfig, tiny: Path) -> rows.TrainingRows:
     return rows.streamed(settings, rows.renderer(settings, tokenizer, Model()))
 
 
-def test_smoothing_by_rank_needs_the_first_pass(settings: config.RunConfig, tiny: Path) -> None:
+def test_smoothing_by_rank_needs_the_first_pass(settings: run.RunConfig, tiny: Path) -> None:
     """Every row has the smoothing that it has when all are in memory, whatever order it is read in."""
     found = streamed(settings, tiny)
     expected = {
@@ -102,7 +103,7 @@ def test_smoothing_by_rank_needs_the_first_pass(settings: config.RunConfig, tiny
     "ual/data/streaming.py", "default_rng([self._seed, self._epoch])", "default_rng(self._seed)"
 )
 @pytest.mark.kills("ual/data/streaming.py", "islice(rows, self._buffer)", "islice(rows, self._buffer - 1)")
-def test_an_epochs_order_is_its_own_and_always_the_same(settings: config.RunConfig, tiny: Path) -> None:
+def test_an_epochs_order_is_its_own_and_always_the_same(settings: run.RunConfig, tiny: Path) -> None:
     orders = []
     for epoch in (0, 1, 0):
         found = streamed(settings, tiny).dataset
@@ -121,7 +122,7 @@ def test_an_epochs_order_is_its_own_and_always_the_same(settings: config.RunConf
     ids=["shorter", "longer", "gone"],
 )
 def test_a_file_that_changes_under_a_run_stops_it(
-    settings: config.RunConfig, tiny: Path, lines: int | None, message: str
+    settings: run.RunConfig, tiny: Path, lines: int | None, message: str
 ) -> None:
     rows, file = streamed(settings, tiny).dataset, Path(settings.data.train)
     if lines is None:
@@ -132,7 +133,7 @@ def test_a_file_that_changes_under_a_run_stops_it(
         list(rows)
 
 
-def test_packs_of_a_stream_hold_every_row_once(settings: config.RunConfig, tiny: Path) -> None:
+def test_packs_of_a_stream_hold_every_row_once(settings: run.RunConfig, tiny: Path) -> None:
     packing = settings.model_copy(update={"data": settings.data.model_copy(update={"packing": True})})
     packs = list(streamed(packing, tiny).dataset)
     assert sorted(int(row["id"]) for p in packs for row in p["rows"]) == list(range(30))
@@ -149,7 +150,9 @@ def test_a_streamed_and_packed_run_resumes_as_if_nothing_had_happened(tmp_path: 
         path = configure(tmp_path / name, tiny, ROWS, data=data, uncertainty="column")
         for i, count in enumerate(steps):
             result = run(
-                config.load(path, [f"training.max_steps={count}", "training.lr_scheduler_type=constant"]),
+                configuration.load(
+                    path, [f"training.max_steps={count}", "training.lr_scheduler_type=constant"]
+                ),
                 resume=i > 0,
             )
         curves.append([(row["step"], row["loss"]) for row in history(tmp_path / name / "run")])
@@ -174,4 +177,4 @@ def test_what_a_stream_cannot_do_is_refused_by_name(
 ) -> None:
     path = configure(tmp_path, tiny, ROWS, data=STREAMED, uncertainty="column")
     with pytest.raises(UserError, match=message):
-        config.load(path, overrides)
+        configuration.load(path, overrides)

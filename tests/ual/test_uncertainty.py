@@ -11,7 +11,7 @@ from ual.data import Collator
 from ual.errors import UserError
 from ual.models import fuse, score
 from ual.records import Message, Sample
-from ual.uncertainty import Column, WhiteBox
+from ual.uncertainty.estimators import column, white_box
 
 
 def sample(i: int, uncertainty: float | None = None) -> Sample:
@@ -20,13 +20,13 @@ def sample(i: int, uncertainty: float | None = None) -> Sample:
 
 
 def test_a_column_is_passed_on_with_its_gaps() -> None:
-    values = [e.value for e in Column().estimate([sample(0, 0.5), sample(1), sample(2, -3.0)])]
+    values = [e.value for e in column.own_uncertainties([sample(0, 0.5), sample(1), sample(2, -3.0)])]
     assert values == [0.5, None, -3.0]
 
 
 def test_a_column_that_no_row_has_is_refused() -> None:
     with pytest.raises(UserError, match="white_box"):
-        list(Column().estimate([sample(0), sample(1)]))
+        list(column.own_uncertainties([sample(0), sample(1)]))
 
 
 def test_white_box_is_the_mean_nll_of_the_response(stories: Path) -> None:
@@ -48,12 +48,9 @@ def test_white_box_is_the_mean_nll_of_the_response(stories: Path) -> None:
     fuse(model)
     done: list[int] = []
     by_id = {f["id"]: f for f in features}
-    box = WhiteBox(
-        lambda samples: score(
-            model, [by_id[s.id] for s in samples], Collator(0), batch_size=3, advance=done.append
-        )
-    )
-    elicited = {e.sample_id: e for e in box.estimate([sample(i) for i in range(4)])}
+    scores = score(model, features, Collator(0), batch_size=3, advance=done.append)
+    samples = [sample(i) for i in range(4)]
+    elicited = {e.sample_id: e for e in white_box.estimate(samples, scores)}
     assert sum(done) == 4
     assert elicited.keys() == expected.keys()
     for key, value in expected.items():
@@ -62,7 +59,7 @@ def test_white_box_is_the_mean_nll_of_the_response(stories: Path) -> None:
 
 
 def test_a_sample_without_a_score_is_none_not_a_number() -> None:
-    (elicited,) = WhiteBox(lambda _: []).estimate([sample(0)])
+    (elicited,) = white_box.estimate([sample(0)], [])
     assert elicited.value is None
 
 

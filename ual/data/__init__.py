@@ -7,12 +7,12 @@ asked for.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ual.data.cache import tokenise
 from ual.data.groups import Groups
 from ual.data.load import load, stream
 from ual.data.pack import pack
 from ual.data.render import Renderer, Tokenised
 from ual.data.split import hold_out
+from ual.data.tokenize import tokenise
 
 if TYPE_CHECKING:
     from ual.data.collate import Collator, PackedCollator

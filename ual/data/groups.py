@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ual import smoothing
+from ual.methods import smoothing
 
 QUANTILES = 4
 _MOST_SOURCES = 8

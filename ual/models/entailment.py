@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ual.config import ModelConfig
+from ual.config.run import ModelConfig
 from ual.errors import UserError
 
 LABELS = ("entailment", "neutral", "contradiction")

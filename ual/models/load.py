@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ual.config import LoraConfig, ModelConfig
+from ual.config.run import LoraConfig, ModelConfig
 from ual.errors import UserError
 
 log = logging.getLogger(__name__)

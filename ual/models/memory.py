@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ual.config import LoraConfig, ModelConfig
+from ual.config.run import LoraConfig, ModelConfig
 from ual.errors import UserError
-from ual.models.fused_loss import fuse
+from ual.models.fuse import fuse
 from ual.models.load import attach_lora, cannot_load, load_config
 
 # what the fused loss needs within its operator (docs/kernels.md): tiles of logits, and a chunk's gradient

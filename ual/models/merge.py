@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ual.config import ModelConfig
+from ual.config.run import ModelConfig
 from ual.errors import UserError
 from ual.models.load import load_config, load_model, load_tokenizer
 

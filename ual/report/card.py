@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 
 from ual import __version__
-from ual.config import RunConfig
+from ual.config.run import RunConfig
 from ual.report.findings import METRICS, duration
-from ual.report.runs import number, section, text
+from ual.runs.read import number, section, text
 
 
 def card(config: RunConfig, metrics: Mapping[str, Any], environment: Mapping[str, Any]) -> str:

@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import ual
-from ual.analysis import plots
 from ual.errors import UserError
 from ual.evaluate import brier, expected_calibration_error, reliability_bins
 from ual.evaluate.ranking import (
@@ -26,6 +25,7 @@ from ual.evaluate.ranking import (
     ties,
 )
 from ual.files import aside
+from ual.report import plots
 
 _RESAMPLES = 1000
 _FEWER_RESAMPLES, _MANY_ROWS = 100, 50_000

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ual.report.runs import Run, number, section, text
+from ual.runs.read import Run, number, section, text
 
 FEWEST_STEPS = 200
 FEWEST_TOKENS = 10_000

@@ -13,13 +13,12 @@ from urllib.parse import quote
 import jinja2
 
 import ual
-from ual.analysis import plots
 from ual.errors import UserError
 from ual.files import aside
-from ual.report import findings
+from ual.report import findings, plots
 from ual.report.findings import ABSENT, METRICS, duration
 from ual.report.pictures import pictures
-from ual.report.runs import Row, Run, number, read, section, text
+from ual.runs.read import Row, Run, number, read, section, text
 
 _TAIL = 3  # rows shown from each end of the uncertainties
 _TEXT_SHOWN = 700  # characters of a prompt or response on the page

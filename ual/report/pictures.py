@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ual.analysis import plots
-from ual.report.runs import Run, number
+from ual.report import plots
+from ual.runs.read import Run, number
 
 _MOST_SOURCES = 4  # beyond it, sources are drawn together
 _MOST_CURVES = 6  # colours that can be told apart

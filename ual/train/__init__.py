@@ -1,27 +1,16 @@
-"""Training: `UALTrainer` on transformers.Trainer, its arguments, its run folder.
-
-Importing this imports no torch, so that `python -m ual.train` can settle the environment first.
-"""
+"""Training: `UALTrainer` on transformers.Trainer, its arguments, callbacks and checkpoints."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ual.train.arguments import training_arguments
-    from ual.train.folder import RunFolder
     from ual.train.trainer import UALTrainer
 
-__all__ = ["RunFolder", "UALTrainer", "training_arguments"]
-
-_HOMES = {
-    "RunFolder": "ual.train.folder",
-    "UALTrainer": "ual.train.trainer",
-    "training_arguments": "ual.train.arguments",
-}
+__all__ = ["UALTrainer"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        from importlib import import_module
+    if name == "UALTrainer":
+        from ual.train.trainer import UALTrainer
 
-        return getattr(import_module(_HOMES[name]), name)
+        return UALTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,9 +8,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
-from ual.config import RunConfig, nearest
+from ual.config.base import nearest
+from ual.config.run import RunConfig
 from ual.errors import UserError
-from ual.train.zero import deepspeed_config, join
+from ual.train.deepspeed import deepspeed_config, join
 
 _DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3,
@@ -65,7 +66,7 @@ def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArgument
             )
     given = {name: _checked(name, value, place) for name, value in config.training.items()}
     cuda = torch.cuda.is_available()
-    given.pop("push_to_hub", None)  # `ual.train.publish` does, at the end: what is uploaded is then whole
+    given.pop("push_to_hub", None)  # `ual.report.publish` does, at the end: what is uploaded is then whole
     if config.data.streaming:  # every process reads for itself: what rank 0 sent would be tensors only
         given["accelerator_config"] = {**(given.get("accelerator_config") or {}), "dispatch_batches": False}
     if given.get("fsdp") and not cuda:
@@ -96,7 +97,7 @@ def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArgument
     if arguments.n_gpu > 1:
         raise UserError(
             f"one process would drive {arguments.n_gpu} GPUs (DataParallel): samples have no losses there",
-            remedy="start one process per GPU: torchrun --nproc_per_node N -m ual.train config.yaml, or make "
+            remedy="start one process per GPU: torchrun --nproc_per_node N -m ual train config.yaml, or make "
             "one visible with CUDA_VISIBLE_DEVICES=0",
         )
     return arguments

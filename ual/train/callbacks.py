@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ual.errors import UserError
-from ual.train import ranks
-from ual.train.folder import RunFolder
+from ual.runs.folder import RunFolder
+from ual.train import distributed
 
 _ONE_PRESS = 1.0
 """Seconds within which two SIGINTs are one: a terminal and a launcher both send it on Ctrl-C."""
@@ -121,7 +121,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if number := ranks.highest(self.received or 0):
+        if number := distributed.highest(self.received or 0):
             self.received = signal.Signals(number)
             control.should_save = True
             control.should_training_stop = True
@@ -185,9 +185,9 @@ class StopOnNonFinite(TrainerCallback):
 
     def _agree(self, mine: bool) -> None:
         """Stop everywhere if a gradient is not finite anywhere: partitions differ."""
-        if not ranks.highest(mine):
+        if not distributed.highest(mine):
             return
-        names = [name for names in ranks.gather(self._suspects()) for name in names]
+        names = [name for names in distributed.gather(self._suspects()) for name in names]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise UserError(
             f"the gradient of step {self._step} is not finite; nothing was updated. Samples: {shown}",

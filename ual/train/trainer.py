@@ -16,10 +16,10 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ual.errors import UserError
-from ual.train import adapter_state, ranks
+from ual.train import adapter_state, distributed
 from ual.train import checkpoint as sealed
-from ual.train.loss import SFT, Objective
-from ual.train.seen import BatchStatistics, spread
+from ual.train.metrics import BatchStatistics, spread
+from ual.train.objective import SFT, Objective
 from ual_kernels import IGNORE_INDEX
 
 _PARTIAL = ".partial"
@@ -182,20 +182,20 @@ class UALTrainer(Trainer):
             checkpoints.mkdir(parents=True, exist_ok=True)
             sealed.require_room(checkpoints, self._bytes_to_write())
             shutil.rmtree(checkpoints / _PARTIAL, ignore_errors=True)  # of a process that was killed
-        ranks.wait()
+        distributed.wait()
         self._partial = checkpoints / _PARTIAL
         try:
             super()._save_checkpoint(model, trial)
-            ranks.wait()
+            distributed.wait()
             if self.is_world_process_zero():
                 self._publish(self._partial / name, checkpoints / name)
-            ranks.wait()
+            distributed.wait()
         except (
             OSError,
             RuntimeError,
             SafetensorError,
         ) as error:  # torch and safetensors wrap what the disk said
-            if ranks.is_lost(error):
+            if distributed.is_lost(error):
                 raise UserError(
                     f"another process of the run ended while the checkpoint of step {self.state.global_step} "
                     "was written",
@@ -218,7 +218,7 @@ class UALTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=False,
             )
-        ranks.wait()
+        distributed.wait()
 
     def _publish(self, scratch: Path, target: Path) -> None:
         if self.state.best_model_checkpoint == str(scratch):  # name it as it will be called
@@ -335,19 +335,6 @@ class UALTrainer(Trainer):
         """Rows of one optimizer step, over micro-batches and processes."""
         rows: int = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return rows
-
-
-class Features(torch.utils.data.Dataset[dict[str, Any]]):
-    """A list of tokenised rows, as a map-style data set."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
 
 
 class _WithIds:

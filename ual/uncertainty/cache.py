@@ -14,8 +14,8 @@ import sqlite3
 from pathlib import Path
 
 from ual.errors import UserError
-from ual.uncertainty.asking import Reply
-from ual.uncertainty.meter import Spent
+from ual.uncertainty.budget import Spent
+from ual.uncertainty.protocol import Reply
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS reply (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, reply TEXT NOT NULL);

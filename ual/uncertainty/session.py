@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from ual.errors import UserError
 from ual.records import Elicited, Sample
-from ual.uncertainty import asking
-from ual.uncertainty.asking import AskError, AskingEstimator, Backend, Reply, Request, Task
+from ual.uncertainty import protocol
 from ual.uncertainty.cache import Cache
+from ual.uncertainty.protocol import AskError, AskingEstimator, Backend, Reply, Request, Task
 
 S = TypeVar("S")
 
@@ -54,10 +54,10 @@ class Session:
         Raises:
             AskError: the request failed for good.
             UserError: so did many before it, or the cache cannot be written.
-            BudgetReachedError: see `ual.uncertainty.meter`.
+            BudgetReachedError: see `ual.uncertainty.budget`.
         """
         backend = next(b for b in self._backends if request.task in b.tasks)
-        key = asking.key(backend.identity, request)
+        key = protocol.key(backend.identity, request)
         if (task := self._under_way.get(key)) is None:
             if (reply := self._cache.get(key)) is not None:
                 self.counts.cached += 1

@@ -1,0 +1,109 @@
+"""The application, its two consoles, and what every command does around its work."""
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ual.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Uncertainty-aware fine-tuning: every sample carries its own label smoothing.",
+)
+out = Console()
+err = Console(stderr=True)
+_PATIENCE = 5.0
+"""Seconds that a process other than the first waits before it tells of a mistake."""
+
+Config = Annotated[Path, typer.Argument(help="The run's YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example training.max_steps=10.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model or its tokenizer.")
+]
+Page = Annotated[Path | None, typer.Option("--output", "-o", help="The page to write.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a user error.")]
+
+
+@contextmanager
+def one_of_several() -> Iterator[None]:
+    """Under a launcher only the first process prints, and all leave at once when the work is done."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    out.quiet = err.quiet = rank() > 0
+    code = 0
+    try:
+        yield
+    except typer.Exit as stop:
+        code = stop.exit_code
+    # threads of gloo and DeepSpeed abort a process that ends in the usual way, after all is written
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextmanager
+def errors(debug: bool) -> Iterator[None]:
+    """Turn a user's mistake into one screen of text and exit code 2, Ctrl-C into 130."""
+    try:
+        yield
+    except UserError as error:
+        if debug:
+            raise
+        if rank() > 0:
+            # The others usually fail alike, rank 0 says so, and the launcher ends this process meanwhile.
+            time.sleep(_PATIENCE)
+            err.quiet = False
+            err.print(f"rank {rank()}:", end=" ")
+        place = f"[bold]{escape(error.place)}[/bold]\n" if error.place else ""
+        remedy = f"\n[green]{escape(error.remedy)}[/green]" if error.remedy else ""
+        err.print(f"[bold red]error[/bold red] {place}{escape(error.problem)}{remedy}", highlight=False)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        err.print("interrupted")
+        raise typer.Exit(130) from error
+
+
+def settle(tensorboard: Path) -> None:
+    """Settle the environment before torch is imported: third parties write to the log, not the screen."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(tensorboard))
+    # threads that wait by spinning make a CPU run ten times slower as soon as anything else runs (DESIGN.md)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    warnings.simplefilter("ignore")
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed warns on stdout while it looks for one
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def be_a_world_of_one() -> None:
+    """DeepSpeed wants what a launcher sets, or MPI. Port 0 is any that is free."""
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,191 @@
+"""`ual elicit`: its commands and its progress."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ual.cli import tables
+from ual.cli.console import Debug, Page, TrustRemoteCode, app, err, errors, out, settle
+from ual.errors import UserError
+
+if TYPE_CHECKING:
+    from ual.config.elicit import ElicitConfig
+
+_ELICIT_EXAMPLE = """\b
+[bold]A configuration[/bold]
+  data: rows.jsonl        # messages, prompt/completion or instruction/output
+  backend:
+    kind: endpoint                          # or local: a model loaded here
+    model: gpt-5-mini
+    api_key_env: OPENAI_API_KEY             # the variable's name, no key
+    prices: {prompt: 0.25, completion: 2.0} # per million tokens
+  estimators: \\[judge, {name: self_consistency, samples: 5}]
+  budget: {money: 20}
+
+\b
+[bold]Examples[/bold]
+  ual elicit config.yaml --dry-run      prompts, tokens, cost; nothing is sent
+  ual elicit config.yaml --limit 20     the first rows
+  ual elicit config.yaml                all; after a stop, it goes on
+  ual elicit report runs/config         how good it is
+  ual elicit config.yaml --export-batch files        for OpenAI's Batch
+  ual elicit config.yaml --import-batch out.jsonl    or vllm run-batch
+"""
+
+
+class _RunByDefault(TyperGroup):
+    """Lets `ual elicit config.yaml` stand for `ual elicit run config.yaml`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+elicit_app = typer.Typer(
+    cls=_RunByDefault, no_args_is_help=True, rich_markup_mode="rich", epilog=_ELICIT_EXAMPLE
+)
+app.add_typer(elicit_app, name="elicit", help="Give every row an uncertainty, by asking a model.")
+
+
+@elicit_app.command("run", epilog=_ELICIT_EXAMPLE)
+def elicit(
+    config: Annotated[Path, typer.Argument(help="The elicitation's YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example budget.money=5.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print prompts, tokens and cost; send nothing.")
+    ] = False,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Answer from the cache alone; ask nobody.")
+    ] = False,
+    export_batch: Annotated[
+        Path | None, typer.Option(help="Write what is not answered into batch files in this new folder.")
+    ] = None,
+    import_batch: Annotated[
+        list[Path] | None, typer.Option(help="Take in a batch's output file; may be given several times.")
+    ] = None,
+    allow_plain_http: Annotated[
+        bool, typer.Option("--allow-plain-http", help="Let data and key go to another machine in the clear.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    debug: Debug = False,
+) -> None:
+    """Give every row an uncertainty; `ual train` reads the rows that this writes."""
+    with errors(debug):
+        from ual.config.base import load_as
+        from ual.config.elicit import ElicitConfig
+
+        flags = ["backend.allow_plain_http=true"] if allow_plain_http else []
+        resolved = load_as(ElicitConfig, config, [*(overrides or []), *flags])
+        if sum(map(bool, (dry_run, replay, export_batch, import_batch))) > 1:
+            raise UserError("--dry-run, --replay, --export-batch and --import-batch exclude each other")
+        if resolved.backend.kind == "local" or resolved.nli is not None:
+            settle(Path(resolved.output_dir) / "tensorboard")
+        if dry_run:
+            _dry_run(resolved, limit)
+        elif export_batch is not None:
+            from ual.pipelines.elicit_batch import export
+
+            done = export(resolved, export_batch, limit=limit)
+            out.print(
+                f"{done.requests} requests in {len(done.files)} files; {done.cached} are answered already"
+            )
+            out.print(*done.files, sep="\n", highlight=False, soft_wrap=True)
+        elif import_batch:
+            from ual.pipelines.elicit_batch import import_files
+
+            for what, count in import_files(resolved, import_batch).most_common():
+                out.print(f"{count:>9,} {what}", highlight=False, markup=False)
+        else:
+            _elicit(resolved, limit, replay, trust_remote_code)
+
+
+@elicit_app.command(
+    "report",
+    epilog="\b\n[bold]Examples[/bold]\n  ual elicit report runs/judge\n"
+    "  ual elicit report runs/judge -o page.html",
+)
+def elicit_report(
+    run: Annotated[Path, typer.Argument(help="A folder that `ual elicit` wrote.", show_default=False)],
+    output: Page = None,
+    debug: Debug = False,
+) -> None:
+    """Write the page that shows how good the elicited uncertainties are."""
+    with errors(debug):
+        from ual.report.elicitation import write_elicitation
+
+        out.print(str(write_elicitation(run, output)), highlight=False, soft_wrap=True)
+
+
+def _dry_run(config: "ElicitConfig", limit: int | None) -> None:
+    from ual.pipelines.elicit_dry_run import dry_run
+
+    found = dry_run(config, limit=limit)
+    for estimate in found.estimates:
+        for prompt in estimate.prompts:
+            out.print(f"{estimate.label}, its first prompt", style="bold", markup=False)
+            out.print(prompt + "\n", highlight=False, markup=False)
+    out.print(tables.elicitation_plan(found), highlight=False)
+
+
+def _elicit(config: "ElicitConfig", limit: int | None, replay: bool, trust_remote_code: bool) -> None:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    from ual.pipelines.elicit import Progress, run
+
+    columns = (
+        TextColumn("eliciting"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
+    )
+    with Bars(*columns, console=err) as bars:
+        bar = bars.add_task("", total=None, said="")
+
+        def advance(p: Progress) -> None:
+            if p.done % max(1, p.total // 1000) and p.done != p.total:
+                return
+            said = f"{p.requests} asked, {p.cached} cached"
+            said += f", {p.failed} failed" if p.failed else ""
+            said += f", cost {p.cost:.4f} of about {p.projected_cost:.4f}" if p.cost else ""
+            bars.update(bar, total=p.total, completed=p.done, said=said)
+
+        result = run(
+            config,
+            environment=os.environ,
+            limit=limit,
+            replay=replay,
+            trust_remote_code=trust_remote_code,
+            progress=advance,
+        )
+    out.print(tables.elicitation(result.summary))
+    page: Path | str = "needs matplotlib: pip install 'ual-kernels[eval]', then ual elicit report"
+    with suppress(ModuleNotFoundError):
+        from ual.report.elicitation import write_elicitation
+
+        page = write_elicitation(result.folder)
+    summary = result.summary
+    out.print(
+        f"{summary['requests']['sent']} requests, cost {summary['cost']:.4f}\n"
+        f"rows     {result.folder / 'rows.jsonl'}\nreport   {page}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

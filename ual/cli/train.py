@@ -1,0 +1,233 @@
+"""`ual train`, and the looks before and after it: preview, estimate, report, merge."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from ual.cli import tables
+from ual.cli.console import (
+    Config,
+    Debug,
+    Overrides,
+    Page,
+    TrustRemoteCode,
+    app,
+    be_a_world_of_one,
+    err,
+    errors,
+    one_of_several,
+    out,
+    settle,
+)
+from ual.errors import UserError
+from ual.files import cache_folder
+
+_EXAMPLE = """\b
+[bold]A configuration[/bold]
+  model: HuggingFaceTB/SmolLM2-135M-Instruct  # a folder, or a name on the hub
+  data:
+    train: rows.jsonl   # messages, prompt/completion or instruction/output
+    eval_fraction: 0.1
+  uncertainty: white_box          # or column: the rows bring "uncertainty"
+  smoothing: {min: 0.0, max: 0.2} # the most uncertain row gets 0.2
+  training: {num_train_epochs: 2, learning_rate: 2.0e-4}
+
+\b
+[bold]Examples[/bold]
+  ual train config.yaml
+  ual train config.yaml loss=sft output_dir=runs/sft   plain fine-tuning
+  ual train config.yaml loss=uniform                   one smoothing for all
+  ual train config.yaml --resume         go on after a stop
+  ual train config.yaml --resume auto    go on, or begin if there is nothing
+  ual train config.yaml --dry-run        check everything, train nothing
+
+\b
+[bold]Several processes[/bold]  (docs/training.md)
+  torchrun --nproc_per_node 8 -m ual train config.yaml deepspeed=zero2
+  deepspeed --num_gpus 8 --module ual train config.yaml deepspeed=zero3
+  accelerate launch --num_processes 8 -m ual train config.yaml
+"""
+
+
+@app.command(epilog=_EXAMPLE)
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the run's last checkpoint; `--resume auto` also begins a new run."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show the plan and a batch, train nothing.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    local_rank: Annotated[  # the deepspeed launcher passes it; LOCAL_RANK says the same
+        int, typer.Option("--local_rank", "--local-rank", hidden=True)
+    ] = 0,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune with per-sample label smoothing; write adapter, figures and report to the run folder.
+
+    Several processes are started by torchrun, deepspeed or accelerate with -m ual train (docs/training.md).
+    """
+    with one_of_several(), errors(debug):
+        from ual.config.run import load
+
+        words = overrides or []
+        auto = resume and "auto" in words
+        resolved = load(config, [word for word in words if not (auto and word == "auto")])
+        settle(Path(resolved.output_dir) / "tensorboard")
+        if resolved.deepspeed and "RANK" not in os.environ:
+            be_a_world_of_one()
+        if dry_run:
+            from ual.pipelines.train import plan
+
+            found = plan(
+                resolved,
+                resume="auto" if auto else resume,
+                trust_remote_code=trust_remote_code,
+                console=err,
+                cache=cache_folder(os.environ),
+            )
+            out.print(tables.plan(found))
+            return
+        from ual.pipelines.train import run
+
+        result = run(
+            resolved,
+            command=["ual", *sys.argv[1:]],
+            resume="auto" if auto else resume,
+            trust_remote_code=trust_remote_code,
+            console=err,
+            cache=cache_folder(os.environ),
+        )
+        out.print(tables.arms([result.metrics]))
+        out.print(f"report   {result.report}", highlight=False, soft_wrap=True)
+        if result.stopped_by is not None:
+            err.print(
+                f"stopped by a signal after step {result.metrics['steps']}; --resume goes on from there"
+            )
+            raise typer.Exit(128 + result.stopped_by)
+
+
+@app.command(
+    epilog="\b\n[bold]Examples[/bold]\n  ual preview config.yaml\n"
+    "  ual preview config.yaml -n 10 data.overlong=truncate loss=uniform"
+)
+def preview(
+    config: Config,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", "--rows", min=0, help="Rows to show.")] = 3,
+    trust_remote_code: TrustRemoteCode = False,
+    debug: Debug = False,
+) -> None:
+    """Show which tokens are trained, with what smoothing and weight, and what is dropped and why."""
+    with errors(debug):
+        from ual.config.run import load
+
+        resolved = load(config, overrides or [])
+        settle(Path(resolved.output_dir) / "tensorboard")
+        from ual.pipelines.preview import preview as look
+
+        found = look(
+            resolved, count=count, cache=cache_folder(os.environ), trust_remote_code=trust_remote_code
+        )
+        for row in found.rows:
+            facts, text = tables.preview_row(row, coloured=out.color_system is not None)
+            out.print(facts, highlight=False, soft_wrap=True)
+            out.print(text, soft_wrap=True)
+            out.print()
+        out.print(tables.preview(found))
+        for note in found.notes:
+            out.print(escape(note), highlight=False)
+
+
+@app.command(
+    epilog="\b\n[bold]Examples[/bold]\n  ual estimate config.yaml\n"
+    "  ual estimate config.yaml --gpus 8 --zero 3 data.max_length=4096"
+)
+def estimate(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes that ZeRO shards over.")] = 1,
+    zero: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.")] = 0,
+    live: Annotated[
+        float, typer.Option(help="Share of the tokens that are trained; `ual preview` says.")
+    ] = 1,
+    cpu: Annotated[bool, typer.Option("--cpu", help="For training without a GPU.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    debug: Debug = False,
+) -> None:
+    """Print the memory of a run on each GPU, from the model's config.json alone: no weights are loaded."""
+    with errors(debug):
+        from ual.config.run import load
+
+        resolved = load(config, overrides or [])
+        settle(Path(resolved.output_dir) / "tensorboard")
+        from ual.pipelines.estimate import estimate as calculate
+
+        found = calculate(
+            resolved,
+            gpus=gpus,
+            zero=zero,  # type: ignore[arg-type]
+            live=live,
+            device="cpu" if cpu else "cuda",
+            trust_remote_code=trust_remote_code,
+        )
+        out.print(tables.estimate(found))
+
+
+@app.command(
+    epilog="\b\n[bold]Examples[/bold]\n  ual report runs/ual\n"
+    "  ual report runs/sft runs/uniform runs/ual -o comparison.html"
+)
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders; the first is the baseline.", show_default=False)
+    ],
+    output: Page = None,
+    debug: Debug = False,
+) -> None:
+    """Write the HTML page of a run, or of several side by side."""
+    with errors(debug):
+        from ual.report import write
+
+        out.print(str(write(runs, output)), highlight=False, soft_wrap=True)
+
+
+@app.command(
+    epilog="\b\n[bold]Examples[/bold]\n  ual merge runs/first -o merged\n"
+    "  ual merge runs/first --base HuggingFaceTB/SmolLM2-135M-Instruct -o merged"
+)
+def merge(
+    run: Annotated[Path, typer.Argument(help="The run's folder.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the model.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model, where it is no longer what config.yaml says.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    debug: Debug = False,
+) -> None:
+    """Add a run's adapter to its base model and write one model in safetensors, with its tokenizer."""
+    with errors(debug):
+        from ual.config.run import load
+
+        trained = load(run / "config.yaml")
+        if trained.lora is None:
+            raise UserError(
+                "this run trained all weights: there is no adapter to merge",
+                place=str(run),
+                remedy=f"its model is in {run / 'model'}",
+            )
+        settle(run / "tensorboard")
+        from ual.models.merge import merge as merge_weights
+
+        model = trained.model.model_copy(update={"path": base} if base else {})
+        merge_weights(model, run / "adapter", output, trust_remote_code=trust_remote_code)
+        out.print(f"model    {output}", highlight=False, soft_wrap=True)

@@ -1,0 +1,91 @@
+"""The configuration of `ual elicit`: which rows, which estimators, who answers, within which budget."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from ual.config.base import CommandConfig, Section, from_name
+from ual.config.run import ModelConfig
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class RowsConfig(Section):
+    """Where the rows come from. JSONL streams; other formats are read whole."""
+
+    path: str = Field(description="JSONL, JSON or parquet file, or a data set on the hub")
+    format: Literal["auto", "messages", "prompt_completion", "alpaca"] = "auto"
+    split: str = "train"
+    label: str | None = Field(None, description="a column that says whether the response is right, if any")
+
+
+class PricesConfig(Section):
+    """Money per million tokens."""
+
+    prompt: Annotated[float, Field(ge=0)] = 0.0
+    completion: Annotated[float, Field(ge=0)] = 0.0
+
+
+class EndpointConfig(Section):
+    """A server that speaks the OpenAI chat-completions protocol."""
+
+    kind: Literal["endpoint"] = "endpoint"
+    model: str
+    base_url: Annotated[str, AfterValidator(lambda url: url.rstrip("/"))] = "https://api.openai.com/v1"
+    api_key_env: str | None = Field(None, description="the environment variable that holds the key")
+    api_key_file: str | None = Field(None, description="or the file that holds it")
+    concurrency: Annotated[int, Field(ge=1, le=2048)] = 16
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    tokens_per_minute: Annotated[float, Field(gt=0)] | None = None
+    timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="seconds for a whole reply")
+    max_retries: Annotated[int, Field(ge=0, le=20)] = 6
+    max_response_bytes: Annotated[int, Field(ge=1024)] = 4 * 2**20
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    seed: int | None = Field(0, description="sent with each request, plus the draw's number; null: not sent")
+    omit: list[str] = Field([], description="fields that this server refuses, such as temperature")
+    extra_body: dict[str, Any] = Field({}, description="fields that this server wants besides")
+    prices: PricesConfig = PricesConfig()
+    allow_plain_http: bool = False
+
+
+class LocalConfig(Section):
+    """A model of transformers on this machine."""
+
+    kind: Literal["local"]
+    model: Annotated[ModelConfig, from_name("path")]
+    batch_size: Positive = 8
+    max_length: Positive = Field(2048, description="tokens of a prompt with its reply; longer ones fail")
+    chat_template: str | None = Field(
+        None, description="'chatml', 'plain', or a Jinja file; None: the model's"
+    )
+    seed: int = 0
+    device: str | None = Field(None, description="such as cpu or cuda:0; null: the GPU where there is one")
+
+
+class BudgetConfig(Section):
+    """Caps on what a run may spend, over all its restarts; null is no cap."""
+
+    requests: Positive | None = None
+    tokens: Positive | None = None
+    money: Annotated[float, Field(gt=0)] | None = None
+
+
+class ElicitConfig(CommandConfig):
+    """One elicitation: every estimator sees every row; the first one's value becomes `uncertainty`."""
+
+    command = "elicit"
+    example = "data: FILE.jsonl / backend: {kind: endpoint, model: NAME}"
+
+    data: Annotated[RowsConfig, from_name("path")]
+    backend: Annotated[EndpointConfig | LocalConfig, Field(discriminator="kind")]
+    estimators: list[str | dict[str, Any]] = Field(["judge"], min_length=1)
+    nli: Annotated[ModelConfig, from_name("path")] | None = Field(
+        None, description="a sequence classifier that knows entailment, for semantic_entropy"
+    )
+    budget: BudgetConfig = BudgetConfig()
+    cache: str | None = Field(None, description="the file of replies; null: replies.sqlite in output_dir")
+
+    @property
+    def cache_path(self) -> Path:
+        return Path(self.cache or Path(self.output_dir) / "replies.sqlite")

@@ -1,0 +1,215 @@
+"""The configuration of a training run: what every key of `ual train config.yaml` means."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from ual.config.base import CommandConfig, Fraction, Section, from_name, load_as, parse_as
+
+
+class ModelConfig(Section):
+    """The base model: a folder in transformers' format, or a name on the Hugging Face hub."""
+
+    path: str
+    revision: str | None = None
+    tokenizer: str | None = Field(None, description="defaults to `path`")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: str | None = None
+    quantization: Literal["nf4", "int8"] | None = Field(
+        None, description="the frozen base in bitsandbytes' types (QLoRA); needs a CUDA GPU"
+    )
+
+
+class DataConfig(Section):
+    """Where the rows come from and how they become tokens."""
+
+    train: str = Field(description="JSONL, JSON or parquet file, or a data set on the hub")
+    eval: str | None = Field(None, description="held-out rows; or take a share of `train` by `eval_fraction`")
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    train_split: str = "train"
+    eval_split: str = "test"
+    format: Literal["auto", "messages", "prompt_completion", "alpaca"] = "auto"
+    max_length: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="tokens; None: min(context, 2048)"
+    )
+    overlong: Literal["refuse", "truncate", "drop"] = "refuse"
+    chat_template: str | None = Field(
+        None, description="'chatml', 'plain', or a Jinja file; None: the model's"
+    )
+    system_prompt: str | None = Field(None, description="for conversations without a system turn")
+    train_on: Literal["all", "last"] = Field("all", description="assistant turns that are trained")
+    packing: bool = Field(False, description="several rows in one sequence of max_length, none of them cut")
+    streaming: bool = Field(
+        False, description="rows are read as they are trained; needs training.max_steps and `overlong`"
+    )
+    shuffle_buffer: Annotated[int, Field(ge=1)] = Field(
+        1024, description="streamed rows that are shuffled, and packed, together"
+    )
+
+    @model_validator(mode="after")
+    def _streamable(self) -> Self:
+        if self.streaming and self.overlong == "refuse":
+            raise ValueError(
+                'streaming finds a long row too late to refuse it: set overlong to "truncate" or "drop"'
+            )
+        if self.streaming and self.eval_fraction:
+            raise ValueError("streaming cannot hold out a share of its rows: name held-out rows in data.eval")
+        return self
+
+
+class UncertaintyConfig(Section):
+    """Where each sample's uncertainty comes from."""
+
+    estimator: Literal["column", "white_box"] = "column"
+    missing: Literal["median", "drop", "refuse"] = "median"
+    batch_size: Annotated[int, Field(ge=1)] = 8
+
+
+class SmoothingConfig(Section):
+    """Uncertainty to label smoothing: a scale to u in [0, 1], then a map to s (`ual.methods.smoothing`)."""
+
+    scale: Literal["rank", "min_max", "absolute"] = "rank"
+    map: Literal["linear", "power", "step", "constant"] = "linear"
+    min: Fraction = 0.0
+    max: Fraction = 0.2
+    power: Annotated[float, Field(gt=0)] = 2.0
+    threshold: Fraction = 0.5
+    match_mean: Fraction | None = None
+    over: Literal["all", "others"] = "all"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min must not exceed max, got min={self.min} and max={self.max}")
+        return self
+
+
+class LoraConfig(Section):
+    """The adapter, in PEFT's terms."""
+
+    r: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: list[str] = Field([])
+
+    @field_validator("target_modules")
+    @classmethod
+    def _named(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError('name at least one module, or "all-linear"')
+        return value
+
+
+class LossConfig(Section):
+    """What is minimised.
+
+    ual: each sample's own smoothing. sft: no smoothing, no uncertainty asked. uniform: one smoothing for all,
+    `smoothing.match_mean`, or where that is null (min + max) / 2: the mean of the linear map of ranks.
+    weighted: as sft, refused unless rows bring a `sample_weight`. dft, eaft, mile: weights made of the
+    model's own prediction of each token (`ual_kernels.losses`), with the parameters below; no smoothing.
+    """
+
+    kind: Literal["ual", "sft", "uniform", "weighted", "dft", "eaft", "mile"] = "ual"
+    average: Literal["weights", "tokens", "samples"] = "weights"
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    top_k: Annotated[int, Field(ge=2)] = Field(20, description="eaft: weight 1 is the entropy of so many")
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(1.0, description="eaft: the exponent")
+    gamma: Annotated[float, Field(allow_inf_nan=False)] = Field(1.0, description="mile: the exponent")
+    sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        1.0, description="mile: added to entropy"
+    )
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether the loss makes its weights itself."""
+        return self.kind in ("dft", "eaft", "mile")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.weighs_tokens and self.average == "samples":
+            raise ValueError(
+                f"{self.kind} makes its own weights, so average must be 'weights' or 'tokens', not 'samples'"
+            )
+        parameters = {"eaft": {"top_k", "alpha"}, "mile": {"gamma", "sigma"}}
+        given = self.model_fields_set & {"top_k", "alpha", "gamma", "sigma"}
+        changed = {name for name in given if getattr(self, name) != type(self).model_fields[name].default}
+        if stray := sorted(changed - parameters.get(self.kind, set())):
+            raise ValueError(f"loss {self.kind} has no parameter {stray[0]!r}")
+        return self
+
+
+class EvaluationConfig(Section):
+    """What is measured on the held-out rows, before and after training."""
+
+    before: bool = True
+    bins: Annotated[int, Field(ge=2)] = 15
+    batch_size: Annotated[int, Field(ge=1)] = 8
+
+
+class RunConfig(CommandConfig):
+    """One training run."""
+
+    command = "train"
+    example = "model: PATH / data: FILE.jsonl"
+
+    model: Annotated[ModelConfig, from_name("path")]
+    data: Annotated[DataConfig, from_name("train")]
+    name: str | None = Field(None, description="label in reports; defaults to the folder's name")
+    loss: Annotated[LossConfig, from_name("kind")] = LossConfig()
+    uncertainty: Annotated[UncertaintyConfig, from_name("estimator")] = UncertaintyConfig()
+    smoothing: SmoothingConfig = SmoothingConfig()
+    lora: LoraConfig | None = LoraConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    statistics: Literal["every", "logged", "never"] = Field(
+        "logged", description="steps whose tokens' entropy, margin, p and loss by source are recorded"
+    )
+    deepspeed: str | None = Field(
+        None, description="zero1, zero2, zero3, zero2-offload, zero3-offload, or the path of a JSON file"
+    )
+    training: dict[str, Any] = Field({}, description="transformers.TrainingArguments, by their own names")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.model.quantization and self.lora is None:
+            raise ValueError("model.quantization freezes the base model: it needs the `lora` section")
+        if self.data.streaming:
+            if self.training.get("max_steps", -1) <= 0:
+                raise ValueError("data.streaming does not know where an epoch ends: set training.max_steps")
+            if self.training.get("dataloader_num_workers", 0):
+                raise ValueError(
+                    "data.streaming reads in one process: remove training.dataloader_num_workers"
+                )
+            if self.loss.kind == "ual" and self.uncertainty.estimator != "column":
+                raise ValueError(
+                    "data.streaming does not keep rows to ask a model about them: bring their uncertainty as "
+                    'a column and set uncertainty to "column"'
+                )
+        return self
+
+    @property
+    def label(self) -> str:
+        return self.name or Path(self.output_dir).name
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply ``section.key=value`` overrides, validate.
+
+    Args:
+        path: the file; `output_dir` defaults to ``runs/<its stem>``.
+        overrides: dotted keys with YAML values, applied in order.
+
+    Raises:
+        UserError: the file is missing or is not a mapping, a key is unknown (the nearest valid one is
+            named), or a value does not fit.
+    """
+    return load_as(RunConfig, path, overrides)
+
+
+def parse(raw: Mapping[str, Any], *, place: str = "configuration") -> RunConfig:
+    """Validate a mapping; see `load` for the errors."""
+    return parse_as(RunConfig, raw, place=place)

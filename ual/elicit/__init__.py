@@ -1,1 +1,0 @@
-"""`ual elicit`: rows in, rows with an uncertainty and its evidence out."""

@@ -1,0 +1,1 @@
+"""The papers' mathematics: pure functions of arrays."""

@@ -1,0 +1,33 @@
+"""When two answers are the same answer: the one form in which answers are compared."""
+
+import math
+import re
+import unicodedata
+from decimal import Context, Decimal
+
+_NUMBER = re.compile(r"([+-]?)[$€£]?(\d{1,3}(?:,\d{3})+|\d*)(\.\d*)?(e[+-]?\d{1,3})?")
+_TWELVE_DIGITS = Context(prec=12)
+
+
+def normalise(value: str | float | None) -> str | None:
+    """Write a value such that equal answers are equal strings; None where there is nothing to compare.
+
+    Numbers lose thousands separators, a currency sign and trailing zeros, and fractions are rounded to 12
+    significant digits, so that 3.9999999999999996 is 4. Texts lose case, repeated white space and a final
+    full stop.
+
+    >>> normalise(18.0), normalise("$1,800.00"), normalise(" New  York. "), normalise(float("nan"))
+    ('18', '1800', 'new york', None)
+    """
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    text = " ".join(unicodedata.normalize("NFKC", str(value)).casefold().split())
+    number = _NUMBER.fullmatch(text)
+    if number is None or not (number[2] or (number[3] or "").strip(".")):
+        return text.rstrip(". ") or None
+    sign, whole, fraction, exponent = (part or "" for part in number.groups())
+    decimal = Decimal(sign + whole.replace(",", "") + fraction + exponent)
+    if decimal != decimal.to_integral_value():
+        decimal = _TWELVE_DIGITS.plus(decimal)
+    digits = f"{abs(decimal) if decimal.is_zero() else decimal:f}"
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits

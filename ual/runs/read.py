@@ -1,0 +1,236 @@
+"""Read a run folder as far as it goes: whatever is absent or damaged becomes a sentence in `Run.missing`."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ual.config import run as configuration
+from ual.config.run import RunConfig
+from ual.errors import UserError
+
+_EVALUATION = ("rows", "tokens", "nll", "perplexity", "accuracy", "ece", "brier")
+_MARKS = ("config.yaml", "metrics.json", "history.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The figures of one training row; its texts stay on disk, at byte `offset` of samples.jsonl."""
+
+    source: str
+    uncertainty: float | None
+    label_smoothing: float | None
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder in memory. Absent files leave empty mappings and tuples.
+
+    `losses` holds (step, loss) by rising step, `series` likewise what else was logged of the tokens: their
+    plain loss by group (``nll/source/...``) and their statistics (``token_entropy``). `before` and `after`
+    are evaluations as `ual.evaluate.Evaluation` describes them, or None.
+    """
+
+    path: Path
+    name: str
+    config: RunConfig | None
+    config_text: str
+    environment: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    losses: tuple[tuple[int, float], ...]
+    series: Mapping[str, tuple[tuple[int, float], ...]]
+    rows: tuple[Row, ...]
+    before: Mapping[str, Any] | None
+    after: Mapping[str, Any] | None
+    missing: tuple[str, ...]
+
+    @property
+    def status(self) -> str:
+        return text(self.metrics, "status") or "unknown"
+
+    @property
+    def loss_kind(self) -> str:
+        return text(self.metrics, "loss_kind") or (self.config.loss.kind if self.config else "")
+
+    @property
+    def steps(self) -> int | None:
+        steps = number(self.metrics, "steps")
+        if steps is None and self.losses:
+            return self.losses[-1][0]
+        return None if steps is None else int(steps)
+
+    def sample(self, row: Row) -> Mapping[str, Any]:
+        """Read one row of samples.jsonl again, with its texts."""
+        with (self.path / "samples.jsonl").open("rb") as file:
+            file.seek(row.offset)
+            value: dict[str, Any] = json.loads(file.readline())
+        return value
+
+
+def read(path: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UserError: `path` is no folder, or none that `ual train` wrote.
+    """
+    _check(path)
+    missing: list[str] = []
+    metrics = _object(path / "metrics.json", missing)
+    evaluation = _object(path / "evaluation.json", missing)
+    environment = _object(path / "environment.json", missing)
+    config, config_text = _config(path / "config.yaml", missing)
+    name = text(metrics, "name") or (config.label if config else "") or path.resolve().name
+    losses = {}
+    series: dict[str, dict[int, float]] = {}
+    for _, entry in _lines(path / "history.jsonl", missing):
+        step, loss = number(entry, "step"), entry.get("loss")
+        if step is not None and isinstance(loss, int | float):
+            losses[int(step)] = float(loss)  # a resumed run logs a step again: the later word counts
+        for key in entry:
+            if (
+                step is not None
+                and key.startswith(("nll/", "token_"))
+                and (value := number(entry, key)) is not None
+            ):
+                series.setdefault(key, {})[int(step)] = value
+    if not losses:
+        missing.append("history.jsonl holds no training loss, so there is no curve to draw.")
+    elif unbounded := sum(not math.isfinite(loss) for loss in losses.values()):
+        subject = "1 logged loss is" if unbounded == 1 else f"{unbounded} logged losses are"
+        missing.append(f"{subject} not finite and not drawn.")
+    rows = tuple(
+        Row(
+            source=text(entry, "source"),
+            uncertainty=number(entry, "uncertainty"),
+            label_smoothing=number(entry, "label_smoothing"),
+            offset=offset,
+        )
+        for offset, entry in _lines(path / "samples.jsonl", missing)
+    )
+    before, after = (_evaluation(evaluation.get(when), missing) for when in ("before", "after"))
+    missing.extend(_unfinished(metrics, before, after))
+    return Run(
+        path=path,
+        name=name,
+        config=config,
+        config_text=config_text,
+        environment=environment,
+        metrics=metrics,
+        losses=tuple(sorted(losses.items())),
+        series={key: tuple(sorted(points.items())) for key, points in series.items()},
+        rows=rows,
+        before=before,
+        after=after,
+        missing=tuple(missing),
+    )
+
+
+def number(mapping: Mapping[str, Any], *keys: str) -> float | None:
+    """Return the finite number under nested keys, or None."""
+    value: Any = mapping
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def text(mapping: Mapping[str, Any], key: str) -> str:
+    """Return the string under a key, or the empty one."""
+    value = mapping.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def section(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return the mapping under a key, or an empty one."""
+    value = mapping.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _check(path: Path) -> None:
+    remedy = "pass the folder that `ual train` wrote, its output_dir"
+    if not path.is_dir():
+        problem = "this is a file, not a run folder" if path.exists() else "there is no such folder"
+        raise UserError(problem, place=str(path), remedy=remedy)
+    if not any((path / mark).is_file() for mark in _MARKS):
+        inside = sorted(child.name for child in path.iterdir() if (child / "config.yaml").is_file())
+        if inside:
+            remedy = f"it holds runs; name those: {', '.join(inside[:5])}"
+        raise UserError(
+            f"not a run folder: it has none of {', '.join(_MARKS)}", place=str(path), remedy=remedy
+        )
+
+
+def _object(path: Path, missing: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        missing.append(f"{path.name} is missing.")
+        return {}
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        missing.append(f"{path.name} is damaged and was passed over.")
+        return {}
+    return value
+
+
+def _lines(path: Path, missing: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (byte offset, object) of every whole line; a killed run may have left half of one."""
+    if not path.is_file():
+        missing.append(f"{path.name} is missing.")
+        return
+    damaged = offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                value = None
+            if isinstance(value, dict):
+                yield offset, value
+            elif line.strip():
+                damaged += 1
+            offset += len(line)
+    if damaged:
+        lines = "1 damaged line" if damaged == 1 else f"{damaged} damaged lines"
+        missing.append(f"{lines} of {path.name} passed over.")
+
+
+def _config(path: Path, missing: list[str]) -> tuple[RunConfig | None, str]:
+    if not path.is_file():
+        missing.append("config.yaml is missing.")
+        return None, ""
+    shown = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return configuration.load(path), shown
+    except UserError as error:
+        missing.append(f"config.yaml cannot be read by this version: {error.problem}")
+        return None, shown
+
+
+def _evaluation(value: Any, missing: list[str]) -> Mapping[str, Any] | None:
+    """Return a whole evaluation, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or any(number(value, key) is None for key in _EVALUATION):
+        missing.append("evaluation.json holds an incomplete evaluation, which was passed over.")
+        return None
+    return value
+
+
+def _unfinished(
+    metrics: Mapping[str, Any], before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+) -> Iterator[str]:
+    status, steps = text(metrics, "status"), number(metrics, "steps")
+    if status == "interrupted":
+        yield f"The run was stopped after {steps or 0:,.0f} steps; what follows is as far as it got."
+    elif status == "running":
+        yield "The run was going on, or had been killed, when this page was written."
+    if after is None and before is None:
+        yield "Nothing was measured on held-out rows: set data.eval or data.eval_fraction."
+    elif after is None:
+        yield "The trained model was not measured on the held-out rows, only the model it started from."

@@ -1,0 +1,384 @@
+"""A server that speaks the OpenAI chat-completions protocol: a commercial one, vLLM, llama.cpp, transformers.
+
+The `openai` SDK sends requests and knows their errors; what it leaves to its user is here: rate limits, a
+budget, limits of time and bytes for a whole reply, and retries that a budget can count. One attempt passes,
+in this order: the pause that a server asked for, the rate limits, the budget, the deadline.
+"""
+
+import asyncio
+import email.utils
+import ipaddress
+import random
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import httpx2
+import openai
+from aiolimiter import AsyncLimiter
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from ual.config.elicit import EndpointConfig
+from ual.errors import UserError
+from ual.uncertainty.budget import Meter, Spent
+from ual.uncertainty.protocol import AskError, Reply, Request, Task, Token
+
+_FIRST_WAIT = 0.5  # seconds before the second attempt; doubles from there
+_LONGEST_WAIT = 120.0  # seconds that a server may ask to wait
+_SHOWN = 300  # characters of a server's error that are repeated
+_TRANSIENT = {408, 409, 425, 429}
+_HEADERS = {
+    "host", "authorization", "content-type", "content-length", "accept", "accept-encoding", "connection",
+    "user-agent",
+}  # fmt: skip
+
+
+class Endpoint:
+    """Asks one model of one server; see `ual.config.elicit.EndpointConfig` for the limits.
+
+    Args:
+        config: address, model, limits.
+        api_key: sent to this address only, and taken out of whatever comes back.
+        meter: counts every attempt.
+
+    Raises:
+        UserError: the address is not https, nor http on this machine, or holds a password.
+    """
+
+    tasks: frozenset[Task] = frozenset({"generate"})
+
+    def __init__(self, config: EndpointConfig, api_key: SecretStr | None, meter: Meter) -> None:
+        check_address(config.base_url, allow_plain_http=config.allow_plain_http)
+        self._config, self._key, self._meter = config, api_key, meter
+        self.identity: Mapping[str, Any] = {
+            "endpoint": config.base_url,
+            "model": config.model,
+            "seed": config.seed,
+            "omit": sorted(config.omit),
+            "extra_body": config.extra_body,
+        }
+        self._slots = asyncio.Semaphore(config.concurrency)
+        self._requests = _limiter(config.requests_per_minute, seconds_at_once=1)
+        self._tokens = _limiter(config.tokens_per_minute, seconds_at_once=10)
+        self._resume_at = 0.0
+        secure = config.base_url.startswith("https:")
+        self._client = openai.AsyncOpenAI(
+            base_url=config.base_url,
+            api_key=api_key.get_secret_value() if api_key else "none",
+            max_retries=0,
+            http_client=httpx2.AsyncClient(
+                transport=_GuardedTransport(config.max_response_bytes, config.concurrency),
+                follow_redirects=False,
+                trust_env=secure,  # proxies and certificates of the environment; never a proxy for plain http
+                timeout=config.timeout,
+            ),
+        )
+
+    async def __call__(self, request: Request) -> Reply:
+        """Send the request, again where that may help.
+
+        Raises:
+            AskError: it failed for good; the message is safe to show.
+            UserError: the server refuses the key, the model or the address, so that all requests will fail.
+            BudgetReachedError: see `ual.uncertainty.budget`.
+        """
+        body = self.body(request)
+        most = Spent(1, request.size, request.max_tokens)
+        async with self._slots:
+            for attempt in range(self._config.max_retries + 1):
+                await self._turn(request)
+                await self._meter.reserve(most)
+                used = most  # what was sent and not answered may still be charged
+                try:
+                    reply = await self._attempt(body)
+                    used = Spent(1, reply.prompt_tokens, reply.completion_tokens)
+                    return reply if reply.prompt_tokens else _sized(reply, request)
+                except _AttemptError as error:
+                    if error.answered:
+                        used = Spent(1)
+                    problem = str(error)
+                    if not error.transient:
+                        break
+                    wait = error.retry_after
+                    if wait is not None and wait > _LONGEST_WAIT:
+                        problem += f"; the server asks to wait {wait:.0f} s"
+                        break
+                    if wait is None:
+                        wait = min(_FIRST_WAIT * 2**attempt, 30.0) * random.uniform(0.5, 1.0)  # noqa: S311
+                    else:
+                        self._resume_at = max(self._resume_at, time.monotonic() + wait)  # for all
+                        wait *= random.uniform(1.0, 1.1)  # noqa: S311  not all at once again
+                finally:
+                    await self._meter.settle(most, used)
+                if attempt < self._config.max_retries:
+                    await asyncio.sleep(wait)
+            raise AskError(problem)
+
+    def body(self, request: Request) -> dict[str, Any]:
+        """Return the request as the protocol writes it, also in batch files."""
+        config = self._config
+        body: dict[str, Any] = {
+            "model": config.model,
+            "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+            config.max_tokens_field: request.max_tokens,
+            "temperature": request.temperature,
+        }
+        if config.seed is not None:
+            body["seed"] = config.seed + request.draw
+        if request.top_logprobs:
+            body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
+        if request.json_schema is not None:
+            schema = {"name": "reply", "strict": True, "schema": dict(request.json_schema)}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return {key: value for key, value in body.items() if key not in config.omit} | config.extra_body
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def _turn(self, request: Request) -> None:
+        """Wait out what the server asked for, and the rate limits."""
+        while (wait := self._resume_at - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+        if self._requests:
+            await self._requests.acquire()
+        if self._tokens:
+            likely = request.size / 4 + request.max_tokens
+            await self._tokens.acquire(min(likely, self._tokens.max_rate))
+
+    async def _attempt(self, body: Mapping[str, Any]) -> Reply:
+        try:
+            async with asyncio.timeout(self._config.timeout):
+                response: httpx2.Response = await self._client.post(
+                    "/chat/completions", cast_to=httpx2.Response, body=body
+                )
+                return parse(self._scrubbed(response.text))
+        except (_RefusedError, openai.APIError, httpx2.HTTPError, TimeoutError, ValueError, OSError) as error:
+            raise self._explained(error) from None  # the SDK's exceptions hold the request, and so the key
+
+    def _explained(self, error: Exception) -> "_AttemptError":
+        """Say what went wrong, whether it was answered, and whether asking again may help."""
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, _RefusedError):
+            cause = cause.__cause__
+        if cause is not None:
+            return _AttemptError(str(cause), answered=False, transient=False)
+        if isinstance(error, openai.APIStatusError):
+            return self._status(error)
+        if isinstance(error, TimeoutError | openai.APITimeoutError | httpx2.TimeoutException):
+            return _AttemptError(
+                f"no reply within {self._config.timeout:g} s", answered=False, transient=True
+            )
+        if isinstance(error, ValueError):
+            return _AttemptError(self._scrubbed(str(error))[:_SHOWN], answered=False, transient=True)
+        reason = error.__cause__ or error
+        said = self._scrubbed(f"{type(reason).__name__}: {reason}")[:_SHOWN]
+        return _AttemptError(f"the connection failed: {said}", answered=False, transient=True)
+
+    def _status(self, error: openai.APIStatusError) -> "_AttemptError":
+        status, response = error.status_code, error.response
+        said = " ".join(self._scrubbed(_message(error)).split())[:_SHOWN]
+        problem = f"the server answered {status}: {said}"
+        if 300 <= status < 400:
+            to = urlsplit(response.headers.get("location", "")).netloc or "another path"
+            raise UserError(
+                f"{self._config.base_url} redirects to {self._scrubbed(to)[:100]}; redirects are not "
+                "followed, since the request and its key would go there",
+                place="configuration, backend.base_url",
+                remedy="set base_url to the final address, if you trust it",
+            )
+        if status in (401, 403, 404) or "insufficient_quota" in said:
+            raise UserError(
+                problem,
+                place=f"{self._config.base_url}, model {self._config.model}",
+                remedy="check base_url, model, and the key that api_key_env or api_key_file names",
+            )
+        transient = status in _TRANSIENT or status >= 500
+        return _AttemptError(problem, answered=True, transient=transient, retry_after=_retry_after(response))
+
+    def _scrubbed(self, text: str) -> str:
+        return text.replace(self._key.get_secret_value(), "[key]") if self._key else text
+
+
+def check_address(base_url: str, *, allow_plain_http: bool = False) -> None:
+    """Refuse an address to which a key must not be sent.
+
+    Raises:
+        UserError: it is not https (plain http is for this machine, or where allowed), or holds a password.
+    """
+    place = "configuration, backend.base_url"
+    try:
+        parts = urlsplit(base_url)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise UserError(f"not an address: {error}", place=place) from error
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise UserError(
+            "the address must not hold a user, a password, a query or a fragment",
+            place=place,
+            remedy="put the key into an environment variable and name it by backend.api_key_env",
+        )
+    if parts.scheme not in ("https", "http") or not host:
+        raise UserError(f"wanted https://host/v1, got {base_url!r}", place=place)
+    if parts.scheme == "http" and not allow_plain_http and not _loopback(host):
+        raise UserError(
+            f"plain http to {host} would show key and data to the network",
+            place=place,
+            remedy="use https, or pass --allow-plain-http in a network that you trust",
+        )
+
+
+def parse(text: str) -> Reply:
+    """Read a chat completion.
+
+    Raises:
+        ValueError: it is not JSON, or not a chat completion.
+    """
+    try:
+        completion = _Completion.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"not a chat completion: {where + ': ' if where else ''}{first['msg']}") from None
+    choice = completion.choices[0]
+    content = choice.logprobs.content if choice.logprobs else None
+    return Reply(
+        text=None if choice.message.refusal else choice.message.content or "",
+        finish_reason=choice.finish_reason or "stop",
+        tokens=tuple(
+            Token(t.token, t.logprob, tuple((a.token, a.logprob) for a in t.top_logprobs))
+            for t in content or ()
+        ),
+        prompt_tokens=completion.usage.prompt_tokens if completion.usage else 0,
+        completion_tokens=completion.usage.completion_tokens if completion.usage else 0,
+    )
+
+
+class _AttemptError(Exception):
+    """One attempt failed. `answered`: with an error status, which nobody charges for."""
+
+    def __init__(
+        self, problem: str, *, answered: bool, transient: bool, retry_after: float | None = None
+    ) -> None:
+        super().__init__(problem)
+        self.answered, self.transient, self.retry_after = answered, transient, retry_after
+
+
+class _RefusedError(Exception):
+    """A reply of a kind or size that is not read."""
+
+
+class _GuardedTransport(httpx2.AsyncHTTPTransport):
+    """Sends no header but the protocol's own, and reads no reply beyond a number of bytes."""
+
+    def __init__(self, most: int, connections: int) -> None:
+        limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+        super().__init__(limits=limits)
+        self._most = most
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        for name in set(request.headers) - _HEADERS:  # such as those of OPENAI_CUSTOM_HEADERS
+            del request.headers[name]
+        request.headers["accept-encoding"] = "identity"  # few bytes must not become many
+        response = await super().handle_async_request(request)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            await response.aclose()
+            raise _RefusedError("the server compresses its reply although it was asked not to")
+        assert isinstance(response.stream, httpx2.AsyncByteStream)
+        response.stream = _Limited(response.stream, self._most)
+        return response
+
+
+class _Limited(httpx2.AsyncByteStream):
+    def __init__(self, stream: httpx2.AsyncByteStream, most: int) -> None:
+        self._stream, self._left, self._most = stream, most, most
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._stream:
+            self._left -= len(chunk)
+            if self._left < 0:
+                raise _RefusedError(f"the reply is longer than max_response_bytes, {self._most}")
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Alternative(_Wire):
+    token: str
+    logprob: float
+
+
+class _TokenLogprob(_Alternative):
+    top_logprobs: list[_Alternative] = []
+
+
+class _Logprobs(_Wire):
+    content: list[_TokenLogprob] | None = None
+
+
+class _Message(_Wire):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class _Choice(_Wire):
+    message: _Message
+    finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Usage(_Wire):
+    prompt_tokens: Annotated[int, Field(ge=0)] = 0
+    completion_tokens: Annotated[int, Field(ge=0)] = 0
+
+
+class _Completion(_Wire):
+    choices: Annotated[list[_Choice], Field(min_length=1)]
+    usage: _Usage | None = None
+
+
+def _sized(reply: Reply, request: Request) -> Reply:
+    """Where the server does not count tokens, suppose as many as there can be."""
+    return replace(reply, prompt_tokens=request.size, completion_tokens=request.max_tokens)
+
+
+def _limiter(per_minute: float | None, *, seconds_at_once: float) -> AsyncLimiter | None:
+    """A bucket that leaks `per_minute`, and lets through some seconds' worth at once."""
+    if per_minute is None:
+        return None
+    most = max(1.0, per_minute * seconds_at_once / 60)
+    return AsyncLimiter(most, most * 60 / per_minute)
+
+
+def _retry_after(response: httpx2.Response) -> float | None:
+    """Seconds that the server asks to wait, as a number or as a date; None where it does not say."""
+    for header, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            seconds = float(response.headers[header]) * unit
+        except KeyError:
+            continue
+        except ValueError:
+            date = email.utils.parsedate_tz(response.headers[header])
+            seconds = email.utils.mktime_tz(date) - time.time() if date else -1.0
+        if 0 <= seconds < float("inf"):
+            return seconds
+    return None
+
+
+def _message(error: openai.APIStatusError) -> str:
+    body = error.body
+    inner = body.get("message") if isinstance(body, dict) else None
+    return str(inner or error.response.text)
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

@@ -1,0 +1,38 @@
+"""The uncertainty that a sample brings: human disagreement, or an earlier judge's score."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from ual.errors import UserError
+from ual.records import Elicited, Sample
+from ual.uncertainty.protocol import Ask, AskingEstimator, Task
+
+
+class Column(AskingEstimator):
+    """u = the sample's own `uncertainty`. No model is asked; other estimators can be compared with it."""
+
+    name: Literal["column"] = "column"
+
+    @property
+    def needs(self) -> frozenset[Task]:
+        return frozenset()
+
+    async def estimate(self, sample: Sample, ask: Ask) -> Elicited:
+        evidence = {} if sample.uncertainty is not None else {"unparsed": "the row has no uncertainty"}
+        return Elicited(sample.id, self.label, sample.uncertainty, evidence)
+
+
+def own_uncertainties(samples: Sequence[Sample]) -> list[Elicited]:
+    """Return each sample's own value, for training.
+
+    Raises:
+        UserError: no sample has one.
+    """
+    if all(sample.uncertainty is None for sample in samples):
+        raise UserError(
+            'no row has an "uncertainty" value',
+            place="configuration, uncertainty.estimator",
+            remedy='add the column, or set uncertainty.estimator to "white_box" to ask the base model, '
+            'or loss.kind to "sft" or "uniform" to train without',
+        )
+    return [Elicited(sample.id, "column", sample.uncertainty) for sample in samples]
