@@ -88,7 +88,7 @@ def explain(error: Any, schema: type[BaseModel]) -> str:
         return f'unknown key "{where}"; {nearest(location[-1], _valid_keys(schema, location[:-1]))}'
     if error["type"] == "missing":
         return f'"{where}" is required'
-    return f"{where or 'configuration'}: {error['msg']}, got {error['input']!r}"
+    return f"{where or 'configuration'}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"
 
 
 def _valid_keys(schema: type[BaseModel], location: Sequence[str]) -> list[str]:

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
-from ual.config.base import CommandConfig, Fraction, Section, from_name, load_as, parse_as
+from ual.config.base import CommandConfig, Fraction, Section, from_name, load_as, nearest, parse_as
+from ual.config.objectives import LOSS_KINDS, LossKind
 
 
 class ModelConfig(Section):
@@ -105,42 +106,54 @@ class LoraConfig(Section):
         return value
 
 
-class LossConfig(Section):
-    """What is minimised.
+class _LossConfig(Section):
+    """What is minimized: a kind of `ual.config.objectives`, with its options.
 
-    ual: each sample's own smoothing. sft: no smoothing, no uncertainty asked. uniform: one smoothing for all,
-    `smoothing.match_mean`, or where that is null (min + max) / 2: the mean of the linear map of ranks.
-    weighted: as sft, refused unless rows bring a `sample_weight`. dft, eaft, mile: weights made of the
-    model's own prediction of each token (`ual_kernels.losses`), with the parameters below; no smoothing.
+    "uniform" smooths by `smoothing.match_mean`; if that is null, by (min + max) / 2, the mean of the linear
+    map of ranks.
     """
 
-    kind: Literal["ual", "sft", "uniform", "weighted", "dft", "eaft", "mile"] = "ual"
+    kind: str = "ual"
     average: Literal["weights", "tokens", "samples"] = "weights"
     backend: Literal["auto", "triton", "torch", "reference"] = "auto"
-    top_k: Annotated[int, Field(ge=2)] = Field(20, description="eaft: weight 1 is the entropy of so many")
-    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(1.0, description="eaft: the exponent")
-    gamma: Annotated[float, Field(allow_inf_nan=False)] = Field(1.0, description="mile: the exponent")
-    sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        1.0, description="mile: added to entropy"
-    )
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in LOSS_KINDS:
+            raise ValueError(f"unknown loss; {nearest(value, list(LOSS_KINDS))}")
+        return value
 
     @property
-    def weighs_tokens(self) -> bool:
-        """Whether the loss makes its weights itself."""
-        return self.kind in ("dft", "eaft", "mile")
+    def about(self) -> LossKind:
+        return LOSS_KINDS[self.kind]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of the kind's preset."""
+        return {name: getattr(self, name) for name in self.about.options}
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.weighs_tokens and self.average == "samples":
+        if self.about.makes_weights and self.average == "samples":
             raise ValueError(
                 f"{self.kind} makes its own weights, so average must be 'weights' or 'tokens', not 'samples'"
             )
-        parameters = {"eaft": {"top_k", "alpha"}, "mile": {"gamma", "sigma"}}
-        given = self.model_fields_set & {"top_k", "alpha", "gamma", "sigma"}
-        changed = {name for name in given if getattr(self, name) != type(self).model_fields[name].default}
-        if stray := sorted(changed - parameters.get(self.kind, set())):
+        every = {name: default for kind in LOSS_KINDS.values() for name, (_, default) in kind.options.items()}
+        changed = {name for name, default in every.items() if getattr(self, name) != default}
+        if stray := sorted(changed - set(self.about.options)):
             raise ValueError(f"loss {self.kind} has no parameter {stray[0]!r}")
         return self
+
+
+if TYPE_CHECKING:
+    LossConfig = _LossConfig
+else:  # with the options of every kind as keys
+    LossConfig = create_model(
+        "LossConfig",
+        __base__=_LossConfig,
+        **{name: option for kind in LOSS_KINDS.values() for name, option in kind.options.items()},
+    )
 
 
 class EvaluationConfig(Section):
@@ -184,7 +197,7 @@ class RunConfig(CommandConfig):
                 raise ValueError(
                     "data.streaming reads in one process: remove training.dataloader_num_workers"
                 )
-            if self.loss.kind == "ual" and self.uncertainty.estimator != "column":
+            if self.loss.about.needs_uncertainty and self.uncertainty.estimator != "column":
                 raise ValueError(
                     "data.streaming does not keep rows to ask a model about them: bring their uncertainty as "
                     'a column and set uncertainty to "column"'

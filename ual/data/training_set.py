@@ -84,13 +84,13 @@ def check_weights(samples: Sequence[Sample], config: RunConfig) -> None:
     """
     kind = config.loss.kind
     weighted = next((s for s in samples if s.sample_weight != 1), None)
-    if kind == "weighted" and weighted is None and samples:
+    if config.loss.about.weights == "required" and weighted is None and samples:
         raise UserError(
-            'loss weighted wants weights in the rows, and none has a "sample_weight" other than 1',
+            f'loss {kind} wants weights in the rows, and none has a "sample_weight" other than 1',
             place=config.data.train,
             remedy="set loss: sft, or bring weights (`ual reliability --method reweight` makes them)",
         )
-    if config.loss.weighs_tokens and weighted is not None:
+    if config.loss.about.makes_weights and weighted is not None:
         raise UserError(
             f'loss {kind} makes weights itself, and this row has "sample_weight" {weighted.sample_weight:g}',
             place=weighted.place,
@@ -234,14 +234,14 @@ def _smoothings(
     """Which rows are kept, their scaled uncertainty and their smoothing, each [n]; NaN where missing."""
     n = len(own)
     keep, scaled, derived = np.ones(n, dtype=np.bool_), np.full(n, np.nan), np.zeros(n)
-    if config.loss.kind == "uniform":
+    if config.loss.about.smoothing == "uniform":
         derived[:] = _uniform(config)
-    elif config.loss.kind == "ual" and np.isnan(own).any():
+    elif config.loss.about.smoothing == "own" and np.isnan(own).any():
         filled, keep, missing = smoothing.fill_missing(values, config.uncertainty.missing)
         if missing:
             log.warning("%d of %d rows have no uncertainty: %s", missing, n, config.uncertainty.missing)
         scaled[keep], derived[keep] = smoothing.from_config(filled[keep], config.smoothing)
-    if config.loss.kind == "ual":
+    if config.loss.about.smoothing == "own":
         keep = keep | ~np.isnan(own)
         derived = np.where(np.isnan(own), derived, own)
     return keep, scaled, derived

@@ -121,7 +121,7 @@ def preview(
 
 def _elicited(config: RunConfig, samples: Sequence[Sample]) -> tuple[dict[str, Elicited], bool]:
     """What is known of uncertainties without asking a model, and whether that is too little to smooth by."""
-    if config.loss.kind != "ual" or all(s.label_smoothing is not None for s in samples):
+    if not config.loss.about.needs_uncertainty or all(s.label_smoothing is not None for s in samples):
         return {}, False
     if config.uncertainty.estimator == "column":
         return {s.id: Elicited(s.id, "column", s.uncertainty) for s in samples}, False

@@ -278,13 +278,13 @@ def _prepare(
 
 
 def _asks_the_model(config: RunConfig, train: Sequence[Sample]) -> bool:
-    if config.loss.kind != "ual" or config.uncertainty.estimator == "column":
+    if not config.loss.about.needs_uncertainty or config.uncertainty.estimator == "column":
         return False
     return any(s.label_smoothing is None for s in train)
 
 
 def _column(config: RunConfig, train: Sequence[Sample]) -> dict[str, Elicited]:
-    if config.loss.kind != "ual" or all(s.label_smoothing is not None for s in train):
+    if not config.loss.about.needs_uncertainty or all(s.label_smoothing is not None for s in train):
         return {}
     return {e.sample_id: e for e in column.own_uncertainties(train)}
 
@@ -309,7 +309,7 @@ def _rows(job: _Job, folder: RunFolder, progress: Progress) -> rows.TrainingRows
 
 def _elicit(job: _Job, folder: RunFolder, progress: Progress) -> dict[str, Elicited]:
     """Ask for uncertainties once: a resumed run reads what the first one wrote."""
-    if job.config.loss.kind != "ual" or all(s.label_smoothing is not None for s in job.train):
+    if not job.config.loss.about.needs_uncertainty or all(s.label_smoothing is not None for s in job.train):
         return {}
     written = distributed.from_first(lambda: folder.read_rows("uncertainty.jsonl"))
     elicited = [Elicited(**row) for row in written]

@@ -40,15 +40,13 @@ class Objective:
         return loss / mean.nan_to_num(nan=1.0)  # no live token: the loss is 0 whatever divides it
 
 
-SFT = Objective()
+PLAIN = Objective()
 
 
 def objective(config: LossConfig) -> Objective:
     """Return the objective of a `loss` section."""
-    if config.kind == "dft":
-        return Objective(losses.dft()["sample_weight"])
-    if config.kind == "eaft":
-        return Objective(losses.eaft(config.top_k, config.alpha)["sample_weight"])
-    if config.kind == "mile":
-        return Objective(losses.mile(config.gamma, config.sigma)["sample_weight"], over_its_mean=True)
-    return SFT
+    kind = config.about
+    if kind.preset is None:
+        return PLAIN
+    made = getattr(losses, kind.preset)(**config.options)
+    return Objective(made["sample_weight"], kind.over_mean_weight)

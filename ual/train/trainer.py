@@ -19,7 +19,7 @@ from ual.errors import UserError
 from ual.train import adapter_state, distributed
 from ual.train import checkpoint as sealed
 from ual.train.metrics import BatchStatistics, spread
-from ual.train.objective import SFT, Objective
+from ual.train.objective import PLAIN, Objective
 from ual_kernels import IGNORE_INDEX
 
 _PARTIAL = ".partial"
@@ -53,7 +53,7 @@ class UALTrainer(Trainer):
         *args: Any,
         data_collator: Callable[[list[Any]], dict[str, Any]],
         average: Literal["weights", "tokens", "samples"] = "weights",
-        objective: Objective = SFT,
+        objective: Objective = PLAIN,
         groups: Sequence[str] = (),
         statistics: Literal["every", "logged", "never"] = "never",
         **kwargs: Any,

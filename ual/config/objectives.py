@@ -1,0 +1,67 @@
+"""The loss kinds, as data. A new kind is one record here: no other file asks for a kind by its name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+
+@dataclass(frozen=True, slots=True)
+class LossKind:
+    """What `loss.kind` means for samples, tokens and messages."""
+
+    sentence: str
+    """What the loss does, for reports and `ual train --help`."""
+    smoothing: Literal["own", "uniform", "none"] = "none"
+    """own: each sample's, from its uncertainty. uniform: one for all samples."""
+    weights: Literal["optional", "required", "made"] = "optional"
+    """Whether samples may bring `sample_weight`, must bring it, or the loss makes a weight for each token."""
+    preset: str | None = None
+    """The function of `ual_kernels.losses` that makes the tokens' weights."""
+    options: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Arguments of the preset: name -> (annotation, default). They are keys of the `loss` section."""
+    over_mean_weight: bool = False
+    """Whether the loss is divided by the mean weight of a process's micro-batch."""
+
+    @property
+    def needs_uncertainty(self) -> bool:
+        return self.smoothing == "own"
+
+    @property
+    def makes_weights(self) -> bool:
+        return self.weights == "made"
+
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+LOSS_KINDS: dict[str, LossKind] = {
+    "ual": LossKind(
+        "Uncertainty-aware fine-tuning: each sample has its own label smoothing", smoothing="own"
+    ),
+    "sft": LossKind("Plain fine-tuning, without label smoothing"),
+    "uniform": LossKind("Fine-tuning with the same label smoothing for every sample", smoothing="uniform"),
+    "weighted": LossKind("Fine-tuning with the samples' own weights", weights="required"),
+    "dft": LossKind(
+        "Dynamic fine-tuning: each token is weighted by its probability", weights="made", preset="dft"
+    ),
+    "eaft": LossKind(
+        "Entropy-adaptive fine-tuning: each token is weighted by the prediction's entropy",
+        weights="made",
+        preset="eaft",
+        options={
+            "top_k": (Annotated[int, Field(ge=2, description="weight 1 is the entropy of so many")], 20),
+            "alpha": (Annotated[_Finite, Field(ge=0, description="the exponent")], 1.0),
+        },
+    ),
+    "mile": LossKind(
+        "MiLe: each token is weighted by a power of the prediction's entropy",
+        weights="made",
+        preset="mile",
+        options={
+            "gamma": (Annotated[_Finite, Field(description="the exponent")], 1.0),
+            "sigma": (Annotated[_Finite, Field(gt=0, description="added to entropy")], 1.0),
+        },
+        over_mean_weight=True,
+    ),
+}
