@@ -1,0 +1,78 @@
+"""What is seen of a run while it works: bars on a terminal, and its log file."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress as Bars,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Progress bars on a console, or nowhere."""
+
+    def __init__(self, console: Console | None) -> None:
+        self.bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console or Console(quiet=True),
+        )
+
+    def __enter__(self) -> "Progress":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def task(self, what: str, total: int | None) -> Callable[[int], None]:
+        """Add a bar; return what moves it on."""
+        task = self.bars.add_task(what, total=total)
+
+        def advance(done: int) -> None:  # several processes round their shares up
+            done += int(self.bars.tasks[task].completed)
+            self.bars.update(task, completed=done if total is None else min(done, total))
+
+        return advance
+
+    def say(self, line: str) -> None:
+        self.bars.console.print(line, highlight=False)
+
+
+@contextmanager
+def log_file(path: Path, writes: bool) -> Iterator[None]:
+    """Send every logger, and warnings, to the run's log file, if this process writes it."""
+    if not writes:
+        yield
+        return
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield
+    except BaseException as error:
+        log.error("stopped: %s", error)
+        raise
+    finally:
+        logging.captureWarnings(False)
+        root.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()
