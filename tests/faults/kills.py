@@ -109,9 +109,9 @@ def being_saved(config: Path) -> bool:
 
 
 def last_step(config: Path) -> int:
-    """The step of the newest whole checkpoint; 0 without one."""
-    newest = checkpoint.newest_whole(config.parent / "run" / "checkpoints")
-    return int(newest.name.rsplit("-", 1)[1]) if newest else 0
+    """The step of the newest complete checkpoint; 0 without one."""
+    newest = checkpoint.newest_complete(config.parent / "run" / "checkpoints")
+    return newest.step if newest else 0
 
 
 def kill(config: Path, how: str, *, rank: int, moment: str, delay: float, after: int = 1) -> tuple[bool, int]:
@@ -176,7 +176,7 @@ def main() -> int:
         done += hit
         print(
             f"kill {done}: rank {rank}, {1e3 * delay:.0f} ms into a {moment}, {how} exit {code}; logged "
-            f"{history_rows(killed)} steps, newest whole checkpoint {last_step(killed)}, {left}"
+            f"{history_rows(killed)} steps, newest complete checkpoint {last_step(killed)}, {left}"
             if hit
             else f"ended before the kill, exit {code}",
             flush=True,

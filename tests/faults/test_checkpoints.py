@@ -19,6 +19,7 @@ from tests.ual.runs import ENVIRONMENT, ROOT, configure, free_port, history
 from ual.cli.main import app
 from ual.errors import UserError
 from ual.train import checkpoint
+from ual.train.checkpoint import Checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -32,7 +33,7 @@ def sealed(folder: Path, step: int) -> Path:
     (scratch / "inner").mkdir(parents=True)
     (scratch / "weights").write_bytes(bytes(range(100)))
     (scratch / "inner" / "state").write_bytes(b"moments")
-    checkpoint.seal(scratch, {"step": step})
+    checkpoint.seal(Checkpoint(scratch, step, world_size=1, samples_per_step=4, zero_stage=0))
     checkpoint.publish(scratch, target)
     return target
 
@@ -67,11 +68,15 @@ def test_a_damaged_checkpoint_is_passed_over(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     older, newer = sealed(tmp_path, 9), sealed(tmp_path, 10)
-    assert checkpoint.newest_whole(tmp_path) == newer
+    newest = checkpoint.newest_complete(tmp_path)
+    assert newest is not None
+    assert (newest.path, newest.step, newest.samples_per_step) == (newer, 10, 4)
     harm, words = DAMAGE[kind]
     harm(newer)
     assert words in (checkpoint.damage(newer) or "")
-    assert checkpoint.newest_whole(tmp_path) == older
+    found = checkpoint.newest_complete(tmp_path)
+    assert found is not None
+    assert found.path == older
     assert "checkpoint-10" in caplog.text
     assert words in caplog.text
 
@@ -79,7 +84,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_what_a_kill_leaves_aside_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / ".partial" / "checkpoint-5").mkdir(parents=True)
     (tmp_path / "checkpoint-best").mkdir()
-    assert checkpoint.newest_whole(tmp_path) is None
+    assert checkpoint.newest_complete(tmp_path) is None
 
 
 @pytest.mark.kills("ual/train/checkpoint.py", "if free < size:", "if free < 0:")
@@ -163,9 +168,9 @@ def test_a_gradient_that_is_not_finite_names_the_samples(tmp_path: Path, tiny: P
     assert "not finite" in said
     assert re.search(r"Samples: row 6 ", said), said
     run = tmp_path / "run"
-    whole = checkpoint.newest_whole(run / "checkpoints")
+    newest = checkpoint.newest_complete(run / "checkpoints")
     steps = [row["step"] for row in history(run) if "loss" in row]
-    assert (int(whole.name.rsplit("-", 1)[1]) if whole else 0) == len(steps)
+    assert (newest.step if newest else 0) == len(steps)
     assert f"step {len(steps) + 1} is not finite" in said
 
 
@@ -266,9 +271,9 @@ def test_dry_run_shows_the_plan_and_a_batch_and_writes_nothing(tmp_path: Path, t
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
     for words in (
-        "rows 8 to train, 0 held out",
-        "steps 6, of 4 rows each",
-        "nothing was loaded, trained or written",
+        "samples 8 read, 8 to train, 0 held out",
+        "steps 6, of 4 samples each",
+        "no weights were loaded, nothing was trained or written",
         "0.200",
     ):
         assert words in said or words == "0.200", said

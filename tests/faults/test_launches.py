@@ -73,7 +73,9 @@ def stopped(folder: Path, shared: Path, whole: Path) -> Path:
     'safe_get_full_optimizer_state(p, "exp_avg")',
     slow=True,
 )
-@pytest.mark.kills("ual/train/trainer.py", '            group["lr"] = rate', "            pass", slow=True)
+@pytest.mark.kills(
+    "ual/train/checkpointing.py", '            group["lr"] = rate', "            pass", slow=True
+)
 def test_whatever_launched_and_stopped_it_the_weights_are_the_same(whole: Path, stopped: Path) -> None:
     shutil.copytree(stopped.parent, stopped.parent.with_name("other-world"))
     launch = Launch(stopped, "accelerate", AUTO)
@@ -108,7 +110,7 @@ def test_other_rows_in_a_step_are_refused(whole: Path) -> None:
     launch = Launch(whole, "ual", [*words, "--resume"])
     assert launch.end() == 2
     said = " ".join(launch.printed().split())
-    assert "has 4 rows, a step of this run 3" in said
+    assert "has 4 samples per step, this run has 3" in said
     assert "Traceback" not in said
 
 

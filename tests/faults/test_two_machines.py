@@ -81,9 +81,9 @@ def test_torchrun_meets_across_machines(machines: list[str], shared: Path, tmp_p
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], said
     assert sum("report   " in text for text in said) == 1, "one process of all prints"
-    newest = checkpoint.newest_whole(tmp_path / "run" / "checkpoints")
+    newest = checkpoint.newest_complete(tmp_path / "run" / "checkpoints")
     assert newest is not None
-    assert checkpoint.facts(newest)["world_size"] == 2
+    assert newest.world_size == 2
 
     values = yaml.safe_load(config.read_text()) | {"deepspeed": None, "output_dir": str(tmp_path / "alone")}
     values["training"]["per_device_train_batch_size"] = 4

@@ -105,7 +105,6 @@ def zero(case: Case, folder: Path) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_fp32_param
     from transformers import TrainingArguments
 
-    from ual.data.training_set import Features
     from ual.train import UALTrainer
     from ual.train.deepspeed import deepspeed_config, join
 
@@ -131,7 +130,7 @@ def zero(case: Case, folder: Path) -> dict[str, Any]:
     trainer = InOrder(
         model=model,
         args=arguments,
-        train_dataset=Features(rows(case.accumulation)),
+        train_dataset=rows(case.accumulation),
         data_collator=Collator(0),
         callbacks=[],
     )

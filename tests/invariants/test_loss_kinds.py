@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from ual.config.run import LossConfig
 from ual.data import Collator
-from ual.data.training_set import Features
 from ual.errors import UserError
 from ual.models import fuse
 from ual.train import UALTrainer
@@ -79,7 +78,7 @@ def test_the_loss_is_its_definition(kind: str, tiny: Path, tmp_path: Path) -> No
     )  # fmt: skip
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     trainer = InOrder(
-        model=fuse(model), args=args, train_dataset=Features(rows()), data_collator=Collator(0),
+        model=fuse(model), args=args, train_dataset=rows(), data_collator=Collator(0),
         objective=objective(LossConfig(kind=kind, **options)),
     )  # fmt: skip
     trainer.train()
@@ -95,7 +94,7 @@ def test_rows_with_weights_are_refused_where_the_loss_makes_them(tiny: Path, tmp
     )  # fmt: skip
     trainer = UALTrainer(
         model=fuse(AutoModelForCausalLM.from_pretrained(tiny)), args=args, data_collator=Collator(0),
-        train_dataset=Features(rows(weight=0.5)), objective=objective(LossConfig(kind="dft")),
+        train_dataset=rows(weight=0.5), objective=objective(LossConfig(kind="dft")),
     )  # fmt: skip
     with pytest.raises(UserError, match="has a weight"):
         trainer.train()

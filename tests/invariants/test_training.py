@@ -16,7 +16,6 @@ from tests.ual.runs import configure, gsm8k, history, start, ual
 from ual.config.run import load
 from ual.data import Collator, Renderer
 from ual.data import load as load_rows
-from ual.data.training_set import Features
 from ual.models import fuse
 from ual.pipelines.train import run
 from ual.train import UALTrainer
@@ -87,9 +86,7 @@ def trajectory(
 
     rows = [row | {"label_smoothing": smoothing} for row in features]
     kind = UALTrainer if fused else Trainer
-    trainer = kind(
-        model=model, args=args, train_dataset=Features(rows), data_collator=collate if fused else plain
-    )
+    trainer = kind(model=model, args=args, train_dataset=rows, data_collator=collate if fused else plain)
     trainer.train()
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
@@ -160,7 +157,7 @@ def test_averages(features: list[dict[str, Any]], stories: Path, tmp_path: Path,
         disable_tqdm=True, label_names=["labels"],
     )  # fmt: skip
     trainer = UALTrainer(
-        model=fuse(model), args=args, train_dataset=Features(rows), average=average,
+        model=fuse(model), args=args, train_dataset=rows, average=average,
         data_collator=Collator(0, average=average),
     )  # fmt: skip
     trainer.train()

@@ -244,3 +244,17 @@ def test_a_model_that_does_something_else_to_its_logits_is_refused() -> None:
     model.forward = bent
     with pytest.raises(UserError, match="cannot be fused"):
         fuse(model)
+
+
+@pytest.mark.kills("ual/models/fuse.py", 'if smoothing_over == "others":', "if False:")
+def test_a_batch_says_over_which_classes_smoothing_spreads(stories: Path) -> None:
+    model = fuse(AutoModelForCausalLM.from_pretrained(stories))
+    ids, labels = batch()
+    smoothing, vocab = torch.tensor([0.0, 0.1, 0.3]), model.get_output_embeddings().weight.shape[0]
+    inputs = {"input_ids": ids, "labels": labels}
+    others = model(**inputs, label_smoothing=smoothing, smoothing_over="others").loss
+    converted = model(**inputs, label_smoothing=smoothing * vocab / (vocab - 1)).loss
+    assert torch.equal(others, converted)
+    assert not torch.equal(others, model(**inputs, label_smoothing=smoothing).loss)
+    with pytest.raises(ValueError, match="smoothing_over"):
+        model(**inputs, smoothing_over="nothing")

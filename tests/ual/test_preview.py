@@ -45,23 +45,23 @@ def test_every_row_is_counted_once_with_its_reason(config: Path) -> None:
     found = preview(load(config))
     assert found.count == 10
     assert found.dropped == {
-        "no trained token among the first 192 (data.overlong: truncate)": 1,
+        "no loss token among the first 192 (data.overlong: truncate)": 1,
         "sample_weight 0: read, never trained": 1,
         "no uncertainty (uncertainty.missing: drop)": 1,
     }
-    assert found.trained_rows + sum(found.dropped.values()) == found.count
+    assert found.trained + sum(found.dropped.values()) == found.count
     assert found.truncated == 1
     assert found.sources == {"": 2, "a": 3, "b": 3}
     dropping = preview(load(config, ["data.overlong=drop"]))
     assert dropping.dropped["longer than 192 tokens (data.overlong: drop)"] == 2
-    assert found.sequences is None
+    assert found.sequences == found.trained + 1  # a sample of weight 0 is read too
     packed = preview(load(config, ["data.packing=true"]))
-    assert 2 <= packed.sequences < found.trained_rows
+    assert 2 <= packed.sequences < found.trained
 
 
 @pytest.mark.kills("ual/pipelines/preview.py", "trained = [False, *(", "trained = [True, *(")
 def test_what_is_shown_is_what_is_trained(config: Path) -> None:
-    cut, first, last = (preview(load(config), count=7).rows[i] for i in (0, 1, 6))
+    cut, first, last = (preview(load(config), count=7).shown[i] for i in (0, 1, 6))
     assert cut.truncated
     assert not first.truncated
     assert [span.trained for span in first.spans] == [False, True]
@@ -69,13 +69,13 @@ def test_what_is_shown_is_what_is_trained(config: Path) -> None:
     assert "What is 0?" in first.spans[0].text
     assert (first.smoothing, first.weight) == (0.0, 1.0)
     assert last.smoothing == pytest.approx(0.2)
-    assert preview(load(config, ["loss=uniform"])).rows[0].smoothing == pytest.approx(0.1)
+    assert preview(load(config, ["loss=uniform"])).shown[0].smoothing == pytest.approx(0.1)
 
 
 def test_the_base_models_uncertainty_is_shown_once_it_is_known(config: Path) -> None:
     settings = load(config, ["uncertainty.estimator=white_box"])
     before = preview(settings)
-    assert before.rows[0].smoothing is None
+    assert before.shown[0].smoothing is None
     assert "which `ual train` asks for: between 0 and 0.2" in before.notes[0]
     run = Path(settings.output_dir)
     run.mkdir()
@@ -85,14 +85,14 @@ def test_the_base_models_uncertainty_is_shown_once_it_is_known(config: Path) -> 
     ]
     (run / "uncertainty.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     after = preview(settings)
-    assert after.rows[0].smoothing == 0.0
+    assert after.shown[0].smoothing == 0.0
     assert not after.notes
 
 
 def test_a_stream_is_looked_at_from_its_beginning(config: Path) -> None:
     found = preview(load(config, ["data.streaming=true"]))
-    assert (found.count, found.trained_rows) == (10, 7)
-    assert "first 10 rows" in found.notes[0]
+    assert (found.count, found.trained) == (10, 7)
+    assert "first 10 samples" in found.notes[0]
 
 
 def test_trained_text_is_green_or_between_marks(
@@ -109,7 +109,7 @@ def test_trained_text_is_green_or_between_marks(
 
     with (tmp_path / "out").open("w+") as file:
         monkeypatch.setattr(
-            cli, "out", Console(file=file, force_terminal=True, color_system="standard", width=90)
+            "ual.cli.train.out", Console(file=file, force_terminal=True, color_system="standard", width=90)
         )
         invoke("preview", config, "-n", 2)
         file.seek(0)

@@ -55,12 +55,12 @@ def test_a_wrong_row_is_named_with_its_place(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny: Path) -> run.RunConfig:
+def settings(tmp_path: Path, tiny: Path) -> configuration.RunConfig:
     path = configure(tmp_path, tiny, ROWS, data=STREAMED, uncertainty="column")
     return configuration.load(path)
 
 
-def streamed(settings: run.RunConfig, tiny: Path) -> rows.TrainingRows:
+def streamed(settings: configuration.RunConfig, tiny: Path) -> rows.TrainingSet:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
 
     class Model:
@@ -72,14 +72,14 @@ def streamed(settings: run.RunConfig, tiny: Path) -> rows.TrainingRows:
     return rows.streamed(settings, rows.renderer(settings, tokenizer, Model()))
 
 
-def test_smoothing_by_rank_needs_the_first_pass(settings: run.RunConfig, tiny: Path) -> None:
+def test_smoothing_by_rank_needs_the_first_pass(settings: configuration.RunConfig, tiny: Path) -> None:
     """Every row has the smoothing that it has when all are in memory, whatever order it is read in."""
     found = streamed(settings, tiny)
     expected = {
         s.sample.id: s.label_smoothing
-        for s in rows.score_rows(
+        for s in rows.score(
             load(settings.data.train),
-            {str(r["id"]): rows.Elicited(str(r["id"]), "column", r["uncertainty"]) for r in ROWS},
+            [rows.Elicited(str(r["id"]), "column", r["uncertainty"]) for r in ROWS],
             settings,
         )
     }
@@ -103,7 +103,9 @@ def test_smoothing_by_rank_needs_the_first_pass(settings: run.RunConfig, tiny: P
     "ual/data/streaming.py", "default_rng([self._seed, self._epoch])", "default_rng(self._seed)"
 )
 @pytest.mark.kills("ual/data/streaming.py", "islice(rows, self._buffer)", "islice(rows, self._buffer - 1)")
-def test_an_epochs_order_is_its_own_and_always_the_same(settings: run.RunConfig, tiny: Path) -> None:
+def test_an_epochs_order_is_its_own_and_always_the_same(
+    settings: configuration.RunConfig, tiny: Path
+) -> None:
     orders = []
     for epoch in (0, 1, 0):
         found = streamed(settings, tiny).dataset
@@ -122,7 +124,7 @@ def test_an_epochs_order_is_its_own_and_always_the_same(settings: run.RunConfig,
     ids=["shorter", "longer", "gone"],
 )
 def test_a_file_that_changes_under_a_run_stops_it(
-    settings: run.RunConfig, tiny: Path, lines: int | None, message: str
+    settings: configuration.RunConfig, tiny: Path, lines: int | None, message: str
 ) -> None:
     rows, file = streamed(settings, tiny).dataset, Path(settings.data.train)
     if lines is None:
@@ -133,7 +135,7 @@ def test_a_file_that_changes_under_a_run_stops_it(
         list(rows)
 
 
-def test_packs_of_a_stream_hold_every_row_once(settings: run.RunConfig, tiny: Path) -> None:
+def test_packs_of_a_stream_hold_every_row_once(settings: configuration.RunConfig, tiny: Path) -> None:
     packing = settings.model_copy(update={"data": settings.data.model_copy(update={"packing": True})})
     packs = list(streamed(packing, tiny).dataset)
     assert sorted(int(row["id"]) for p in packs for row in p["rows"]) == list(range(30))

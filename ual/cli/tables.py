@@ -10,8 +10,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from ual.pipelines.elicit_dry_run import DryRun
     from ual.pipelines.estimate import Estimate
-    from ual.pipelines.plan import Plan
-    from ual.pipelines.preview import Preview, Row
+    from ual.pipelines.preview import Plan, Preview, Shown
     from ual.pipelines.weak_labels import Group as Questions
     from ual.pipelines.weak_labels import Summary
 
@@ -50,72 +49,67 @@ def arms(found: list[dict[str, Any]]) -> RenderableType:
 
 
 def plan(found: "Plan") -> RenderableType:
-    """What a run would do, and the first rows of its first batch."""
-    steps = "as many as the stream has" if found.steps is None else f"{found.steps:,}"
-    sharding = f", ZeRO-{found.zero_stage}" if found.zero_stage else ""
+    """The size of a run, and the first samples of its data."""
+    look = found.preview
     facts = _facts(numbers=False)
     for name, value in (
         ("loss", found.loss),
-        ("rows", f"{found.rows:,} to train, {found.held_out:,} held out"),
-        ("tokens", f"{found.tokens:,}, of which {found.trained_tokens:,} are trained"),
+        ("samples", f"{look.count:,} read, {look.trained:,} to train, {look.held_out:,} held out"),
+        ("tokens", f"{look.tokens:,}, of which {look.loss_tokens:,} are loss tokens"),
         ("parameters", f"{found.parameters:,}, of which {found.trained_parameters:,} are trained"),
-        ("processes", f"{found.processes}{sharding}"),
-        ("steps", f"{steps}, of {found.rows_per_step} rows each"),
+        ("processes", f"{found.processes}" + (f", ZeRO-{found.zero_stage}" if found.zero_stage else "")),
+        ("steps", f"{found.steps:,}, of {found.samples_per_step} samples each"),
         (
             "checkpoint",
             f"about {found.checkpoint_bytes / 1e6:,.1f} MB; {found.free_bytes / 1e9:,.1f} GB are free",
         ),
     ):
         facts.add_row(name, value)
-    batch = _table("row", "tokens", "trained", "smoothing", "weight")
-    for row in found.batch:
-        smoothing = "asked when it runs" if row["smoothing"] is None else f"{row['smoothing']:.3f}"
-        batch.add_row(
-            escape(row["id"]), str(row["tokens"]), str(row["trained"]), smoothing, f"{row['weight']:g}"
-        )
-    return Group(facts, batch, "nothing was loaded, trained or written")
+    batch = _table("sample", "tokens", "loss tokens", "smoothing", "weight")
+    for s in look.shown:
+        smoothing = "asked when it runs" if s.smoothing is None else f"{s.smoothing:.3f}"
+        batch.add_row(escape(s.sample.id), str(s.tokens), str(s.loss_tokens), smoothing, f"{s.weight:g}")
+    return Group(facts, batch, "no weights were loaded, nothing was trained or written")
 
 
 def preview(found: "Preview") -> RenderableType:
-    """What was read, dropped, cut and trained, in counts."""
+    """How many samples and tokens were read, dropped, cut and trained."""
     table = _facts(numbers=True)
-    table.add_row("rows read", f"{found.count:,}")
+    table.add_row("samples read", f"{found.count:,}")
     for why, number in found.dropped.items():
         table.add_row(f"  not trained: {escape(why)}", f"{number:,}")
-    table.add_row("rows trained", f"{found.trained_rows:,}")
+    table.add_row("samples trained", f"{found.trained:,}")
     if found.truncated:
         table.add_row(f"  cut at {found.max_length} tokens", f"{found.truncated:,}")
     if len(found.sources) > 1:
         for source, number in list(found.sources.items())[:8]:
             table.add_row(f"  from {escape(source or '(unnamed)')}", f"{number:,}")
-    if found.sequences is not None:
+    if found.packed:
         table.add_row(f"packed sequences of at most {found.max_length} tokens", f"{found.sequences:,}")
-    share = found.trained_tokens / found.tokens if found.tokens else 0.0
+    share = found.loss_tokens / found.tokens if found.tokens else 0.0
     table.add_row("tokens", f"{found.tokens:,}")
-    table.add_row("tokens trained", f"{found.trained_tokens:,}  ({share:.0%})")
+    table.add_row("loss tokens", f"{found.loss_tokens:,}  ({share:.0%})")
     if found.held_out:
-        table.add_row("rows held out", f"{found.held_out:,}")
+        table.add_row("samples held out", f"{found.held_out:,}")
     return table
 
 
-def preview_row(row: "Row", *, coloured: bool) -> tuple[str, Text]:
-    """A row's facts, and its text: what is trained in green, or between marks where there is no colour."""
-    smoothing = "unknown yet" if row.smoothing is None else f"{row.smoothing:.3f}"
-    trained = sum(span.tokens for span in row.spans if span.trained)
-    total = sum(span.tokens for span in row.spans)
-    cut = ", cut at data.max_length" if row.truncated else ""
+def preview_sample(shown: "Shown", *, colored: bool) -> tuple[str, Text]:
+    """A sample's facts and its text; loss tokens are green, or without color between « and »."""
+    smoothing = "unknown yet" if shown.smoothing is None else f"{shown.smoothing:.3f}"
+    cut = ", cut at data.max_length" if shown.truncated else ""
     facts = (
-        f"[bold]{escape(row.sample.id)}[/bold]  smoothing {smoothing}, weight {row.weight:g}, "
-        f"{trained} of {total} tokens trained{cut}"
-        f"[dim]  {escape(row.sample.source)}  {escape(row.sample.place)}[/dim]"
+        f"[bold]{escape(shown.sample.id)}[/bold]  smoothing {smoothing}, weight {shown.weight:g}, "
+        f"{shown.loss_tokens} of {shown.tokens} tokens trained{cut}"
+        f"[dim]  {escape(shown.sample.source)}  {escape(shown.sample.place)}[/dim]"
     )
-    shown = Text()
-    for span in row.spans:
-        if coloured:
-            shown.append(span.text, style="bold green" if span.trained else "dim")
+    text = Text()
+    for span in shown.spans:
+        if colored:
+            text.append(span.text, style="bold green" if span.trained else "dim")
         else:
-            shown.append(f"«{span.text}»" if span.trained else span.text)
-    return facts, shown
+            text.append(f"«{span.text}»" if span.trained else span.text)
+    return facts, text
 
 
 def estimate(found: "Estimate") -> RenderableType:

@@ -86,7 +86,7 @@ def train(
         if resolved.deepspeed and "RANK" not in os.environ:
             be_a_world_of_one()
         if dry_run:
-            from ual.pipelines.train import plan
+            from ual.pipelines.preview import plan
 
             found = plan(
                 resolved,
@@ -138,8 +138,8 @@ def preview(
         found = look(
             resolved, count=count, cache=cache_folder(os.environ), trust_remote_code=trust_remote_code
         )
-        for row in found.rows:
-            facts, text = tables.preview_row(row, coloured=out.color_system is not None)
+        for sample in found.shown:
+            facts, text = tables.preview_sample(sample, colored=out.color_system is not None)
             out.print(facts, highlight=False, soft_wrap=True)
             out.print(text, soft_wrap=True)
             out.print()

@@ -12,6 +12,7 @@ from ual.errors import UserError
 
 _NUMBERS = ("label_smoothing", "sample_weight")
 Average = Literal["weights", "tokens", "samples"]
+SmoothingOver = Literal["all", "others"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Collator:
         average: ``samples`` divides each row's weight by its live tokens, so that every row counts alike
             however long it is. Token t predicts token t + 1, so the live tokens are those of
             ``labels[1:]`` that are not -100. Any other value leaves the weights alone.
+        smoothing_over: ``others`` adds `smoothing_over` to the batch, so that a fused model spreads smoothing
+            over all classes but the target.
 
     Calling it takes features with `input_ids` and `labels` (lists of int of one length), `label_smoothing`
     and `sample_weight` (floats; further keys are left out) and returns `input_ids`, `attention_mask` and
@@ -44,6 +47,7 @@ class Collator:
     pad_token_id: int
     pad_to_multiple_of: int = 8
     average: Average = "weights"
+    smoothing_over: SmoothingOver = "all"
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         _check(features)
@@ -61,7 +65,7 @@ class Collator:
         smoothing, weight = _numbers(features)
         if self.average == "samples":
             weight = weight / live_tokens.clamp(min=1)
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
@@ -71,7 +75,7 @@ class Collator:
         }
         if "groups" in features[0]:
             batch["groups"] = torch.tensor([feature["groups"] for feature in features])
-        return batch
+        return batch | _over(self.smoothing_over)
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,8 @@ class PackedCollator:
     (`ual.models.check_isolation` makes sure). No row's first token is predicted from the row before it.
 
     Args:
-        pad_token_id, pad_to_multiple_of, average: as in `Collator`. What pads a sequence is a row of its own
-            without labels.
+        pad_token_id, pad_to_multiple_of, average, smoothing_over: as in `Collator`. A sequence's padding is
+            a sample of its own, without labels.
         padding_free: one sequence [1, T] of all rows, unpadded, for flash attention's kernels of variable
             length, which read rows only from a batch of one.
 
@@ -106,11 +110,13 @@ class PackedCollator:
     pad_token_id: int
     pad_to_multiple_of: int = 8
     average: Average = "weights"
+    smoothing_over: SmoothingOver = "all"
     padding_free: bool = False
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if "rows" not in features[0]:
-            return Collator(self.pad_token_id, self.pad_to_multiple_of, self.average)(features)
+            alone = Collator(self.pad_token_id, self.pad_to_multiple_of, self.average, self.smoothing_over)
+            return alone(features)
         packs = [list(feature["rows"]) for feature in features]
         if self.padding_free:
             packs = [[row for pack in packs for row in pack]]
@@ -121,7 +127,8 @@ class PackedCollator:
         batch: dict[str, Any] = {
             name: torch.stack([sequence[name] for sequence in sequences]) for name in sequences[0]
         }
-        return batch | {"max_loss_tokens": int((batch["labels"] != IGNORE_INDEX).sum())}
+        batch["max_loss_tokens"] = int((batch["labels"] != IGNORE_INDEX).sum())
+        return batch | _over(self.smoothing_over)
 
     def _sequence(self, rows: Sequence[Mapping[str, Any]], length: int) -> dict[str, Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
@@ -166,6 +173,11 @@ def _numbers(features: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
         torch.tensor([float(feature[name]) for feature in features], dtype=torch.float32) for name in _NUMBERS
     )
     return smoothing, weight
+
+
+def _over(smoothing_over: SmoothingOver) -> dict[str, Any]:
+    """What tells a fused model over which classes smoothing spreads; its default is all of them."""
+    return {} if smoothing_over == "all" else {"smoothing_over": smoothing_over}
 
 
 def _round_up(length: int, multiple: int) -> int:

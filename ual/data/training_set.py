@@ -1,13 +1,12 @@
 """The rows of a run: each with its smoothing, weight and groups; packed, or streamed."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ual.config.run import RunConfig
@@ -24,34 +23,21 @@ _SHOWN = 10_000  # rows of a stream that are described one by one
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingRows:
+class TrainingSet:
     """What is trained.
 
-    `shown` are all rows, or the first of a stream, and `live_tokens` their trained tokens by id; `count`,
+    `shown` are all rows, or the first of a stream, and `loss_tokens` their trained tokens by id; `count`,
     `tokens` (of an epoch) and `mean_smoothing` speak of all, `tokens` being None where rows are tokenised as
     they are read.
     """
 
-    dataset: "torch.utils.data.Dataset[dict[str, Any]]"
+    dataset: list[dict[str, Any]] | Stream
     groups: Groups
     shown: list[Scored]
-    live_tokens: Mapping[str, int]
+    loss_tokens: Mapping[str, int]
     count: int
     tokens: int | None
     mean_smoothing: float
-
-
-class Features(torch.utils.data.Dataset[dict[str, Any]]):
-    """A list of tokenised rows, as a map-style data set."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
 
 
 def read(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
@@ -119,21 +105,16 @@ def features(row: Tokenised, **values: Any) -> dict[str, Any]:
 
 
 def in_memory(
-    config: RunConfig,
-    samples: Sequence[Sample],
-    elicited: Mapping[str, Elicited],
-    tokenised: Mapping[str, Tokenised],
-    pack_length: int,
-) -> TrainingRows:
-    """Score all rows and, under `data.packing`, put them into sequences of at most `pack_length` tokens."""
-    scored = score_rows(samples, elicited, config)
+    config: RunConfig, scored: Sequence[Scored], tokens: Mapping[str, Tokenised], pack_length: int
+) -> TrainingSet:
+    """Return the features of all samples, packed to at most `pack_length` tokens under `data.packing`."""
     groups = assign(
         [s.sample.source for s in scored],
         [_or_nan(s.sample.uncertainty if s.uncertainty is None else s.uncertainty) for s in scored],
     )
     rows = [
         features(
-            tokenised[s.sample.id],
+            tokens[s.sample.id],
             label_smoothing=s.label_smoothing,
             sample_weight=s.sample_weight,
             groups=of_row,
@@ -143,21 +124,21 @@ def in_memory(
     if config.data.packing:
         packs = pack([len(row["input_ids"]) for row in rows], pack_length)
         rows = [{"rows": [rows[i] for i in indices]} for indices in packs]
-    live_tokens = {s.sample.id: tokenised[s.sample.id].live_tokens for s in scored}
-    return TrainingRows(
-        dataset=Features(rows),
+    loss_tokens = {s.sample.id: tokens[s.sample.id].live_tokens for s in scored}
+    return TrainingSet(
+        dataset=rows,
         groups=groups,
-        shown=scored,
-        live_tokens=live_tokens,
+        shown=list(scored),
+        loss_tokens=loss_tokens,
         count=len(scored),
-        tokens=sum(live_tokens.values()),
+        tokens=sum(loss_tokens.values()),
         mean_smoothing=float(np.mean([s.label_smoothing for s in scored])),
     )
 
 
 def streamed(
     config: RunConfig, renderer: Renderer, advance: Callable[[int], None] = lambda _: None
-) -> TrainingRows:
+) -> TrainingSet:
     """Read all rows once, to check and to score them, and again as they are trained.
 
     Raises:
@@ -171,19 +152,19 @@ def streamed(
     found = survey(samples(), advance)
     keep, scaled, smoothings = _smoothings(found.label_smoothing, found.uncertainty, config)
     groups = assign(found.sources, found.uncertainty)
-    shown, live_tokens = [], {}
+    shown, loss_tokens = [], {}
     for i, sample in enumerate(islice(samples(), _SHOWN)):
         if keep[i] and (row := renderer.render(sample)) is not None:
             u = _or_none(scaled[i])
             shown.append(Scored(sample, sample.uncertainty, u, float(smoothings[i]), sample.sample_weight))
-            live_tokens[sample.id] = row.live_tokens
+            loss_tokens[sample.id] = row.live_tokens
     if not shown:
         raise UserError(
             f"none of the first {min(_SHOWN, len(keep))} rows is left to train",
             place=data.train,
             remedy="`ual preview` shows what is dropped and why",
         )
-    return TrainingRows(
+    return TrainingSet(
         dataset=Stream(
             samples,
             renderer,
@@ -195,25 +176,25 @@ def streamed(
         ),
         groups=groups,
         shown=shown,
-        live_tokens=live_tokens,
+        loss_tokens=loss_tokens,
         count=int(keep.sum()),
         tokens=None,
         mean_smoothing=float(smoothings[keep].mean()),
     )
 
 
-def score_rows(
-    samples: Sequence[Sample], elicited: Mapping[str, Elicited], config: RunConfig
-) -> list[Scored]:
+def score(samples: Sequence[Sample], elicited: Iterable[Elicited], config: RunConfig) -> list[Scored]:
     """Turn uncertainties into each sample's smoothing and weight.
 
     Args:
-        samples: training rows. Under loss.kind "ual" a row's own `label_smoothing` wins over what is derived.
-        elicited: records by sample id; only "ual" needs them.
+        samples: training samples. If the loss smooths by uncertainty, a sample's own `label_smoothing`
+            takes precedence.
+        elicited: the samples' uncertainties, in any order; other losses need none.
         config: `loss.kind`, `uncertainty.missing` and `smoothing` decide.
     """
     own = np.array([_or_nan(s.label_smoothing) for s in samples])
-    values = np.array([_or_nan(e.value if (e := elicited.get(s.id)) else None) for s in samples])
+    by_id = {e.sample_id: e.value for e in elicited}
+    values = np.array([_or_nan(by_id.get(s.id)) for s in samples])
     keep, scaled, derived = _smoothings(own, values, config)
     return [
         Scored(

@@ -31,7 +31,10 @@ from ual_kernels import (
 )
 
 Model = TypeVar("Model", bound=nn.Module)
-_ADDED = ("label_smoothing", "sample_weight", "num_items_in_batch", "max_loss_tokens", "return_statistics")
+_ADDED = (
+    "label_smoothing", "smoothing_over", "sample_weight", "num_items_in_batch", "max_loss_tokens",
+    "return_statistics",
+)  # fmt: skip
 
 
 @dataclass
@@ -48,7 +51,6 @@ class FusedOutput(CausalLMOutputWithPast):
 def fuse(
     model: Model,
     *,
-    smoothing_over: str = "all",
     z_loss: float = 0.0,
     backend: str = "auto",
     verify: bool = True,
@@ -59,13 +61,12 @@ def fuse(
     `FusedOutput` whose `loss` is the mean over non-ignored tokens (or divided by `num_items_in_batch`, as
     transformers' Trainer passes it) and whose `logits` is None. Without `labels` the model is as before, so
     generation works. Any trainer that calls the model with labels gains the loss; per-sample columns reach it
-    as tensors [B] (or [B, T]). ``max_loss_tokens=``, an upper bound on the number of labels that are not
-    ignored, avoids a device synchronization.
+    as tensors [B] (or [B, T]). ``smoothing_over="others"`` spreads smoothing over all classes but the target
+    (`ual_kernels.losses.others`); the default is all classes. ``max_loss_tokens=``, an upper bound on the
+    number of labels that are not ignored, avoids a device synchronization.
 
     Args:
         model: a `PreTrainedModel` with an lm_head, or a `PeftModel` around one (wrap before or after).
-        smoothing_over: "all" spreads smoothing over all classes, "others" over all but the target
-            (`ual_kernels.losses.others`).
         z_loss, backend: as in `ual_kernels.linear_cross_entropy`.
         verify: call `check_logits`. Turn it off only for weights that are not there yet.
 
@@ -97,8 +98,6 @@ def fuse(
             )
         check_logits(model)
     unfused = base.forward
-    if smoothing_over not in ("all", "others"):
-        raise ValueError(f'smoothing_over must be "all" or "others", got {smoothing_over!r}')
 
     @functools.wraps(unfused)
     def forward(
@@ -107,6 +106,7 @@ def fuse(
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
         label_smoothing: float | Tensor = 0.0,
+        smoothing_over: str = "all",
         sample_weight: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         max_loss_tokens: int | None = None,
@@ -115,6 +115,8 @@ def fuse(
     ) -> Any:
         if labels is None and shift_labels is None:
             return unfused(*args, **kwargs)
+        if smoothing_over not in ("all", "others"):
+            raise ValueError(f'smoothing_over must be "all" or "others", got {smoothing_over!r}')
         kwargs.pop("logits_to_keep", None)
         kwargs.pop("return_dict", None)
         if "position_ids" in kwargs:

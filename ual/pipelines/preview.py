@@ -1,26 +1,36 @@
-"""What a configuration would train, before anything is: `ual preview`. No weights are loaded."""
+"""A look before training, without weights: which tokens are trained, with what smoothing, for how many steps.
 
+`ual preview` shows the samples; `ual train --dry-run` shows the plan, and a batch of them.
+"""
+
+import math
+import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from rich.console import Console
 
 from ual.config.run import RunConfig
-from ual.data import Renderer, Tokenised, pack, stream, tokenise
-from ual.data import training_set as rows
+from ual.data import Renderer, Tokenised, pack, stream, training_set
 from ual.data.render import IGNORE_INDEX
-from ual.models import load_config, load_tokenizer
+from ual.pipelines import samples
 from ual.records import Elicited, Sample, Scored
 from ual.runs.folder import RunFolder
+from ual.runs.progress import Progress
+from ual.train import distributed
+from ual.train.arguments import training_arguments
+from ual.train.deepspeed import stage
 
-STREAMED = 1000  # rows of a stream that are looked at
+STREAMED = 1000  # samples of a stream that are looked at
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive tokens that are all trained, or all not; `text` is how they read."""
+    """Consecutive tokens that are all loss tokens, or all not, and their text."""
 
     text: str
     tokens: int
@@ -28,8 +38,8 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A row as it is trained; `smoothing` is None where only the base model will know it."""
+class Shown:
+    """A sample as it is trained; `smoothing` is None if a model has yet to be asked."""
 
     sample: Sample
     spans: tuple[Span, ...]
@@ -37,122 +47,203 @@ class Row:
     weight: float
     truncated: bool
 
+    @property
+    def tokens(self) -> int:
+        return sum(span.tokens for span in self.spans)
+
+    @property
+    def loss_tokens(self) -> int:
+        return sum(span.tokens for span in self.spans if span.trained)
+
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """The first rows, and what becomes of all of them."""
+    """The first samples, and counts of all of them.
 
-    rows: tuple[Row, ...]
+    `dropped` counts samples that are not trained, by the reason. `sequences` are what a step is made of:
+    samples, or under `data.packing` packed sequences.
+    """
+
+    shown: tuple[Shown, ...]
     count: int
-    trained_rows: int
+    trained: int
     tokens: int
-    trained_tokens: int
+    loss_tokens: int
     truncated: int
     dropped: Mapping[str, int]
-    """Rows that are not trained, by the reason."""
     sources: Mapping[str, int]
     held_out: int
-    sequences: int | None
-    """Packed sequences, where rows are packed."""
+    sequences: int
+    packed: bool
     max_length: int
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The size of a run."""
+
+    preview: Preview
+    loss: str
+    parameters: int
+    trained_parameters: int
+    processes: int
+    zero_stage: int
+    samples_per_step: int
+    steps: int
+    checkpoint_bytes: int
+    free_bytes: int
 
 
 def preview(
     config: RunConfig, *, count: int = 3, cache: Path | None = None, trust_remote_code: bool = False
 ) -> Preview:
-    """Read and render all rows (of a stream, the first thousand) as training would.
+    """Read and render all samples (of a stream, the first thousand) as training would.
 
     Args:
-        config: of the run. Smoothing by the base model's own uncertainty is known only where the run folder
+        config: of the run. Smoothing by the base model's own uncertainty is known only if the run folder
             already holds it.
-        count: rows to show.
-        cache: where tokenised rows are kept.
+        count: samples to show.
+        cache: the folder of tokenized samples.
         trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
-        UserError: a row is wrong, or cannot be rendered.
+        UserError: a sample is wrong, or cannot be rendered.
     """
     notes = []
-    samples, held_out = rows.read(config)
+    train, held_out = training_set.read(config)
     if config.data.streaming:
         found = stream(config.data.train, format=config.data.format, split=config.data.train_split)
-        samples = [sample for _, sample in islice(found, STREAMED)]
-        notes.append(f"a stream: these are its first {len(samples)} rows, and ranks are among them")
-    tokenizer = load_tokenizer(config.model, trust_remote_code=trust_remote_code)
-    renderer = rows.renderer(
-        config, tokenizer, load_config(config.model, trust_remote_code=trust_remote_code)
-    )
-    tokenised = tokenise(samples, renderer, None if cache is None else cache / "tokenised")
-    left = [s for s in samples if s.id in tokenised]
-    elicited, unknown = _elicited(config, left)
-    scored = {} if unknown else {s.sample.id: s for s in rows.score_rows(left, elicited, config)}
-    if unknown:
+        train = [sample for _, sample in islice(found, STREAMED)]
+        notes.append(f"a stream: the first {len(train)} samples are shown, with their ranks among themselves")
+    rendered = samples.render(config, train, held_out, trust_remote_code=trust_remote_code, cache=cache)
+    elicited = samples.own_uncertainties(config, rendered.train)
+    if elicited is None:
+        elicited = _recorded(config, rendered.train)
+    scored = None if elicited is None else training_set.score(rendered.train, elicited, config)
+    if scored is None:
         notes.append(
-            f"smoothing comes from the base model's uncertainty, which `ual train` asks for: between "
+            "smoothing comes from the base model's uncertainty, which `ual train` asks for: between "
             f"{config.smoothing.min:g} and {config.smoothing.max:g}"
         )
-    dropped: Counter[str] = Counter()
-    for sample in samples:
-        if sample.id not in tokenised:
-            dropped[_why(config, renderer)] += 1
-        elif not unknown and sample.id not in scored:
-            dropped["no uncertainty (uncertainty.missing: drop)"] += 1
-        elif sample.sample_weight == 0:
-            dropped["sample_weight 0: read, never trained"] += 1
-    kept = [s for s in left if unknown or s.id in scored]
-    lengths = [len(tokenised[s.id].input_ids) for s in kept]
+    by_id = {s.sample.id: s for s in scored or ()}
+    kept = [s for s in rendered.train if scored is None or s.id in by_id]
     trained = [s for s in kept if s.sample_weight > 0]
+    lengths = [len(rendered.tokens[s.id].input_ids) for s in kept]
+    made_by = rendered.renderer
     return Preview(
-        rows=tuple(_row(s, tokenised[s.id], scored.get(s.id), tokenizer, renderer) for s in kept[:count]),
-        count=len(samples),
-        trained_rows=len(trained),
+        shown=tuple(_show(s, rendered, by_id.get(s.id)) for s in kept[:count]),
+        count=len(train),
+        trained=len(trained),
         tokens=sum(lengths),
-        trained_tokens=sum(tokenised[s.id].live_tokens for s in trained),
-        truncated=renderer.counts["truncated"],
-        dropped=dict(dropped),
+        loss_tokens=sum(rendered.tokens[s.id].live_tokens for s in trained),
+        truncated=made_by.counts["truncated"],
+        dropped=_dropped(train, rendered, {s.id for s in kept}),
         sources=dict(Counter(s.source for s in kept).most_common()),
-        held_out=len(held_out),
-        sequences=len(pack(lengths, renderer.max_length)) if config.data.packing else None,
-        max_length=renderer.max_length,
+        held_out=len(rendered.held_out),
+        sequences=len(pack(lengths, made_by.max_length)) if config.data.packing else len(kept),
+        packed=config.data.packing,
+        max_length=made_by.max_length,
         notes=tuple(notes),
     )
 
 
-def _elicited(config: RunConfig, samples: Sequence[Sample]) -> tuple[dict[str, Elicited], bool]:
-    """What is known of uncertainties without asking a model, and whether that is too little to smooth by."""
-    if not config.loss.about.needs_uncertainty or all(s.label_smoothing is not None for s in samples):
-        return {}, False
-    if config.uncertainty.estimator == "column":
-        return {s.id: Elicited(s.id, "column", s.uncertainty) for s in samples}, False
-    written = [Elicited(**row) for row in RunFolder(config.output_dir).read_rows("uncertainty.jsonl")]
-    known = {e.sample_id: e for e in written}
-    return known, not all(s.id in known for s in samples)
+def plan(
+    config: RunConfig,
+    *,
+    resume: bool | Literal["auto"] = False,
+    trust_remote_code: bool = False,
+    console: Console | None = None,
+    cache: Path | None = None,
+) -> Plan:
+    """Do everything that `ual.pipelines.train.run` does before it loads weights, and write nothing.
 
+    Args: as those of `run`.
 
-def _why(config: RunConfig, renderer: Renderer) -> str:
-    if config.data.overlong == "drop":
-        return f"longer than {renderer.max_length} tokens (data.overlong: drop)"
-    return f"no trained token among the first {renderer.max_length} (data.overlong: truncate)"
-
-
-def _row(sample: Sample, row: Tokenised, scored: Scored | None, tokenizer: Any, renderer: Renderer) -> Row:
-    return Row(
-        sample=sample,
-        spans=tuple(_spans(row, tokenizer)),
-        smoothing=None if scored is None else scored.label_smoothing,
-        weight=sample.sample_weight,
-        truncated=len(row.input_ids) == renderer.max_length and row.input_ids[-1] != tokenizer.eos_token_id,
+    Raises:
+        UserError: as `run`.
+    """
+    model = samples.check_model(config, trust_remote_code=trust_remote_code)
+    folder = RunFolder(config.output_dir, writes=distributed.is_writer())
+    arguments = training_arguments(config, folder.checkpoints)
+    folder.check(config, resume=resume)
+    with Progress(console):
+        found = preview(
+            config,
+            count=arguments.per_device_train_batch_size,
+            cache=cache,
+            trust_remote_code=trust_remote_code,
+        )
+    micro = arguments.per_device_train_batch_size * distributed.world_size()
+    per_epoch = math.ceil(math.ceil(found.sequences / micro) / arguments.gradient_accumulation_steps)
+    steps = arguments.max_steps
+    if steps <= 0:
+        steps = math.ceil(arguments.num_train_epochs * per_epoch)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Plan(
+        preview=found,
+        loss=config.loss.kind,
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained_parameters=sum(p.numel() for p in trained),
+        processes=distributed.world_size(),
+        zero_stage=stage(arguments.hf_deepspeed_config.config if arguments.deepspeed else None),
+        samples_per_step=micro * arguments.gradient_accumulation_steps,
+        steps=steps,
+        checkpoint_bytes=sum(p.numel() * (p.element_size() + 12) for p in trained),
+        free_bytes=shutil.disk_usage(_existing(Path(config.output_dir))).free,
     )
 
 
-def _spans(row: Tokenised, tokenizer: Any) -> Iterator[Span]:
+def _recorded(config: RunConfig, train: list[Sample]) -> list[Elicited] | None:
+    """Return the uncertainties that the run folder holds for all of these samples, if it does."""
+    written = [Elicited(**row) for row in RunFolder(config.output_dir).read_rows("uncertainty.jsonl")]
+    return written if {s.id for s in train} <= {e.sample_id for e in written} else None
+
+
+def _dropped(train: list[Sample], rendered: samples.Rendered, kept: set[str]) -> dict[str, int]:
+    config, limit = rendered.config, rendered.renderer.max_length
+    overlong = f"no loss token among the first {limit} (data.overlong: truncate)"
+    if config.data.overlong == "drop":
+        overlong = f"longer than {limit} tokens (data.overlong: drop)"
+    dropped: Counter[str] = Counter()
+    for sample in train:
+        if sample.id not in rendered.tokens:
+            dropped[overlong] += 1
+        elif sample.id not in kept:
+            dropped["no uncertainty (uncertainty.missing: drop)"] += 1
+        elif sample.sample_weight == 0:
+            dropped["sample_weight 0: read, never trained"] += 1
+    return dict(dropped)
+
+
+def _show(sample: Sample, rendered: samples.Rendered, scored: Scored | None) -> Shown:
+    tokens, tokenizer, made_by = rendered.tokens[sample.id], rendered.tokenizer, rendered.renderer
+    return Shown(
+        sample=sample,
+        spans=tuple(_spans(tokens, tokenizer)),
+        smoothing=None if scored is None else scored.label_smoothing,
+        weight=sample.sample_weight,
+        truncated=_is_cut(tokens, tokenizer, made_by),
+    )
+
+
+def _is_cut(tokens: Tokenised, tokenizer: Any, made_by: Renderer) -> bool:
+    return len(tokens.input_ids) == made_by.max_length and tokens.input_ids[-1] != tokenizer.eos_token_id
+
+
+def _spans(tokens: Tokenised, tokenizer: Any) -> Iterator[Span]:
     start, shown = 0, 0
-    # the first token is predicted by nothing, whatever its label
-    trained = [False, *(label != IGNORE_INDEX for label in row.labels[1:])]
+    # no token precedes the first one, so it has no loss
+    trained = [False, *(label != IGNORE_INDEX for label in tokens.labels[1:])]
     for i in range(1, len(trained) + 1):
         if i == len(trained) or trained[i] != trained[start]:
-            # from the beginning, for some tokenizers strip what stands there
-            text = tokenizer.decode(row.input_ids[:i], clean_up_tokenization_spaces=False)
+            # decoded from the beginning, since some tokenizers strip the first space
+            text = tokenizer.decode(tokens.input_ids[:i], clean_up_tokenization_spaces=False)
             yield Span(text[shown:], i - start, trained[start])
             start, shown = i, len(text)
+
+
+def _existing(path: Path) -> Path:
+    """Return the path, or the nearest existing folder above it."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.is_dir())

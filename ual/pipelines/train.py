@@ -1,13 +1,10 @@
-"""One training run from configuration to report: the main job.
-
-load rows -> render -> uncertainty -> smoothing -> LoRA -> UALTrainer -> adapter -> evaluation -> report
-"""
+"""One training run, as a line: read -> render -> ask -> score -> pack -> train -> evaluate -> report."""
 
 import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,26 +14,23 @@ import transformers
 from rich.console import Console
 
 from ual.config.run import RunConfig
-from ual.data import Collator, PackedCollator, Renderer, Tokenised, tokenise
-from ual.data import training_set as rows
+from ual.data import Collator, PackedCollator, training_set
+from ual.data.training_set import TrainingSet
 from ual.errors import UserError
 from ual.evaluate import Evaluation, evaluate
 from ual.models import (
     TokenScores,
     attach_lora,
-    check_head,
     check_isolation,
     check_logits,
     fuse,
     is_padding_free,
-    load_config,
     load_model,
-    load_tokenizer,
     score,
 )
-from ual.models.memory import empty_model
-from ual.pipelines.plan import Plan, make_plan
-from ual.records import Elicited, Sample
+from ual.pipelines import samples
+from ual.pipelines.samples import Rendered
+from ual.records import Elicited, Scored
 from ual.report import card
 from ual.report import write as write_report
 from ual.report.publish import publish
@@ -46,9 +40,9 @@ from ual.runs.progress import Progress, log_file
 from ual.train import UALTrainer, deepspeed, distributed
 from ual.train.arguments import training_arguments
 from ual.train.callbacks import History, ProgressBar, StopOnNonFinite, StopOnSignal
-from ual.train.checkpoint import copy_model, newest_whole
+from ual.train.checkpoint import newest_complete
 from ual.train.objective import objective
-from ual.uncertainty.estimators import column, white_box
+from ual.uncertainty.estimators import white_box
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +51,7 @@ _TEXT_SHOWN = 2000  # characters of a prompt or response kept in samples.jsonl
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run came to: its folder, the figures of metrics.json, and the signal that stopped it, if any."""
+    """A run's folder, the figures of metrics.json, its report, and the signal that stopped it, if any."""
 
     folder: Path
     metrics: dict[str, Any]
@@ -78,254 +72,161 @@ def run(
 
     Args:
         config: see `ual.config.run`.
-        command: the words that started this, recorded for whoever wants to do it again.
-        resume: go on from the last checkpoint of a run that stopped, reusing its uncertainties; "auto"
-            begins a run where there is none.
+        command: the words of the command line, recorded in environment.json.
+        resume: continue from the last checkpoint of an interrupted run, with the uncertainties that it asked
+            for; "auto" begins a run if there is none.
         trust_remote_code: run model code that comes with the weights.
         console: where progress is drawn; None is silent.
-        cache: where tokenised rows are kept for the next run; None keeps none.
+        cache: the folder of tokenized samples; None keeps none.
 
     Raises:
-        UserError: anything a user can mend; the run folder is whole and, after the first checkpoint,
-            resumable.
+        UserError: an error that the user can correct. The run folder is complete and, after the first
+            checkpoint, can be resumed.
     """
-    _check_model(config, trust_remote_code)
-    arguments = training_arguments(config, RunFolder(config.output_dir).checkpoints)
+    samples.check_model(config, trust_remote_code=trust_remote_code)
     folder = RunFolder(config.output_dir, writes=distributed.is_writer())
+    arguments = training_arguments(config, folder.checkpoints)
     folder.create(config, resume=resume)
-    going_on = bool(resume)
     distributed.wait()  # until the folder is there, or its refusal ends the run
     with log_file(folder.log, distributed.is_writer()), Progress(console) as progress:
         log.info("command: %s", " ".join(command))
         transformers.set_seed(arguments.seed)
-        job = _prepare(
-            config, _read(config, trust_remote_code, progress, cache), arguments, trust_remote_code
-        )
-
-        with _computing(job, arguments):
-            training = _rows(job, folder, progress)
-            folder.write_rows("samples.jsonl", _sample_rows(training, job))
-            before = _evaluate_before(job, folder, progress, resume=going_on)
-
-        model = attach_lora(job.model, config.lora) if config.lora else job.model
+        rendered = _render(config, trust_remote_code, progress, cache)
+        known = _recorded(rendered, folder) or samples.own_uncertainties(config, rendered.train)
+        scored = None if known is None else _score(rendered, known, folder)  # before weights are loaded
+        loaded = _load(rendered, arguments, progress, trust_remote_code)
+        with _computing(loaded):
+            if scored is None:
+                scored = _score(rendered, _ask(loaded), folder)
+            training = _pack(rendered, scored, progress)
+            folder.write_rows("samples.jsonl", _described(rendered, training))
+            before = _evaluate_before(loaded, folder, resume=bool(resume))
+        model = attach_lora(loaded.model, config.lora) if config.lora else loaded.model
         folder.write_json("environment.json", _environment(config, command, model))
         metrics = _facts(config, training, before)
-        stopped_by, metrics = _train(
-            job, model, training, arguments, folder, metrics, progress, resume=going_on
-        )
+        stopped_by, metrics = _train(loaded, model, training, folder, metrics, resume=bool(resume))
         if stopped_by is None:
-            with _computing(job, arguments):
-                after = _evaluate(job, model, "evaluating the trained model", progress)
-            folder.write_json("evaluation.json", {"before": before, "after": after})
-            metrics["eval"] = _headline(after)
-            folder.write_json("metrics.json", metrics)
-            if distributed.is_writer():
-                about = card(
-                    config, metrics, json.loads((folder.path / "environment.json").read_text("utf-8"))
-                )
-                folder.write(f"{_weights(config)}/README.md", about)
-                if config.training.get("push_to_hub"):
-                    name = config.training.get("hub_model_id") or config.label
-                    url = publish(
-                        folder.path / _weights(config), name, config.training.get("hub_private_repo")
-                    )
-                    progress.say(f"published at {url}")
+            metrics = _finish(loaded, model, folder, metrics, before)
         report = distributed.from_first(lambda: write_report([folder.path]))
     return Result(folder.path, metrics, report, stopped_by)
 
 
-def plan(
-    config: RunConfig,
-    *,
-    resume: bool | Literal["auto"] = False,
-    trust_remote_code: bool = False,
-    console: Console | None = None,
-    cache: Path | None = None,
-) -> Plan:
-    """Do all that `run` does before it loads weights, with the same errors, and write nothing.
+# ---- samples: read, render, ask, score, pack ----
 
-    Args: as those of `run`.
-    """
-    empty = _check_model(config, trust_remote_code)
-    folder = RunFolder(config.output_dir, writes=distributed.is_writer())
-    arguments = training_arguments(config, folder.checkpoints)
-    folder.check(config, resume=resume)
-    with Progress(console) as progress:
-        read = _read(config, trust_remote_code, progress, cache)
-    asked = _asks_the_model(config, read.train)
-    features = [rows.features(read.tokenised[s.id]) for s in read.train]
-    if not asked and not config.data.streaming:
-        scored = rows.score_rows(read.train, _column(config, read.train), config)
-        features = [
-            rows.features(
-                read.tokenised[s.sample.id], label_smoothing=s.label_smoothing, sample_weight=s.sample_weight
-            )
-            for s in scored
-        ]
-    return make_plan(
+
+def _render(config: RunConfig, trust_remote_code: bool, progress: Progress, cache: Path | None) -> Rendered:
+    train, held_out = training_set.read(config)
+    rendered = samples.render(
         config,
-        arguments,
-        empty,
-        features,
-        held_out=len(read.held_out),
-        max_length=read.renderer.max_length,
-        world_size=distributed.world_size(),
-        smoothing_known=not asked,
+        train,
+        held_out,
+        trust_remote_code=trust_remote_code,
+        cache=cache,
+        advance=progress.task("rendering", len(train) + len(held_out)),
     )
+    counts = rendered.renderer.counts
+    if counts["dropped"] or counts["truncated"]:
+        progress.say(
+            f"{counts['dropped']} rows dropped and {counts['truncated']} truncated at "
+            f"{rendered.renderer.max_length} tokens (data.overlong: {config.data.overlong})"
+        )
+    return rendered
 
 
-# ---- the steps ----
+def _recorded(rendered: Rendered, folder: RunFolder) -> list[Elicited] | None:
+    """Return the uncertainties that the run has recorded for just these samples, if any."""
+    rows = distributed.from_first(lambda: folder.read_rows("uncertainty.jsonl"))
+    complete = {row["sample_id"] for row in rows} == {s.id for s in rendered.train}
+    return [Elicited(**row) for row in rows] if rows and complete else None
+
+
+def _ask(loaded: "_Loaded") -> list[Elicited]:
+    """Return the uncertainty of every training sample under the base model."""
+    rendered = loaded.rendered
+    scores = _shared(score)(
+        loaded.model,
+        rendered.features(rendered.train),
+        loaded.collate,
+        batch_size=rendered.config.uncertainty.batch_size,
+        advance=loaded.progress.task("asking the base model for uncertainty", len(rendered.train)),
+    )
+    return list(white_box.estimate(rendered.train, scores))
+
+
+def _score(rendered: Rendered, elicited: Sequence[Elicited], folder: RunFolder) -> list[Scored]:
+    """Record the uncertainties, and derive each sample's smoothing and weight."""
+    if elicited:
+        folder.write_rows("uncertainty.jsonl", map(asdict, elicited))
+    return training_set.score(rendered.train, elicited, rendered.config)
+
+
+def _pack(rendered: Rendered, scored: Sequence[Scored], progress: Progress) -> TrainingSet:
+    config = rendered.config
+    if config.data.streaming:
+        advance = progress.task("reading every row once", None)
+        return training_set.streamed(config, rendered.renderer, advance)
+    training = training_set.in_memory(config, scored, rendered.tokens, rendered.renderer.max_length)
+    if config.data.packing:
+        progress.say(f"{training.count} rows packed into {len(training.dataset)} sequences")  # type: ignore[arg-type]
+    return training
+
+
+# ---- the model ----
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """Rows and model, ready: what every step works on."""
+class _Loaded:
+    """The fused base model, and everything that a stage needs to compute with it."""
 
-    config: RunConfig
+    rendered: Rendered
     model: Any
-    tokenizer: Any
-    renderer: Renderer
     collate: Collator | PackedCollator
-    train: list[Sample]
-    held_out: list[Sample]
-    tokenised: dict[str, Tokenised]
+    arguments: transformers.TrainingArguments
+    progress: Progress
 
-    def features(self, samples: Iterable[Sample]) -> list[dict[str, Any]]:
-        """Rows to measure: without smoothing, each of weight 1."""
-        return [rows.features(self.tokenised[sample.id]) for sample in samples]
+    @property
+    def is_partitioned(self) -> bool:
+        return _is_partitioned(self.arguments)
 
 
-@contextmanager
-def _computing(job: "_Job", arguments: transformers.TrainingArguments) -> Iterator[None]:
-    """Let the model compute outside of training: weights in ZeRO-3 partitions need an engine for that."""
-    if not _is_partitioned(arguments) or deepspeed.can_compute(job.model):
-        yield
-        return
-    with deepspeed.computing(job.model, arguments.hf_deepspeed_config.config):
-        check_logits(job.model)
-        yield
+def _load(
+    rendered: Rendered,
+    arguments: transformers.TrainingArguments,
+    progress: Progress,
+    trust_remote_code: bool,
+) -> _Loaded:
+    config = rendered.config
+    partitioned = _is_partitioned(arguments)
+    model: Any = load_model(config.model, trust_remote_code=trust_remote_code)
+    if not (partitioned or config.model.quantization):  # whose weights are where they belong
+        model.to(arguments.device)
+    if config.data.packing:
+        check_isolation(model)
+    collate = _collator(config, rendered.tokenizer.pad_token_id, model)
+    fuse(model, backend=config.loss.backend, verify=not partitioned)
+    return _Loaded(rendered, model, collate, arguments, progress)
+
+
+def _collator(config: RunConfig, pad_token_id: int, model: Any) -> Collator | PackedCollator:
+    options: dict[str, Any] = {"average": config.loss.average, "smoothing_over": config.smoothing.over}
+    if not config.data.packing:
+        return Collator(pad_token_id, **options)
+    return PackedCollator(pad_token_id, padding_free=is_padding_free(model), **options)
 
 
 def _is_partitioned(arguments: transformers.TrainingArguments) -> bool:
     return bool(arguments.deepspeed) and arguments.hf_deepspeed_config.is_zero3()
 
 
-def _check_model(config: RunConfig, trust_remote_code: bool) -> Any:
-    """Build the model and its adapter without weights: what does not fit is found here."""
-    empty = fuse(empty_model(config.model, config.lora, trust_remote_code=trust_remote_code), verify=False)
-    check_head(empty)
-    return empty
-
-
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """The rows, rendered, and what rendered them."""
-
-    tokenizer: Any
-    renderer: Renderer
-    train: list[Sample]
-    held_out: list[Sample]
-    tokenised: dict[str, Tokenised]
-
-
-def _read(config: RunConfig, trust_remote_code: bool, progress: Progress, cache: Path | None) -> _Read:
-    data = config.data
-    train, held_out = rows.read(config)
-    rows.check_weights(train, config)
-    tokenizer = load_tokenizer(config.model, trust_remote_code=trust_remote_code)
-    of_model = load_config(config.model, trust_remote_code=trust_remote_code)
-    renderer = rows.renderer(config, tokenizer, of_model)
-    advance = progress.task("rendering", len(train) + len(held_out))
-    folder = None if cache is None else cache / "tokenised"
-    tokenised = tokenise([*train, *held_out], renderer, folder, advance)
-    log.info("rows: %s", dict(renderer.counts))
-    if renderer.counts["dropped"] or renderer.counts["truncated"]:
-        progress.say(
-            f"{renderer.counts['dropped']} rows dropped and {renderer.counts['truncated']} truncated at "
-            f"{renderer.max_length} tokens (data.overlong: {data.overlong})"
-        )
-    train = [s for s in train if s.id in tokenised]
-    if not train and not data.streaming:
-        raise UserError("no training row is left", place=data.train, remedy="raise data.max_length")
-    if not _asks_the_model(config, train):
-        rows.score_rows(train, _column(config, train), config)  # what is wrong with uncertainties shows now
-    return _Read(tokenizer, renderer, train, [s for s in held_out if s.id in tokenised], tokenised)
-
-
-def _prepare(
-    config: RunConfig, read: _Read, arguments: transformers.TrainingArguments, trust_remote_code: bool
-) -> _Job:
-    model: Any = load_model(config.model, trust_remote_code=trust_remote_code)
-    if not (_is_partitioned(arguments) or config.model.quantization):  # whose weights are where they belong
-        model.to(arguments.device)
-    if config.data.packing:
-        check_isolation(model)
-    return _Job(
-        config=config,
-        model=fuse(
-            model,
-            smoothing_over=config.smoothing.over,
-            backend=config.loss.backend,
-            verify=not _is_partitioned(arguments),
-        ),
-        tokenizer=read.tokenizer,
-        renderer=read.renderer,
-        collate=_collator(config, read.tokenizer.pad_token_id, model),
-        train=read.train,
-        held_out=read.held_out,
-        tokenised=read.tokenised,
-    )
-
-
-def _asks_the_model(config: RunConfig, train: Sequence[Sample]) -> bool:
-    if not config.loss.about.needs_uncertainty or config.uncertainty.estimator == "column":
-        return False
-    return any(s.label_smoothing is None for s in train)
-
-
-def _column(config: RunConfig, train: Sequence[Sample]) -> dict[str, Elicited]:
-    if not config.loss.about.needs_uncertainty or all(s.label_smoothing is not None for s in train):
-        return {}
-    return {e.sample_id: e for e in column.own_uncertainties(train)}
-
-
-def _collator(config: RunConfig, pad_token_id: int, model: Any) -> Collator | PackedCollator:
-    if not config.data.packing:
-        return Collator(pad_token_id, average=config.loss.average)
-    padding_free = is_padding_free(model)
-    return PackedCollator(pad_token_id, average=config.loss.average, padding_free=padding_free)
-
-
-def _rows(job: _Job, folder: RunFolder, progress: Progress) -> rows.TrainingRows:
-    if job.config.data.streaming:
-        advance = progress.task("reading every row once", None)
-        return rows.streamed(job.config, job.renderer, advance)
-    elicited = _elicit(job, folder, progress)
-    found = rows.in_memory(job.config, job.train, elicited, job.tokenised, job.renderer.max_length)
-    if job.config.data.packing:
-        progress.say(f"{found.count} rows packed into {len(found.dataset)} sequences")  # type: ignore[arg-type]
-    return found
-
-
-def _elicit(job: _Job, folder: RunFolder, progress: Progress) -> dict[str, Elicited]:
-    """Ask for uncertainties once: a resumed run reads what the first one wrote."""
-    if not job.config.loss.about.needs_uncertainty or all(s.label_smoothing is not None for s in job.train):
-        return {}
-    written = distributed.from_first(lambda: folder.read_rows("uncertainty.jsonl"))
-    elicited = [Elicited(**row) for row in written]
-    if {e.sample_id for e in elicited} != {s.id for s in job.train}:
-        elicited = list(_ask(job, progress))
-        folder.write_rows("uncertainty.jsonl", map(asdict, elicited))
-    return {e.sample_id: e for e in elicited}
-
-
-def _ask(job: _Job, progress: Progress) -> Iterable[Elicited]:
-    if job.config.uncertainty.estimator == "column":
-        return column.own_uncertainties(job.train)
-    advance = progress.task("asking the base model for uncertainty", len(job.train))
-    size = job.config.uncertainty.batch_size
-    scores = _shared(score)(job.model, job.features(job.train), job.collate, batch_size=size, advance=advance)
-    return white_box.estimate(job.train, scores)
+@contextmanager
+def _computing(loaded: _Loaded) -> Iterator[None]:
+    """Let the model compute outside of training: weights in ZeRO-3 partitions need an engine for that."""
+    if not loaded.is_partitioned or deepspeed.can_compute(loaded.model):
+        yield
+        return
+    with deepspeed.computing(loaded.model, loaded.arguments.hf_deepspeed_config.config):
+        check_logits(loaded.model)
+        yield
 
 
 def _shared(score: Callable[..., Iterator[TokenScores]]) -> Callable[..., Iterator[TokenScores]]:
@@ -339,7 +240,10 @@ def _shared(score: Callable[..., Iterator[TokenScores]]) -> Callable[..., Iterat
     return scores
 
 
-def _evaluate_before(job: _Job, folder: RunFolder, progress: Progress, *, resume: bool) -> Evaluation | None:
+# ---- evaluation ----
+
+
+def _evaluate_before(loaded: _Loaded, folder: RunFolder, *, resume: bool) -> Evaluation | None:
     path = folder.path / "evaluation.json"
 
     def saved() -> tuple[bool, Evaluation | None]:
@@ -349,72 +253,52 @@ def _evaluate_before(job: _Job, folder: RunFolder, progress: Progress, *, resume
     known, earlier = distributed.from_first(saved)
     if known:
         return earlier
-    wanted = job.config.evaluation.before
-    before = _evaluate(job, job.model, "evaluating the base model", progress) if wanted else None
+    wanted = loaded.rendered.config.evaluation.before
+    before = _evaluate(loaded, loaded.model, "evaluating the base model") if wanted else None
     folder.write_json("evaluation.json", {"before": before, "after": None})
     return before
 
 
-def _evaluate(job: _Job, model: Any, what: str, progress: Progress) -> Evaluation | None:
-    if not job.held_out:
+def _evaluate(loaded: _Loaded, model: Any, what: str) -> Evaluation | None:
+    rendered = loaded.rendered
+    if not rendered.held_out:
         return None
     return evaluate(
         model,
-        job.features(job.held_out),
-        {s.id: s.source or "all" for s in job.held_out},
-        job.collate,
-        bins=job.config.evaluation.bins,
-        batch_size=job.config.evaluation.batch_size,
-        advance=progress.task(what, len(job.held_out)),
+        rendered.features(rendered.held_out),
+        {s.id: s.source or "all" for s in rendered.held_out},
+        loaded.collate,
+        bins=rendered.config.evaluation.bins,
+        batch_size=rendered.config.evaluation.batch_size,
+        advance=loaded.progress.task(what, len(rendered.held_out)),
         score=_shared(score),
     )
 
 
+# ---- training ----
+
+
 def _train(
-    job: _Job,
+    loaded: _Loaded,
     model: Any,
-    training: rows.TrainingRows,
-    arguments: transformers.TrainingArguments,
+    training: TrainingSet,
     folder: RunFolder,
     metrics: dict[str, Any],
-    progress: Progress,
     *,
     resume: bool,
 ) -> tuple[int | None, dict[str, Any]]:
     """Train and save; return the signal that stopped it, if any, and the metrics so far."""
     stop = StopOnSignal()
-    trainer = UALTrainer(
-        model=model,
-        args=arguments,
-        average=job.config.loss.average,
-        groups=training.groups.names,
-        statistics=job.config.statistics,
-        train_dataset=training.dataset,
-        eval_dataset=rows.Features(job.features(job.held_out)) if job.held_out else None,
-        data_collator=job.collate,
-        processing_class=job.tokenizer,
-        objective=objective(job.config.loss),
-        callbacks=[History(folder), ProgressBar(progress.bars), stop],
-    )
-    trainer.add_callback(StopOnNonFinite(trainer.suspects))
-    trainer.remove_callback(transformers.PrinterCallback)
-    checkpoint = distributed.from_first(lambda: newest_whole(folder.checkpoints)) if resume else None
-    log.info("starting from %s", checkpoint or "the base model")
-    folder.forget_after(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
+    trainer = _trainer(loaded, model, training, folder, stop)
+    checkpoint = distributed.from_first(lambda: newest_complete(folder.checkpoints)) if resume else None
+    log.info("starting from %s", checkpoint.path if checkpoint else "the base model")
+    folder.forget_after(checkpoint.step if checkpoint else 0)
     folder.write_json("metrics.json", metrics | {"status": "running"})
     started = time.monotonic()
     status = "interrupted"
     stop.install()
     try:
-        target = folder.path / _weights(job.config)
-        if checkpoint is not None and trainer.is_finished(checkpoint):
-            if distributed.is_writer():
-                copy_model(checkpoint, target)
-        else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            trainer.save_model(str(target))
-            if distributed.is_writer():  # a pickle, of no use there
-                (target / transformers.trainer.TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        trainer.train_to_the_end(checkpoint, folder.path / _weights(loaded.rendered.config))
         status = "interrupted" if stop.received else "completed"
     except OSError as error:
         raise UserError(
@@ -430,6 +314,48 @@ def _train(
     return stop.received, metrics
 
 
+def _trainer(
+    loaded: _Loaded, model: Any, training: TrainingSet, folder: RunFolder, stop: StopOnSignal
+) -> UALTrainer:
+    rendered = loaded.rendered
+    trainer = UALTrainer(
+        model=model,
+        args=loaded.arguments,
+        average=rendered.config.loss.average,
+        groups=training.groups.names,
+        statistics=rendered.config.statistics,
+        train_dataset=training.dataset,
+        eval_dataset=rendered.features(rendered.held_out) or None,
+        data_collator=loaded.collate,
+        processing_class=rendered.tokenizer,
+        objective=objective(rendered.config.loss),
+        callbacks=[History(folder), ProgressBar(loaded.progress.bars), stop],
+    )
+    trainer.add_callback(StopOnNonFinite(trainer.suspects))
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def _finish(
+    loaded: _Loaded, model: Any, folder: RunFolder, metrics: dict[str, Any], before: Evaluation | None
+) -> dict[str, Any]:
+    """Evaluate the trained model, write its card, and upload it where the configuration says so."""
+    config = loaded.rendered.config
+    with _computing(loaded):
+        after = _evaluate(loaded, model, "evaluating the trained model")
+    folder.write_json("evaluation.json", {"before": before, "after": after})
+    metrics = metrics | {"eval": _headline(after)}
+    folder.write_json("metrics.json", metrics)
+    if distributed.is_writer():
+        about = json.loads((folder.path / "environment.json").read_text("utf-8"))
+        folder.write(f"{_weights(config)}/README.md", card(config, metrics, about))
+        if config.training.get("push_to_hub"):
+            name = config.training.get("hub_model_id") or config.label
+            url = publish(folder.path / _weights(config), name, config.training.get("hub_private_repo"))
+            loaded.progress.say(f"published at {url}")
+    return metrics
+
+
 def _weights(config: RunConfig) -> str:
     """The folder, within the run's, of what was trained."""
     return "adapter" if config.lora else "model"
@@ -438,7 +364,7 @@ def _weights(config: RunConfig) -> str:
 # ---- what is written down ----
 
 
-def _sample_rows(training: rows.TrainingRows, job: _Job) -> Iterator[dict[str, Any]]:
+def _described(rendered: Rendered, training: TrainingSet) -> Iterator[dict[str, Any]]:
     for s in training.shown:
         yield {
             "id": s.sample.id,
@@ -447,8 +373,8 @@ def _sample_rows(training: rows.TrainingRows, job: _Job) -> Iterator[dict[str, A
             "scaled_uncertainty": s.scaled_uncertainty,
             "label_smoothing": s.label_smoothing,
             "sample_weight": s.sample_weight,
-            "response_tokens": training.live_tokens[s.sample.id],
-            "prompt": job.renderer.render_prompt(s.sample)[:_TEXT_SHOWN],
+            "response_tokens": training.loss_tokens[s.sample.id],
+            "prompt": rendered.renderer.render_prompt(s.sample)[:_TEXT_SHOWN],
             "response": s.sample.response[:_TEXT_SHOWN],
         }
 
@@ -468,7 +394,7 @@ def _environment(config: RunConfig, command: Sequence[str], model: Any) -> dict[
     )
 
 
-def _facts(config: RunConfig, training: rows.TrainingRows, before: Evaluation | None) -> dict[str, Any]:
+def _facts(config: RunConfig, training: TrainingSet, before: Evaluation | None) -> dict[str, Any]:
     return {
         "name": config.label,
         "loss_kind": config.loss.kind,

@@ -1,24 +1,17 @@
 """A run is a folder that explains itself: configuration, versions, hashes, history, checkpoints, report."""
 
-import hashlib
 import json
 import os
-import platform
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
-
-import psutil
-import torch
 
 from ual.config import run as configuration
 from ual.config.base import dump
 from ual.config.run import RunConfig
 from ual.errors import UserError
 from ual.files import aside
+
 
 class RunFolder:
     """The files of one run. Every file is written aside and renamed, so a reader never sees half of one.

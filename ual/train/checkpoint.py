@@ -1,31 +1,59 @@
-"""A checkpoint is whole or absent: sealed with hashes, renamed into place, verified before use."""
+"""A checkpoint is complete or absent: sealed with hashes, renamed into place, verified before use."""
 
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ual.errors import UserError
+from ual.files import sha256
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 
 
-def seal(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Bring every file of a finished checkpoint to the disk and write down its size and SHA-256.
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint's manifest says of it.
+
+    `samples_per_step` counts the samples (or packed sequences) of one optimizer step over micro-batches and
+    processes; `zero_stage` is 0 without DeepSpeed; `size` is in bytes.
+    """
+
+    path: Path
+    step: int
+    world_size: int
+    samples_per_step: int
+    zero_stage: int
+    size: int = 0
+
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """Return the record of a folder.
+
+        Raises:
+            OSError, ValueError: there is no readable manifest.
+        """
+        manifest = _manifest(path)
+        values = {name: manifest[name] for name in ("step", "world_size", "samples_per_step", "zero_stage")}
+        return cls(path, **values, size=sum(file["bytes"] for file in manifest["files"].values()))
+
+
+def seal(checkpoint: Checkpoint) -> None:
+    """Write every file of a checkpoint through to the disk, and record its size and SHA-256 in the manifest.
 
     Args:
-        folder: complete, still under its scratch name.
-        facts: kept beside the hashes: the step, the world size, the rows of a step.
+        checkpoint: complete, still in a scratch folder.
 
     Raises:
         OSError: the disk refuses.
     """
+    folder = checkpoint.path
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         with path.open("rb") as file:
@@ -33,7 +61,8 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({**facts, "files": files}, file, indent=1)
+        about = {k: v for k, v in asdict(checkpoint).items() if k not in ("path", "size")}
+        json.dump(about | {"files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     for inner in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
@@ -41,32 +70,31 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def publish(scratch: Path, target: Path) -> None:
-    """Give a sealed folder its final name; after a crash of the machine it has the one or the other."""
+    """Rename a sealed folder to its final name, in one step even if the machine crashes."""
     if target.exists():
         shutil.rmtree(target)
     scratch.rename(target)
     _sync_folder(target.parent)
 
 
-def facts(folder: Path) -> dict[str, Any]:
-    """Return what `seal` was given, and `files`.
-
-    Raises:
-        OSError, ValueError: there is no manifest that can be read.
-    """
+def _manifest(folder: Path) -> dict[str, Any]:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise ValueError("not a manifest")
+    if not (
+        isinstance(manifest, dict)
+        and isinstance(manifest.get("files"), dict)
+        and "samples_per_step" in manifest
+    ):
+        raise ValueError("not a manifest of this version")
     return manifest
 
 
 def damage(folder: Path) -> str | None:
-    """Return what differs from the manifest, in words, or None for a whole checkpoint.
+    """Return what differs from the manifest, in words, or None for a complete checkpoint.
 
     A file that the manifest does not name is damage too: DeepSpeed unpickles what it finds by name.
     """
     try:
-        files = facts(folder)["files"]
+        files = _manifest(folder)["files"]
     except (OSError, ValueError) as error:
         return f"no {MANIFEST} that can be read ({error})"
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
@@ -74,14 +102,13 @@ def damage(folder: Path) -> str | None:
         missing, added = sorted(set(files) - present), sorted(present - set(files))
         return f"{missing[0]} is missing" if missing else f"{added[0]} is not in the manifest"
     for name, recorded in files.items():
-        with (folder / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != recorded["sha256"]:
-                return f"{name} does not have the recorded hash"
+        if sha256(folder / name) != recorded["sha256"]:
+            return f"{name} does not have the recorded hash"
     return None
 
 
-def newest_whole(checkpoints: Path) -> Path | None:
-    """Return the newest `checkpoint-N` that is whole; those passed over are named in the log."""
+def newest_complete(checkpoints: Path) -> Checkpoint | None:
+    """Return the newest `checkpoint-N` that is complete. The log names those that were passed over."""
     numbered = [
         (int(number), path)
         for path in checkpoints.glob("checkpoint-*")
@@ -90,24 +117,24 @@ def newest_whole(checkpoints: Path) -> Path | None:
     for _, path in sorted(numbered, reverse=True):
         problem = damage(path)
         if problem is None:
-            return path
+            return Checkpoint.read(path)
         log.warning("passed over the damaged checkpoint %s: %s", path, problem)
     return None
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """Copy weights, configuration and tokenizer of a checkpoint, and leave the state of its training."""
+    """Copy weights, configuration and tokenizer of a checkpoint, without the state of its training."""
     state = ("*.pt", "*.pth", "*.bin", "global_step*", "latest", "zero_to_fp32.py", "trainer_state.json")
     names = shutil.ignore_patterns(*state, MANIFEST, "adapter_state.safetensors")
     shutil.copytree(source, target, ignore=names, dirs_exist_ok=True)
 
 
 def require_room(folder: Path, size: int) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Refuse a write for which the disk has too little space.
 
     Args:
-        folder: exists, on the disk in question.
-        size: bytes about to be written.
+        folder: an existing folder on that disk.
+        size: bytes to be written.
 
     Raises:
         UserError: fewer bytes are free.
@@ -117,8 +144,8 @@ def require_room(folder: Path, size: int) -> None:
         raise UserError(
             f"a checkpoint needs about {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free",
             place=str(folder),
-            remedy="free some space or lower training.save_total_limit, then pass --resume to go on from "
-            "the last whole checkpoint",
+            remedy="free some space or lower training.save_total_limit, then pass --resume to continue "
+            "from the last complete checkpoint",
         )
 
 

@@ -1,7 +1,6 @@
-"""What `loss.kind` means for a batch: which weights the loss makes of the model's own predictions.
+"""Token weights that a loss kind computes from the model's predictions (`ual_kernels.losses`).
 
-The smoothing and the weights of samples come with the rows; here are the losses whose weights depend on the
-token's statistics, through the presets of `ual_kernels.losses`.
+The smoothing and weights of samples come with the batch.
 """
 
 from collections.abc import Callable
@@ -16,28 +15,28 @@ from ual_kernels import TokenStatistics, losses
 
 @dataclass(frozen=True)
 class Objective:
-    """A weight for each token, and whether it is divided by its mean over the micro-batch."""
+    """A weight function of the tokens' statistics, and whether the loss is divided by the mean weight."""
 
     token_weight: Callable[[TokenStatistics], Tensor] | None = None
     over_its_mean: bool = False
 
     def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return the inputs of the model, in which the rule stands for the weights of the samples."""
+        """Return the model's inputs with the weight function in place of the samples' weights."""
         if self.token_weight is None:
             return inputs
         return inputs | {"sample_weight": self.token_weight, "return_statistics": self.over_its_mean}
 
     def finish(self, loss: Tensor, outputs: Any) -> Tensor:
-        """Return the loss in the scale of plain cross entropy.
+        """Return the loss, divided by the mean weight of this process's micro-batch if the kind wants it.
 
-        The mean is that of this process's micro-batch: tokens of weight 1 would have made the same loss.
+        The loss then has the scale of plain cross entropy.
         """
         if not self.over_its_mean:
             return loss
         assert self.token_weight is not None
         statistics: TokenStatistics = outputs["statistics"]
         mean: Tensor = self.token_weight(statistics).nanmean()
-        return loss / mean.nan_to_num(nan=1.0)  # no live token: the loss is 0 whatever divides it
+        return loss / mean.nan_to_num(nan=1.0)  # without loss tokens the loss is 0
 
 
 PLAIN = Objective()

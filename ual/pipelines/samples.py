@@ -1,0 +1,100 @@
+"""What a run does before it needs weights: check the model, render samples, find known uncertainties."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ual.config.run import RunConfig
+from ual.data import Renderer, Tokenised, tokenise, training_set
+from ual.errors import UserError
+from ual.models import check_head, fuse, load_config, load_tokenizer
+from ual.models.memory import empty_model
+from ual.records import Elicited, Sample
+from ual.uncertainty.estimators import column
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Samples with their tokens, and what made them.
+
+    `train` and `held_out` are the samples that have tokens: others were dropped for their length. A stream
+    has no `train`.
+    """
+
+    config: RunConfig
+    tokenizer: Any
+    renderer: Renderer
+    train: list[Sample]
+    held_out: list[Sample]
+    tokens: Mapping[str, Tokenised]
+
+    def features(self, samples: Iterable[Sample]) -> list[dict[str, Any]]:
+        """Return samples to measure: without smoothing, each of weight 1."""
+        return [training_set.features(self.tokens[sample.id]) for sample in samples]
+
+
+def renderer(config: RunConfig, *, trust_remote_code: bool = False) -> tuple[Any, Renderer]:
+    """Return the tokenizer and the renderer of a run."""
+    tokenizer = load_tokenizer(config.model, trust_remote_code=trust_remote_code)
+    of_model = load_config(config.model, trust_remote_code=trust_remote_code)
+    return tokenizer, training_set.renderer(config, tokenizer, of_model)
+
+
+def render(
+    config: RunConfig,
+    train: Sequence[Sample],
+    held_out: Sequence[Sample],
+    *,
+    trust_remote_code: bool = False,
+    cache: Path | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Rendered:
+    """Tokenize all samples, or take their tokens from the cache.
+
+    Raises:
+        UserError: a sample cannot be rendered, or none is left to train.
+    """
+    training_set.check_weights(train, config)
+    tokenizer, made_by = renderer(config, trust_remote_code=trust_remote_code)
+    folder = None if cache is None else cache / "tokenised"
+    tokens = tokenise([*train, *held_out], made_by, folder, advance)
+    log.info("samples: %s", dict(made_by.counts))
+    rendered = Rendered(
+        config=config,
+        tokenizer=tokenizer,
+        renderer=made_by,
+        train=[s for s in train if s.id in tokens],
+        held_out=[s for s in held_out if s.id in tokens],
+        tokens=tokens,
+    )
+    if train and not rendered.train:
+        raise UserError("no training row is left", place=config.data.train, remedy="raise data.max_length")
+    return rendered
+
+
+def check_model(config: RunConfig, *, trust_remote_code: bool = False) -> Any:
+    """Return the model with its adapter, without weights.
+
+    Raises:
+        UserError: there is no such model, the adapter does not fit it, or its loss cannot be fused.
+    """
+    empty = fuse(empty_model(config.model, config.lora, trust_remote_code=trust_remote_code), verify=False)
+    check_head(empty)
+    return empty
+
+
+def own_uncertainties(config: RunConfig, samples: Sequence[Sample]) -> list[Elicited] | None:
+    """Return what is known of the samples' uncertainty without asking a model; None if one must be asked.
+
+    Raises:
+        UserError: the configuration names the samples' own uncertainty, and no sample has one.
+    """
+    if not config.loss.about.needs_uncertainty or all(s.label_smoothing is not None for s in samples):
+        return []
+    if config.uncertainty.estimator == "column":
+        return column.own_uncertainties(samples)
+    return None
