@@ -64,7 +64,8 @@ TERMS = (
     Term(r"\bgaps?\b", "smoothing term", kernels=True),
     Term(r"\brules?\b", "weight_fn, smoothing_fn", kernels=True),
     Term(r"\bplans?\b", "launch config", kernels=True),
-    Term(r"\bleaves\b(?! of (?:a|the) (?:py)?tree)", "is dropped, returns, keeps"),
+    # the verb; the noun, autograd's leaf tensors, has "the" or "all" before it, or begins a sentence
+    Term(r"(?<!\bthe )(?<!\ball )(?<!\bwith )\b(?-i:leaves)\b", "is dropped, returns, keeps"),
     Term(r"\b(?:goes|comes)\b", "is removed, is added, or the exact verb"),
     Term(r"\b(?:go|going|went|gone) on\b", "resume, continue"),
     Term(r"\brewordings?\b", "paraphrase"),
@@ -237,7 +238,7 @@ def test_no_module_has_an_old_name(name: str) -> None:
         ("rows of a model; a row of\nits weight matrix", ["rows"]),
         ("trained\n    tokens", ["trained tokens"]),
         ("in fact; the facts; log-odds; odds of 3", ["facts", "odds"]),
-        ("the test goes on; leaves of a tree; a gap", ["goes"]),
+        ("the test goes on; it leaves 1; the leaves; Leaves of a tree; a gap", ["goes", "leaves"]),
     ],
 )
 def test_what_a_term_is(text: str, words: list[str]) -> None:
