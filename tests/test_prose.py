@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 import typer
 
-import benchmarks.cli
-import ual.cli
+from ual.cli.main import app
 
-APPS = {"ual": ual.cli.app, "python -m benchmarks": benchmarks.cli.app}
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("ual", "ual_kernels", "benchmarks", "tests")
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -170,7 +168,7 @@ def comments(text: str) -> Iterator[tuple[int, str]]:
 
 def literals(node: ast.AST, inside: bool = False) -> Iterator[tuple[int, str]]:
     """Docstrings and other literals of more than one word. The marks of mutants quote code: left out."""
-    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("mark.kills"):
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "kills":
         return
     text = ""
     if isinstance(node, ast.JoinedStr):
@@ -186,10 +184,15 @@ def literals(node: ast.AST, inside: bool = False) -> Iterator[tuple[int, str]]:
 
 
 @cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def prose(path: Path) -> list[Prose]:
+    """The prose of a page, a template or a source file."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        found = [*comments(text), *literals(ast.parse(text))]
+        found = [*comments(text), *literals(tree(path))]
     else:
         found = [(1, page(text) if path.suffix == ".md" else template(text))]
     return [Prose.of(without_names(words), line) for line, words in found]
@@ -309,30 +312,47 @@ def test_sentences_are_short(path: Path) -> None:
     assert not found, "\n".join(found)
 
 
-def help_texts() -> dict[str, list[str]]:
-    """The help of every command and of its options, by the command's name."""
-    found: dict[str, list[str]] = {}
-    todo: list[tuple[str, Any]] = [(name, typer.main.get_command(app)) for name, app in APPS.items()]
+def long_help(text: str) -> list[str]:
+    """Sentences above the limit; what is shown as it stands, configurations and examples, has none."""
+    paragraphs = [p for p in re.split(r"\n\s*\n", text) if not p.lstrip("\n ").startswith("\b")]
+    plain = [Prose.of(re.sub(r"\[/?\w+\]", "", paragraph)) for paragraph in paragraphs]
+    return [f"{words} words: {sentence}" for part in plain for _, words, sentence in long_sentences(part)]
+
+
+def commands() -> dict[str, Any]:
+    """Every command of `ual`, by its name."""
+    found: dict[str, Any] = {}
+    todo: list[tuple[str, Any]] = [("ual", typer.main.get_command(app))]
     while todo:
         name, command = todo.pop()
-        texts = [command.help, command.epilog, *(getattr(option, "help", None) for option in command.params)]
-        found[name] = [text for text in texts if text]
+        found[name] = command
         todo += [(f"{name} {word}", child) for word, child in getattr(command, "commands", {}).items()]
     return found
 
 
-HELP = help_texts()
+COMMANDS = commands()
 
 
-@pytest.mark.parametrize("name", sorted(HELP))
-def test_sentences_of_help_are_short(name: str) -> None:
-    found = []
-    for text in HELP[name]:
-        for paragraph in re.split(r"\n\s*\n", text):
-            if paragraph.lstrip("\n ").startswith("\b"):  # shown as it is: configurations and examples
-                continue
-            words = Prose.of(re.sub(r"\[/?\w+\]", "", paragraph))
-            found += [f"{count} words: {sentence}" for _, count, sentence in long_sentences(words)]
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_sentences_of_a_command_are_short(name: str) -> None:
+    command = COMMANDS[name]
+    texts = [command.help, command.epilog, *(getattr(option, "help", None) for option in command.params)]
+    found = [long for text in texts if text for long in long_help(text)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_sentences_of_options_are_short(folder: str) -> None:
+    """Those of argparse too: every `help=` that is a literal."""
+    found = [
+        f"{named(path)}:{node.value.lineno}: {long}"
+        for path in SOURCES
+        if path.suffix == ".py" and named(path).startswith(f"{folder}/")
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.keyword) and node.arg == "help"
+        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for long in long_help(node.value.value)
+    ]
     assert not found, "\n".join(found)
 
 
