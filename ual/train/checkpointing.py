@@ -52,7 +52,8 @@ class CheckpointingTrainer(Trainer):
         dataset: Any = self.train_dataset
         batches = math.ceil(len(dataset) / (self.args.train_batch_size * self.args.world_size))
         per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
-        return int(math.ceil(self.args.num_train_epochs * per_epoch))
+        steps: int = math.ceil(self.args.num_train_epochs * per_epoch)
+        return steps
 
     def train_to_the_end(self, checkpoint: Checkpoint | None, target: Path) -> None:
         """Train, from a checkpoint if one is given, and write the trained weights to the folder `target`.
