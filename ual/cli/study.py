@@ -1,14 +1,14 @@
-"""`ual reliability` and `ual quickstart`."""
+"""`ual reliability`, `ual compare` and `ual quickstart`."""
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ual.cli import tables
-from ual.cli.console import Debug, app, err, errors, out, settle
+from ual.cli.console import Debug, TrustRemoteCode, app, err, errors, out, settle
 from ual.errors import UserError
 from ual.files import cache_folder
 
@@ -54,6 +54,62 @@ def reliability(
         out.print(f"{summary.rows} rows of {summary.questions} questions in {output}", highlight=False)
 
 
+_COMPARE_EXAMPLE = """\b
+[bold]An experiment[/bold]
+  base:                           # a run as for `ual train`
+    model: HuggingFaceTB/SmolLM2-135M-Instruct
+    data: {train: rows.jsonl, eval_fraction: 0.1}
+    uncertainty: white_box
+    smoothing: {match_mean: 0.1}  # uniform and ual smooth equally on average
+    training: {max_steps: 500}
+  arms:                           # overrides; first: the baseline
+    sft: {loss: sft}
+    uniform: {loss: uniform}
+    ual: {loss: ual}
+  seeds: \\[1, 2, 3]
+
+\b
+[bold]Examples[/bold]
+  ual compare experiment.yaml --dry-run   check every arm, train nothing
+  ual compare experiment.yaml             train; run it again to resume
+"""
+
+
+@app.command(epilog=_COMPARE_EXAMPLE)
+def compare(
+    config: Annotated[Path, typer.Argument(help="The experiment's YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example base.lora.r=8.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every arm and show its size; train nothing.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    debug: Debug = False,
+) -> None:
+    """Train several arms with several seeds at equal budgets, and compare them on one page."""
+    with errors(debug):
+        from ual.config.base import load_as
+        from ual.config.experiment import ExperimentConfig
+
+        resolved = load_as(ExperimentConfig, config, overrides or [])
+        settle(Path(resolved.output_dir) / "tensorboard")
+        common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "cache": cache_folder(os.environ)}
+        if dry_run:
+            from ual.pipelines.preview import plan
+
+            for cell in resolved.cells():
+                if cell.seed == resolved.seeds[0]:
+                    out.print(f"[bold]{cell.arm}[/bold]  seeds {', '.join(map(str, resolved.seeds))}")
+                    out.print(tables.plan(plan(cell.config, resume="auto", console=err, **common)))
+            return
+        from ual.pipelines.experiment import run
+
+        result = run(resolved, command=["ual", *sys.argv[1:]], console=err, **common)
+        out.print(tables.arms(result.metrics))
+        out.print(f"report   {result.report.resolve()}", highlight=False, soft_wrap=True)
+
+
 @app.command(
     epilog="\b\n[bold]Examples[/bold]\n  ual quickstart\n  ual quickstart --steps 4 --rows 48 --output short"
 )
@@ -62,7 +118,7 @@ def quickstart(
         Path, typer.Option("--output", "-o", help="A new folder for data, runs and report.")
     ] = Path("quickstart-run"),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each arm.")] = 36,
-    rows: Annotated[int, typer.Option(min=6, help="Training rows; a third as many are held out.")] = 288,
+    rows: Annotated[int, typer.Option(min=6, help="Training samples; a third as many are held out.")] = 288,
     debug: Debug = False,
 ) -> None:
     """Fine-tune a real 135M-parameter model three ways on a CPU: plain, uniform smoothing, UAL."""
@@ -72,11 +128,13 @@ def quickstart(
 
         command = ["ual", *sys.argv[1:]]
         result = run(
-            output, steps=steps, rows=rows, cache=cache_folder(os.environ), command=command, console=err
+            output, steps=steps, samples=rows, cache=cache_folder(os.environ), command=command, console=err
         )
         out.print(tables.arms(result.metrics))
+        longer = f"name=longer output_dir=runs/longer training.max_steps={10 * steps}"
         out.print(
-            f"\n{result.verdict}\n\nopen     {result.report.resolve()}\nnext     {result.next_command}",
+            f"\n{steps} steps with one seed show that the pipeline works, not which method is better.\n\n"
+            f"open     {result.report.resolve()}\nnext     ual train {output / 'ual.yaml'} {longer}",
             highlight=False,
             soft_wrap=True,
         )

@@ -10,6 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ual.errors import UserError
 
+_SHORT = {"model": "path", "data": "train", "loss": "kind", "uncertainty": "estimator"}
+"""Sections that a string may stand for, and the key that it is the value of."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -108,6 +110,21 @@ def _tag(section: type[BaseModel]) -> str:
     return str(getattr(section.model_fields["kind"].annotation, "__args__", ("",))[0])
 
 
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `over` laid over it, section by section; short forms are understood on both sides.
+
+    >>> merged({"loss": {"average": "tokens"}, "lora": {"r": 8}}, {"loss": "dft", "lora": None})
+    {'loss': {'average': 'tokens', 'kind': 'dft'}, 'lora': None}
+    """
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        if key in _SHORT and (isinstance(old, dict) or isinstance(value, dict)):
+            old, value = ({_SHORT[key]: v} if isinstance(v, str) else v for v in (old, value))
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not (key and equals):
@@ -116,8 +133,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     for name in sections:
         inner = raw.setdefault(name, {})
         if isinstance(inner, str):  # the short form, model: path
-            short = {"model": "path", "data": "train", "loss": "kind", "uncertainty": "estimator"}
-            inner = raw[name] = {short[name]: inner} if name in short else {}
+            inner = raw[name] = {_SHORT[name]: inner} if name in _SHORT else {}
         if inner is None:
             inner = raw[name] = {}
         raw = inner

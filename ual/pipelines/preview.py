@@ -164,7 +164,7 @@ def plan(
         UserError: as `run`.
     """
     model = samples.check_model(config, trust_remote_code=trust_remote_code)
-    folder = RunFolder(config.output_dir, writes=distributed.is_writer())
+    folder = RunFolder(config.output_dir)
     arguments = training_arguments(config, folder.checkpoints)
     folder.check(config, resume=resume)
     with Progress(console):

@@ -84,8 +84,8 @@ def run(
             checkpoint, can be resumed.
     """
     samples.check_model(config, trust_remote_code=trust_remote_code)
+    arguments = training_arguments(config, RunFolder(config.output_dir).checkpoints)  # processes meet here
     folder = RunFolder(config.output_dir, writes=distributed.is_writer())
-    arguments = training_arguments(config, folder.checkpoints)
     folder.create(config, resume=resume)
     distributed.wait()  # until the folder is there, or its refusal ends the run
     with log_file(folder.log, distributed.is_writer()), Progress(console) as progress:

@@ -121,7 +121,7 @@ def _is_whole(folder: Path, digest: str) -> bool:
 
 def _converter() -> str:
     """The hash of the code that converts; read and not imported, for it brings torch."""
-    return _sha256(Path(__file__).parents[1] / "models" / "gguf.py")
+    return _sha256(Path(__file__).parents[2] / "models" / "gguf.py")
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,110 @@
+"""An experiment: arms x seeds at equal budgets, trained one by one, resumable, compared on one page."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ual.config.base import dump
+from ual.config.experiment import BUDGET, Cell, ExperimentConfig
+from ual.config.run import load
+from ual.errors import UserError
+from ual.files import sha256, write_text
+from ual.pipelines.train import run as train
+from ual.report import write as write_report
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The metrics of every run, and the page that compares them."""
+
+    metrics: list[dict[str, Any]]
+    report: Path
+
+
+def run(
+    config: ExperimentConfig,
+    *,
+    command: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    console: Console | None = None,
+    cache: Path | None = None,
+) -> Comparison:
+    """Train the runs that are not finished, and write the page that compares all.
+
+    The folder `config.output_dir` holds a run folder and a YAML file for each run. Called again, `run`
+    resumes the run that was interrupted and skips those that are finished.
+
+    Args:
+        config: see `ual.config.experiment`.
+        command, trust_remote_code, console, cache: as those of `ual.pipelines.train.run`.
+
+    Raises:
+        UserError: a configuration is wrong, an earlier run had another budget or other data, or a run was
+            stopped.
+    """
+    say = (console or Console(quiet=True)).print
+    metrics = []
+    cells = list(config.cells())
+    for cell in cells:
+        _check_earlier(cell)
+    for number, cell in enumerate(cells, start=1):
+        folder = Path(cell.config.output_dir)
+        write_text(folder.with_suffix(".yaml"), dump(cell.config))
+        done = _finished(folder)
+        if done is None:
+            sentence = cell.config.loss.about.sentence
+            say(f"\n[bold]{cell.arm}[/bold]  run {number} of {len(cells)}. {sentence}.", highlight=False)
+            result = train(
+                cell.config,
+                command=command,
+                resume="auto",
+                trust_remote_code=trust_remote_code,
+                console=console,
+                cache=cache,
+            )
+            if result.stopped_by is not None:
+                raise UserError(
+                    f"stopped by a signal in arm {cell.arm}, seed {cell.seed}, after step "
+                    f"{result.metrics['steps']}",
+                    remedy="run the same command again to resume",
+                )
+            done = result.metrics
+        metrics.append(done)
+    report = write_report(
+        [Path(cell.config.output_dir) for cell in cells], Path(config.output_dir) / "report.html"
+    )
+    return Comparison(metrics, report)
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """Return the metrics of a run that is complete, with its evaluation."""
+    path = folder / "metrics.json"
+    if not path.exists():
+        return None
+    metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return metrics if metrics["status"] == "completed" and metrics["eval"] else None
+
+
+def _check_earlier(cell: Cell) -> None:
+    """Refuse a run folder that was made with another budget, or from other data."""
+    folder = Path(cell.config.output_dir)
+    remedy = "choose another output folder, or remove this one"
+    if (folder / "config.yaml").exists():
+        earlier = load(folder / "config.yaml").training
+        for key in BUDGET:
+            if earlier.get(key) != cell.config.training.get(key):
+                raise UserError(
+                    f"training.{key} was {earlier.get(key)} in this run, and the experiment has "
+                    f"{cell.config.training.get(key)}",
+                    place=str(folder),
+                    remedy=remedy,
+                )
+    if (folder / "environment.json").exists():
+        recorded = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        for path, digest in recorded["data_sha256"].items():
+            if Path(path).is_file() and sha256(Path(path)) != digest:
+                raise UserError(f"{path} has changed since this run", place=str(folder), remedy=remedy)
