@@ -35,7 +35,7 @@ MIB = 2**20
 MEASURE = """
 import ctypes, gc, json, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from ual import config
+from ual.config.run import load
 from ual.models import attach_lora, fuse
 def field(name):
     with open("/proc/self/status") as status:
@@ -64,7 +64,7 @@ def peak(settings, fused):
     before = field("VmRSS")
     step()
     return field("VmHWM") - before
-print(json.dumps([[peak(config.load(path), fused) for fused in (False, True)] for path in sys.argv[1:]]))
+print(json.dumps([[peak(load(path), fused) for fused in (False, True)] for path in sys.argv[1:]]))
 """
 
 
