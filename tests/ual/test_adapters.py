@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
 from tests.ual.runs import configure, gsm8k
@@ -110,6 +111,15 @@ def test_merging_rounds_once(tiny: Path, tmp_path: Path) -> None:
         for name in file.keys():  # noqa: SIM118
             assert file.get_tensor(name).dtype == torch.bfloat16
             assert torch.equal(file.get_tensor(name), exact[name].to(torch.bfloat16)), name
+
+
+@pytest.mark.kills("ual/models/load.py", "except SafetensorError as error:", "except KeyError as error:")
+def test_a_full_disk_is_a_user_error(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted(tiny, {"target_modules": ["q_proj"]}).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", Mock(side_effect=SafetensorError("no space")))
+    with pytest.raises(UserError, match="cannot write the merged model: no space"):
+        merge(ModelConfig(path=str(tiny)), tmp_path / "adapter", tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 @pytest.fixture(scope="module")

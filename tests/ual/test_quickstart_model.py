@@ -272,7 +272,7 @@ def test_a_full_disk_is_a_user_error(tiny: Path, tmp_path: Path) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))"
     run = subprocess.run(in_process(site, cache, before=limit), capture_output=True, text=True)
     assert run.returncode == 1
-    assert f"UserError: {cache}: the model could not be converted" in run.stderr
+    assert f"UserError: {cache}: cannot write the converted model" in run.stderr
     assert "File too large" in run.stderr
     assert "300 MB free" in run.stderr
     assert [path.name for path in cache.iterdir() if path.is_dir()] == []
@@ -280,7 +280,7 @@ def test_a_full_disk_is_a_user_error(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_cache_that_is_a_file_is_a_user_error(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"could not be converted: (Not a directory|File exists)"):
+    with pytest.raises(UserError, match=r"cannot write the converted model: (Not a directory|File exists)"):
         model.prepare(tmp_path / "file" / "cache")
 
 

@@ -9,7 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
 from ual.errors import UserError
+from ual.models.load import save_model
 
 
 def convert(source: Path, folder: Path, *, dtype: Literal["bfloat16", "float32"] = "bfloat16") -> None:
@@ -28,7 +32,7 @@ def convert(source: Path, folder: Path, *, dtype: Literal["bfloat16", "float32"]
         UserError: a package that reading GGUF needs is not installed.
         OSError: the folder cannot be written.
     """
-    for package in ("gguf", "accelerate", "transformers"):
+    for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
                 f'reading a GGUF file needs the package "{package}", which is not installed',
@@ -36,10 +40,6 @@ def convert(source: Path, folder: Path, *, dtype: Literal["bfloat16", "float32"]
                 remedy=f"pip install {package}",
             )
     with _quiet():
-        import torch
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         model = AutoModelForCausalLM.from_pretrained(
             source.parent,
@@ -48,10 +48,7 @@ def convert(source: Path, folder: Path, *, dtype: Literal["bfloat16", "float32"]
             quantization_config=GgufConfig(dequantize=True),
         )
         _complete(tokenizer, model.config)
-        try:
-            model.save_pretrained(folder)
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(str(error)) from error
+        save_model(model, folder)
         tokenizer.save_pretrained(folder)
 
 

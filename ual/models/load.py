@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -84,6 +85,18 @@ def load_model(config: ModelConfig, *, trust_remote_code: bool = False) -> PreTr
     model.config.use_cache = False
     log.info("loaded %s: %d parameters in %s", config.path, model.num_parameters(), model.dtype)
     return model
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Save the model as `save_pretrained` does.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # safetensors reports a full disk so
+        raise OSError(str(error)) from error
 
 
 def _quantised(kind: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """A trained adapter and its base as one model in safetensors, for tools that know no adapters."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ual.config.run import ModelConfig
 from ual.errors import UserError
-from ual.models.load import load_config, load_model, load_tokenizer
+from ual.files import folder_aside, writing
+from ual.models.load import load_config, load_model, load_tokenizer, save_model
 
 
 def merge(base: ModelConfig, adapter: Path, target: Path, *, trust_remote_code: bool = False) -> None:
@@ -44,21 +44,10 @@ def merge(base: ModelConfig, adapter: Path, target: Path, *, trust_remote_code: 
     _tie_again(merged, of_base)
     merged.to(dtype)
     merged.config.use_cache = getattr(of_base, "use_cache", True)  # training went without
-    scratch = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(parents=True)
-        merged.save_pretrained(scratch)
+    remedy = "free some space, or choose another --output"
+    with writing("the merged model", target, remedy), folder_aside(target) as scratch:
+        save_model(merged, scratch)
         load_tokenizer(base, trust_remote_code=trust_remote_code).save_pretrained(scratch)
-        scratch.rename(target)
-    except OSError as error:
-        raise UserError(
-            f"the merged model cannot be written: {error.strerror or error}",
-            place=str(error.filename or target),
-            remedy="free some space, or choose another --output",
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _untie(model: PreTrainedModel) -> None:

