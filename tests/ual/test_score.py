@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from ual.data import Collator
 from ual.models import fuse, score
-from ual.models.score import collect
 
 
 def features(count: int) -> list[dict[str, Any]]:
@@ -31,7 +30,7 @@ def test_shares_together_are_the_whole(tiny: Path, world_size: int) -> None:
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
     rows, collate = features(5), Collator(0)
-    whole = collect(score(model, rows, collate, batch_size=2))
+    whole = {s.sample_id: s for s in score(model, rows, collate, batch_size=2)}
     assert len(passes) == 3
     shares, counts = [], []
     for rank in range(world_size):

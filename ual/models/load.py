@@ -59,6 +59,13 @@ def load_config(config: ModelConfig, *, trust_remote_code: bool = False) -> PreT
     return found
 
 
+def stored_dtype(config: ModelConfig, pretrained: PreTrainedConfig) -> torch.dtype:
+    """Return the dtype of `ModelConfig`, with "auto" resolved by the model's own configuration."""
+    dtype = pretrained.dtype or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
 def load_model(config: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load the base model from safetensors.
 

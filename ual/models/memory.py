@@ -1,9 +1,8 @@
-"""What a training step needs of memory, found without weights: one step is run on tensors that hold nothing.
+"""Memory of a training step, counted without weights: one step runs on tensors that have shapes but no data.
 
-A model on the meta device becomes one of fake CPU tensors, whose operations know shapes only. Every storage
-that a step makes is counted while it lives, so the peak is that of the very operations that training runs,
-whatever the architecture: nothing here knows what a layer is made of. What it cannot see is scratch inside
-an operation and what an allocator wastes. (On two CPU models measured peaks were 0.99 of it: docs/data.md.)
+A model on the meta device becomes a model of fake CPU tensors. Every storage that a step makes is counted
+while it lives, so the peak belongs to the operations that training itself runs, for any architecture. Scratch
+inside an operation and the allocator's waste are not counted; docs/data.md compares counts with measurements.
 """
 
 import weakref
@@ -23,58 +22,59 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ual.config.run import LoraConfig, ModelConfig
 from ual.errors import UserError
 from ual.models.fuse import fuse
-from ual.models.load import attach_lora, cannot_load, load_config
+from ual.models.load import attach_lora, cannot_load, load_config, stored_dtype
 
-# what the fused loss needs within its operator (docs/kernels.md): tiles of logits, and a chunk's gradient
+# (device, whether the head is trained) -> bytes of logits and of a chunk's gradient within the fused loss's
+# operator: docs/kernels.md
 _SCRATCH = {
     ("cpu", False): 12 << 20,
     ("cpu", True): 72 << 20,
     ("cuda", False): 512 << 20,
     ("cuda", True): 2304 << 20,
 }
-# bytes of a weight in bitsandbytes' types, with the scales of its blocks
-_QUANTISED = {"nf4": 0.52, "int8": 1.02}
+_QUANTIZED = {"nf4": 0.52, "int8": 1.02}  # bytes of a weight in bitsandbytes' types, with its blocks' scales
 
 
 @dataclass(frozen=True, slots=True)
 class StepMemory:
-    """Bytes of one process. `activations` is the peak of a step without head and loss, gradients apart."""
+    """Bytes of one process, and the number of trained parameters."""
 
     frozen_weights: int
     trained_weights: int
     trained_parameters: int
     gradients: int
     largest_layer: int
-    """Weights of the largest module that ZeRO-3 gathers at once, a decoder layer or the head."""
+    """Weights of the largest module that ZeRO-3 gathers at once: decoder layer, embedding or head."""
     activations: int
+    """Peak of a step without head and loss; gradients of the weights are not included."""
     naive_head: int
-    """What the peak rises by with transformers' own head and loss."""
+    """Rise of the peak with transformers' own head and loss."""
     fused_head: int
-    """What it rises by with the fused loss."""
+    """Rise of the peak with the fused loss."""
 
 
 def empty_model(
     config: ModelConfig, lora: LoraConfig | None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel | PeftModel:
-    """Build the model, with its adapter, on the meta device: of a hub model only config.json is fetched.
+    """Build the model, with its adapter, on the meta device; only config.json of a hub model is fetched.
 
     Raises:
-        UserError: there is no such configuration, or the adapter fits nothing in it.
+        UserError: there is no such configuration, or the adapter fits no module of the model.
     """
     options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    of_model = load_config(config, trust_remote_code=trust_remote_code)
+    pretrained = load_config(config, trust_remote_code=trust_remote_code)
     try:
-        dtype = getattr(torch, config.dtype) if config.dtype != "auto" else of_model.dtype or torch.float32
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                of_model, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                pretrained,
+                dtype=stored_dtype(config, pretrained),
+                trust_remote_code=trust_remote_code,
+                **options,
             )
     except (OSError, ValueError, ImportError) as error:
         raise cannot_load("model", config.path, error) from error
-    if lora is None:
-        return model  # type: ignore[no-any-return]
     with torch.device("meta"):
-        return attach_lora(model, lora)
+        return attach_lora(model, lora) if lora else model
 
 
 def step_memory(
@@ -82,87 +82,106 @@ def step_memory(
     *,
     batch: int,
     length: int,
-    live: float = 1.0,
+    loss_fraction: float = 1.0,
     checkpointing: bool = False,
     autocast: torch.dtype | None = None,
     quantization: Literal["nf4", "int8"] | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
 ) -> StepMemory:
-    """Run steps of the model on fake tensors, and count.
+    """Count the memory of a micro-batch's forward and backward pass on fake tensors.
 
     Args:
-        model: on the meta device, not fused, with its adapter; of no use afterwards.
-        batch, length: sequences of a micro-batch, tokens of each.
-        live: share of the tokens that are trained; the fused loss sees no others.
-        checkpointing: gradient checkpointing, as `gradient_checkpointing` of TrainingArguments.
-        autocast: bfloat16 or float16 where the trainer computes in it over other weights.
-        quantization: the frozen linear layers but the head are held in it.
-        device: for the fused loss's scratch.
+        model: on the meta device, not fused, with its adapter; unusable afterwards.
+        batch, length: sequences of the micro-batch, tokens of each.
+        loss_fraction: share of loss tokens; only these reach the fused loss.
+        checkpointing: as `gradient_checkpointing` of TrainingArguments.
+        autocast: bfloat16 or float16 if the trainer computes in it over weights of another type.
+        quantization: type of the frozen linear layers other than the head.
+        device: whose scratch the fused loss uses.
 
     Raises:
-        UserError: the architecture decides by values what it computes, or the loss cannot be fused.
+        UserError: the model's operations depend on values, or its loss cannot be fused.
     """
-    base = _base(model)
-    head = base.get_output_embeddings()
-    rows = max(1, int(batch * length * live))
-    most = _SCRATCH[device, head.weight.requires_grad]
-    if head.weight.requires_grad:  # a quarter of its float32 gradient
-        most = max(most, head.weight.numel())
-    scratch = min(most, rows * head.weight.shape[0] * 4)
-    frozen: dict[Tensor, int] = {p: p.nbytes for p in model.parameters() if not p.requires_grad}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if quantization:
-        for module in base.modules():
-            if isinstance(module, nn.Linear) and module is not head and module.weight in frozen:
-                frozen[module.weight] = int(module.weight.numel() * _QUANTISED[quantization])
-    sizes = {
-        "frozen_weights": sum(frozen.values()),
-        "trained_weights": sum(p.nbytes for p in trained),
-        "trained_parameters": sum(p.numel() for p in trained),
-        "gradients": sum(p.nbytes for p in trained),
-        "largest_layer": max(map(_size, _gathered_at_once(base))),
-    }
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    sizes = _sizes(model, base, quantization)
+    head = base.get_output_embeddings().weight
+    loss_tokens = max(1, int(batch * length * loss_fraction))
+    # a trained head: a quarter of its float32 gradient, if that is more
+    most = max(_SCRATCH[device, head.requires_grad], head.numel() if head.requires_grad else 0)
+    scratch = min(most, loss_tokens * len(head) * 4)
     model.train()
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-
     with FakeTensorMode():
-        _fake(model)
+        _make_fake(model)
         ids = torch.zeros(batch, length, dtype=torch.int64)
         inputs = {"input_ids": ids, "use_cache": False}
-
-        def body() -> Tensor:
-            hidden: Tensor = base.base_model(**inputs).last_hidden_state
-            return hidden
-
-        def loss(**options: Any) -> Tensor:
-            computed: Tensor = model(**inputs, labels=ids, **options).loss
-            return computed
-
+        labels = {"labels": ids, "max_loss_tokens": loss_tokens}
         try:
-            activations = _peak(model, body, autocast)
-            naive = _peak(model, loss, autocast)
+            activations = _peak(model, lambda: base.base_model(**inputs).last_hidden_state, autocast)
+            naive = _peak(model, lambda: model(**inputs, labels=ids).loss, autocast)
             fuse(model, verify=False)
-            fused = _peak(model, lambda: loss(max_loss_tokens=rows), autocast, scratch)
+            fused = _peak(model, lambda: model(**inputs, **labels).loss, autocast, scratch)
         except (RuntimeError, NotImplementedError) as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
                 f"a step of {type(base).__name__} cannot be run without weights: {first}",
-                remedy="experts that are chosen by the data need model.dtype bfloat16; "
-                "else measure a short run",
+                remedy="set model.dtype to bfloat16 if the model routes tokens to experts; "
+                "otherwise measure a short run",
             ) from error
-    return StepMemory(
-        **sizes,
-        activations=activations,
-        naive_head=max(0, naive - activations),
-        fused_head=max(0, fused - activations),
-    )
+    head_sizes = {"naive_head": max(0, naive - activations), "fused_head": max(0, fused - activations)}
+    return StepMemory(**sizes, activations=activations, **head_sizes)
+
+
+def _sizes(model: nn.Module, base: Any, quantization: str | None) -> dict[str, int]:
+    """Return the fields of `StepMemory` that need no step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen: dict[Tensor, int] = {p: p.nbytes for p in model.parameters() if not p.requires_grad}
+    if quantization:
+        for module in base.modules():
+            linear = isinstance(module, nn.Linear) and module is not base.get_output_embeddings()
+            if linear and module.weight in frozen:
+                frozen[module.weight] = int(module.weight.numel() * _QUANTIZED[quantization])
+    trained_bytes = sum(p.nbytes for p in trained)
+    return {
+        "frozen_weights": sum(frozen.values()),
+        "trained_weights": trained_bytes,
+        "trained_parameters": sum(p.numel() for p in trained),
+        "gradients": trained_bytes,
+        "largest_layer": max(sum(p.nbytes for p in m.parameters()) for m in _gathered_at_once(base)),
+    }
+
+
+def _gathered_at_once(base: nn.Module) -> Iterator[nn.Module]:
+    """Yield decoder layers, which are in lists, and the largest modules beside them: embedding and head."""
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList):
+            yield from module
+        elif isinstance(module, nn.Embedding | nn.Linear):
+            yield module
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Replace meta tensors by fake CPU tensors; tied parameters stay tied."""
+    made: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
+            if p not in made:
+                made[p] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+                if p.requires_grad:  # a gradient exists before the step, so no step's peak includes it
+                    made[p].grad = torch.zeros(p.shape, dtype=p.dtype)
+            module._parameters[name] = made[p]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _peak(
     model: nn.Module, forward: Callable[[], Tensor], autocast: torch.dtype | None, scratch: int = 0
 ) -> int:
-    """Bytes of the storages of one step, at their most."""
+    """Return the largest number of bytes in storages that a step makes."""
     counter = _Storages(model, scratch)
     with counter:
         with torch.autocast("cpu", autocast) if autocast else nullcontext():
@@ -172,13 +191,13 @@ def _peak(
 
 
 class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of storages that operations make, from the moment they do until they are freed."""
+    """Counts the bytes of the storages that operations make, until each is freed."""
 
     def __init__(self, model: nn.Module, scratch: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._live = 0
         self._scratch = scratch
-        # weights and gradients, of which operations return views; held, so that no id of theirs comes again
+        # Operations return views of weights and gradients. References keep their ids from being used again.
         tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
         known = [t.untyped_storage() for t in (*tensors, *model.buffers())]
         self._known = {id(storage): storage for storage in known}
@@ -205,36 +224,3 @@ class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._counted[key] = weakref.ref(storage, freed)
         self._live += size
         self.peak = max(self.peak, self._live)
-
-
-def _fake(model: nn.Module) -> None:
-    """Put fake CPU tensors in the place of those on the meta device, tied ones in one place."""
-    made: dict[Tensor, nn.Parameter] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p not in made:
-                made[p] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
-                if p.requires_grad:  # as in accumulation, so that no step's peak holds them
-                    made[p].grad = torch.zeros(p.shape, dtype=p.dtype)
-            if p is not None:
-                module._parameters[name] = made[p]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def _gathered_at_once(base: nn.Module) -> Iterator[nn.Module]:
-    """Decoder layers, which come in lists, and the largest modules beside them: embedding and head."""
-    for module in base.modules():
-        if isinstance(module, nn.ModuleList):
-            yield from module
-        elif isinstance(module, nn.Embedding | nn.Linear):
-            yield module
-
-
-def _size(module: nn.Module) -> int:
-    return sum(p.nbytes for p in module.parameters())
-
-
-def _base(model: PreTrainedModel | PeftModel) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model

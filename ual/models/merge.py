@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ual.config.run import ModelConfig
 from ual.errors import UserError
 from ual.files import folder_aside, writing
-from ual.models.load import load_config, load_model, load_tokenizer, save_model
+from ual.models.load import load_config, load_model, load_tokenizer, save_model, stored_dtype
 
 
 def merge(base: ModelConfig, adapter: Path, target: Path, *, trust_remote_code: bool = False) -> None:
@@ -36,13 +36,12 @@ def merge(base: ModelConfig, adapter: Path, target: Path, *, trust_remote_code: 
     if target.exists():
         raise UserError("the folder exists already", place=str(target), remedy="choose another --output")
     of_base = load_config(base, trust_remote_code=trust_remote_code)
-    dtype = (of_base.dtype or torch.float32) if base.dtype == "auto" else getattr(torch, base.dtype)
     whole = base.model_copy(update={"dtype": "float32", "quantization": None})
     loaded = load_model(whole, trust_remote_code=trust_remote_code)
     _untie(loaded)  # else what an adapter adds to the head would be added to the embedding too
     merged = PeftModel.from_pretrained(loaded, adapter).merge_and_unload(safe_merge=True)
     _tie_again(merged, of_base)
-    merged.to(dtype)
+    merged.to(stored_dtype(base, of_base))
     merged.config.use_cache = getattr(of_base, "use_cache", True)  # training went without
     remedy = "free some space, or choose another --output"
     with writing("the merged model", target, remedy), folder_aside(target) as scratch:

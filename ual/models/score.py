@@ -1,6 +1,6 @@
 """Per-token scores of given responses under a fused model: no logits held, no gradient."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +81,3 @@ def score(
             advance(len(rows))
     finally:
         model.train(was_training)
-
-
-def collect(scores: Iterable[TokenScores]) -> dict[str, TokenScores]:
-    """Index scores by sample id."""
-    return {s.sample_id: s for s in scores}

@@ -73,7 +73,7 @@ def estimate(
         model,
         batch=given.get("per_device_train_batch_size", 8),
         length=config.data.max_length or min(context, _DEFAULT_LENGTH),
-        live=live,
+        loss_fraction=live,
         checkpointing=given.get("gradient_checkpointing", False),
         # DeepSpeed casts the weights themselves; elsewhere accelerate computes in it over weights as they are
         autocast=None if zero else _autocast(given, device),
