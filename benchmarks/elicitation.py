@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from ual.methods import reliability
-from ual.methods.answers import normalise
+from ual.methods.answers import normalize
 
 _ANSWERS = 18  # recorded for all but 18 of 1,319 questions
 
@@ -68,12 +68,12 @@ def recorded(data: Path) -> Iterator[dict[str, Any]]:
 def gsm8k(data: Path) -> Iterator[dict[str, Any]]:
     """Yield the questions that have 18 recorded answers, with their majority, and whether it is right."""
     for i, row in enumerate(recorded(data)):
-        values = [normalise(sample["answer"]) for sample in row["samples"][:_ANSWERS]]
+        values = [normalize(sample["answer"]) for sample in row["samples"][:_ANSWERS]]
         if len(values) < _ANSWERS:
             continue
         label = reliability.majority(values)
         if label is not None:
-            right = label == normalise(row["gold"])
+            right = label == normalize(row["gold"])
             yield {"id": str(i), "prompt": row["question"], "completion": label, "correct": right}
 
 
@@ -124,7 +124,7 @@ def answer(data: Path, folder: Path) -> None:
             for line in path.read_text().splitlines():
                 request = json.loads(line)
                 body = request["body"]
-                value = normalise(answers[body["messages"][0]["content"]][body["seed"]])
+                value = normalize(answers[body["messages"][0]["content"]][body["seed"]])
                 message = {"role": "assistant", "content": "" if value is None else f"#### {value}"}
                 reply = {"choices": [{"message": message, "finish_reason": "stop"}]}
                 response = {"status_code": 200, "body": reply}

@@ -194,7 +194,7 @@ def test_rewording_asks_each_wording() -> None:
 
 @pytest.mark.kills(
     "ual/uncertainty/estimators/paraphrase.py",
-    "return normalise(texts[letters.index(letter)])",
+    "return normalize(texts[letters.index(letter)])",
     "return letter",
 )
 def test_options_are_permuted_and_answers_mapped_back() -> None:

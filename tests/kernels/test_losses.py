@@ -215,7 +215,7 @@ def test_dft_is_the_gradient_of_the_probability(device: torch.device) -> None:
 
 
 def eaft_weights(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Ours, and the paper's: the entropy of the renormalised largest logits."""
+    """Ours, and the paper's: the entropy of the renormalized largest logits."""
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     _, statistics = cross_entropy(logits, target, return_statistics=True)
     of_the_paper = entropy(logits.topk(top_k).values) / math.log(top_k)

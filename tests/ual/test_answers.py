@@ -16,7 +16,7 @@ from ual.data import load
 from ual.data.questions import read
 from ual.errors import UserError
 from ual.methods import reliability
-from ual.methods.answers import normalise
+from ual.methods.answers import normalize
 from ual.pipelines.weak_labels import Group, process, write
 
 Writer = Callable[..., Path]
@@ -44,7 +44,7 @@ def by_question(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return groups
 
 
-class TestNormalise:
+class TestNormalize:
     @pytest.mark.parametrize(
         ("same", "text"),
         [
@@ -65,27 +65,27 @@ class TestNormalise:
         ],
     )
     def test_equal_answers_are_equal_strings(self, same: list[Any], text: str) -> None:
-        assert {normalise(value) for value in same} == {text}
+        assert {normalize(value) for value in same} == {text}
 
     @pytest.mark.parametrize("nothing", [None, "", "  ", ".", math.nan, math.inf])
     def test_nothing_to_compare(self, nothing: Any) -> None:
-        assert normalise(nothing) is None
+        assert normalize(nothing) is None
 
     @given(st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text())
     @example(5e-324)
     @example("1e-999")
     def test_is_idempotent(self, value: Any) -> None:
-        once = normalise(value)
-        assert normalise(once) == once
+        once = normalize(value)
+        assert normalize(once) == once
 
     @given(st.integers(), st.integers())
     def test_different_integers_stay_different(self, a: int, b: int) -> None:
-        assert (normalise(a) == normalise(b)) == (a == b)
+        assert (normalize(a) == normalize(b)) == (a == b)
 
     @given(st.floats(allow_nan=False, allow_infinity=False))
     def test_keeps_a_number_to_twelve_digits_in_any_spelling(self, x: float) -> None:
-        written = normalise(x)
-        assert written == normalise(str(x))
+        written = normalize(x)
+        assert written == normalize(str(x))
         assert written is not None
         assert float(written) == pytest.approx(x, rel=5e-12, abs=0)
 
@@ -363,7 +363,7 @@ class TestProcess:
     @given(
         st.lists(
             st.lists(st.sampled_from([1, 2, "x", None]), min_size=2, max_size=6), min_size=1, max_size=8
-        ).filter(lambda questions: any(reliability.majority(list(map(normalise, q))) for q in questions))
+        ).filter(lambda questions: any(reliability.majority(list(map(normalize, q))) for q in questions))
     )
     def test_every_arm_counts_a_question_once(
         self, tmp_path_factory: pytest.TempPathFactory, answers: list[list[Any]]
@@ -478,7 +478,7 @@ class TestGsm8k:
 
     def test_values_agree_with_the_data_sets_own_verdicts(self, gsm8k_answers: Path) -> None:
         with gzip.open(gsm8k_answers, "rt", encoding="utf-8") as file:
-            golds = [normalise(json.loads(line)["gold"]) for line in file]
+            golds = [normalize(json.loads(line)["gold"]) for line in file]
         questions = read(gsm8k_answers)
         assert len(questions) == len(golds) == 1319
         candidates = [(c, gold) for q, gold in zip(questions, golds, strict=True) for c in q.candidates]

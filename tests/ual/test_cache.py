@@ -1,6 +1,7 @@
-"""Tokenised rows from disk are those that would be made now, or they are made now."""
+"""Tokenized samples from disk are those that would be made now, or they are made now."""
 
 import copy
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from ual.data import Renderer, tokenise
+from ual.data import Renderer, tokenize
 from ual.records import Message, Sample
 
 
@@ -35,7 +36,7 @@ def from_cache(made: Renderer, samples: list[Sample], folder: Path) -> bool:
     render = made.render
     made.render = lambda sample: rendered.append(sample) or render(sample)  # type: ignore[method-assign]
     done: list[int] = []
-    rows = tokenise(samples, made, folder, done.append)
+    rows = tokenize(samples, made, folder, done.append)
     fresh = copy.copy(made)
     fresh.counts = type(made.counts)()
     expected = {s.id: row for s in samples if (row := Renderer.render(fresh, s)) is not None}
@@ -55,7 +56,7 @@ def test_a_second_run_reads_what_the_first_made(tokenizer: Any, tmp_path: Path) 
     assert again.counts["dropped"] > 0
     assert again.counts["rendered"] > 0
     assert not from_cache(renderer(tokenizer), SAMPLES, tmp_path / "elsewhere")
-    assert tokenise(SAMPLES, renderer(tokenizer)) == tokenise(SAMPLES, renderer(tokenizer), tmp_path)
+    assert tokenize(SAMPLES, renderer(tokenizer)) == tokenize(SAMPLES, renderer(tokenizer), tmp_path)
 
 
 @pytest.mark.kills("ual/data/tokenize.py", "[sample.id, chat, sample.tools]", "[sample.id]")
@@ -115,17 +116,17 @@ def flip(content: bytes) -> bytes:
 def test_a_cache_that_cannot_be_written_is_passed_over(tokenizer: Any, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    assert tokenise(SAMPLES, renderer(tokenizer), file / "below") == tokenise(SAMPLES, renderer(tokenizer))
+    assert tokenize(SAMPLES, renderer(tokenizer), file / "below") == tokenize(SAMPLES, renderer(tokenizer))
 
 
 def test_the_oldest_goes_first(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(3):
-        tokenise(SAMPLES[: 3 + i], renderer(tokenizer), tmp_path)
+        tokenize(SAMPLES[: 3 + i], renderer(tokenizer), tmp_path)
         time.sleep(0.01)
-    tokenise(SAMPLES[:3], renderer(tokenizer), tmp_path)  # read, so no longer the oldest
+    tokenize(SAMPLES[:3], renderer(tokenizer), tmp_path)  # read, so no longer the oldest
     size = max(path.stat().st_size for path in tmp_path.glob("*.npz"))
-    monkeypatch.setattr("ual.data.tokenize._LARGEST", 3 * size)
-    tokenise(SAMPLES, renderer(tokenizer), tmp_path)
+    monkeypatch.setattr(sys.modules["ual.data.tokenize"], "_LARGEST", 3 * size)
+    tokenize(SAMPLES, renderer(tokenizer), tmp_path)
     assert from_cache(renderer(tokenizer), SAMPLES, tmp_path)
     assert from_cache(renderer(tokenizer), SAMPLES[:3], tmp_path)
     assert not from_cache(renderer(tokenizer), SAMPLES[:4], tmp_path)

@@ -104,7 +104,7 @@ def test_trained_text_is_green_or_between_marks(
     assert "It is 0.</s>»" in said
     assert "smoothing 0.000, weight 1, " in said
     assert "not trained: sample_weight 0" in " ".join(said.split())
-    assert list((tmp_path / "cache" / "ual" / "tokenised").iterdir())
+    assert list((tmp_path / "cache" / "ual" / "tokenized").iterdir())
     from rich.console import Console
 
     with (tmp_path / "out").open("w+") as file:

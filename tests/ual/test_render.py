@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
-from ual.data import Renderer, Tokenised, load
+from ual.data import Renderer, TokenizedSample, load
 from ual.errors import UserError
 from ual.records import Message, Sample
 
@@ -55,7 +55,7 @@ def known(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return decode(tokenizer, tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def trained_runs(tokenizer: PreTrainedTokenizerBase, rendered: Tokenised) -> list[str]:
+def trained_runs(tokenizer: PreTrainedTokenizerBase, rendered: TokenizedSample) -> list[str]:
     """The text of each run of consecutive trained tokens."""
     runs: list[list[int]] = []
     previous = -100
@@ -458,8 +458,8 @@ class TestLength:
             if limit <= first:
                 assert cut is None
             else:
-                assert cut == Tokenised("s", whole.input_ids[:limit], whole.labels[:limit])
-                assert cut.live_tokens == limit - first
+                assert cut == TokenizedSample("s", whole.input_ids[:limit], whole.labels[:limit])
+                assert cut.loss_tokens == limit - first
         kept = len(whole.input_ids) - first
         assert outcomes == ["dropped"] * (first - 1) + ["truncated"] * (kept - 1) + ["rendered"]
 
@@ -481,4 +481,4 @@ class TestLength:
                 Renderer(tokenizer, max_length=301, context_length=context)
 
     def test_the_first_token_is_never_live(self):
-        assert Tokenised("s", [5, 6, 7], [5, -100, 7]).live_tokens == 1
+        assert TokenizedSample("s", [5, 6, 7], [5, -100, 7]).loss_tokens == 1

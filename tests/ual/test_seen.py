@@ -125,9 +125,9 @@ values = st.lists(st.floats(-5, 5) | st.just(float("nan")), min_size=1, max_size
 @given(values)
 def test_quarters_are_ordered_and_ties_stay_together(uncertainty: list[float]) -> None:
     groups = assign(["x"] * len(uncertainty), uncertainty)
-    assert (groups.of_rows[:, 0] == -1).all()  # one source is no group
-    known = [(u, q) for u, q in zip(uncertainty, groups.of_rows[:, 1].tolist(), strict=True) if u == u]
-    assert all(q == -1 for u, q in zip(uncertainty, groups.of_rows[:, 1].tolist(), strict=True) if u != u)
+    assert (groups.of_samples[:, 0] == -1).all()  # one source is no group
+    known = [(u, q) for u, q in zip(uncertainty, groups.of_samples[:, 1].tolist(), strict=True) if u == u]
+    assert all(q == -1 for u, q in zip(uncertainty, groups.of_samples[:, 1].tolist(), strict=True) if u != u)
     assert all(0 <= q < 4 for _, q in known)
     for u, q in known:
         for v, r in known:
@@ -140,6 +140,6 @@ def test_many_sources_share_what_is_beyond_the_largest() -> None:
     sources = [f"s{i}" for i in range(12) for _ in range(20 - i)]
     groups = assign(sources, [float("nan")] * len(sources))
     assert groups.names == (*(f"source/s{i}" for i in range(8)), "source/(others)")
-    named = [groups.names[i] for i in groups.of_rows[:, 0]]
+    named = [groups.names[i] for i in groups.of_samples[:, 0]]
     assert named[0] == "source/s0"
     assert named[-1] == "source/(others)"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ual.data.groups import Groups
 from ual.data.load import load, stream
 from ual.data.pack import pack
-from ual.data.render import Renderer, Tokenised
+from ual.data.render import Renderer, TokenizedSample
 from ual.data.split import hold_out
-from ual.data.tokenize import tokenise
+from ual.data.tokenize import tokenize
 
 if TYPE_CHECKING:
     from ual.data.collate import Collator, PackedCollator
@@ -24,12 +24,12 @@ __all__ = [
     "PackedCollator",
     "Renderer",
     "Stream",
-    "Tokenised",
+    "TokenizedSample",
     "hold_out",
     "load",
     "pack",
     "stream",
-    "tokenise",
+    "tokenize",
 ]
 
 _NEED_TORCH = {"Collator": "collate", "PackedCollator": "collate", "Stream": "streaming"}

@@ -1,4 +1,4 @@
-"""Tokenised rows to a batch of tensors: one row a sequence, or several with their borders kept."""
+"""Tokenized samples to a batch of tensors: one row a sequence, or several with their borders kept."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ class Groups(NamedTuple):
     """`names` of all groups, and for each row the indices of its source and its quantile, -1 for none."""
 
     names: tuple[str, ...]
-    of_rows: NDArray[np.int64]  # [n, 2]
+    of_samples: NDArray[np.int64]  # [n, 2]
 
 
 def assign(sources: Sequence[str], uncertainty: ArrayLike) -> Groups:
@@ -28,7 +28,7 @@ def assign(sources: Sequence[str], uncertainty: ArrayLike) -> Groups:
         uncertainty: [n], NaN where missing; equal values share a quarter.
 
     >>> groups = assign(["a", "b", "a", "a"], [0.1, 0.2, 0.3, float("nan")])
-    >>> groups.names[:3], groups.of_rows.tolist()
+    >>> groups.names[:3], groups.of_samples.tolist()
     (('source/a', 'source/b', 'uncertainty/q1'), [[0, 2], [1, 4], [0, 5], [0, -1]])
     """
     sizes = Counter(sources)
@@ -38,13 +38,13 @@ def assign(sources: Sequence[str], uncertainty: ArrayLike) -> Groups:
     if len(sizes) > _MOST_SOURCES:
         names.append("source/(others)")
     place = {name: i for i, name in enumerate(largest)}
-    of_rows = np.full((len(sources), 2), -1, dtype=np.int64)
+    of_samples = np.full((len(sources), 2), -1, dtype=np.int64)
     if largest:
-        of_rows[:, 0] = [place.get(name, others) for name in sources]
+        of_samples[:, 0] = [place.get(name, others) for name in sources]
     values = np.asarray(uncertainty, dtype=np.float64)
     known = ~np.isnan(values)
     if known.any():
         quantile = np.minimum(smoothing.scale(values)[known] * QUANTILES, QUANTILES - 1).astype(np.int64)
-        of_rows[known, 1] = len(names) + quantile
+        of_samples[known, 1] = len(names) + quantile
         names += [f"uncertainty/q{i + 1}" for i in range(QUANTILES)]
-    return Groups(tuple(names), of_rows)
+    return Groups(tuple(names), of_samples)

@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from ual.errors import UserError
-from ual.methods.answers import normalise
+from ual.methods.answers import normalize
 from ual.records import Answer, Message, Role
 
 
@@ -54,7 +54,7 @@ class Question:
 
     @property
     def values(self) -> list[str | None]:
-        """The normalised answers, None where unparsed."""
+        """The normalized answers, None where unparsed."""
         return [candidate.answer.value for candidate in self.candidates]
 
     def first(self, value: str | None) -> Candidate:
@@ -144,7 +144,7 @@ class _AnswerFields(_Fields):
 
     @property
     def raw(self) -> str | float | None:
-        """The value before it is normalised."""
+        """The value before it is normalized."""
         name = next(name for name in ("value", "answer", "text") if name in self.model_fields_set)
         return cast("str | float | None", getattr(self, name))
 
@@ -152,7 +152,7 @@ class _AnswerFields(_Fields):
     def written(self) -> str:
         """What to train on: the text, or the answer as it was written."""
         texts = [t for t in (self.text, self.answer, self.value) if isinstance(t, str) and t.strip()]
-        return texts[0] if texts else normalise(self.raw) or ""
+        return texts[0] if texts else normalize(self.raw) or ""
 
 
 def _as_fields(answer: object) -> object:
@@ -198,10 +198,10 @@ def _question(record: Mapping[str, Any], number: int, place: str) -> tuple[Quest
         ) from error
     id = fields.id or f"line-{number}"
     prompt = tuple(Message(message.role, message.content) for message in fields.prompt)
-    gold = normalise(fields.gold)
+    gold = normalize(fields.gold)
     candidates = []
     for given in answers:
-        answer = Answer(id, given.written, normalise(given.raw), given.source or fields.source or "")
+        answer = Answer(id, given.written, normalize(given.raw), given.source or fields.source or "")
         correct = given.correct if given.correct is not None or gold is None else answer.value == gold
         candidates.append(Candidate(answer, prompt, correct))
     return Question(id, tuple(candidates), fields.subject or "", place), single

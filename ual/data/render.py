@@ -1,6 +1,6 @@
 """Conversations to tokens, and to the labels of exactly those that the assistant wrote.
 
-A conversation is rendered to text, the text tokenised once, and a token is trained when its characters belong
+A conversation is rendered to text, the text tokenized once, and a token is trained when its characters belong
 to an assistant turn. Which characters those are comes from one of two sources:
 
 - the template's own ``{% generation %}`` blocks, where it has them;
@@ -57,7 +57,7 @@ _Span = tuple[int, int]  # characters [start, end)
 
 
 @dataclass(frozen=True, slots=True)
-class Tokenised:
+class TokenizedSample:
     """A rendered sample; `labels` are `input_ids` with -100 outside the assistant's tokens."""
 
     id: str
@@ -65,7 +65,7 @@ class Tokenised:
     labels: list[int]
 
     @property
-    def live_tokens(self) -> int:
+    def loss_tokens(self) -> int:
         """The number of tokens with a loss: token t is predicted from those before it, so never the first."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
@@ -150,7 +150,7 @@ class Renderer:
         }
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
-    def render(self, sample: Sample) -> Tokenised | None:
+    def render(self, sample: Sample) -> TokenizedSample | None:
         """Return the sample's tokens and labels, or None where it was dropped for its length.
 
         Raises:
@@ -179,7 +179,7 @@ class Renderer:
         tokens.append((eos, True))
         return self._fit(
             sample,
-            Tokenised(
+            TokenizedSample(
                 id=sample.id,
                 input_ids=[token for token, _ in tokens],
                 labels=[token if trained else IGNORE_INDEX for token, trained in tokens],
@@ -196,11 +196,11 @@ class Renderer:
             return sample
         return replace(sample, messages=(Message("system", self._system_prompt), *sample.messages))
 
-    def _fit(self, sample: Sample, tokenised: Tokenised) -> Tokenised | None:
-        n = len(tokenised.input_ids)
+    def _fit(self, sample: Sample, tokenized: TokenizedSample) -> TokenizedSample | None:
+        n = len(tokenized.input_ids)
         if n <= self.max_length:
             self.counts["rendered"] += 1
-            return tokenised
+            return tokenized
         if self._overlong == "refuse":
             context = self._context_length
             room = "" if context is None else f" to at most {context}, the model's context"
@@ -211,10 +211,10 @@ class Renderer:
                 remedy=f'{longer}set data.overlong to "truncate" or "drop"',
             )
         if self._overlong == "truncate":
-            cut = Tokenised(
-                tokenised.id, tokenised.input_ids[: self.max_length], tokenised.labels[: self.max_length]
+            cut = TokenizedSample(
+                tokenized.id, tokenized.input_ids[: self.max_length], tokenized.labels[: self.max_length]
             )
-            if cut.live_tokens:
+            if cut.loss_tokens:
                 self.counts["truncated"] += 1
                 return cut
         self.counts["dropped"] += 1

@@ -98,7 +98,7 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
                 "labels": row.labels,
                 "label_smoothing": float(self._smoothing[i]),
                 "sample_weight": sample.sample_weight,
-                "groups": self._groups.of_rows[i].tolist(),
+                "groups": self._groups.of_samples[i].tolist(),
             }
         if count != len(self._smoothing):
             more_or_less = "more" if count > len(self._smoothing) else "fewer"

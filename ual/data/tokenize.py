@@ -1,4 +1,4 @@
-"""Tokenised rows on disk, under a hash of everything that they depend on: a second run starts at once."""
+"""Tokenized samples on disk, under a hash of everything that they depend on: a second run starts at once."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ual.data.render import IGNORE_INDEX, Renderer, Tokenised
+from ual.data.render import IGNORE_INDEX, Renderer, TokenizedSample
 from ual.files import aside
 from ual.records import Sample
 
@@ -19,16 +19,16 @@ _FORMAT = 1  # of the files; another number is another cache
 _LARGEST = 8 << 30  # bytes kept; beyond them what was not read for longest goes
 
 
-def tokenise(
+def tokenize(
     samples: Sequence[Sample],
     renderer: Renderer,
     folder: Path | None = None,
     advance: Callable[[int], None] = lambda _: None,
-) -> dict[str, Tokenised]:
+) -> dict[str, TokenizedSample]:
     """Render all samples, or read what an earlier call rendered of the same rows in the same way.
 
     The key is a hash of every row (id, messages, tools), of the tokenizer, the template and the options, and
-    of the library that tokenises. Smoothings and weights are not in it, for they are not in the tokens.
+    of the library that tokenizes. Smoothings and weights are not in it, for they are not in the tokens.
 
     Args:
         samples: rows with ids of their own.
@@ -45,7 +45,7 @@ def tokenise(
     path = folder / f"{_key(samples, renderer)}.npz"
     if (found := _read(path)) is not None:
         rows, counts = found
-        _log.info("%d tokenised rows from %s", len(rows), path)
+        _log.info("%d tokenized rows from %s", len(rows), path)
         renderer.counts.update(counts)
         advance(len(samples))
         return rows
@@ -55,13 +55,13 @@ def tokenise(
         _write(path, rows, renderer.counts - before)
         _keep_within(folder, _LARGEST, path)
     except OSError as error:
-        _log.warning("tokenised rows are not kept: %s", error)
+        _log.warning("tokenized rows are not kept: %s", error)
     return rows
 
 
 def _render(
     samples: Sequence[Sample], renderer: Renderer, advance: Callable[[int], None]
-) -> dict[str, Tokenised]:
+) -> dict[str, TokenizedSample]:
     rows = {}
     for sample in samples:
         if (row := renderer.render(sample)) is not None:
@@ -78,7 +78,7 @@ def _key(samples: Sequence[Sample], renderer: Renderer) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, rows: dict[str, Tokenised], counts: Counter[str]) -> None:
+def _write(path: Path, rows: dict[str, TokenizedSample], counts: Counter[str]) -> None:
     about = json.dumps({"ids": list(rows), "counts": counts}).encode()
     lengths = [len(row.input_ids) for row in rows.values()]
     tokens = [token for row in rows.values() for token in row.input_ids]
@@ -94,7 +94,7 @@ def _write(path: Path, rows: dict[str, Tokenised], counts: Counter[str]) -> None
         )
 
 
-def _read(path: Path) -> tuple[dict[str, Tokenised], Counter[str]] | None:
+def _read(path: Path) -> tuple[dict[str, TokenizedSample], Counter[str]] | None:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -113,7 +113,7 @@ def _read(path: Path) -> tuple[dict[str, Tokenised], Counter[str]] | None:
     for sample_id, end in zip(about["ids"], arrays["ends"].tolist(), strict=True):
         ids = tokens[start:end]
         labels = [t if kept else IGNORE_INDEX for t, kept in zip(ids, trained[start:end], strict=True)]
-        rows[sample_id] = Tokenised(sample_id, ids, labels)
+        rows[sample_id] = TokenizedSample(sample_id, ids, labels)
         start = end
     return rows, Counter(about["counts"])
 

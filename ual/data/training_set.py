@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ual.config.run import RunConfig
-from ual.data import Groups, Renderer, Stream, Tokenised, hold_out, load, pack, stream
+from ual.data import Groups, Renderer, Stream, TokenizedSample, hold_out, load, pack, stream
 from ual.data.groups import assign
 from ual.data.streaming import survey
 from ual.errors import UserError
@@ -27,7 +27,7 @@ class TrainingSet:
     """What is trained.
 
     `shown` are all rows, or the first of a stream, and `loss_tokens` their trained tokens by id; `count`,
-    `tokens` (of an epoch) and `mean_smoothing` speak of all, `tokens` being None where rows are tokenised as
+    `tokens` (of an epoch) and `mean_smoothing` speak of all, `tokens` being None where rows are tokenized as
     they are read.
     """
 
@@ -98,14 +98,14 @@ def renderer(config: RunConfig, tokenizer: Any, model_config: Any) -> Renderer:
     )
 
 
-def features(row: Tokenised, **values: Any) -> dict[str, Any]:
+def features(row: TokenizedSample, **values: Any) -> dict[str, Any]:
     """A row as collators want it: without smoothing and of weight 1 unless `values` say otherwise."""
     plain = {"label_smoothing": 0.0, "sample_weight": 1.0}
     return {"id": row.id, "input_ids": row.input_ids, "labels": row.labels, **plain, **values}
 
 
 def in_memory(
-    config: RunConfig, scored: Sequence[Scored], tokens: Mapping[str, Tokenised], pack_length: int
+    config: RunConfig, scored: Sequence[Scored], tokens: Mapping[str, TokenizedSample], pack_length: int
 ) -> TrainingSet:
     """Return the features of all samples, packed to at most `pack_length` tokens under `data.packing`."""
     groups = assign(
@@ -119,12 +119,12 @@ def in_memory(
             sample_weight=s.sample_weight,
             groups=of_row,
         )
-        for s, of_row in zip(scored, groups.of_rows.tolist(), strict=True)
+        for s, of_row in zip(scored, groups.of_samples.tolist(), strict=True)
     ]
     if config.data.packing:
         packs = pack([len(row["input_ids"]) for row in rows], pack_length)
         rows = [{"rows": [rows[i] for i in indices]} for indices in packs]
-    loss_tokens = {s.sample.id: tokens[s.sample.id].live_tokens for s in scored}
+    loss_tokens = {s.sample.id: tokens[s.sample.id].loss_tokens for s in scored}
     return TrainingSet(
         dataset=rows,
         groups=groups,
@@ -157,7 +157,7 @@ def streamed(
         if keep[i] and (row := renderer.render(sample)) is not None:
             u = _or_none(scaled[i])
             shown.append(Scored(sample, sample.uncertainty, u, float(smoothings[i]), sample.sample_weight))
-            loss_tokens[sample.id] = row.live_tokens
+            loss_tokens[sample.id] = row.loss_tokens
     if not shown:
         raise UserError(
             f"none of the first {min(_SHOWN, len(keep))} rows is left to train",

@@ -24,7 +24,7 @@ def evaluate(
 
     Args:
         model: fused by `ual.models.fuse`.
-        features: tokenised rows with `id`, `input_ids` and `labels`.
+        features: tokenized rows with `id`, `input_ids` and `labels`.
         sources: each row's group, by id.
         collate: makes a batch of tensors of features.
         bins: bins of equal mass for the calibration error.

@@ -9,14 +9,14 @@ _NUMBER = re.compile(r"([+-]?)[$€£]?(\d{1,3}(?:,\d{3})+|\d*)(\.\d*)?(e[+-]?\d
 _TWELVE_DIGITS = Context(prec=12)
 
 
-def normalise(value: str | float | None) -> str | None:
+def normalize(value: str | float | None) -> str | None:
     """Write a value such that equal answers are equal strings; None where there is nothing to compare.
 
     Numbers lose thousands separators, a currency sign and trailing zeros, and fractions are rounded to 12
     significant digits, so that 3.9999999999999996 is 4. Texts lose case, repeated white space and a final
     full stop.
 
-    >>> normalise(18.0), normalise("$1,800.00"), normalise(" New  York. "), normalise(float("nan"))
+    >>> normalize(18.0), normalize("$1,800.00"), normalize(" New  York. "), normalize(float("nan"))
     ('18', '1800', 'new york', None)
     """
     if value is None or (isinstance(value, float) and not math.isfinite(value)):

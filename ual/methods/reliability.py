@@ -34,7 +34,7 @@ def entropy(answers: Sequence[str | None], *, unparsed: Unparsed = "class") -> f
     """Return the entropy of the answers to one question, in nats: 0 when they agree, ln n when no two do.
 
     Args:
-        answers: at least one, normalised; equal strings are the same answer.
+        answers: at least one, normalized; equal strings are the same answer.
         unparsed: what None means, see the module.
 
     Returns:

@@ -43,7 +43,7 @@ def score(
 
     Args:
         model: fused by `ual.models.fuse`, on any device; left in the mode in which it came.
-        features: tokenised samples with `id`, `input_ids` and `labels` (-100 outside the response).
+        features: tokenized samples with `id`, `input_ids` and `labels` (-100 outside the response).
         collate: makes a batch of tensors of them.
         batch_size: samples a forward pass.
         advance: called with the number of samples done, for a progress bar.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from ual.config.run import RunConfig
-from ual.data import Renderer, Tokenised, pack, stream, training_set
+from ual.data import Renderer, TokenizedSample, pack, stream, training_set
 from ual.data.render import IGNORE_INDEX
 from ual.pipelines import samples
 from ual.records import Elicited, Sample, Scored
@@ -136,7 +136,7 @@ def preview(
         count=len(train),
         trained=len(trained),
         tokens=sum(lengths),
-        loss_tokens=sum(rendered.tokens[s.id].live_tokens for s in trained),
+        loss_tokens=sum(rendered.tokens[s.id].loss_tokens for s in trained),
         truncated=made_by.counts["truncated"],
         dropped=_dropped(train, rendered, {s.id for s in kept}),
         sources=dict(Counter(s.source for s in kept).most_common()),
@@ -227,11 +227,11 @@ def _show(sample: Sample, rendered: samples.Rendered, scored: Scored | None) -> 
     )
 
 
-def _is_cut(tokens: Tokenised, tokenizer: Any, made_by: Renderer) -> bool:
+def _is_cut(tokens: TokenizedSample, tokenizer: Any, made_by: Renderer) -> bool:
     return len(tokens.input_ids) == made_by.max_length and tokens.input_ids[-1] != tokenizer.eos_token_id
 
 
-def _spans(tokens: Tokenised, tokenizer: Any) -> Iterator[Span]:
+def _spans(tokens: TokenizedSample, tokenizer: Any) -> Iterator[Span]:
     start, shown = 0, 0
     # no token precedes the first one, so it has no loss
     trained = [False, *(label != IGNORE_INDEX for label in tokens.labels[1:])]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ual.config.run import RunConfig
-from ual.data import Renderer, Tokenised, tokenise, training_set
+from ual.data import Renderer, TokenizedSample, tokenize, training_set
 from ual.errors import UserError
 from ual.models import check_head, fuse, load_config, load_tokenizer
 from ual.models.memory import empty_model
@@ -30,7 +30,7 @@ class Rendered:
     renderer: Renderer
     train: list[Sample]
     held_out: list[Sample]
-    tokens: Mapping[str, Tokenised]
+    tokens: Mapping[str, TokenizedSample]
 
     def features(self, samples: Iterable[Sample]) -> list[dict[str, Any]]:
         """Return samples to measure: without smoothing, each of weight 1."""
@@ -60,8 +60,8 @@ def render(
     """
     training_set.check_weights(train, config)
     tokenizer, made_by = renderer(config, trust_remote_code=trust_remote_code)
-    folder = None if cache is None else cache / "tokenised"
-    tokens = tokenise([*train, *held_out], made_by, folder, advance)
+    folder = None if cache is None else cache / "tokenized"
+    tokens = tokenize([*train, *held_out], made_by, folder, advance)
     log.info("samples: %s", dict(made_by.counts))
     rendered = Rendered(
         config=config,

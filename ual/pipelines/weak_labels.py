@@ -142,7 +142,7 @@ def process(
                 }
             )
         trained += chosen
-    summary = _summarise(questions, labels, entropies, kept, trained)
+    summary = _summarize(questions, labels, entropies, kept, trained)
     if not rows:
         raise UserError(
             f"no question is left: of {summary.questions}, {summary.unlabelled} have no usable majority and "
@@ -199,7 +199,7 @@ def _prompt_completion(
 _Verdict = tuple[Question, str | None, float, bool]
 
 
-def _summarise(
+def _summarize(
     questions: Sequence[Question],
     labels: Sequence[str | None],
     entropies: Sequence[float],

@@ -141,11 +141,11 @@ class _LocalModel:
         rows: list[dict[str, Any]] = []
         replies: list[Reply | AskError] = []
         for i, request in enumerate(requests):
-            tokenised = self._renderer.render(Sample(str(i), request.messages))
+            tokenized = self._renderer.render(Sample(str(i), request.messages))
             limit = self._renderer.max_length
-            replies.append(AskError(f"longer than {limit} tokens") if tokenised is None else Reply(""))
-            if tokenised is not None:
-                row = {"id": str(i), "input_ids": tokenised.input_ids, "labels": tokenised.labels}
+            replies.append(AskError(f"longer than {limit} tokens") if tokenized is None else Reply(""))
+            if tokenized is not None:
+                row = {"id": str(i), "input_ids": tokenized.input_ids, "labels": tokenized.labels}
                 rows.append(row | {"label_smoothing": 0.0, "sample_weight": 1.0})
         sizes = {row["id"]: len(row["input_ids"]) for row in rows}
         for scores in score(self._model, rows, self._collate, batch_size=max(1, len(rows))):

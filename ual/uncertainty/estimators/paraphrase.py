@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ual.methods import reliability
-from ual.methods.answers import normalise
+from ual.methods.answers import normalize
 from ual.records import Elicited, Message, Sample
 from ual.uncertainty.estimators import parsing
 from ual.uncertainty.estimators.sampling import Extract, entropy_record, extract, first_unparsed
@@ -112,6 +112,6 @@ def _option_text(reply: Reply, letters: str, texts: Sequence[str]) -> str | None
         return None
     letter = parsing.option(reply.text, letters)
     if letter is not None:
-        return normalise(texts[letters.index(letter)])
-    written = normalise(reply.text)
-    return written if written in {normalise(text) for text in texts} else None
+        return normalize(texts[letters.index(letter)])
+    written = normalize(reply.text)
+    return written if written in {normalize(text) for text in texts} else None

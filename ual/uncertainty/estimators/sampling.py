@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ual.methods import reliability
-from ual.methods.answers import normalise
+from ual.methods.answers import normalize
 from ual.records import Elicited, Message
 from ual.uncertainty.estimators import parsing
 from ual.uncertainty.protocol import SHOWN, Ask, AskingEstimator, Reply, Request
@@ -38,8 +38,8 @@ def extract(reply: Reply, how: Extract) -> str | None:
     if not reply.text or reply.truncated:
         return None
     if how == "last_number":
-        return normalise(parsing.last_number(reply.text))
-    return normalise(reply.text if how == "text" else reply.text.strip().rpartition("\n")[2])
+        return normalize(parsing.last_number(reply.text))
+    return normalize(reply.text if how == "text" else reply.text.strip().rpartition("\n")[2])
 
 
 def entropy_record(

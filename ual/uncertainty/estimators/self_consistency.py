@@ -1,4 +1,4 @@
-"""Entropy of several sampled answers, alike where equal after normalisation (arXiv 2203.11171)."""
+"""Entropy of several sampled answers, alike where equal after normalization (arXiv 2203.11171)."""
 
 from typing import Literal
 
