@@ -108,7 +108,7 @@ def test_missing_uncertainties_are_filled_or_dropped(tmp_path: Path, stories: Pa
     assert len(filled) == 9
     assert filled[0]["uncertainty"] is None
     assert filled[0]["label_smoothing"] == pytest.approx(0.1)
-    assert "2 of 9 rows have no uncertainty" in (tmp_path / "filled" / "train.log").read_text()
+    assert "2 of 9 samples have no uncertainty" in (tmp_path / "filled" / "train.log").read_text()
     assert "have no uncertainty" in invoke(
         "train", config, "uncertainty.missing=refuse", f"output_dir={tmp_path / 'refused'}", code=2
     )
@@ -123,7 +123,7 @@ def test_reliability_writes_rows_that_train_reads(tmp_path: Path) -> None:
         ],
     )
     said = invoke("reliability", answers, "-o", tmp_path / "kept.jsonl")
-    assert "1 rows of 2 questions" in said
+    assert "1 samples of 2 questions" in said
     (kept,) = load(str(tmp_path / "kept.jsonl"))
     assert kept.response == "4"
     assert kept.uncertainty == pytest.approx(0.5004, abs=1e-4)
@@ -132,7 +132,7 @@ def test_reliability_writes_rows_that_train_reads(tmp_path: Path) -> None:
     assert len(weighted) == 6
     assert sum(row.sample_weight for row in weighted) == pytest.approx(2)
     before = answers.read_text()
-    assert "own file" in invoke("reliability", answers, "-o", answers, code=2)
+    assert "--output is the file of answers" in invoke("reliability", answers, "-o", answers, code=2)
     assert answers.read_text() == before
 
 

@@ -26,14 +26,14 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 _PATIENCE = 5.0
-"""Seconds that a process other than the first waits before it tells of a mistake."""
+"""Seconds that a process other than the first waits before it prints an error."""
 
 Config = Annotated[Path, typer.Argument(help="The run's YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example training.max_steps=10.")
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model or its tokenizer.")
+    bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")
 ]
 Page = Annotated[Path | None, typer.Option("--output", "-o", help="The page to write.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a user error.")]
@@ -41,7 +41,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a us
 
 @contextmanager
 def one_of_several() -> Iterator[None]:
-    """Under a launcher only the first process prints, and all leave at once when the work is done."""
+    """Under a launcher, let only the first process print, and exit at once when the work is done."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -51,7 +51,7 @@ def one_of_several() -> Iterator[None]:
         yield
     except typer.Exit as stop:
         code = stop.exit_code
-    # threads of gloo and DeepSpeed abort a process that ends in the usual way, after all is written
+    # threads of gloo and DeepSpeed abort a process that exits in the usual way
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -59,14 +59,14 @@ def one_of_several() -> Iterator[None]:
 
 @contextmanager
 def errors(debug: bool) -> Iterator[None]:
-    """Turn a user's mistake into one screen of text and exit code 2, Ctrl-C into 130."""
+    """Turn a `UserError` into one screen of text and exit code 2, Ctrl-C into exit code 130."""
     try:
         yield
     except UserError as error:
         if debug:
             raise
         if rank() > 0:
-            # The others usually fail alike, rank 0 says so, and the launcher ends this process meanwhile.
+            # Usually rank 0 has the same error, prints it, and the launcher ends this process meanwhile.
             time.sleep(_PATIENCE)
             err.quiet = False
             err.print(f"rank {rank()}:", end=" ")
@@ -80,26 +80,26 @@ def errors(debug: bool) -> Iterator[None]:
 
 
 def settle(tensorboard: Path) -> None:
-    """Settle the environment before torch is imported: third parties write to the log, not the screen."""
+    """Set the environment before torch is imported: libraries write to the log, not to the screen."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(tensorboard))
-    # threads that wait by spinning make a CPU run ten times slower as soon as anything else runs (DESIGN.md)
+    # threads that spin make a CPU run ten times slower when the machine is shared (DESIGN.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.simplefilter("ignore")
     import torch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed warns on stdout while it looks for one
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed searches, and warns on stdout
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def be_a_world_of_one() -> None:
-    """DeepSpeed wants what a launcher sets, or MPI. Port 0 is any that is free."""
+def set_single_process() -> None:
+    """Set what a launcher sets: without it DeepSpeed looks for MPI. Port 0 is any free port."""
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     for name, value in alone.items():
         os.environ.setdefault(name, str(value))

@@ -22,21 +22,23 @@ def reliability(
     answers: Annotated[
         Path, typer.Argument(help="Several answers per question (JSONL, may be .gz).", show_default=False)
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Training rows for `ual train`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Training samples for `ual train`.")],
     method: Annotated[
-        Literal["filter", "reweight", "majority"], typer.Option(help="What becomes of disagreeing answers.")
+        Literal["filter", "reweight", "majority"], typer.Option(help="What to do with disagreeing answers.")
     ] = "filter",
     rule: Annotated[
-        Literal["median", "quantile", "absolute"], typer.Option(help="Which questions a filter keeps.")
+        Literal["median", "quantile", "absolute"], typer.Option(help="Which questions the filter keeps.")
     ] = "median",
     value: Annotated[
-        float | None, typer.Option(help="The quantile, or the entropy in nats (.5004 for 4 of 5 alike).")
+        float | None,
+        typer.Option(help="The quantile, or the entropy in nats (0.5004 if 4 of 5 answers agree)."),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(help="Of the softmax over answer shares; 0.2 is for 5 answers.")
+        float, typer.Option(help="Temperature of the softmax over answer shares; 0.2 suits 5 answers.")
     ] = 0.2,
     unparsed: Annotated[
-        Literal["class", "drop_question"], typer.Option(help="What an answer without a value counts as.")
+        Literal["class", "drop_question"],
+        typer.Option(help="How to count an answer that could not be parsed."),
     ] = "class",
     debug: Debug = False,
 ) -> None:
@@ -45,13 +47,13 @@ def reliability(
         from ual.pipelines import weak_labels as reading
 
         if output.exists() and output.samefile(answers):
-            raise UserError("--output is the answers' own file", remedy="name another file")
+            raise UserError("--output is the file of answers", remedy="choose another output file")
         rows, summary = reading.process(
             answers, method=method, rule=rule, value=value, temperature=temperature, unparsed=unparsed
         )
         reading.write(rows, output)
         out.print(tables.levels(summary))
-        out.print(f"{summary.rows} rows of {summary.questions} questions in {output}", highlight=False)
+        out.print(f"{summary.rows} samples of {summary.questions} questions in {output}", highlight=False)
 
 
 _COMPARE_EXAMPLE = """\b

@@ -16,11 +16,11 @@ from ual.cli.console import (
     Page,
     TrustRemoteCode,
     app,
-    be_a_world_of_one,
     err,
     errors,
     one_of_several,
     out,
+    set_single_process,
     settle,
 )
 from ual.errors import UserError
@@ -32,8 +32,8 @@ _EXAMPLE = """\b
   data:
     train: rows.jsonl   # messages, prompt/completion or instruction/output
     eval_fraction: 0.1
-  uncertainty: white_box          # or column: the rows bring "uncertainty"
-  smoothing: {min: 0.0, max: 0.2} # the most uncertain row gets 0.2
+  uncertainty: white_box          # or column: samples have "uncertainty"
+  smoothing: {min: 0.0, max: 0.2} # the most uncertain sample gets 0.2
   training: {num_train_epochs: 2, learning_rate: 2.0e-4}
 
 \b
@@ -41,8 +41,8 @@ _EXAMPLE = """\b
   ual train config.yaml
   ual train config.yaml loss=sft output_dir=runs/sft   plain fine-tuning
   ual train config.yaml loss=uniform                   one smoothing for all
-  ual train config.yaml --resume         go on after a stop
-  ual train config.yaml --resume auto    go on, or begin if there is nothing
+  ual train config.yaml --resume         continue an interrupted run
+  ual train config.yaml --resume auto    continue, or begin a new run
   ual train config.yaml --dry-run        check everything, train nothing
 
 \b
@@ -60,21 +60,24 @@ def train(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on from the run's last checkpoint; `--resume auto` also begins a new run."
+            "--resume", help="Continue from the last checkpoint; `--resume auto` also begins a new run."
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, show the plan and a batch, train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything, show the size of the run and a batch, train nothing."
+        ),
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
-    local_rank: Annotated[  # the deepspeed launcher passes it; LOCAL_RANK says the same
+    local_rank: Annotated[  # the deepspeed launcher passes it; LOCAL_RANK has the same value
         int, typer.Option("--local_rank", "--local-rank", hidden=True)
     ] = 0,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune with per-sample label smoothing; write adapter, figures and report to the run folder.
+    """Fine-tune with per-sample label smoothing; write adapter, metrics and report to the run folder.
 
-    Several processes are started by torchrun, deepspeed or accelerate with -m ual train (docs/training.md).
+    To start several processes, use torchrun, deepspeed or accelerate with -m ual train (docs/training.md).
     """
     with one_of_several(), errors(debug):
         from ual.config.run import load
@@ -84,7 +87,7 @@ def train(
         resolved = load(config, [word for word in words if not (auto and word == "auto")])
         settle(Path(resolved.output_dir) / "tensorboard")
         if resolved.deepspeed and "RANK" not in os.environ:
-            be_a_world_of_one()
+            set_single_process()
         if dry_run:
             from ual.pipelines.preview import plan
 
@@ -111,7 +114,7 @@ def train(
         out.print(f"report   {result.report}", highlight=False, soft_wrap=True)
         if result.stopped_by is not None:
             err.print(
-                f"stopped by a signal after step {result.metrics['steps']}; --resume goes on from there"
+                f"stopped by a signal after step {result.metrics['steps']}; --resume continues from there"
             )
             raise typer.Exit(128 + result.stopped_by)
 
@@ -123,11 +126,11 @@ def train(
 def preview(
     config: Config,
     overrides: Overrides = None,
-    count: Annotated[int, typer.Option("-n", "--rows", min=0, help="Rows to show.")] = 3,
+    count: Annotated[int, typer.Option("-n", "--rows", min=0, help="Samples to show.")] = 3,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
-    """Show which tokens are trained, with what smoothing and weight, and what is dropped and why."""
+    """Show which tokens are trained, with what smoothing and weight, and which samples are dropped."""
     with errors(debug):
         from ual.config.run import load
 
@@ -157,9 +160,7 @@ def estimate(
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Processes that ZeRO shards over.")] = 1,
     zero: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.")] = 0,
-    live: Annotated[
-        float, typer.Option(help="Share of the tokens that are trained; `ual preview` says.")
-    ] = 1,
+    live: Annotated[float, typer.Option(help="Share of loss tokens; `ual preview` prints it.")] = 1,
     cpu: Annotated[bool, typer.Option("--cpu", help="For training without a GPU.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
@@ -209,7 +210,7 @@ def merge(
     run: Annotated[Path, typer.Argument(help="The run's folder.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the model.")],
     base: Annotated[
-        str | None, typer.Option(help="The base model, where it is no longer what config.yaml says.")
+        str | None, typer.Option(help="The base model, if it is no longer at the path in config.yaml.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,

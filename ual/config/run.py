@@ -24,10 +24,10 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the rows come from and how they become tokens."""
+    """Which samples are read, and how they are tokenized."""
 
     train: str = Field(description="JSONL, JSON or parquet file, or a data set on the hub")
-    eval: str | None = Field(None, description="held-out rows; or take a share of `train` by `eval_fraction`")
+    eval: str | None = Field(None, description="held-out samples; or set `eval_fraction`, a share of `train`")
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     train_split: str = "train"
     eval_split: str = "test"
@@ -41,27 +41,31 @@ class DataConfig(Section):
     )
     system_prompt: str | None = Field(None, description="for conversations without a system turn")
     train_on: Literal["all", "last"] = Field("all", description="assistant turns that are trained")
-    packing: bool = Field(False, description="several rows in one sequence of max_length, none of them cut")
+    packing: bool = Field(
+        False, description="several samples in one sequence of max_length, none of them cut"
+    )
     streaming: bool = Field(
-        False, description="rows are read as they are trained; needs training.max_steps and `overlong`"
+        False, description="samples are read during training; needs training.max_steps and `overlong`"
     )
     shuffle_buffer: Annotated[int, Field(ge=1)] = Field(
-        1024, description="streamed rows that are shuffled, and packed, together"
+        1024, description="streamed samples that are shuffled, and packed, together"
     )
 
     @model_validator(mode="after")
     def _streamable(self) -> Self:
         if self.streaming and self.overlong == "refuse":
             raise ValueError(
-                'streaming finds a long row too late to refuse it: set overlong to "truncate" or "drop"'
+                'streaming cannot refuse a long sample in time: set overlong to "truncate" or "drop"'
             )
         if self.streaming and self.eval_fraction:
-            raise ValueError("streaming cannot hold out a share of its rows: name held-out rows in data.eval")
+            raise ValueError(
+                "streaming cannot hold out a share of its samples: name held-out samples in data.eval"
+            )
         return self
 
 
 class UncertaintyConfig(Section):
-    """Where each sample's uncertainty comes from."""
+    """How each sample's uncertainty is found."""
 
     estimator: Literal["column", "white_box"] = "column"
     missing: Literal["median", "drop", "refuse"] = "median"
@@ -157,7 +161,7 @@ else:  # with the options of every kind as keys
 
 
 class EvaluationConfig(Section):
-    """What is measured on the held-out rows, before and after training."""
+    """What is measured on the held-out samples, before and after training."""
 
     before: bool = True
     bins: Annotated[int, Field(ge=2)] = 15
@@ -192,15 +196,17 @@ class RunConfig(CommandConfig):
             raise ValueError("model.quantization freezes the base model: it needs the `lora` section")
         if self.data.streaming:
             if self.training.get("max_steps", -1) <= 0:
-                raise ValueError("data.streaming does not know where an epoch ends: set training.max_steps")
+                raise ValueError(
+                    "data.streaming does not know the length of an epoch: set training.max_steps"
+                )
             if self.training.get("dataloader_num_workers", 0):
                 raise ValueError(
                     "data.streaming reads in one process: remove training.dataloader_num_workers"
                 )
             if self.loss.about.needs_uncertainty and self.uncertainty.estimator != "column":
                 raise ValueError(
-                    "data.streaming does not keep rows to ask a model about them: bring their uncertainty as "
-                    'a column and set uncertainty to "column"'
+                    "data.streaming keeps no samples to ask a model about: add a column of uncertainties, set "
+                    'uncertainty to "column"'
                 )
         return self
 

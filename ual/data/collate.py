@@ -1,4 +1,4 @@
-"""Tokenized samples to a batch of tensors: one row a sequence, or several with their borders kept."""
+"""Tokenized samples to a batch of tensors: one sample per sequence, or several with their boundaries."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,26 +20,26 @@ class Collator:
     """Pad on the right and stack; called with a list of features, as `torch.utils.data.DataLoader` does.
 
     Args:
-        pad_token_id: fills `input_ids`; where it stands nothing is attended to and nothing trained, so it may
-            be the EOS token.
-        pad_to_multiple_of: T is rounded up to a multiple of it, for tensor cores.
-        average: ``samples`` divides each row's weight by its live tokens, so that every row counts alike
-            however long it is. Token t predicts token t + 1, so the live tokens are those of
-            ``labels[1:]`` that are not -100. Any other value leaves the weights alone.
+        pad_token_id: fills `input_ids`. Padding is neither attended to nor trained, so the EOS token will do.
+        pad_to_multiple_of: T is rounded up to a multiple of this number, for tensor cores.
+        average: ``samples`` divides each sample's weight by its number of loss tokens, so that samples of any
+            length count equally. Loss tokens are those of ``labels[1:]`` that are not -100. Other values keep
+            the weights.
         smoothing_over: ``others`` adds `smoothing_over` to the batch, so that a fused model spreads smoothing
             over all classes but the target.
 
     Calling it takes features with `input_ids` and `labels` (lists of int of one length), `label_smoothing`
     and `sample_weight` (floats; further keys are left out) and returns `input_ids`, `attention_mask` and
     `labels` [B, T] int64, `label_smoothing` and `sample_weight` [B] float32, and `max_loss_tokens`, the
-    number of labels that are not ignored, counted here so that no loss has to wait for a device. If the
+    number of labels that are not ignored, counted on the host to avoid a device synchronization. If the
     features have `groups` (a list of K ints each), `groups` is [B, K] int64.
 
     Raises:
         UserError: a feature has lost its `label_smoothing` or `sample_weight`.
 
-    >>> row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "label_smoothing": 0.1, "sample_weight": 1.0}
-    >>> batch = Collator(0, pad_to_multiple_of=4, average="samples")([row])
+    >>> sample = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    >>> sample |= {"label_smoothing": 0.1, "sample_weight": 1.0}
+    >>> batch = Collator(0, pad_to_multiple_of=4, average="samples")([sample])
     >>> batch["labels"].tolist(), batch["sample_weight"].tolist()
     ([[-100, 6, 7, -100]], [0.5])
     """
@@ -61,17 +61,17 @@ class Collator:
             input_ids[i, :n] = torch.as_tensor(feature["input_ids"])
             labels[i, :n] = torch.as_tensor(feature["labels"])
             attention_mask[i, :n] = 1
-        live_tokens = (labels[:, 1:] != IGNORE_INDEX).sum(1)
+        loss_tokens = (labels[:, 1:] != IGNORE_INDEX).sum(1)
         smoothing, weight = _numbers(features)
         if self.average == "samples":
-            weight = weight / live_tokens.clamp(min=1)
+            weight = weight / loss_tokens.clamp(min=1)
         batch: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
             "label_smoothing": smoothing,
             "sample_weight": weight,
-            "max_loss_tokens": int(live_tokens.sum()),
+            "max_loss_tokens": int(loss_tokens.sum()),
         }
         if "groups" in features[0]:
             batch["groups"] = torch.tensor([feature["groups"] for feature in features])
@@ -80,19 +80,20 @@ class Collator:
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Several rows in one sequence, as if each were alone: called with a list of ``{"rows": features}``.
+    """Put several samples into one sequence, without attention between them.
 
-    Called with single features, as they are measured, it is `Collator`.
+    It is called with a list of ``{"rows": features}``. Single features, as for evaluation, are collated as by
+    `Collator`.
 
-    `position_ids` begin at 0 with every row, which is how transformers tells the rows of a sequence apart: it
-    builds block-diagonal attention from them, and only where no attention mask is given, so there is none
-    (`ual.models.check_isolation` makes sure). No row's first token is predicted from the row before it.
+    `position_ids` begin at 0 with every sample. transformers builds block-diagonal attention from them, but
+    only if no attention mask is given, so the batch has none (`ual.models.check_isolation` tests the model).
+    No sample's first token is predicted from the sample before it.
 
     Args:
         pad_token_id, pad_to_multiple_of, average, smoothing_over: as in `Collator`. A sequence's padding is
             a sample of its own, without labels.
-        padding_free: one sequence [1, T] of all rows, unpadded, for flash attention's kernels of variable
-            length, which read rows only from a batch of one.
+        padding_free: one sequence [1, T] of all samples, unpadded, for flash attention's variable-length
+            kernels, which need a batch of one.
 
     Returns `input_ids`, `position_ids`, `labels` [B, T] int64, `label_smoothing` and `sample_weight` [B, T]
     float32 (every token has its sample's), `max_loss_tokens`, and `groups` [B, T, K] if the features have
@@ -101,8 +102,8 @@ class PackedCollator:
     Raises:
         UserError: as `Collator`.
 
-    >>> row = {"input_ids": [5, 6], "labels": [5, 6], "label_smoothing": 0.1, "sample_weight": 1.0}
-    >>> batch = PackedCollator(0)([{"rows": [row, row, row]}])
+    >>> sample = {"input_ids": [5, 6], "labels": [5, 6], "label_smoothing": 0.1, "sample_weight": 1.0}
+    >>> batch = PackedCollator(0)([{"rows": [sample, sample, sample]}])
     >>> batch["position_ids"].tolist(), batch["labels"].tolist()
     ([[0, 1, 0, 1, 0, 1, 0, 1]], [[-100, 6, -100, 6, -100, 6, -100, -100]])
     """
@@ -119,9 +120,9 @@ class PackedCollator:
             return alone(features)
         packs = [list(feature["rows"]) for feature in features]
         if self.padding_free:
-            packs = [[row for pack in packs for row in pack]]
-        _check([row for pack in packs for row in pack])
-        longest = max(sum(len(row["input_ids"]) for row in pack) for pack in packs)
+            packs = [[sample for pack in packs for sample in pack]]
+        _check([sample for pack in packs for sample in pack])
+        longest = max(sum(len(sample["input_ids"]) for sample in pack) for pack in packs)
         length = longest if self.padding_free else _round_up(longest, self.pad_to_multiple_of)
         sequences = [self._sequence(pack, length) for pack in packs]
         batch: dict[str, Any] = {
@@ -130,21 +131,21 @@ class PackedCollator:
         batch["max_loss_tokens"] = int((batch["labels"] != IGNORE_INDEX).sum())
         return batch | _over(self.smoothing_over)
 
-    def _sequence(self, rows: Sequence[Mapping[str, Any]], length: int) -> dict[str, Tensor]:
-        lengths = [len(row["input_ids"]) for row in rows]
+    def _sequence(self, samples: Sequence[Mapping[str, Any]], length: int) -> dict[str, Tensor]:
+        lengths = [len(sample["input_ids"]) for sample in samples]
         padding = length - sum(lengths)
-        labels = [torch.as_tensor(row["labels"]).clone() for row in rows]
-        for of_row in labels:
-            of_row[0] = IGNORE_INDEX
-        smoothing, weight = _numbers(rows)
+        labels = [torch.as_tensor(sample["labels"]).clone() for sample in samples]
+        for of_sample in labels:
+            of_sample[0] = IGNORE_INDEX
+        smoothing, weight = _numbers(samples)
         if self.average == "samples":
-            live = torch.stack([(of_row != IGNORE_INDEX).sum() for of_row in labels])
-            weight = weight / live.clamp(min=1)
+            loss_tokens = torch.stack([(of_sample != IGNORE_INDEX).sum() for of_sample in labels])
+            weight = weight / loss_tokens.clamp(min=1)
         spread = torch.tensor([*lengths, padding])
         sequence = {
             "input_ids": torch.cat(
                 [
-                    *(torch.as_tensor(row["input_ids"]) for row in rows),
+                    *(torch.as_tensor(sample["input_ids"]) for sample in samples),
                     torch.full((padding,), self.pad_token_id),
                 ]
             ),
@@ -153,8 +154,8 @@ class PackedCollator:
             "label_smoothing": torch.cat([smoothing, torch.zeros(1)]).repeat_interleave(spread),
             "sample_weight": torch.cat([weight, torch.zeros(1)]).repeat_interleave(spread),
         }
-        if "groups" in rows[0]:
-            groups = torch.tensor([row["groups"] for row in rows])
+        if "groups" in samples[0]:
+            groups = torch.tensor([sample["groups"] for sample in samples])
             sequence["groups"] = torch.cat([groups, groups[-1:]]).repeat_interleave(spread, dim=0)
         return sequence
 
@@ -163,7 +164,7 @@ def _check(features: Sequence[Mapping[str, Any]]) -> None:
     for name in _NUMBERS:
         if any(name not in feature for feature in features):
             raise UserError(
-                f'a row reached the collator without "{name}"',
+                f'a sample reached the collator without "{name}"',
                 remedy="set remove_unused_columns=False in TrainingArguments, which drops the column",
             )
 

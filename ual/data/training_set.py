@@ -1,4 +1,4 @@
-"""The rows of a run: each with its smoothing, weight and groups; packed, or streamed."""
+"""The samples of a run with their smoothing, weights and groups; in memory, packed, or streamed."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,16 +19,16 @@ from ual.records import Elicited, Sample, Scored
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 10_000  # rows of a stream that are described one by one
+_SHOWN = 10_000  # samples of a stream that are described one by one
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingSet:
-    """What is trained.
+    """A data set for the trainer, and its description.
 
-    `shown` are all rows, or the first of a stream, and `loss_tokens` their trained tokens by id; `count`,
-    `tokens` (of an epoch) and `mean_smoothing` speak of all, `tokens` being None where rows are tokenized as
-    they are read.
+    `shown` has all samples, or the first of a stream, and `loss_tokens` their numbers of loss tokens by id.
+    `count`, `tokens` (loss tokens of an epoch) and `mean_smoothing` describe all samples. A stream, which is
+    tokenized during training, has no `tokens`.
     """
 
     dataset: list[dict[str, Any]] | Stream
@@ -41,10 +41,10 @@ class TrainingSet:
 
 
 def read(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
-    """Load the training rows (none of a stream) and the held-out rows.
+    """Load the training samples (none of a stream) and the held-out samples.
 
     Raises:
-        UserError: a row is wrong, or the same ids are on both sides.
+        UserError: a sample is wrong, or the two sets share ids.
     """
     data = config.data
     train = [] if data.streaming else load(data.train, format=data.format, split=data.train_split)
@@ -55,7 +55,7 @@ def read(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
     shared = {s.id for s in train} & {s.id for s in held_out}
     if shared:
         raise UserError(
-            f"{len(shared)} ids are in both the training and the held-out rows, such as {min(shared)!r}",
+            f"{len(shared)} ids are in both the training and the held-out samples, such as {min(shared)!r}",
             place=f"{data.train} and {data.eval}",
             remedy="remove them from one of the files",
         )
@@ -63,22 +63,22 @@ def read(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
 
 
 def check_weights(samples: Sequence[Sample], config: RunConfig) -> None:
-    """Refuse rows whose weights and `loss.kind` exclude each other; a stream is checked as it comes.
+    """Refuse samples whose weights do not suit `loss.kind`. A stream is checked during training.
 
     Raises:
-        UserError: "weighted" without weights, or weights beside a loss that makes its own.
+        UserError: the loss needs weights and there are none, or it computes its own and there are some.
     """
     kind = config.loss.kind
     weighted = next((s for s in samples if s.sample_weight != 1), None)
     if config.loss.about.weights == "required" and weighted is None and samples:
         raise UserError(
-            f'loss {kind} wants weights in the rows, and none has a "sample_weight" other than 1',
+            f'loss {kind} needs weights, and no sample has a "sample_weight" other than 1',
             place=config.data.train,
-            remedy="set loss: sft, or bring weights (`ual reliability --method reweight` makes them)",
+            remedy="set loss: sft, or add weights (`ual reliability --method reweight` computes them)",
         )
     if config.loss.about.makes_weights and weighted is not None:
         raise UserError(
-            f'loss {kind} makes weights itself, and this row has "sample_weight" {weighted.sample_weight:g}',
+            f'loss {kind} computes weights, but this sample has "sample_weight" {weighted.sample_weight:g}',
             place=weighted.place,
             remedy="remove the weights, or set loss: weighted",
         )
@@ -98,10 +98,10 @@ def renderer(config: RunConfig, tokenizer: Any, model_config: Any) -> Renderer:
     )
 
 
-def features(row: TokenizedSample, **values: Any) -> dict[str, Any]:
-    """A row as collators want it: without smoothing and of weight 1 unless `values` say otherwise."""
+def features(sample: TokenizedSample, **values: Any) -> dict[str, Any]:
+    """Return a sample as collators take it: without smoothing and of weight 1, unless `values` override."""
     plain = {"label_smoothing": 0.0, "sample_weight": 1.0}
-    return {"id": row.id, "input_ids": row.input_ids, "labels": row.labels, **plain, **values}
+    return {"id": sample.id, "input_ids": sample.input_ids, "labels": sample.labels, **plain, **values}
 
 
 def in_memory(
@@ -112,21 +112,21 @@ def in_memory(
         [s.sample.source for s in scored],
         [_or_nan(s.sample.uncertainty if s.uncertainty is None else s.uncertainty) for s in scored],
     )
-    rows = [
+    dataset = [
         features(
             tokens[s.sample.id],
             label_smoothing=s.label_smoothing,
             sample_weight=s.sample_weight,
-            groups=of_row,
+            groups=of_sample,
         )
-        for s, of_row in zip(scored, groups.of_samples.tolist(), strict=True)
+        for s, of_sample in zip(scored, groups.of_samples.tolist(), strict=True)
     ]
     if config.data.packing:
-        packs = pack([len(row["input_ids"]) for row in rows], pack_length)
-        rows = [{"rows": [rows[i] for i in indices]} for indices in packs]
+        packs = pack([len(sample["input_ids"]) for sample in dataset], pack_length)
+        dataset = [{"rows": [dataset[i] for i in indices]} for indices in packs]
     loss_tokens = {s.sample.id: tokens[s.sample.id].loss_tokens for s in scored}
     return TrainingSet(
-        dataset=rows,
+        dataset=dataset,
         groups=groups,
         shown=list(scored),
         loss_tokens=loss_tokens,
@@ -139,10 +139,10 @@ def in_memory(
 def streamed(
     config: RunConfig, renderer: Renderer, advance: Callable[[int], None] = lambda _: None
 ) -> TrainingSet:
-    """Read all rows once, to check and to score them, and again as they are trained.
+    """Read all samples once, to check and score them; they are read again during training.
 
     Raises:
-        UserError: a row is wrong, or none of the first ten thousand is left to train.
+        UserError: a sample is wrong, or all of the first ten thousand are dropped.
     """
     data = config.data
 
@@ -154,15 +154,15 @@ def streamed(
     groups = assign(found.sources, found.uncertainty)
     shown, loss_tokens = [], {}
     for i, sample in enumerate(islice(samples(), _SHOWN)):
-        if keep[i] and (row := renderer.render(sample)) is not None:
+        if keep[i] and (tokenized := renderer.render(sample)) is not None:
             u = _or_none(scaled[i])
             shown.append(Scored(sample, sample.uncertainty, u, float(smoothings[i]), sample.sample_weight))
-            loss_tokens[sample.id] = row.loss_tokens
+            loss_tokens[sample.id] = tokenized.loss_tokens
     if not shown:
         raise UserError(
-            f"none of the first {min(_SHOWN, len(keep))} rows is left to train",
+            f"all of the first {min(_SHOWN, len(keep))} samples are dropped",
             place=data.train,
-            remedy="`ual preview` shows what is dropped and why",
+            remedy="`ual preview` prints the reasons",
         )
     return TrainingSet(
         dataset=Stream(
@@ -212,7 +212,7 @@ def score(samples: Sequence[Sample], elicited: Iterable[Elicited], config: RunCo
 def _smoothings(
     own: NDArray[np.float64], values: NDArray[np.float64], config: RunConfig
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
-    """Which rows are kept, their scaled uncertainty and their smoothing, each [n]; NaN where missing."""
+    """Return the mask of samples to train, scaled uncertainty and smoothing, each [n]; NaN if missing."""
     n = len(own)
     keep, scaled, derived = np.ones(n, dtype=np.bool_), np.full(n, np.nan), np.zeros(n)
     if config.loss.about.smoothing == "uniform":
@@ -220,7 +220,7 @@ def _smoothings(
     elif config.loss.about.smoothing == "own" and np.isnan(own).any():
         filled, keep, missing = smoothing.fill_missing(values, config.uncertainty.missing)
         if missing:
-            log.warning("%d of %d rows have no uncertainty: %s", missing, n, config.uncertainty.missing)
+            log.warning("%d of %d samples have no uncertainty: %s", missing, n, config.uncertainty.missing)
         scaled[keep], derived[keep] = smoothing.from_config(filled[keep], config.smoothing)
     if config.loss.about.smoothing == "own":
         keep = keep | ~np.isnan(own)

@@ -105,7 +105,7 @@ def preview(
             already holds it.
         count: samples to show.
         cache: the folder of tokenized samples.
-        trust_remote_code: run code that comes with the tokenizer.
+        trust_remote_code: run code from the model's repository.
 
     Raises:
         UserError: a sample is wrong, or cannot be rendered.
@@ -123,7 +123,7 @@ def preview(
     scored = None if elicited is None else training_set.score(rendered.train, elicited, config)
     if scored is None:
         notes.append(
-            "smoothing comes from the base model's uncertainty, which `ual train` asks for: between "
+            "smoothing is set from the base model's uncertainty, which `ual train` asks for: between "
             f"{config.smoothing.min:g} and {config.smoothing.max:g}"
         )
     by_id = {s.sample.id: s for s in scored or ()}

@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Samples with their tokens, and what made them.
+    """Samples with their tokens, and the tokenizer and renderer of the run.
 
-    `train` and `held_out` are the samples that have tokens: others were dropped for their length. A stream
-    has no `train`.
+    `train` and `held_out` are the samples that have tokens; overlong ones were dropped. For a stream, `train`
+    is empty.
     """
 
     config: RunConfig
@@ -72,7 +72,7 @@ def render(
         tokens=tokens,
     )
     if train and not rendered.train:
-        raise UserError("no training row is left", place=config.data.train, remedy="raise data.max_length")
+        raise UserError("no training sample is left", place=config.data.train, remedy="raise data.max_length")
     return rendered
 
 

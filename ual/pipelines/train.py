@@ -84,7 +84,9 @@ def run(
             checkpoint, can be resumed.
     """
     samples.check_model(config, trust_remote_code=trust_remote_code)
-    arguments = training_arguments(config, RunFolder(config.output_dir).checkpoints)  # processes meet here
+    arguments = training_arguments(
+        config, RunFolder(config.output_dir).checkpoints
+    )  # starts the process group
     folder = RunFolder(config.output_dir, writes=distributed.is_writer())
     folder.create(config, resume=resume)
     distributed.wait()  # until the folder is there, or its refusal ends the run
@@ -103,7 +105,7 @@ def run(
             before = _evaluate_before(loaded, folder, resume=bool(resume))
         model = attach_lora(loaded.model, config.lora) if config.lora else loaded.model
         folder.write_json("environment.json", _environment(config, command, model))
-        metrics = _facts(config, training, before)
+        metrics = _summary(config, training, before)
         stopped_by, metrics = _train(loaded, model, training, folder, metrics, resume=bool(resume))
         if stopped_by is None:
             metrics = _finish(loaded, model, folder, metrics, before)
@@ -127,7 +129,7 @@ def _render(config: RunConfig, trust_remote_code: bool, progress: Progress, cach
     counts = rendered.renderer.counts
     if counts["dropped"] or counts["truncated"]:
         progress.say(
-            f"{counts['dropped']} rows dropped and {counts['truncated']} truncated at "
+            f"{counts['dropped']} samples dropped and {counts['truncated']} truncated at "
             f"{rendered.renderer.max_length} tokens (data.overlong: {config.data.overlong})"
         )
     return rendered
@@ -163,11 +165,11 @@ def _score(rendered: Rendered, elicited: Sequence[Elicited], folder: RunFolder) 
 def _pack(rendered: Rendered, scored: Sequence[Scored], progress: Progress) -> TrainingSet:
     config = rendered.config
     if config.data.streaming:
-        advance = progress.task("reading every row once", None)
+        advance = progress.task("reading all samples once", None)
         return training_set.streamed(config, rendered.renderer, advance)
     training = training_set.in_memory(config, scored, rendered.tokens, rendered.renderer.max_length)
     if config.data.packing:
-        progress.say(f"{training.count} rows packed into {len(training.dataset)} sequences")  # type: ignore[arg-type]
+        progress.say(f"{training.count} samples packed into {len(training.dataset)} sequences")  # type: ignore[arg-type]
     return training
 
 
@@ -198,7 +200,7 @@ def _load(
     config = rendered.config
     partitioned = _is_partitioned(arguments)
     model: Any = load_model(config.model, trust_remote_code=trust_remote_code)
-    if not (partitioned or config.model.quantization):  # whose weights are where they belong
+    if not (partitioned or config.model.quantization):  # those are on their devices already
         model.to(arguments.device)
     if config.data.packing:
         check_isolation(model)
@@ -220,7 +222,7 @@ def _is_partitioned(arguments: transformers.TrainingArguments) -> bool:
 
 @contextmanager
 def _computing(loaded: _Loaded) -> Iterator[None]:
-    """Let the model compute outside of training: weights in ZeRO-3 partitions need an engine for that."""
+    """Let the model compute outside of training. Weights in ZeRO-3 partitions need an engine for that."""
     if not loaded.is_partitioned or deepspeed.can_compute(loaded.model):
         yield
         return
@@ -230,7 +232,7 @@ def _computing(loaded: _Loaded) -> Iterator[None]:
 
 
 def _shared(score: Callable[..., Iterator[TokenScores]]) -> Callable[..., Iterator[TokenScores]]:
-    """Share the batches out over the processes of the run; each gets the scores of all."""
+    """Distribute the batches over the processes of the run. Every process receives all scores."""
 
     def scores(*args: Any, advance: Callable[[int], None], **options: Any) -> Iterator[TokenScores]:
         share = distributed.rank(), distributed.world_size()
@@ -304,7 +306,7 @@ def _train(
         raise UserError(
             f"cannot write to the run folder: {error.strerror or error}",
             place=str(error.filename or folder.path),
-            remedy="free some space, then pass --resume to go on from the last checkpoint",
+            remedy="free some space, then pass --resume to continue from the last checkpoint",
         ) from error
     finally:
         stop.restore()
@@ -339,7 +341,7 @@ def _trainer(
 def _finish(
     loaded: _Loaded, model: Any, folder: RunFolder, metrics: dict[str, Any], before: Evaluation | None
 ) -> dict[str, Any]:
-    """Evaluate the trained model, write its card, and upload it where the configuration says so."""
+    """Evaluate the trained model, write its model card, and upload it if `push_to_hub` is set."""
     config = loaded.rendered.config
     with _computing(loaded):
         after = _evaluate(loaded, model, "evaluating the trained model")
@@ -357,11 +359,11 @@ def _finish(
 
 
 def _weights(config: RunConfig) -> str:
-    """The folder, within the run's, of what was trained."""
+    """Return the name of the folder of the trained weights, within the run folder."""
     return "adapter" if config.lora else "model"
 
 
-# ---- what is written down ----
+# ---- records ----
 
 
 def _described(rendered: Rendered, training: TrainingSet) -> Iterator[dict[str, Any]]:
@@ -394,7 +396,7 @@ def _environment(config: RunConfig, command: Sequence[str], model: Any) -> dict[
     )
 
 
-def _facts(config: RunConfig, training: TrainingSet, before: Evaluation | None) -> dict[str, Any]:
+def _summary(config: RunConfig, training: TrainingSet, before: Evaluation | None) -> dict[str, Any]:
     return {
         "name": config.label,
         "loss_kind": config.loss.kind,

@@ -1,6 +1,5 @@
-"""Where a run came from: machine, versions, code and data, for environment.json."""
+"""The origin of a run: machine, versions, code and data, for environment.json."""
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -14,6 +13,7 @@ import psutil
 import torch
 
 from ual.config.run import RunConfig
+from ual.files import sha256
 
 _PACKAGES = (
     "ual-kernels", "torch", "triton", "transformers", "peft", "accelerate", "deepspeed", "datasets", "numpy",
@@ -23,7 +23,7 @@ _PACKAGES = (
 def environment(
     config: RunConfig, command: Sequence[str], data_files: Sequence[Path], **facts: Any
 ) -> dict[str, Any]:
-    """Describe the machine, the versions, the code and the data of a run, for environment.json."""
+    """Return the machine, versions, commit and data hashes of a run, with further `facts`."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -46,12 +46,6 @@ def environment(
         "data_sha256": {str(path): sha256(path) for path in data_files},
         **facts,
     }
-
-
-def sha256(path: Path) -> str:
-    """Return the hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _processor() -> str:

@@ -1,6 +1,5 @@
-"""A run is a folder that explains itself: configuration, versions, hashes, history, checkpoints, report."""
+"""The folder of a run: configuration, environment, history, metrics, checkpoints, report."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,18 +9,18 @@ from ual.config import run as configuration
 from ual.config.base import dump
 from ual.config.run import RunConfig
 from ual.errors import UserError
-from ual.files import aside
+from ual.files import json_line, read_jsonl, write_json, write_jsonl, write_text
 
 
 class RunFolder:
-    """The files of one run. Every file is written aside and renamed, so a reader never sees half of one.
+    """The files of one run. Each is written to a scratch file and renamed, so readers see complete files.
 
     config.yaml, environment.json, uncertainty.jsonl, samples.jsonl, history.jsonl, evaluation.json,
     metrics.json, train.log, adapter/ (or model/), checkpoints/checkpoint-N, tensorboard/, plots/, report.html
 
     Args:
-        path: of the folder, which all processes of a run see.
-        writes: False for all but one of them; theirs do nothing where one would write.
+        path: of the folder, on a disk that all processes of the run share.
+        writes: True in one process. In the others, methods that write do nothing.
     """
 
     def __init__(self, path: str | Path, *, writes: bool = True) -> None:
@@ -32,18 +31,18 @@ class RunFolder:
         self.history = self.path / "history.jsonl"
 
     def check(self, config: RunConfig, *, resume: bool | Literal["auto"]) -> None:
-        """Find out whether `create` would refuse, and write nothing.
+        """Check what `create` checks, and write nothing.
 
         Raises:
-            UserError: it holds a run and `resume` is False; it holds none and `resume` is True ("auto"
-                takes either); it holds another configuration's run; it cannot be written.
+            UserError: the folder holds a run and `resume` is False; it holds none and `resume` is True
+                ("auto" accepts both); its run has another configuration; it cannot be written.
         """
         existing = self.path / "config.yaml"
         if existing.exists():
             if not resume:
                 raise UserError(
                     f"{self.path} already holds a run",
-                    remedy="pass --resume to go on with it, or choose another output_dir",
+                    remedy="pass --resume to continue it, or choose another output_dir",
                 )
             if _what_must_match(configuration.load(existing)) != _what_must_match(config):
                 raise UserError(
@@ -52,7 +51,7 @@ class RunFolder:
                 )
         elif resume is True:
             raise UserError(
-                f"{self.path} holds no run to go on with", remedy="leave out --resume, or pass --resume auto"
+                f"{self.path} holds no run to resume", remedy="remove --resume, or pass --resume auto"
             )
         for folder in (self.path, self.checkpoints):
             above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
@@ -61,7 +60,7 @@ class RunFolder:
                 raise UserError(f"cannot write to {folder}: {problem}", place="configuration, output_dir")
 
     def create(self, config: RunConfig, *, resume: bool | Literal["auto"]) -> None:
-        """Make the folder, or open it again to resume.
+        """Create the folder, or open it to resume.
 
         Raises:
             UserError: as `check`.
@@ -78,54 +77,46 @@ class RunFolder:
             ) from error
 
     def write(self, name: str, content: str) -> Path:
-        """Write a text file whole or not at all."""
-        target = self.path / name
-        if not self._writes:
-            return target
-        with aside(target) as scratch:
-            scratch.write_text(content, encoding="utf-8")
-        return target
+        """Write a text file, complete or not at all."""
+        if self._writes:
+            write_text(self.path / name, content)
+        return self.path / name
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Write indented JSON whole or not at all; NaN becomes null."""
-        return self.write(name, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n")
+        """Write indented JSON, complete or not at all. NaN becomes null."""
+        if self._writes:
+            write_json(self.path / name, value)
+        return self.path / name
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-        """Write JSON lines whole or not at all."""
-        target = self.path / name
-        if not self._writes:
-            return target
-        with aside(target) as scratch, scratch.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
-        return target
+        """Write JSON lines, complete or not at all."""
+        if self._writes:
+            write_jsonl(self.path / name, rows)
+        return self.path / name
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
-        """Read JSON lines; an absent file has none."""
+        """Return the objects of a file of JSON lines; none if it is absent."""
         path = self.path / name
-        if not path.exists():
-            return []
-        with path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        return [record for _, record in read_jsonl(path)] if path.exists() else []
 
     def append_history(self, row: Mapping[str, Any]) -> None:
         """Add one step to history.jsonl."""
         if not self._writes:
             return
         with self.history.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(row)) + "\n")
+            file.write(json_line(row))
 
     def forget_after(self, step: int) -> None:
-        """Drop the history of steps that a resumed run will make again."""
+        """Remove the history of steps that a resumed run will repeat."""
         self.write_rows(
             "history.jsonl", [row for row in self.read_rows("history.jsonl") if row["step"] <= step]
         )
 
 
 def _what_must_match(config: RunConfig) -> dict[str, Any]:
-    """Everything but the length of the run, what is only watched, and how a step's rows are spread.
+    """Return the keys of a configuration that a resumed run may not change.
 
-    The rows of a step are compared with those of the checkpoint instead (`UALTrainer.train`).
+    Samples per step are compared with the checkpoint's instead (`CheckpointingTrainer.train`).
     """
     values = config.model_dump(exclude={"name", "output_dir", "evaluation", "deepspeed"})
     free = {
@@ -134,13 +125,3 @@ def _what_must_match(config: RunConfig) -> dict[str, Any]:
     }  # fmt: skip
     values["training"] = {k: v for k, v in values["training"].items() if k not in free}
     return values
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return value

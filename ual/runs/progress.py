@@ -1,4 +1,4 @@
-"""What is seen of a run while it works: bars on a terminal, and its log file."""
+"""Progress of a run: bars on a terminal, and the log file."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -42,10 +42,10 @@ class Progress:
         self.bars.stop()
 
     def task(self, what: str, total: int | None) -> Callable[[int], None]:
-        """Add a bar; return what moves it on."""
+        """Add a bar; return the function that advances it."""
         task = self.bars.add_task(what, total=total)
 
-        def advance(done: int) -> None:  # several processes round their shares up
+        def advance(done: int) -> None:  # shares of several processes are rounded up
             done += int(self.bars.tasks[task].completed)
             self.bars.update(task, completed=done if total is None else min(done, total))
 
@@ -57,7 +57,7 @@ class Progress:
 
 @contextmanager
 def log_file(path: Path, writes: bool) -> Iterator[None]:
-    """Send every logger, and warnings, to the run's log file, if this process writes it."""
+    """Write every logger's messages, and warnings, to the log file, if this process writes it."""
     if not writes:
         yield
         return

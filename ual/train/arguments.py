@@ -27,15 +27,15 @@ _DEFAULTS: dict[str, Any] = {
     "ddp_find_unused_parameters": False,
     "log_level_replica": "error",
 }
-# what ual decides, and why a configuration may not
+# arguments that ual sets itself, and what to do instead
 _OWNED = {
     "output_dir": "set output_dir at the top of the configuration",
     "label_smoothing_factor": "set the `smoothing` section, which gives every sample its own",
     "remove_unused_columns": "the per-sample columns must reach the model",
     "logging_nan_inf_filter": "a loss that is not finite stops the run instead of being hidden",
     "disable_tqdm": "ual draws its own progress",
-    "use_liger_kernel": "the loss is fused already",
-    "use_cpu": "ual uses a GPU where there is one; hide it with CUDA_VISIBLE_DEVICES",
+    "use_liger_kernel": "the loss is already fused",
+    "use_cpu": "ual uses a GPU if there is one; hide it with CUDA_VISIBLE_DEVICES",
     "deepspeed": "set `deepspeed` at the top of the configuration: a profile's name or a path",
     "hub_token": "log in with `hf auth login`, or set HF_TOKEN: configurations are kept with the run",
     "resume_from_checkpoint": "pass --resume",
@@ -46,7 +46,7 @@ def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArgument
     """Build the TrainingArguments of a run.
 
     Args:
-        config: its `training` section holds transformers' names; everything else has our default or theirs.
+        config: its `training` section has transformers' names; other arguments have ual's defaults or theirs.
         checkpoints: the folder for `checkpoint-N`.
 
     Raises:
@@ -96,7 +96,7 @@ def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArgument
         join()
     if arguments.n_gpu > 1:
         raise UserError(
-            f"one process would drive {arguments.n_gpu} GPUs (DataParallel): samples have no losses there",
+            f"one process would use {arguments.n_gpu} GPUs (DataParallel), which cannot weigh samples",
             remedy="start one process per GPU: torchrun --nproc_per_node N -m ual train config.yaml, or make "
             "one visible with CUDA_VISIBLE_DEVICES=0",
         )

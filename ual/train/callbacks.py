@@ -1,4 +1,4 @@
-"""What watches a training run: progress on the terminal, history on disk, signals, non-finite numbers."""
+"""Callbacks of a training run: progress on the terminal, history on disk, signals, non-finite gradients."""
 
 import signal
 import time
@@ -40,7 +40,7 @@ class History(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """Draw steps and the last logged figures; the display, with times, belongs to the caller."""
+    """Show steps and the last logged figures on the caller's display."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -70,10 +70,10 @@ class ProgressBar(TrainerCallback):
 
 
 def describe(logs: Mapping[str, Any]) -> str:
-    """Return the line beside the bar.
+    """Return the text beside the bar.
 
     >>> describe({"loss": 1.5, "tokens_per_second": 1234.5, "mean_smoothing": 0.1, "live_fraction": 0.25})
-    'training, loss 1.500, 1,234 tokens/s, smoothing 0.100, 25% live'
+    'training, loss 1.500, 1,234 tokens/s, smoothing 0.100, 25% loss tokens'
     """
     parts = [
         f"{title}{logs[name]:{form}}{unit}"
@@ -81,7 +81,7 @@ def describe(logs: Mapping[str, Any]) -> str:
             ("loss", "loss ", ".3f", ""),
             ("tokens_per_second", "", ",.0f", " tokens/s"),
             ("mean_smoothing", "smoothing ", ".3f", ""),
-            ("live_fraction", "", ".0%", " live"),
+            ("live_fraction", "", ".0%", " loss tokens"),
         )
         if name in logs
     ]
@@ -91,9 +91,9 @@ def describe(logs: Mapping[str, Any]) -> str:
 class StopOnSignal(TrainerCallback):
     """Turn the first SIGINT or SIGTERM into a checkpoint at the end of the step and a clean stop.
 
-    It is enough that one process of several receives it: all stop after the same step. A second SIGINT,
-    pressed later, interrupts at once. `received` is the signal, or None. Handlers are the process's, so
-    whoever trains installs them before and restores them after.
+    If one process of several receives it, all stop after the same step. A later second SIGINT interrupts at
+    once. `received` is the signal, or None. Signal handlers belong to the process: call `install` before
+    training and `restore` after it.
     """
 
     def __init__(self) -> None:
@@ -102,12 +102,12 @@ class StopOnSignal(TrainerCallback):
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Take over SIGINT and SIGTERM; only a main thread may."""
+        """Install handlers of SIGINT and SIGTERM; possible only in the main thread."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._on_signal)
 
     def restore(self) -> None:
-        """Give them back."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
@@ -128,13 +128,13 @@ class StopOnSignal(TrainerCallback):
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Refuse to update from gradients that are not finite; the last checkpoint stays good.
+    """Stop before an update with gradients that are not finite; the last checkpoint remains valid.
 
-    The optimizer that holds the parameters is asked just before it changes them, whoever calls it:
-    transformers itself, or DeepSpeed within backward.
+    The check is a hook of the innermost optimizer, which both transformers and DeepSpeed (within backward)
+    call to change parameters.
 
     Args:
-        suspects: says which samples of this process may be the cause.
+        suspects: returns the ids of this process's samples that may be the cause.
     """
 
     def __init__(self, suspects: Callable[[], list[str]] = list) -> None:
@@ -168,7 +168,7 @@ class StopOnNonFinite(TrainerCallback):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        # DeepSpeed has stepped, or has left the step out; under float16 that only lowers the loss scale
+        # DeepSpeed has stepped or skipped the step; under float16 a skip only lowers the loss scale
         if not args.fp16 and type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":
             self._agree(bool(optimizer.step_was_skipped))
 
@@ -184,13 +184,13 @@ class StopOnNonFinite(TrainerCallback):
             self._hook.remove()
 
     def _agree(self, mine: bool) -> None:
-        """Stop everywhere if a gradient is not finite anywhere: partitions differ."""
+        """Stop all processes if any has a gradient that is not finite: partitions differ."""
         if not distributed.highest(mine):
             return
         names = [name for names in distributed.gather(self._suspects()) for name in names]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise UserError(
             f"the gradient of step {self._step} is not finite; nothing was updated. Samples: {shown}",
-            remedy="look at these rows; lower training.learning_rate, or train in float32 or bfloat16; "
-            "--resume goes on from the last checkpoint",
+            remedy="check these samples; lower training.learning_rate, or train in float32 or bfloat16; "
+            "--resume continues from the last checkpoint",
         )
