@@ -134,7 +134,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.kills("ual/data/collate.py", "            of_row[0] = IGNORE_INDEX\n", "            pass\n")
+@pytest.mark.kills("ual/data/collate.py", "            of_sample[0] = IGNORE_INDEX\n", "            pass\n")
 @pytest.mark.kills(
     "ual/data/collate.py", "torch.arange(n) for n in (*lengths, padding)", "torch.arange(length)"
 )

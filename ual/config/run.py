@@ -205,8 +205,8 @@ class RunConfig(CommandConfig):
                 )
             if self.loss.about.needs_uncertainty and self.uncertainty.estimator != "column":
                 raise ValueError(
-                    "data.streaming keeps no samples to ask a model about: add a column of uncertainties, set "
-                    'uncertainty to "column"'
+                    "data.streaming keeps no samples to ask a model about: add a column of uncertainties, "
+                    'and set uncertainty to "column"'
                 )
         return self
 
