@@ -21,7 +21,7 @@ from ual.uncertainty.protocol import Reply, Request, Token, key
 WRITER = """
 import sys
 from pathlib import Path
-from ual.uncertainty.asking import Reply
+from ual.uncertainty.protocol import Reply
 from ual.uncertainty.cache import Cache
 cache = Cache(Path(sys.argv[1]))
 for i in range(int(sys.argv[3])):

@@ -17,7 +17,7 @@ from ual.errors import UserError
 from ual.records import Message
 from ual.uncertainty.backends.endpoint import Endpoint, check_address, parse
 from ual.uncertainty.budget import Budget, BudgetReachedError, Meter, Prices, Spent
-from ual.uncertainty.protocol import AskError, Reply, Request
+from ual.uncertainty.protocol import Reply, Request, RequestError
 
 KEY = "sk-planted-0123456789"
 QUESTION = Request((Message("user", "How sure are you?"),), max_tokens=8)
@@ -80,7 +80,7 @@ def test_a_wait_too_long_is_a_failure_at_once(server: Server) -> None:
 def test_500s_are_tried_again_and_counted(server: Server) -> None:
     meter, before = Meter(), len(server.asked)
     (error,) = ask(server.url("broken"), meter=meter, max_retries=2)
-    assert isinstance(error, AskError)
+    assert isinstance(error, RequestError)
     assert "500" in str(error)
     assert "oops" in str(error)
     assert len(server.asked) - before == meter.spent.requests == 3
@@ -118,7 +118,7 @@ def test_what_cannot_be_read_fails_in_bounded_time(
     meter, started = Meter(), time.monotonic()
     patience = 0.4 if behaviour == "drip" else 20.0
     (error,) = ask(server.url(behaviour), meter=meter, timeout=patience, max_retries=1)
-    assert isinstance(error, AskError), error
+    assert isinstance(error, RequestError), error
     assert says in str(error)
     assert meter.spent.requests == attempts
     assert time.monotonic() - started < 15  # the drip would take 20 s, the endless reply for ever

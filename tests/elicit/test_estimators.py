@@ -4,13 +4,15 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ual.errors import UserError
 from ual.records import Elicited, Message, Sample
-from ual.uncertainty.estimators.registry import ESTIMATORS, build
+from ual.uncertainty import estimators
+from ual.uncertainty.estimators.registry import ESTIMATORS, build, discover
 from ual.uncertainty.protocol import Reply, Request, Token
 
 SAMPLE = Sample("1", (Message("user", "What is 2 + 2?"), Message("assistant", "4")), uncertainty=0.7)
@@ -269,3 +271,14 @@ def test_the_registry_refuses_what_it_does_not_know() -> None:
     two = build(["judge", {"name": "judge", "high": 5, "label": "coarse"}])
     assert [estimator.label for estimator in two] == ["judge", "coarse"]
     assert all(kind.__doc__ for kind in ESTIMATORS.values())
+
+
+def test_a_new_file_is_a_new_estimator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "coin.py").write_text(
+        "from typing import Literal\nfrom ual.uncertainty.protocol import Estimator\n"
+        'class Coin(Estimator):\n    name: Literal["coin"] = "coin"\n'
+    )
+    monkeypatch.setattr(estimators, "__path__", [*estimators.__path__, str(tmp_path)])
+    assert discover().keys() == ESTIMATORS.keys() | {"coin"}
+    names = "column judge p_true rewording self_consistency semantic_entropy verbalised white_box"
+    assert ESTIMATORS.keys() == set(names.split())

@@ -22,7 +22,7 @@ from ual.models import Prompt, generate
 from ual.records import Message
 from ual.uncertainty.backends import local
 from ual.uncertainty.budget import Meter, Spent
-from ual.uncertainty.protocol import AskError, Reply, Request
+from ual.uncertainty.protocol import Reply, Request, RequestError
 
 PROMPTS = [[1, 403, 407], [1, 261, 400, 267, 300, 301, 302], [1], [1, 350, 266, 410, 290]]
 
@@ -111,7 +111,7 @@ def test_requests_are_batched_and_answered_in_their_places(stories: Path, loaded
     meter = Meter()
     replies = ask(config(stories), asked, meter)
     assert all(isinstance(reply, Reply) and reply.prompt_tokens for reply in replies[:6])
-    assert isinstance(replies[6], AskError)
+    assert isinstance(replies[6], RequestError)
     assert "have room before the reply" in str(replies[6])
     assert meter.spent.requests == 7
     assert meter.spent.completion_tokens == sum(reply.completion_tokens for reply in replies[:6])

@@ -32,7 +32,7 @@ from ual.uncertainty.backends.replay import Replay
 from ual.uncertainty.budget import Budget, BudgetReachedError, Meter, Prices
 from ual.uncertainty.cache import Cache
 from ual.uncertainty.estimators.registry import build
-from ual.uncertainty.protocol import AskingEstimator, Backend
+from ual.uncertainty.protocol import Backend, Estimator
 from ual.uncertainty.session import Session, elicit
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def meter_of(config: ElicitConfig, cache: Cache) -> Meter:
 
 def backends(
     config: ElicitConfig,
-    estimators: Sequence[AskingEstimator],
+    estimators: Sequence[Estimator],
     meter: Meter,
     environment: Mapping[str, str],
     *,
@@ -245,7 +245,7 @@ def secret(config: EndpointConfig, environment: Mapping[str, str]) -> SecretStr 
 
 async def _elicit(
     config: ElicitConfig,
-    estimators: Sequence[AskingEstimator],
+    estimators: Sequence[Estimator],
     opened: Callable[[], list[Backend]],
     cache: Cache,
     meter: Meter,

@@ -13,7 +13,7 @@ from ual.uncertainty import protocol
 from ual.uncertainty.budget import Meter, Prices, Spent
 from ual.uncertainty.cache import Cache
 from ual.uncertainty.estimators.registry import build
-from ual.uncertainty.protocol import AskingEstimator, Reply, Request
+from ual.uncertainty.protocol import Estimator, Reply, Request
 
 _BYTES_PER_TOKEN = 4
 _NO_SCORES = dict.fromkeys(("nll", "mean_entropy", "max_entropy", "mean_margin"), 0.0)
@@ -82,7 +82,7 @@ def _backend(config: ElicitConfig) -> tuple[Mapping[str, Any], Callable[[Request
 
 async def _walk(
     config: ElicitConfig,
-    estimator: AskingEstimator,
+    estimator: Estimator,
     limit: int | None,
     prompts: int,
     identity: Mapping[str, Any],

@@ -90,7 +90,7 @@ class Reply:
         return cls(**raw, tokens=tokens)
 
 
-class AskError(Exception):
+class RequestError(Exception):
     """One request failed for good; the sample gets no value, the run goes on."""
 
 
@@ -115,7 +115,7 @@ class Backend(Protocol):
     async def close(self) -> None: ...
 
 
-class AskingEstimator(BaseModel):
+class Estimator(BaseModel):
     """Base of the estimators that ask: the fields of a subclass are its options in the configuration.
 
     A subclass has a `name` and `estimate`; `label` names its column where one estimator is used twice.
@@ -140,7 +140,7 @@ class AskingEstimator(BaseModel):
         """Return the sample's record: a finite value, larger being more uncertain, or None; and evidence.
 
         Raises:
-            AskError: a request failed for good.
+            RequestError: a request failed for good.
         """
         raise NotImplementedError
 

@@ -10,7 +10,7 @@ from ual.errors import UserError
 from ual.records import Elicited, Sample
 from ual.uncertainty import protocol
 from ual.uncertainty.cache import Cache
-from ual.uncertainty.protocol import AskError, AskingEstimator, Backend, Reply, Request, Task
+from ual.uncertainty.protocol import Backend, Estimator, Reply, Request, RequestError, Task
 
 S = TypeVar("S")
 
@@ -52,7 +52,7 @@ class Session:
         """Return the reply.
 
         Raises:
-            AskError: the request failed for good.
+            RequestError: the request failed for good.
             UserError: so did many before it, or the cache cannot be written.
             BudgetReachedError: see `ual.uncertainty.budget`.
         """
@@ -76,7 +76,7 @@ class Session:
         counts = self.counts
         try:
             reply = await backend(request)
-        except AskError as error:
+        except RequestError as error:
             counts.failed += 1
             counts.in_a_row += 1
             if len(counts.errors) < self._ERRORS_KEPT or str(error) in counts.errors:
@@ -103,7 +103,7 @@ class Session:
 
 
 async def elicit(
-    samples: Iterable[tuple[S, Sample]], estimators: Sequence[AskingEstimator], session: Any, *, window: int
+    samples: Iterable[tuple[S, Sample]], estimators: Sequence[Estimator], session: Any, *, window: int
 ) -> AsyncGenerator[tuple[S, Sample, list[Elicited]], None]:
     """Yield each sample, what came with it, and one record per estimator, in the samples' order.
 
@@ -135,14 +135,14 @@ async def elicit(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _records(sample: Sample, estimators: Sequence[AskingEstimator], session: Any) -> list[Elicited]:
+async def _records(sample: Sample, estimators: Sequence[Estimator], session: Any) -> list[Elicited]:
     if len(estimators) == 1:
         return [await _record(sample, estimators[0], session)]
     return await asyncio.gather(*(_record(sample, estimator, session) for estimator in estimators))
 
 
-async def _record(sample: Sample, estimator: AskingEstimator, session: Any) -> Elicited:
+async def _record(sample: Sample, estimator: Estimator, session: Any) -> Elicited:
     try:
         return await estimator.estimate(sample, session)
-    except AskError as error:
+    except RequestError as error:
         return Elicited(sample.id, estimator.label, None, {"error": str(error)})

@@ -17,7 +17,7 @@ from ual.errors import UserError
 from ual.uncertainty import protocol
 from ual.uncertainty.backends.endpoint import Endpoint, parse
 from ual.uncertainty.cache import Cache
-from ual.uncertainty.protocol import AskError, Reply, Request, Task
+from ual.uncertainty.protocol import Reply, Request, RequestError, Task
 
 _LARGEST = 100 * 2**20  # bytes of one file; OpenAI takes 200 MB
 _MOST = 50_000  # requests in one file, OpenAI's limit
@@ -57,7 +57,7 @@ class Export:
             self._written += file.write(line + "\n")
         self._in_file += 1
         self.count += 1
-        raise AskError("exported")
+        raise RequestError("exported")
 
     async def close(self) -> None:
         await self._endpoint.close()

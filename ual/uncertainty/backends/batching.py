@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ual.uncertainty.budget import Meter, Spent
-from ual.uncertainty.protocol import AskError, Reply, Request, Task
+from ual.uncertainty.protocol import Reply, Request, RequestError, Task
 
 _Waiting = tuple[Request, "asyncio.Future[Reply]"]
 
 
-class Batching:
+class BatchingBackend:
     """Collects requests that arrive together and hands them over in batches, in a thread.
 
     A batch is of one kind (task, length, alternatives): the request that waits longest, and those nearest
@@ -27,7 +27,7 @@ class Batching:
         self,
         identity: Mapping[str, Any],
         tasks: frozenset[Task],
-        answer: Callable[[Sequence[Request]], Sequence[Reply | AskError]],
+        answer: Callable[[Sequence[Request]], Sequence[Reply | RequestError]],
         batch_size: int,
         meter: Meter,
     ) -> None:
@@ -40,7 +40,7 @@ class Batching:
         """Wait for the batch that holds the request.
 
         Raises:
-            AskError: the request failed; whatever else `answer` raises goes to the whole batch.
+            RequestError: the request failed; whatever else `answer` raises goes to the whole batch.
         """
         most = used = Spent(1, request.size, request.max_tokens)
         await self._meter.reserve(most)
@@ -51,7 +51,7 @@ class Batching:
         try:
             reply = await future
             used = Spent(1, reply.prompt_tokens, reply.completion_tokens)
-        except AskError:
+        except RequestError:
             used = Spent(1)
             raise
         finally:
@@ -66,7 +66,7 @@ class Batching:
                 replies = await asyncio.to_thread(self._answer, [request for request, _ in batch])
                 for (_, future), reply in zip(batch, replies, strict=True):
                     if not future.done():  # else whoever asked has gone
-                        if isinstance(reply, AskError):
+                        if isinstance(reply, RequestError):
                             future.set_exception(reply)
                         else:
                             future.set_result(reply)

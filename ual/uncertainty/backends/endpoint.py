@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from ual.config.elicit import EndpointConfig
 from ual.errors import UserError
 from ual.uncertainty.budget import Meter, Spent
-from ual.uncertainty.protocol import AskError, Reply, Request, Task, Token
+from ual.uncertainty.protocol import Reply, Request, RequestError, Task, Token
 
 _FIRST_WAIT = 0.5  # seconds before the second attempt; doubles from there
 _LONGEST_WAIT = 120.0  # seconds that a server may ask to wait
@@ -80,7 +80,7 @@ class Endpoint:
         """Send the request, again where that may help.
 
         Raises:
-            AskError: it failed for good; the message is safe to show.
+            RequestError: it failed for good; the message is safe to show.
             UserError: the server refuses the key, the model or the address, so that all requests will fail.
             BudgetReachedError: see `ual.uncertainty.budget`.
         """
@@ -114,7 +114,7 @@ class Endpoint:
                     await self._meter.settle(most, used)
                 if attempt < self._config.max_retries:
                     await asyncio.sleep(wait)
-            raise AskError(problem)
+            raise RequestError(problem)
 
     def body(self, request: Request) -> dict[str, Any]:
         """Return the request as the protocol writes it, also in batch files."""

@@ -14,10 +14,10 @@ from ual.errors import UserError
 from ual.models import Entailment, Prompt, fuse, generate, load_model, load_tokenizer, score
 from ual.records import Message, Sample
 from ual.uncertainty import protocol
-from ual.uncertainty.backends.batching import Batching
+from ual.uncertainty.backends.batching import BatchingBackend
 from ual.uncertainty.budget import Meter
 from ual.uncertainty.estimators.white_box import summary
-from ual.uncertainty.protocol import AskError, Reply, Request, Token
+from ual.uncertainty.protocol import Reply, Request, RequestError, Token
 
 _WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
@@ -33,27 +33,27 @@ def identity(config: LocalConfig) -> dict[str, Any]:
     }
 
 
-def backend(config: LocalConfig, meter: Meter, *, trust_remote_code: bool = False) -> Batching:
+def backend(config: LocalConfig, meter: Meter, *, trust_remote_code: bool = False) -> BatchingBackend:
     """Load the model that a configuration names.
 
     Raises:
         UserError: it cannot be loaded, or not be fused with the loss that scores.
     """
     model = _LocalModel(config, trust_remote_code=trust_remote_code)
-    return Batching(
+    return BatchingBackend(
         identity(config), frozenset({"generate", "score"}), model.answer, config.batch_size, meter
     )
 
 
-def entailment(config: ModelConfig, meter: Meter, *, batch_size: int = 16) -> Batching:
+def entailment(config: ModelConfig, meter: Meter, *, batch_size: int = 16) -> BatchingBackend:
     """Load the classifier of a configuration's `nli`."""
     classify = Entailment(config, device=_device(None))
 
-    def answer(requests: Sequence[Request]) -> list[Reply | AskError]:
+    def answer(requests: Sequence[Request]) -> list[Reply | RequestError]:
         pairs = [(r.messages[0].content, r.messages[1].content) for r in requests]
         return [Reply("", scores=scores) for scores in classify(pairs)]
 
-    return Batching(nli_identity(config), frozenset({"entail"}), answer, batch_size, meter)
+    return BatchingBackend(nli_identity(config), frozenset({"entail"}), answer, batch_size, meter)
 
 
 def nli_identity(config: ModelConfig) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class _LocalModel:
         self._model: Any = fuse(model)
         self._collate = Collator(self._tokenizer.pad_token_id, average="weights")
 
-    def answer(self, requests: Sequence[Request]) -> list[Reply | AskError]:
+    def answer(self, requests: Sequence[Request]) -> list[Reply | RequestError]:
         """Answer a batch of one kind."""
         try:
             if requests[0].task == "score":
@@ -106,15 +106,15 @@ class _LocalModel:
                 remedy="lower it; the same command goes on with the answers that are in the cache",
             ) from error
 
-    def _generate(self, requests: Sequence[Request]) -> list[Reply | AskError]:
-        replies: list[Reply | AskError] = [AskError("") for _ in requests]
+    def _generate(self, requests: Sequence[Request]) -> list[Reply | RequestError]:
+        replies: list[Reply | RequestError] = [RequestError("") for _ in requests]
         room = self._renderer.max_length - requests[0].max_tokens
         prompts: list[Prompt] = []
         places: list[int] = []
         for i, request in enumerate(requests):
             ids = _prompt_ids(self._renderer, self._tokenizer, request.messages)
             if len(ids) > room:
-                replies[i] = AskError(
+                replies[i] = RequestError(
                     f"the prompt has {len(ids)} tokens, {max(room, 0)} have room before the reply"
                 )
                 continue
@@ -137,13 +137,13 @@ class _LocalModel:
             )
         return replies
 
-    def _score(self, requests: Sequence[Request]) -> list[Reply | AskError]:
+    def _score(self, requests: Sequence[Request]) -> list[Reply | RequestError]:
         rows: list[dict[str, Any]] = []
-        replies: list[Reply | AskError] = []
+        replies: list[Reply | RequestError] = []
         for i, request in enumerate(requests):
             tokenized = self._renderer.render(Sample(str(i), request.messages))
             limit = self._renderer.max_length
-            replies.append(AskError(f"longer than {limit} tokens") if tokenized is None else Reply(""))
+            replies.append(RequestError(f"longer than {limit} tokens") if tokenized is None else Reply(""))
             if tokenized is not None:
                 row = {"id": str(i), "input_ids": tokenized.input_ids, "labels": tokenized.labels}
                 rows.append(row | {"label_smoothing": 0.0, "sample_weight": 1.0})

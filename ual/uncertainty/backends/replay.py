@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ual.uncertainty.protocol import AskError, Backend, Reply, Request, Task
+from ual.uncertainty.protocol import Backend, Reply, Request, RequestError, Task
 
 
 class Replay:
@@ -17,7 +17,7 @@ class Replay:
         return cls(backend.identity, backend.tasks)
 
     async def __call__(self, request: Request) -> Reply:
-        raise AskError("not recorded")
+        raise RequestError("not recorded")
 
     async def close(self) -> None:
         """Nothing is open."""

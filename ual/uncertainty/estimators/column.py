@@ -5,10 +5,10 @@ from typing import Literal
 
 from ual.errors import UserError
 from ual.records import Elicited, Sample
-from ual.uncertainty.protocol import Ask, AskingEstimator, Task
+from ual.uncertainty.protocol import Ask, Estimator, Task
 
 
-class Column(AskingEstimator):
+class Column(Estimator):
     """u = the sample's own `uncertainty`. No model is asked; other estimators can be compared with it."""
 
     name: Literal["column"] = "column"

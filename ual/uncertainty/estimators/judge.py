@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ual.records import Elicited, Message, Sample
 from ual.uncertainty.estimators import parsing
-from ual.uncertainty.protocol import Ask, AskingEstimator, Reply, Request, Token, conversation
+from ual.uncertainty.protocol import Ask, Estimator, Reply, Request, Token, conversation
 
 _PROMPT = """\
 Below are a question and a response to it. Rate how uncertain the response is: how likely another expert \
@@ -29,7 +29,7 @@ _BARE = "Answer with one integer from 0 to {high} and nothing else."
 _JSON = 'Answer with JSON and nothing else: {{"score": <an integer from 0 to {high}>}}'
 
 
-class Judge(AskingEstimator):
+class Judge(Estimator):
     """u = score / highest score, in [0, 1].
 
     Where the server gives the log-probabilities of tokens, the score is its expected value over the scale

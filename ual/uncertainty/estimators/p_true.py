@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ual.records import Elicited, Message, Sample
-from ual.uncertainty.protocol import Ask, AskingEstimator, Request, conversation
+from ual.uncertainty.protocol import Ask, Estimator, Request, conversation
 
 _PROMPT = """\
 Question: {question}
@@ -20,7 +20,7 @@ B. False
 Answer with A or B and nothing else."""
 
 
-class PTrue(AskingEstimator):
+class PTrue(Estimator):
     """u = 1 - p(A) / (p(A) + p(B)) at the first token of the reply.
 
     The reply's text does not count. Without log-probabilities, or with neither letter among the likeliest

@@ -14,7 +14,7 @@ from ual.methods.answers import normalize
 from ual.records import Elicited, Message, Sample
 from ual.uncertainty.estimators import parsing
 from ual.uncertainty.estimators.sampling import Extract, entropy_record, extract, first_unparsed
-from ual.uncertainty.protocol import Ask, AskingEstimator, Reply, Request
+from ual.uncertainty.protocol import Ask, Estimator, Reply, Request
 
 _PARAPHRASE = """\
 Reword the following question. Keep its meaning, every number and every name. Write the reworded question \
@@ -24,7 +24,7 @@ and nothing else.
 _OPTION = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(.+)$", re.MULTILINE)
 
 
-class Rewording(AskingEstimator):
+class Paraphrase(Estimator):
     """u = the entropy of the answers in nats: a property of the question.
 
     "paraphrase" lets the model reword the last user turn; "permute_options" reorders the lines "A. ..." of a

@@ -1,60 +1,57 @@
-"""The estimators that `ual elicit` knows: a new one is a file of its own and a line here."""
+"""The estimators that `ual elicit` knows: every `Estimator` in a module of this package that has a name."""
 
+import importlib
+import pkgutil
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
 from ual.config.base import explain, nearest
 from ual.errors import UserError
-from ual.uncertainty.estimators.column import Column
-from ual.uncertainty.estimators.judge import Judge
-from ual.uncertainty.estimators.p_true import PTrue
-from ual.uncertainty.estimators.paraphrase import Rewording
-from ual.uncertainty.estimators.self_consistency import SelfConsistency
-from ual.uncertainty.estimators.semantic_entropy import SemanticEntropy
-from ual.uncertainty.estimators.verbalised import Verbalised
-from ual.uncertainty.estimators.white_box import WhiteBox
-from ual.uncertainty.protocol import AskingEstimator
-
-ESTIMATORS: dict[str, type[AskingEstimator]] = {
-    "judge": Judge,
-    "verbalised": Verbalised,
-    "self_consistency": SelfConsistency,
-    "semantic_entropy": SemanticEntropy,
-    "rewording": Rewording,
-    "white_box": WhiteBox,
-    "p_true": PTrue,
-    "column": Column,
-}
+from ual.uncertainty import estimators
+from ual.uncertainty.protocol import Estimator
 
 
-def build(specs: Sequence[str | dict[str, Any]]) -> list[AskingEstimator]:
+def discover() -> dict[str, type[Estimator]]:
+    """Return the estimators by name; a base class, whose `name` is not a Literal, is none."""
+    found: dict[str, type[Estimator]] = {}
+    for module in pkgutil.iter_modules(estimators.__path__, f"{estimators.__name__}."):
+        for kind in vars(importlib.import_module(module.name)).values():
+            if isinstance(kind, type) and issubclass(kind, Estimator):
+                annotation = kind.model_fields["name"].annotation
+                if get_origin(annotation) is Literal:
+                    name = get_args(annotation)[0]
+                    assert found.setdefault(name, kind) is kind, f"two estimators have the name {name!r}"
+    return found
+
+
+ESTIMATORS = discover()
+
+
+def build(specs: Sequence[str | dict[str, Any]]) -> list[Estimator]:
     """Build the estimators that a configuration names, each a name or ``{name: ..., option: value}``.
 
     Raises:
         UserError: a name or an option is unknown, a value does not fit, or a label is used twice.
     """
-    built = []
+    built: list[Estimator] = []
     for position, spec in enumerate(specs):
         place = f"configuration, estimators.{position}"
         options = {"name": spec} if isinstance(spec, str) else dict(spec)
         name = options.get("name")
         if name not in ESTIMATORS:
-            raise UserError(
-                f"unknown estimator {name!r}; {nearest(str(name), list(ESTIMATORS))}", place=place
-            )
-        kind = ESTIMATORS[name]
+            raise UserError(f"unknown estimator {name!r}; {nearest(str(name), [*ESTIMATORS])}", place=place)
         try:
-            built.append(kind.model_validate(options))
+            estimator = ESTIMATORS[name].model_validate(options)
         except ValidationError as error:
-            problems = "\n  ".join(explain(e, kind) for e in error.errors())
+            problems = "\n  ".join(explain(e, ESTIMATORS[name]) for e in error.errors())
             raise UserError(problems, place=f"{place} ({name})") from error
-    labels = [estimator.label for estimator in built]
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise UserError(
-            f"two estimators are called {twice[0]!r}",
-            place="configuration, estimators",
-            remedy='give one of them a "label" of its own',
-        )
+        if any(estimator.label == other.label for other in built):
+            raise UserError(
+                f"two estimators are called {estimator.label!r}",
+                place="configuration, estimators",
+                remedy='give one of them a "label" of its own',
+            )
+        built.append(estimator)
     return built

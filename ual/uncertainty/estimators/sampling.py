@@ -10,14 +10,14 @@ from ual.methods import reliability
 from ual.methods.answers import normalize
 from ual.records import Elicited, Message
 from ual.uncertainty.estimators import parsing
-from ual.uncertainty.protocol import SHOWN, Ask, AskingEstimator, Reply, Request
+from ual.uncertainty.protocol import SHOWN, Ask, Estimator, Reply, Request
 
 Extract = Literal["text", "last_line", "last_number"]
 
 _KEPT = 200  # characters of each distinct answer that evidence keeps
 
 
-class Sampling(AskingEstimator):
+class SamplingEstimator(Estimator):
     """Base of the estimators that draw answers; its fields are their shared options."""
 
     samples: Annotated[int, Field(ge=2, le=100)] = 10

@@ -6,11 +6,17 @@ from pydantic import Field
 
 from ual.methods import reliability
 from ual.records import Elicited, Sample
-from ual.uncertainty.estimators.sampling import Extract, Sampling, entropy_record, extract, first_unparsed
+from ual.uncertainty.estimators.sampling import (
+    Extract,
+    SamplingEstimator,
+    entropy_record,
+    extract,
+    first_unparsed,
+)
 from ual.uncertainty.protocol import Ask
 
 
-class SelfConsistency(Sampling):
+class SelfConsistency(SamplingEstimator):
     """u = -sum (n_c / M) ln(n_c / M) over the clusters of M answers, in nats: a property of the question.
 
     It asks the sample's prompt and does not look at its response; the evidence holds the answers.

@@ -7,7 +7,7 @@ from pydantic import Field
 from ual.methods import reliability
 from ual.records import Elicited, Message, Sample
 from ual.uncertainty.estimators import parsing
-from ual.uncertainty.estimators.sampling import Sampling, entropy_record, first_unparsed
+from ual.uncertainty.estimators.sampling import SamplingEstimator, entropy_record, first_unparsed
 from ual.uncertainty.protocol import Ask, Reply, Request, Task, conversation
 
 _PROMPT = """\
@@ -26,7 +26,7 @@ _PROMPT = """\
 Does the first answer, taken as an answer to the question, imply the second one? Answer yes or no."""
 
 
-class SemanticEntropy(Sampling):
+class SemanticEntropy(SamplingEstimator):
     """u = the entropy of M answers in nats, two being alike where each entails the other.
 
     An answer joins the first cluster whose first answer it entails and is entailed by. Equal texts are not

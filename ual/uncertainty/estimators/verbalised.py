@@ -6,7 +6,7 @@ from pydantic import Field
 
 from ual.records import Elicited, Message, Sample
 from ual.uncertainty.estimators import parsing
-from ual.uncertainty.protocol import Ask, AskingEstimator, Request, conversation
+from ual.uncertainty.protocol import Ask, Estimator, Request, conversation
 
 _QUESTION = "<question>\n{question}\n</question>"
 _STATE = """\
@@ -18,7 +18,7 @@ How likely is it that the proposed answer is right? Answer with a probability be
 nothing else: no words, no explanation."""
 
 
-class Verbalised(AskingEstimator):
+class Verbalised(Estimator):
     """Stated confidence, in one stage or two.
 
     One stage shows the question and the response. In two stages the model first answers the question itself,

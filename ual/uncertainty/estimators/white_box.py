@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ual.records import Elicited, Sample
-from ual.uncertainty.protocol import Ask, AskingEstimator, Request, Task
+from ual.uncertainty.protocol import Ask, Estimator, Request, Task
 
 
 class ResponseScores(Protocol):
@@ -51,7 +51,7 @@ def estimate(samples: Sequence[Sample], scores: Iterable[ResponseScores]) -> Ite
         yield Elicited(sample_id, "white_box", None)
 
 
-class WhiteBox(AskingEstimator):
+class WhiteBox(Estimator):
     """u = one figure of a model's own probabilities of the response: `measure` says which.
 
     A large margin is certainty, so that u = -mean_margin.
