@@ -6,7 +6,7 @@ batch file or the cache answers. A backend sees requests and knows nothing of sa
 
 import hashlib
 import json
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -72,6 +72,11 @@ class Reply:
         return self.finish_reason == "length"
 
     @property
+    def complete(self) -> str | None:
+        """The text without surrounding white space; None for a refused, empty or truncated reply."""
+        return None if self.truncated else (self.text or "").strip() or None
+
+    @property
     def shown(self) -> str | None:
         """The text as evidence keeps it."""
         return None if self.text is None else self.text[:SHOWN]
@@ -94,10 +99,8 @@ class RequestError(Exception):
     """One request failed for good; the sample gets no value, the run goes on."""
 
 
-class Ask(Protocol):
-    """Where an estimator sends its requests."""
-
-    def __call__(self, request: Request, /) -> Awaitable[Reply]: ...
+Ask = Callable[[Request], Awaitable[Reply]]
+"""Where an estimator sends its requests."""
 
 
 class Backend(Protocol):
@@ -143,6 +146,10 @@ class Estimator(BaseModel):
             RequestError: a request failed for good.
         """
         raise NotImplementedError
+
+    def no_value(self, sample: Sample, reason: str | None, **evidence: Any) -> Elicited:
+        """Return a record without a value, with the reason in the evidence."""
+        return Elicited(sample.id, self.label, None, evidence | {"unparsed": reason})
 
 
 def key(identity: Mapping[str, Any], request: Request) -> bytes:

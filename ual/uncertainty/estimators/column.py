@@ -18,8 +18,9 @@ class Column(Estimator):
         return frozenset()
 
     async def estimate(self, sample: Sample, ask: Ask) -> Elicited:
-        evidence = {} if sample.uncertainty is not None else {"unparsed": "the row has no uncertainty"}
-        return Elicited(sample.id, self.label, sample.uncertainty, evidence)
+        if sample.uncertainty is None:
+            return self.no_value(sample, "the sample has no uncertainty")
+        return Elicited(sample.id, self.label, sample.uncertainty)
 
 
 def own_uncertainties(samples: Sequence[Sample]) -> list[Elicited]:

@@ -47,21 +47,20 @@ class Judge(Estimator):
 
     async def estimate(self, sample: Sample, ask: Ask) -> Elicited:
         reply = await ask(self._request(sample))
+        evidence: dict[str, Any] = {"reply": reply.shown}
         if self.read == "first_token":
-            found = self._over(reply.tokens[0]) if reply.tokens else None
-            if found is None:
-                unread = {"reply": reply.shown, "unparsed": "no score among the likeliest first tokens"}
-                return Elicited(sample.id, self.label, None, unread)
-            return Elicited(
-                sample.id, self.label, found["expected"] / self.high, {"reply": reply.shown, **found}
-            )
-        parsed = parsing.integer(reply.text, low=0, high=self.high, truncated=reply.truncated)
-        evidence: dict[str, Any] = {"reply": reply.shown, "score": parsed.value}
-        if parsed.value is None:
-            return Elicited(sample.id, self.label, None, evidence | {"unparsed": parsed.reason})
-        expected = self._expected(reply, int(parsed.value))
+            expected = self._over(reply.tokens[0]) if reply.tokens else None
+            if expected is None:
+                return self.no_value(sample, "no score among the likeliest first tokens", **evidence)
+        else:
+            parsed = parsing.integer(reply.text, low=0, high=self.high, truncated=reply.truncated)
+            evidence["score"] = parsed.value
+            if parsed.value is None:
+                return self.no_value(sample, parsed.reason, **evidence)
+            expected = self._expected(reply, int(parsed.value))
         evidence |= expected or {}
-        return Elicited(sample.id, self.label, evidence.get("expected", parsed.value) / self.high, evidence)
+        score = evidence["expected" if expected else "score"]
+        return Elicited(sample.id, self.label, score / self.high, evidence)
 
     def _request(self, sample: Sample) -> Request:
         form = (_JSON if self.structured else _BARE).format(high=self.high)

@@ -40,6 +40,6 @@ class PTrue(Estimator):
         evidence: dict[str, Any] = {"reply": reply.shown, "mass": sum(mass.values())}
         if not sum(mass.values()) > 0:
             why = "neither A nor B among the likeliest tokens" if reply.tokens else "no log-probabilities"
-            return Elicited(sample.id, self.label, None, evidence | {"unparsed": why})
+            return self.no_value(sample, why, **evidence)
         p_true = mass["A"] / sum(mass.values())
         return Elicited(sample.id, self.label, 1 - p_true, evidence | {"p_true": p_true})

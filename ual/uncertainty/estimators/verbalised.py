@@ -40,13 +40,12 @@ class Verbalised(Estimator):
             own = await ask(Request(sample.prompt, max_tokens=self.max_answer_tokens))
             evidence["own_answer"] = own.shown
             if not own.text:
-                unparsed = "refusal" if own.text is None else "empty"
-                return Elicited(sample.id, self.label, None, evidence | {"unparsed": unparsed})
+                return self.no_value(sample, "refusal" if own.text is None else "empty", **evidence)
             final = Message("user", _STATE.format(opening="", response=sample.response))
             messages = (*sample.prompt, Message("assistant", own.text), final)
         reply = await ask(Request(messages, max_tokens=self.max_tokens))
         parsed = parsing.probability(reply.text, truncated=reply.truncated)
         evidence |= {"reply": reply.shown, "confidence": parsed.value}
         if parsed.value is None:
-            return Elicited(sample.id, self.label, None, evidence | {"unparsed": parsed.reason})
+            return self.no_value(sample, parsed.reason, **evidence)
         return Elicited(sample.id, self.label, 1 - parsed.value, evidence)

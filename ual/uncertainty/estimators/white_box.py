@@ -69,8 +69,6 @@ class WhiteBox(Estimator):
     async def estimate(self, sample: Sample, ask: Ask) -> Elicited:
         scores = (await ask(Request(sample.messages, task="score"))).scores
         if scores is None:
-            return Elicited(sample.id, self.label, None, {"unparsed": "the response has no token to score"})
-        value = scores[self.measure]
-        return Elicited(
-            sample.id, self.label, -value if self.measure == "mean_margin" else value, dict(scores)
-        )
+            return self.no_value(sample, "the response has no token to score")
+        sign = -1 if self.measure == "mean_margin" else 1
+        return Elicited(sample.id, self.label, sign * scores[self.measure], dict(scores))
