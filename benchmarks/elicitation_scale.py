@@ -17,7 +17,7 @@ from typing import Any
 
 import ual.pipelines.elicit as elicitation
 from ual.config.elicit import ElicitConfig
-from ual.uncertainty.budget import Meter, Spent
+from ual.uncertainty.budget import Budget, Spent
 from ual.uncertainty.protocol import Reply, Request
 
 
@@ -27,13 +27,13 @@ class Instant:
     tasks = frozenset({"generate"})
     identity: Mapping[str, Any] = {"instant": 1}
 
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
 
     async def __call__(self, request: Request) -> Reply:
         most, used = Spent(1, request.size, request.max_tokens), Spent(1, request.size // 4, 3)
-        await self._meter.reserve(most)
-        await self._meter.settle(most, used)
+        await self._budget.reserve(most)
+        await self._budget.settle(most, used)
         return Reply("0.25", prompt_tokens=used.prompt_tokens, completion_tokens=3)
 
     async def close(self) -> None:
@@ -56,15 +56,15 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
             "output_dir": str(folder / "run"),
         }
     )
-    elicitation.backends = lambda config, estimators, meter, *_, **__: lambda: [Instant(meter)]  # type: ignore[assignment]
+    elicitation.backends = lambda job, budget, *_, **__: [Instant(budget)]
     started = time.monotonic()
-    result = elicitation.run(config, environment={})
+    summary = elicitation.run(config, environment={})
     seconds = time.monotonic() - started
-    estimate = result.summary["estimators"]["verbalised"]
+    estimate = summary["estimators"]["verbalised"]
     return {
-        "rows": result.summary["rows"],
+        "rows": summary["rows"],
         "values": estimate["values"],
-        "cached": result.summary["requests"]["cached"],
+        "cached": summary["requests"]["cached"],
         "seconds": round(seconds, 1),
         "rows_per_second": round(count / seconds),
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),

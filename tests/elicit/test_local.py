@@ -15,13 +15,13 @@ from transformers import (
     BertTokenizerFast,
 )
 
-from ual.config.elicit import LocalConfig
+from ual.config.elicit import BudgetConfig, LocalConfig
 from ual.config.run import ModelConfig
 from ual.errors import UserError
 from ual.models import Prompt, generate
 from ual.records import Message
 from ual.uncertainty.backends import local
-from ual.uncertainty.budget import Meter, Spent
+from ual.uncertainty.budget import Budget, Spent
 from ual.uncertainty.protocol import Reply, Request, RequestError
 
 PROMPTS = [[1, 403, 407], [1, 261, 400, 267, 300, 301, 302], [1], [1, 350, 266, 410, 290]]
@@ -81,9 +81,9 @@ def test_draws_have_the_softmax_frequencies(loaded: tuple[Any, Any]) -> None:
         assert abs(share - expected) < 4 * (expected * (1 - expected) / n) ** 0.5 + 1e-3
 
 
-def ask(config: LocalConfig, requests: Sequence[Request], meter: Meter | None = None) -> list[Any]:
+def ask(config: LocalConfig, requests: Sequence[Request], budget: Budget | None = None) -> list[Any]:
     async def main() -> list[Any]:
-        backend = local.backend(config, meter or Meter())
+        backend = local.backend(config, budget or Budget())
         try:
             return await asyncio.gather(*map(backend, requests), return_exceptions=True)
         finally:
@@ -108,13 +108,13 @@ def test_requests_are_batched_and_answered_in_their_places(stories: Path, loaded
     story = (Message("user", "Tell me a story"), Message("assistant", "Once upon a time"))
     asked = [Request((Message("user", f"{'word ' * i}?"),), max_tokens=4, temperature=1.0) for i in range(5)]
     asked += [Request(story, task="score"), Request((Message("user", "long " * 99),), max_tokens=4)]
-    meter = Meter()
-    replies = ask(config(stories), asked, meter)
+    budget = Budget()
+    replies = ask(config(stories), asked, budget)
     assert all(isinstance(reply, Reply) and reply.prompt_tokens for reply in replies[:6])
     assert isinstance(replies[6], RequestError)
     assert "have room before the reply" in str(replies[6])
-    assert meter.spent.requests == 7
-    assert meter.spent.completion_tokens == sum(reply.completion_tokens for reply in replies[:6])
+    assert budget.spent.requests == 7
+    assert budget.spent.completion_tokens == sum(reply.completion_tokens for reply in replies[:6])
     again = ask(config(stories, batch_size=1), asked[:5])
     assert [reply.text for reply in again] == [reply.text for reply in replies[:5]]
     other = ask(config(stories, seed=1), asked[:5])
@@ -148,7 +148,7 @@ def test_the_identity_is_the_content_of_the_model(stories: Path, tmp_path: Path)
     (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
     assert local.identity(config(copy)) != local.identity(config(stories))
     with pytest.raises(UserError, match="no such folder"):
-        local.backend(config(tmp_path / "nowhere"), Meter())
+        local.backend(config(tmp_path / "nowhere"), Budget())
 
 
 def test_a_classifier_is_read_by_its_labels_names(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_classifier_is_read_by_its_labels_names(tmp_path: Path) -> None:
     pair = (Message("user", "a b"), Message("user", "c"))
 
     async def main() -> list[Reply]:
-        backend = local.entailment(nli, Meter())
+        backend = local.entailment(nli, Budget())
         requests = [Request(pair, task="entail"), Request(pair[::-1], task="entail")]
         return list(await asyncio.gather(*map(backend, requests)))
 
@@ -184,14 +184,12 @@ def test_a_classifier_is_read_by_its_labels_names(tmp_path: Path) -> None:
     shape.id2label = {0: "yes", 1: "no", 2: "maybe"}
     BertForSequenceClassification(shape).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="labels must be"):
-        local.entailment(nli, Meter())
+        local.entailment(nli, Budget())
 
 
 def test_a_budget_holds_for_a_local_model_too(stories: Path) -> None:
-    from ual.uncertainty.budget import Budget
-
-    meter = Meter(Budget(requests=2))
+    budget = Budget(BudgetConfig(requests=2))
     requests = [Request((Message("user", "x"),), max_tokens=1, draw=i) for i in range(4)]
-    results = ask(config(stories), requests, meter)
-    assert sum(isinstance(result, Reply) for result in results) == meter.spent.requests == 2
-    assert meter.spent != Spent()
+    results = ask(config(stories), requests, budget)
+    assert sum(isinstance(result, Reply) for result in results) == budget.spent.requests == 2
+    assert budget.spent != Spent()

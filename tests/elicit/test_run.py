@@ -128,7 +128,7 @@ def test_a_killed_run_repeats_no_answered_request(tmp_path: Path, server: Server
         assert moved["backend"]["base_url"] == server.url("hang")
         server.asked.clear()
         replayed = run(_load(config), environment={"PLANTED": KEY}, replay=True)
-        assert replayed.summary["estimators"]["verbalised"] == {
+        assert replayed["estimators"]["verbalised"] == {
             "values": 10, "mean": 0.75, "missing": 2, "missing_because": {"request failed": 2},
         }  # fmt: skip
         assert mended.asked == server.asked == []

@@ -167,7 +167,7 @@ def _elicit(config: "ElicitConfig", limit: int | None, replay: bool, trust_remot
             said += f", cost {p.cost:.4f} of about {p.projected_cost:.4f}" if p.cost else ""
             bars.update(bar, total=p.total, completed=p.done, said=said)
 
-        result = run(
+        summary = run(
             config,
             environment=os.environ,
             limit=limit,
@@ -175,16 +175,16 @@ def _elicit(config: "ElicitConfig", limit: int | None, replay: bool, trust_remot
             trust_remote_code=trust_remote_code,
             progress=advance,
         )
-    out.print(tables.elicitation(result.summary))
+    folder = Path(config.output_dir)
+    out.print(tables.elicitation(summary))
     page: Path | str = "needs matplotlib: pip install 'ual-kernels[eval]', then ual elicit report"
     with suppress(ModuleNotFoundError):
         from ual.report.elicitation import write_elicitation
 
-        page = write_elicitation(result.folder)
-    summary = result.summary
+        page = write_elicitation(folder)
     out.print(
         f"{summary['requests']['sent']} requests, cost {summary['cost']:.4f}\n"
-        f"rows     {result.folder / 'rows.jsonl'}\nreport   {page}",
+        f"rows     {folder / 'rows.jsonl'}\nreport   {page}",
         highlight=False,
         markup=False,
         soft_wrap=True,

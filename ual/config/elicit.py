@@ -87,5 +87,9 @@ class ElicitConfig(CommandConfig):
     cache: str | None = Field(None, description="the file of replies; null: replies.sqlite in output_dir")
 
     @property
+    def prices(self) -> PricesConfig:
+        return self.backend.prices if isinstance(self.backend, EndpointConfig) else PricesConfig()
+
+    @property
     def cache_path(self) -> Path:
         return Path(self.cache or Path(self.output_dir) / "replies.sqlite")

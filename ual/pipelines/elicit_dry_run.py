@@ -1,18 +1,16 @@
-"""What an elicitation would ask and cost: prompts, tokens, money; nothing is sent."""
+"""What an elicitation would send and cost: prompts, tokens, money. Nothing is sent."""
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from ual.config.elicit import ElicitConfig, EndpointConfig
-from ual.pipelines.elicit import count, rows
+from ual.pipelines.elicit import Job, prepare
 from ual.uncertainty import protocol
-from ual.uncertainty.budget import Meter, Prices, Spent
+from ual.uncertainty.budget import Budget, Spent
 from ual.uncertainty.cache import Cache
-from ual.uncertainty.estimators.registry import build
 from ual.uncertainty.protocol import Estimator, Reply, Request
 
 _BYTES_PER_TOKEN = 4
@@ -21,7 +19,7 @@ _NO_SCORES = dict.fromkeys(("nll", "mean_entropy", "max_entropy", "mean_margin")
 
 @dataclass(slots=True)
 class Estimate:
-    """What one estimator would ask: its first prompts, and the most that it may use."""
+    """What one estimator would send: its first prompts, and the most that it may use."""
 
     label: str
     prompts: list[str] = field(default_factory=list)
@@ -32,7 +30,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """The estimates, their cost at most, and whether prompt tokens were counted or estimated from bytes."""
+    """The estimates, their maximum cost, and whether a tokenizer counted the prompts' tokens."""
 
     rows: int
     estimates: list[Estimate]
@@ -41,58 +39,50 @@ class DryRun:
 
 
 def dry_run(config: ElicitConfig, *, limit: int | None = None, prompts: int = 1) -> DryRun:
-    """Go through the rows as the run would.
+    """Process the samples as the run would, with made-up replies where the cache has none.
 
-    A stage that depends on answers gets made-up ones that all differ: so its requests are the most that there
-    may be, and its prompts the shortest. Completions are counted in full length.
+    All made-up replies differ. A stage that depends on replies therefore sends as many requests as it can,
+    with the shortest prompts. Completions are counted at their full length.
 
     Args:
         config: see `ual.config.elicit`.
-        limit: only the first rows.
-        prompts: how many of each estimator to keep, for printing.
+        limit: only the first samples.
+        prompts: how many prompts of each estimator to keep, for printing.
     """
-    estimators = build(config.estimators)
-    total = count(config, Path(config.output_dir), limit)
-    identity, tokens = _backend(config)
-    cache = Cache(config.cache_path) if config.cache_path.is_file() else None
-    try:
-        estimates = [
-            asyncio.run(_walk(config, estimator, limit, prompts, identity, tokens, cache))
-            for estimator in estimators
-        ]
-    finally:
-        if cache is not None:
-            cache.close()
-    most = sum((e.most for e in estimates), Spent())
-    prices = Prices()
-    if isinstance(config.backend, EndpointConfig):
-        prices = Prices(**config.backend.prices.model_dump())
-    return DryRun(total, estimates, prices.cost(most), not isinstance(config.backend, EndpointConfig))
+    job = prepare(config, limit)
+    identity: Mapping[str, Any]
+    tokens: Callable[[Request], int]
+    if counted := not isinstance(config.backend, EndpointConfig):
+        from ual.uncertainty.backends import local
 
-
-def _backend(config: ElicitConfig) -> tuple[Mapping[str, Any], Callable[[Request], int]]:
-    if isinstance(config.backend, EndpointConfig):
+        identity, tokens = local.identity(config.backend), local.token_counter(config.backend)
+    else:
         from ual.uncertainty.backends.endpoint import Endpoint
 
-        return Endpoint(config.backend, None, Meter()).identity, lambda r: -(-r.size // _BYTES_PER_TOKEN)
-    from ual.uncertainty.backends import local
+        endpoint = Endpoint(config.backend, None, Budget())
+        identity, tokens = endpoint.identity, lambda request: -(-request.size // _BYTES_PER_TOKEN)
+    path = config.cache_path
+    with closing(Cache(path)) if path.is_file() else nullcontext() as cache:
 
-    return local.identity(config.backend), local.token_counter(config.backend)
+        def cached(request: Request) -> Reply | None:
+            return None if cache is None else cache.get(protocol.key(identity, request))
+
+        estimates = [asyncio.run(_walk(job, e, prompts, cached, tokens)) for e in job.estimators]
+    cost = Budget(prices=config.prices).cost(sum((e.most for e in estimates), Spent()))
+    return DryRun(job.total, estimates, cost, counted)
 
 
 async def _walk(
-    config: ElicitConfig,
+    job: Job,
     estimator: Estimator,
-    limit: int | None,
     prompts: int,
-    identity: Mapping[str, Any],
+    cached: Callable[[Request], Reply | None],
     tokens: Callable[[Request], int],
-    cache: Cache | None,
 ) -> Estimate:
     estimate = Estimate(estimator.label)
 
     async def ask(request: Request) -> Reply:
-        if cache is not None and (reply := cache.get(protocol.key(identity, request))) is not None:
+        if (reply := cached(request)) is not None:
             estimate.cached += 1
             return reply
         estimate.requests += 1
@@ -102,6 +92,6 @@ async def _walk(
             estimate.prompts.append("\n".join(f"[{m.role}] {m.content}" for m in request.messages))
         return Reply(f"(reply {estimate.requests})", scores=_NO_SCORES)
 
-    for _, sample in islice(rows(config), limit):
+    for _, sample in job.samples():
         await estimator.estimate(sample, ask)
     return estimate

@@ -1,1 +1,1 @@
-"""Where each sample's uncertainty comes from: estimators, backends that answer, the cache between."""
+"""Uncertainty of samples: estimators, the backends that answer their requests, the cache between them."""

@@ -1,12 +1,16 @@
-"""What asking has cost, and the budget that it never exceeds."""
+"""What requests have cost, and the caps that a run never exceeds."""
 
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ual.config.elicit import BudgetConfig, PricesConfig
+
+_NO_CAPS, _FREE = BudgetConfig(), PricesConfig()
+
 
 class BudgetReachedError(Exception):
-    """The next request might exceed the budget; none is under way that could leave room."""
+    """The next request might exceed the budget, and no request is in flight that could leave room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,81 +36,64 @@ class Spent:
         return self.prompt_tokens + self.completion_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """Money per million tokens, in any one currency."""
-
-    prompt: float = 0.0
-    completion: float = 0.0
-
-    def cost(self, spent: Spent) -> float:
-        return (self.prompt * spent.prompt_tokens + self.completion * spent.completion_tokens) / 1e6
-
-
-@dataclass(frozen=True, slots=True)
 class Budget:
-    """Caps; None is no cap."""
+    """Counts what is spent, and delays or refuses a request that might exceed the caps.
 
-    requests: int | None = None
-    tokens: int | None = None
-    money: float | None = None
-
-    def allows(self, spent: Spent, prices: Prices) -> bool:
-        caps = (
-            (self.requests, spent.requests),
-            (self.tokens, spent.tokens),
-            (self.money, prices.cost(spent)),
-        )
-        return all(cap is None or used <= cap for cap, used in caps)
-
-
-class Meter:
-    """Counts what is spent and holds back what would exceed the budget.
-
-    A request reserves the most that it may cost before it is sent. While others are under way that may cost
-    less than they reserved, it waits; when none is, the budget is reached.
+    A request reserves the most that it may cost before it is sent. It waits while other requests are in
+    flight, which may cost less than they reserved. When none is in flight, the budget is reached.
 
     Args:
-        budget: caps on the sum of everything spent, `before` included.
+        caps: on the sum of everything spent, `before` included.
         prices: of the model.
         before: what earlier processes of this run spent.
-        note: called with every expense, to keep it.
+        note: called with every expense, to record it.
     """
 
     def __init__(
         self,
-        budget: Budget = Budget(),
-        prices: Prices = Prices(),
+        caps: BudgetConfig = _NO_CAPS,
+        prices: PricesConfig = _FREE,
         before: Spent = Spent(),
         note: Callable[[Spent], None] = lambda _: None,
     ) -> None:
-        self.budget, self.prices, self.before, self.spent = budget, prices, before, Spent()
-        self._note = note
-        self._held, self._under_way = Spent(), 0
+        self._caps, self._prices, self._before, self._note = caps, prices, before, note
+        self.spent = Spent()
+        """What this process has spent."""
+        self._reserved, self._in_flight = Spent(), 0
         self._settled = asyncio.Condition()
 
     @property
-    def cost(self) -> float:
-        """What this process spent, in money."""
-        return self.prices.cost(self.spent)
+    def total(self) -> Spent:
+        """What all processes of this run have spent."""
+        return self._before + self.spent
+
+    def cost(self, spent: Spent) -> float:
+        """Return the cost in the currency of the prices."""
+        prompt, completion = self._prices.prompt, self._prices.completion
+        return (prompt * spent.prompt_tokens + completion * spent.completion_tokens) / 1e6
 
     async def reserve(self, most: Spent) -> None:
         """Wait until `most` fits into the budget.
 
         Raises:
-            BudgetReachedError: it does not, and nothing is under way.
+            BudgetReachedError: it does not fit, and no request is in flight.
         """
         async with self._settled:
-            while not self.budget.allows(self.before + self.spent + self._held + most, self.prices):
-                if not self._under_way:
+            while not self._allows(self.total + self._reserved + most):
+                if not self._in_flight:
                     raise BudgetReachedError
                 await self._settled.wait()
-            self._held, self._under_way = self._held + most, self._under_way + 1
+            self._reserved, self._in_flight = self._reserved + most, self._in_flight + 1
 
     async def settle(self, most: Spent, used: Spent) -> None:
         """Replace what was reserved by what was used."""
         async with self._settled:
-            self._held, self._under_way = self._held - most, self._under_way - 1
+            self._reserved, self._in_flight = self._reserved - most, self._in_flight - 1
             self.spent += used
             self._note(used)
             self._settled.notify_all()
+
+    def _allows(self, spent: Spent) -> bool:
+        caps = self._caps
+        used = ((caps.requests, spent.requests), (caps.tokens, spent.tokens), (caps.money, self.cost(spent)))
+        return all(cap is None or amount <= cap for cap, amount in used)

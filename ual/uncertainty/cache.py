@@ -1,12 +1,12 @@
-"""Replies on disk, by the hash of what determines them: append-only, whole after kill -9, shared by
-processes.
+"""Replies on disk, by the hash of what determines them: append-only, consistent after kill -9.
 
-SQLite in write-ahead mode, from the standard library: a reply is one transaction, on disk before the
-estimator sees it. A killed process loses the requests in flight; the next one repeats no answered request.
-Two processes may write to one file; both may then pay for a question that they ask at the same moment, and
-the first reply stands. Triggers refuse updates and deletions. Memory stays that of SQLite's page cache.
-Write-ahead mode needs a local disk: on a network file system give each machine a file of its own. After a
-power cut, unlike a kill, the last replies may be missing; the file is whole.
+The cache is an SQLite file in write-ahead mode. Each reply is one transaction, on disk before the estimator
+sees it. A killed process loses only the requests in flight; the next process repeats no answered request.
+After a power failure the last replies may be missing; the file stays consistent.
+
+Two processes may write to one file. If both send the same request at the same moment, both pay for it, and
+the first reply stays. Triggers refuse updates and deletions. Memory is bounded by SQLite's page cache.
+Write-ahead mode needs a local disk: on a network file system each machine needs its own file.
 """
 
 import os
@@ -26,11 +26,11 @@ CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON reply BEGIN SELECT RAISE
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON reply BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
 _VERSION = 1
-_PATIENCE = 60.0  # seconds to wait for another process's transaction
+_TIMEOUT = 60.0  # seconds to wait for another process's transaction
 
 
 class Cache:
-    """The replies in one file; made if absent, readable by its owner only.
+    """The replies in one file, which is created if absent and readable by its owner only.
 
     Raises:
         UserError: the file is not such a cache, is damaged, or cannot be written.
@@ -41,7 +41,7 @@ class Cache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
+            self._db = sqlite3.connect(path, timeout=_TIMEOUT, isolation_level=None)
             self._open()
         except (OSError, sqlite3.Error) as error:
             raise self._explained(error) from error
@@ -49,14 +49,14 @@ class Cache:
     def _open(self) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version not in (0, _VERSION):
-            raise sqlite3.DatabaseError(f"version {version} of the cache is not version {_VERSION}")
+            raise sqlite3.DatabaseError(f"its version is {version}, expected {_VERSION}")
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.executescript(_SCHEMA)
         self._db.execute(f"PRAGMA user_version={_VERSION}")
 
     def get(self, key: bytes) -> Reply | None:
-        """Return the reply of this key, or None."""
+        """Return the reply of a key, or None."""
         try:
             row = self._db.execute("SELECT reply FROM reply WHERE key = ?", (key,)).fetchone()
             return Reply.parse(row[0]) if row else None
@@ -64,14 +64,14 @@ class Cache:
             raise self._explained(error) from error
 
     def add(self, key: bytes, reply: Reply) -> None:
-        """Keep a reply; the first one of a key stands."""
+        """Add a reply; the first reply of a key stays."""
         try:
             self._db.execute("INSERT OR IGNORE INTO reply (key, reply) VALUES (?, ?)", (key, reply.dump()))
         except sqlite3.Error as error:
             raise self._explained(error) from error
 
     def note(self, run: str, spent: Spent) -> None:
-        """Keep what a run has just spent."""
+        """Record what a run has just spent."""
         row = (run, spent.requests, spent.prompt_tokens, spent.completion_tokens)
         try:
             self._db.execute("INSERT INTO spent VALUES (?, ?, ?, ?)", row)
@@ -96,6 +96,6 @@ class Cache:
         return UserError(
             f"the cache of replies cannot be used: {error}",
             place=str(self.path),
-            remedy="free some space or mend its permissions; if it is damaged or another program's file, "
-            "name another one by `cache`. It was not changed",
+            remedy="free some space or correct its permissions. If it is damaged or another program's file, "
+            "name another file with `cache`; this one was not changed",
         )

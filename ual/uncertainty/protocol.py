@@ -1,7 +1,7 @@
-"""What an estimator may ask, what it gets back, and who answers: the seam between estimators and backends.
+"""The interface between estimators and backends: requests, replies, and the base class of estimators.
 
-An estimator sees one sample and an `Ask`; it does not know whether an endpoint, a model on this machine, a
-batch file or the cache answers. A backend sees requests and knows nothing of samples.
+An estimator gets one sample and a function that sends requests. The reply may come from an endpoint, a model
+on this machine, a batch file or the cache. A backend gets requests and knows nothing of samples.
 """
 
 import hashlib
@@ -21,12 +21,17 @@ SHOWN = 2000  # characters of a model's text that a record keeps as evidence
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question to a model, with everything that determines its answer but the model itself.
+    """A request to a model: everything that determines the reply, except the model itself.
 
-    `task` "generate" continues the conversation; "score" reads the probabilities of its last, given turn;
-    "entail" asks whether the first message entails the second.
-    `top_logprobs` asks for that many alternatives per token, 0 for none. `draw` tells several answers to one
-    question apart, and moves the seed. `json_schema` asks the server for structured output.
+    Attributes:
+        messages: the conversation; for "entail", the premise and the hypothesis.
+        task: "generate" continues the conversation. "score" reads the probabilities of its last turn.
+            "entail" asks whether the first message entails the second.
+        max_tokens: of the reply.
+        temperature: 0 is greedy.
+        top_logprobs: alternatives per token, 0 for none.
+        draw: distinguishes several replies to one prompt, and is added to the seed.
+        json_schema: asks the server for structured output.
     """
 
     messages: tuple[Message, ...]
@@ -39,13 +44,13 @@ class Request:
 
     @property
     def size(self) -> int:
-        """Bytes of text, which no byte-level tokenizer turns into more tokens."""
+        """Bytes of text: an upper bound on the tokens of a byte-level tokenizer."""
         return sum(len(message.content.encode("utf-8", "replace")) + 16 for message in self.messages)
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A generated token, its log-probability, and those of the likeliest alternatives, itself among them."""
+    """A generated token, its log-probability, and the likeliest tokens in its place with theirs."""
 
     text: str
     log_prob: float
@@ -54,10 +59,16 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back: the text (None for a refusal), why it ended, its tokens where asked, and its size.
+    """A backend's answer to a request.
 
-    `scores` answers the tasks "score" (`estimators.white_box.summary`) and "entail" (the probabilities of
-    "entailment", "neutral" and "contradiction").
+    Attributes:
+        text: None for a refusal.
+        finish_reason: "length" if the text is truncated.
+        tokens: the generated tokens, if `top_logprobs` asked for them.
+        prompt_tokens: 0 if unknown.
+        completion_tokens: 0 if unknown.
+        scores: for "score", see `estimators.white_box.summary`; for "entail", the probabilities of
+            "entailment", "neutral" and "contradiction".
     """
 
     text: str | None
@@ -82,7 +93,7 @@ class Reply:
         return None if self.text is None else self.text[:SHOWN]
 
     def dump(self) -> str:
-        """Return JSON that `parse` reads back to an equal reply."""
+        """Return JSON from which `parse` restores an equal reply."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
@@ -96,7 +107,7 @@ class Reply:
 
 
 class RequestError(Exception):
-    """One request failed for good; the sample gets no value, the run goes on."""
+    """A request failed for good. The sample gets no value; the run continues."""
 
 
 Ask = Callable[[Request], Awaitable[Reply]]
@@ -104,10 +115,10 @@ Ask = Callable[[Request], Awaitable[Reply]]
 
 
 class Backend(Protocol):
-    """Something that answers requests.
+    """Answers requests.
 
     `identity` holds what, besides the request, determines a reply: model, address, precision. It is part of
-    the cache's key, and shows in reports: no secrets.
+    the cache's key and holds no secrets.
     """
 
     identity: Mapping[str, Any]
@@ -119,9 +130,10 @@ class Backend(Protocol):
 
 
 class Estimator(BaseModel):
-    """Base of the estimators that ask: the fields of a subclass are its options in the configuration.
+    """Base class of estimators; the fields of a subclass are its options in the configuration.
 
-    A subclass has a `name` and `estimate`; `label` names its column where one estimator is used twice.
+    A subclass defines `name`, a Literal, and `estimate`. `label` names the results, and distinguishes two
+    uses of one estimator.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -140,7 +152,7 @@ class Estimator(BaseModel):
         return frozenset({"generate"})
 
     async def estimate(self, sample: Sample, ask: Ask) -> Elicited:
-        """Return the sample's record: a finite value, larger being more uncertain, or None; and evidence.
+        """Return the sample's record: a finite value or None, and evidence. Larger is more uncertain.
 
         Raises:
             RequestError: a request failed for good.
@@ -159,7 +171,7 @@ def key(identity: Mapping[str, Any], request: Request) -> bytes:
 
 
 def conversation(messages: tuple[Message, ...]) -> str:
-    """Write a conversation as text, to be quoted in a prompt; a lone user turn stands by itself."""
+    """Return a conversation as text, to be quoted in a prompt; a single user turn has no role label."""
     if len(messages) == 1 and messages[0].role == "user":
         return messages[0].content
     return "\n\n".join(f"[{message.role}]\n{message.content}" for message in messages)

@@ -1,1 +1,1 @@
-"""What answers an estimator's requests: an endpoint, a local model, batch files, the cache alone."""
+"""Backends, which answer requests: an endpoint, a local model, batch files, the cache alone."""

@@ -1,26 +1,26 @@
-"""A backend for whatever answers many requests at once better than one by one, such as a model in memory."""
+"""A backend that answers requests in batches, such as a model in memory."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ual.uncertainty.budget import Meter, Spent
+from ual.uncertainty.budget import Budget, Spent
 from ual.uncertainty.protocol import Reply, Request, RequestError, Task
 
 _Waiting = tuple[Request, "asyncio.Future[Reply]"]
 
 
 class BatchingBackend:
-    """Collects requests that arrive together and hands them over in batches, in a thread.
+    """Collects requests that arrive together and answers them in batches, in a thread.
 
-    A batch is of one kind (task, length, alternatives): the request that waits longest, and those nearest
-    to it in size, which wastes the least padding.
+    The requests of a batch have the same task, `max_tokens` and `top_logprobs`. A batch holds the request
+    that has waited longest and those nearest to it in size, to minimize padding.
 
     Args:
         identity, tasks: see `ual.uncertainty.protocol.Backend`.
-        answer: takes a batch; gives a reply, or the error, for each request in order.
-        batch_size: requests in a batch.
-        meter: counts every request.
+        answer: takes a batch; returns a reply or an error for each request, in order.
+        batch_size: requests in a batch, at most.
+        budget: counts every request.
     """
 
     def __init__(
@@ -29,21 +29,21 @@ class BatchingBackend:
         tasks: frozenset[Task],
         answer: Callable[[Sequence[Request]], Sequence[Reply | RequestError]],
         batch_size: int,
-        meter: Meter,
+        budget: Budget,
     ) -> None:
         self.identity, self.tasks = identity, tasks
-        self._answer, self._size, self._meter = answer, batch_size, meter
+        self._answer, self._size, self._budget = answer, batch_size, budget
         self._waiting: list[_Waiting] = []
         self._worker: asyncio.Task[None] | None = None
 
     async def __call__(self, request: Request) -> Reply:
-        """Wait for the batch that holds the request.
+        """Return the reply, after the batch that holds the request.
 
         Raises:
-            RequestError: the request failed; whatever else `answer` raises goes to the whole batch.
+            RequestError: the request failed. Any other error of `answer` is raised for the complete batch.
         """
         most = used = Spent(1, request.size, request.max_tokens)
-        await self._meter.reserve(most)
+        await self._budget.reserve(most)
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
         if self._worker is None or self._worker.done():
@@ -55,17 +55,17 @@ class BatchingBackend:
             used = Spent(1)
             raise
         finally:
-            await self._meter.settle(most, used)
+            await self._budget.settle(most, used)
         return reply
 
     async def _work(self) -> None:
-        await asyncio.sleep(0)  # let others of the same moment join
+        await asyncio.sleep(0)  # requests of the same moment join the batch
         while self._waiting:
             batch = self._take()
             try:
                 replies = await asyncio.to_thread(self._answer, [request for request, _ in batch])
                 for (_, future), reply in zip(batch, replies, strict=True):
-                    if not future.done():  # else whoever asked has gone
+                    if not future.done():  # done if the waiter was cancelled
                         if isinstance(reply, RequestError):
                             future.set_exception(reply)
                         else:

@@ -1,8 +1,8 @@
-"""A server that speaks the OpenAI chat-completions protocol: a commercial one, vLLM, llama.cpp, transformers.
+"""A client of the OpenAI chat-completions protocol, for a commercial server, vLLM, llama.cpp or Transformers.
 
-The `openai` SDK sends requests and knows their errors; what it leaves to its user is here: rate limits, a
-budget, limits of time and bytes for a whole reply, and retries that a budget can count. One attempt passes,
-in this order: the pause that a server asked for, the rate limits, the budget, the deadline.
+The `openai` SDK sends requests and classifies errors. This module adds rate limits, a budget, limits on the
+time and bytes of a complete reply, and retries that the budget counts. Each attempt waits for, in this order:
+the pause that the server asked for, the rate limits, the budget. The deadline then starts.
 """
 
 import asyncio
@@ -22,12 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from ual.config.elicit import EndpointConfig
 from ual.errors import UserError
-from ual.uncertainty.budget import Meter, Spent
+from ual.uncertainty.budget import Budget, Spent
 from ual.uncertainty.protocol import Reply, Request, RequestError, Task, Token
 
 _FIRST_WAIT = 0.5  # seconds before the second attempt; doubles from there
 _LONGEST_WAIT = 120.0  # seconds that a server may ask to wait
-_SHOWN = 300  # characters of a server's error that are repeated
+_SHOWN = 300  # characters of a server's error that a message quotes
 _TRANSIENT = {408, 409, 425, 429}
 _HEADERS = {
     "host", "authorization", "content-type", "content-length", "accept", "accept-encoding", "connection",
@@ -36,22 +36,22 @@ _HEADERS = {
 
 
 class Endpoint:
-    """Asks one model of one server; see `ual.config.elicit.EndpointConfig` for the limits.
+    """A backend for one model of one server; see `ual.config.elicit.EndpointConfig` for the limits.
 
     Args:
         config: address, model, limits.
-        api_key: sent to this address only, and taken out of whatever comes back.
-        meter: counts every attempt.
+        api_key: sent to this address only, and removed from replies and errors.
+        budget: counts every attempt.
 
     Raises:
-        UserError: the address is not https, nor http on this machine, or holds a password.
+        UserError: see `check_address`.
     """
 
     tasks: frozenset[Task] = frozenset({"generate"})
 
-    def __init__(self, config: EndpointConfig, api_key: SecretStr | None, meter: Meter) -> None:
+    def __init__(self, config: EndpointConfig, api_key: SecretStr | None, budget: Budget) -> None:
         check_address(config.base_url, allow_plain_http=config.allow_plain_http)
-        self._config, self._key, self._meter = config, api_key, meter
+        self._config, self._key, self._budget = config, api_key, budget
         self.identity: Mapping[str, Any] = {
             "endpoint": config.base_url,
             "model": config.model,
@@ -71,17 +71,17 @@ class Endpoint:
             http_client=httpx2.AsyncClient(
                 transport=_GuardedTransport(config.max_response_bytes, config.concurrency),
                 follow_redirects=False,
-                trust_env=secure,  # proxies and certificates of the environment; never a proxy for plain http
+                trust_env=secure,  # the environment's proxies and certificates; no proxy for plain http
                 timeout=config.timeout,
             ),
         )
 
     async def __call__(self, request: Request) -> Reply:
-        """Send the request, again where that may help.
+        """Send the request, with retries after transient errors.
 
         Raises:
-            RequestError: it failed for good; the message is safe to show.
-            UserError: the server refuses the key, the model or the address, so that all requests will fail.
+            RequestError: the request failed for good; the message does not contain the key.
+            UserError: the server refuses the key, the model or the address, so all requests would fail.
             BudgetReachedError: see `ual.uncertainty.budget`.
         """
         body = self.body(request)
@@ -89,8 +89,8 @@ class Endpoint:
         async with self._slots:
             for attempt in range(self._config.max_retries + 1):
                 await self._turn(request)
-                await self._meter.reserve(most)
-                used = most  # what was sent and not answered may still be charged
+                await self._budget.reserve(most)
+                used = most  # what was sent without an answer may still be charged
                 try:
                     reply = await self._attempt(body)
                     used = Spent(1, reply.prompt_tokens, reply.completion_tokens)
@@ -108,16 +108,16 @@ class Endpoint:
                     if wait is None:
                         wait = min(_FIRST_WAIT * 2**attempt, 30.0) * random.uniform(0.5, 1.0)  # noqa: S311
                     else:
-                        self._resume_at = max(self._resume_at, time.monotonic() + wait)  # for all
-                        wait *= random.uniform(1.0, 1.1)  # noqa: S311  not all at once again
+                        self._resume_at = max(self._resume_at, time.monotonic() + wait)  # for all requests
+                        wait *= random.uniform(1.0, 1.1)  # noqa: S311  spreads the retries
                 finally:
-                    await self._meter.settle(most, used)
+                    await self._budget.settle(most, used)
                 if attempt < self._config.max_retries:
                     await asyncio.sleep(wait)
             raise RequestError(problem)
 
     def body(self, request: Request) -> dict[str, Any]:
-        """Return the request as the protocol writes it, also in batch files."""
+        """Return the body of the HTTP request, which batch files contain too."""
         config = self._config
         body: dict[str, Any] = {
             "model": config.model,
@@ -138,7 +138,7 @@ class Endpoint:
         await self._client.close()
 
     async def _turn(self, request: Request) -> None:
-        """Wait out what the server asked for, and the rate limits."""
+        """Wait for the pause that the server asked for, then for the rate limits."""
         while (wait := self._resume_at - time.monotonic()) > 0:
             await asyncio.sleep(wait)
         if self._requests:
@@ -158,7 +158,7 @@ class Endpoint:
             raise self._explained(error) from None  # the SDK's exceptions hold the request, and so the key
 
     def _explained(self, error: Exception) -> "_AttemptError":
-        """Say what went wrong, whether it was answered, and whether asking again may help."""
+        """Return the problem, whether the server answered, and whether a retry may help."""
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, _RefusedError):
             cause = cause.__cause__
@@ -205,7 +205,8 @@ def check_address(base_url: str, *, allow_plain_http: bool = False) -> None:
     """Refuse an address to which a key must not be sent.
 
     Raises:
-        UserError: it is not https (plain http is for this machine, or where allowed), or holds a password.
+        UserError: the address is not https, or holds a user, a password, a query or a fragment. Plain http is
+            accepted for this machine, or if `allow_plain_http` is set.
     """
     place = "configuration, backend.base_url"
     try:
@@ -217,23 +218,23 @@ def check_address(base_url: str, *, allow_plain_http: bool = False) -> None:
         raise UserError(
             "the address must not hold a user, a password, a query or a fragment",
             place=place,
-            remedy="put the key into an environment variable and name it by backend.api_key_env",
+            remedy="put the key into an environment variable and name it with backend.api_key_env",
         )
     if parts.scheme not in ("https", "http") or not host:
-        raise UserError(f"wanted https://host/v1, got {base_url!r}", place=place)
+        raise UserError(f"expected https://host/v1, got {base_url!r}", place=place)
     if parts.scheme == "http" and not allow_plain_http and not _loopback(host):
         raise UserError(
             f"plain http to {host} would show key and data to the network",
             place=place,
-            remedy="use https, or pass --allow-plain-http in a network that you trust",
+            remedy="use https, or pass --allow-plain-http on a network that you trust",
         )
 
 
 def parse(text: str) -> Reply:
-    """Read a chat completion.
+    """Return the reply in a chat completion.
 
     Raises:
-        ValueError: it is not JSON, or not a chat completion.
+        ValueError: the text is not JSON, or not a chat completion.
     """
     try:
         completion = _Completion.model_validate_json(text)
@@ -256,7 +257,7 @@ def parse(text: str) -> Reply:
 
 
 class _AttemptError(Exception):
-    """One attempt failed. `answered`: with an error status, which nobody charges for."""
+    """One attempt failed. `answered`: with an error status, which servers do not charge for."""
 
     def __init__(
         self, problem: str, *, answered: bool, transient: bool, retry_after: float | None = None
@@ -266,11 +267,11 @@ class _AttemptError(Exception):
 
 
 class _RefusedError(Exception):
-    """A reply of a kind or size that is not read."""
+    """A reply whose encoding or size is not accepted."""
 
 
 class _GuardedTransport(httpx2.AsyncHTTPTransport):
-    """Sends no header but the protocol's own, and reads no reply beyond a number of bytes."""
+    """Sends only the protocol's headers, and reads a limited number of bytes of each reply."""
 
     def __init__(self, most: int, connections: int) -> None:
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
@@ -280,11 +281,11 @@ class _GuardedTransport(httpx2.AsyncHTTPTransport):
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         for name in set(request.headers) - _HEADERS:  # such as those of OPENAI_CUSTOM_HEADERS
             del request.headers[name]
-        request.headers["accept-encoding"] = "identity"  # few bytes must not become many
+        request.headers["accept-encoding"] = "identity"  # against decompression bombs
         response = await super().handle_async_request(request)
         if response.headers.get("content-encoding", "identity") != "identity":
             await response.aclose()
-            raise _RefusedError("the server compresses its reply although it was asked not to")
+            raise _RefusedError("the server compresses its reply despite accept-encoding: identity")
         assert isinstance(response.stream, httpx2.AsyncByteStream)
         response.stream = _Limited(response.stream, self._most)
         return response
@@ -344,12 +345,12 @@ class _Completion(_Wire):
 
 
 def _sized(reply: Reply, request: Request) -> Reply:
-    """Where the server does not count tokens, suppose as many as there can be."""
+    """Return the reply with the maximum token counts, for a server that does not count tokens."""
     return replace(reply, prompt_tokens=request.size, completion_tokens=request.max_tokens)
 
 
 def _limiter(per_minute: float | None, *, seconds_at_once: float) -> AsyncLimiter | None:
-    """A bucket that leaks `per_minute`, and lets through some seconds' worth at once."""
+    """Return a leaky bucket of `per_minute` that lets `seconds_at_once` seconds' worth through at once."""
     if per_minute is None:
         return None
     most = max(1.0, per_minute * seconds_at_once / 60)
@@ -357,7 +358,7 @@ def _limiter(per_minute: float | None, *, seconds_at_once: float) -> AsyncLimite
 
 
 def _retry_after(response: httpx2.Response) -> float | None:
-    """Seconds that the server asks to wait, as a number or as a date; None where it does not say."""
+    """Return the seconds that the server asks to wait, given as a number or a date; None if absent."""
     for header, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         try:
             seconds = float(response.headers[header]) * unit

@@ -1,7 +1,7 @@
-"""Requests answered by models of transformers in this process."""
+"""Backends that run Transformers models in this process."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ from ual.config.elicit import LocalConfig
 from ual.config.run import ModelConfig
 from ual.data import Collator, Renderer
 from ual.errors import UserError
+from ual.files import sha256
 from ual.models import Entailment, Prompt, fuse, generate, load_model, load_tokenizer, score
 from ual.records import Message, Sample
 from ual.uncertainty import protocol
 from ual.uncertainty.backends.batching import BatchingBackend
-from ual.uncertainty.budget import Meter
+from ual.uncertainty.budget import Budget
 from ual.uncertainty.estimators.white_box import summary
 from ual.uncertainty.protocol import Reply, Request, RequestError, Token
 
@@ -23,7 +24,7 @@ _WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 def identity(config: LocalConfig) -> dict[str, Any]:
-    """Return what determines a local model's replies: its files' content, precision and seed."""
+    """Return what determines a local model's replies: the content of its files, precision and seed."""
     return {
         "local": _fingerprint(config.model),
         "dtype": config.model.dtype,
@@ -33,19 +34,19 @@ def identity(config: LocalConfig) -> dict[str, Any]:
     }
 
 
-def backend(config: LocalConfig, meter: Meter, *, trust_remote_code: bool = False) -> BatchingBackend:
+def backend(config: LocalConfig, budget: Budget, *, trust_remote_code: bool = False) -> BatchingBackend:
     """Load the model that a configuration names.
 
     Raises:
-        UserError: it cannot be loaded, or not be fused with the loss that scores.
+        UserError: the model cannot be loaded, or the fused loss does not support it.
     """
     model = _LocalModel(config, trust_remote_code=trust_remote_code)
     return BatchingBackend(
-        identity(config), frozenset({"generate", "score"}), model.answer, config.batch_size, meter
+        identity(config), frozenset({"generate", "score"}), model.answer, config.batch_size, budget
     )
 
 
-def entailment(config: ModelConfig, meter: Meter, *, batch_size: int = 16) -> BatchingBackend:
+def entailment(config: ModelConfig, budget: Budget, *, batch_size: int = 16) -> BatchingBackend:
     """Load the classifier of a configuration's `nli`."""
     classify = Entailment(config, device=_device(None))
 
@@ -53,7 +54,7 @@ def entailment(config: ModelConfig, meter: Meter, *, batch_size: int = 16) -> Ba
         pairs = [(r.messages[0].content, r.messages[1].content) for r in requests]
         return [Reply("", scores=scores) for scores in classify(pairs)]
 
-    return BatchingBackend(nli_identity(config), frozenset({"entail"}), answer, batch_size, meter)
+    return BatchingBackend(nli_identity(config), frozenset({"entail"}), answer, batch_size, budget)
 
 
 def nli_identity(config: ModelConfig) -> dict[str, Any]:
@@ -61,18 +62,11 @@ def nli_identity(config: ModelConfig) -> dict[str, Any]:
     return {"nli": _fingerprint(config)}
 
 
-def token_counter(config: LocalConfig) -> "_TokenCounter":
-    """Return what counts the tokens of requests as the model would see them."""
-    return _TokenCounter(config)
-
-
-class _TokenCounter:
-    def __init__(self, config: LocalConfig) -> None:
-        self._tokenizer: Any = load_tokenizer(config.model)
-        self._renderer = Renderer(self._tokenizer, chat_template=config.chat_template)
-
-    def __call__(self, request: Request) -> int:
-        return len(_prompt_ids(self._renderer, self._tokenizer, request.messages))
+def token_counter(config: LocalConfig) -> Callable[[Request], int]:
+    """Return a function that counts the tokens of a request's prompt."""
+    tokenizer: Any = load_tokenizer(config.model)
+    renderer = Renderer(tokenizer, chat_template=config.chat_template)
+    return lambda request: len(_prompt_ids(renderer, tokenizer, request.messages))
 
 
 class _LocalModel:
@@ -103,31 +97,29 @@ class _LocalModel:
             raise UserError(
                 f"a batch of {len(requests)} does not fit into the device's memory",
                 place="configuration, backend.batch_size",
-                remedy="lower it; the same command goes on with the answers that are in the cache",
+                remedy="lower it and run the same command again; it resumes from the cache",
             ) from error
 
     def _generate(self, requests: Sequence[Request]) -> list[Reply | RequestError]:
-        replies: list[Reply | RequestError] = [RequestError("") for _ in requests]
-        room = self._renderer.max_length - requests[0].max_tokens
-        prompts: list[Prompt] = []
-        places: list[int] = []
+        first = requests[0]
+        room = self._renderer.max_length - first.max_tokens
+        replies: list[Reply | RequestError] = []
+        prompts: dict[int, Prompt] = {}  # by the place of the request
         for i, request in enumerate(requests):
             ids = _prompt_ids(self._renderer, self._tokenizer, request.messages)
-            if len(ids) > room:
-                replies[i] = RequestError(
-                    f"the prompt has {len(ids)} tokens, {max(room, 0)} have room before the reply"
-                )
-                continue
-            seed = int.from_bytes(protocol.key({"seed": self._config.seed}, request)[:7])
-            prompts.append(Prompt(ids, request.temperature, seed))
-            places.append(i)
+            replies.append(
+                RequestError(f"the prompt has {len(ids)} tokens, {max(room, 0)} have room before the reply")
+            )
+            if len(ids) <= room:
+                seed = int.from_bytes(protocol.key({"seed": self._config.seed}, request)[:7])
+                prompts[i] = Prompt(ids, request.temperature, seed)
         if not prompts:
             return replies
-        first = requests[0]
+        batch = list(prompts.values())
         made = generate(
-            self._model, self._tokenizer, prompts, max_tokens=first.max_tokens, top=first.top_logprobs
+            self._model, self._tokenizer, batch, max_tokens=first.max_tokens, top=first.top_logprobs
         )
-        for i, prompt, generated in zip(places, prompts, made, strict=True):
+        for i, prompt, generated in zip(prompts, batch, made, strict=True):
             replies[i] = Reply(
                 generated.text,
                 "stop" if generated.finished else "length",
@@ -138,19 +130,20 @@ class _LocalModel:
         return replies
 
     def _score(self, requests: Sequence[Request]) -> list[Reply | RequestError]:
-        rows: list[dict[str, Any]] = []
-        replies: list[Reply | RequestError] = []
+        limit = self._renderer.max_length
+        replies: list[Reply | RequestError] = [RequestError(f"longer than {limit} tokens") for _ in requests]
+        samples: dict[str, dict[str, Any]] = {}
         for i, request in enumerate(requests):
-            tokenized = self._renderer.render(Sample(str(i), request.messages))
-            limit = self._renderer.max_length
-            replies.append(RequestError(f"longer than {limit} tokens") if tokenized is None else Reply(""))
-            if tokenized is not None:
-                row = {"id": str(i), "input_ids": tokenized.input_ids, "labels": tokenized.labels}
-                rows.append(row | {"label_smoothing": 0.0, "sample_weight": 1.0})
-        sizes = {row["id"]: len(row["input_ids"]) for row in rows}
-        for scores in score(self._model, rows, self._collate, batch_size=max(1, len(rows))):
+            rendered = self._renderer.render(Sample(str(i), request.messages))
+            if rendered is not None:
+                replies[i] = Reply("")
+                tokens = {"id": str(i), "input_ids": rendered.input_ids, "labels": rendered.labels}
+                samples[str(i)] = tokens | {"label_smoothing": 0.0, "sample_weight": 1.0}
+        batch = list(samples.values())
+        for scores in score(self._model, batch, self._collate, batch_size=max(1, len(batch))):
             values = summary(scores) if len(scores.log_prob) else None
-            replies[int(scores.sample_id)] = Reply("", scores=values, prompt_tokens=sizes[scores.sample_id])
+            length = len(samples[scores.sample_id]["input_ids"])
+            replies[int(scores.sample_id)] = Reply("", scores=values, prompt_tokens=length)
         return replies
 
 
@@ -168,12 +161,11 @@ def _device(name: str | None) -> torch.device:
 
 
 def _fingerprint(config: ModelConfig) -> Mapping[str, Any]:
-    """Return a folder's content by its hash, a hub model by its name and revision."""
+    """Return the hash of a folder's content, or the name and revision of a hub model."""
     folder = Path(config.path).expanduser()
     if not folder.is_dir():
         return {"name": config.path, "revision": config.revision}
     digest = hashlib.sha256()
     for path in sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)}):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        digest.update(path.name.encode() + bytes.fromhex(sha256(path)))
     return {"name": folder.name, "sha256": digest.hexdigest()}

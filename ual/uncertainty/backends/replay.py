@@ -1,20 +1,18 @@
-"""Answers from the cache alone: a run again, without asking anybody."""
+"""A backend without a model: replies come from the cache alone."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from ual.uncertainty.protocol import Backend, Reply, Request, RequestError, Task
+from ual.uncertainty.protocol import Reply, Request, RequestError, Task
 
 
+@dataclass(slots=True)
 class Replay:
-    """Stands for a backend whose replies were recorded; whatever is not in the cache fails."""
+    """Stands for the backend of this identity; a request that the cache does not answer fails."""
 
-    def __init__(self, identity: Mapping[str, Any], tasks: frozenset[Task]) -> None:
-        self.identity, self.tasks = identity, tasks
-
-    @classmethod
-    def of(cls, backend: Backend) -> "Replay":
-        return cls(backend.identity, backend.tasks)
+    identity: Mapping[str, Any]
+    tasks: frozenset[Task]
 
     async def __call__(self, request: Request) -> Reply:
         raise RequestError("not recorded")

@@ -1,1 +1,1 @@
-"""One file per estimator; `registry` lists them."""
+"""Estimators of uncertainty: each file defines one, and `registry` finds it."""
