@@ -1,4 +1,4 @@
-"""A loopback server that misbehaves on demand: raw sockets, a behaviour per address."""
+"""A loopback server that misbehaves on demand: raw sockets, one behavior per address."""
 
 import asyncio
 import json
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Send = Callable[[bytes], Awaitable[None]]
-Behaviour = Callable[["Asked", Send], Awaitable[None]]
+Behavior = Callable[["Asked", Send], Awaitable[None]]
 
 
 @dataclass
 class Asked:
-    """One request as it arrived; `number` counts those of its behaviour from 1."""
+    """One request as it arrived; `number` counts the requests of its behavior from 1."""
 
     headers: str
     body: dict[str, Any]
@@ -23,15 +23,15 @@ class Asked:
 
 @dataclass
 class Server:
-    """Where it listens, and everything that arrived."""
+    """The port, and every request that arrived."""
 
     port: int = 0
     asked: list[Asked] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
 
-    def url(self, behaviour: str) -> str:
-        return f"http://127.0.0.1:{self.port}/{behaviour}"
+    def url(self, behavior: str) -> str:
+        return f"http://127.0.0.1:{self.port}/{behavior}"
 
 
 def completion(text: str | None = "0.25", **more: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ async def well(asked: Asked, send: Send) -> None:
 
 
 async def storm(asked: Asked, send: Send) -> None:
-    """Refuses the first three requests, and says when to come again."""
+    """Refuses the first three requests, and says when to retry."""
     if asked.number <= 3:
         await send(
             response({"error": {"message": "slow down"}}, "429 Too Many Requests", "retry-after-ms: 150")
@@ -82,7 +82,7 @@ async def drip(asked: Asked, send: Send) -> None:
 
 
 async def endless(asked: Asked, send: Send) -> None:
-    """Ten gigabytes, if one lets it."""
+    """Ten gigabytes, unless the client stops it."""
     await send(b"HTTP/1.1 200 OK\r\ncontent-length: 10000000000\r\n\r\n")
     for _ in range(10_000):
         await send(b" " * 1_000_000)
@@ -113,24 +113,24 @@ async def schema(asked: Asked, send: Send) -> None:
 
 
 async def reset(asked: Asked, send: Send) -> None:
-    """Hangs up in the middle of the reply."""
+    """Closes the connection in the middle of the reply."""
     await send(b"HTTP/1.1 200 OK\r\ncontent-length: 500\r\n\r\n{")
 
 
 async def flaky(asked: Asked, send: Send) -> None:
-    """Hangs up on the first request of each, then answers."""
+    """Closes the connection after the first request, then answers."""
     if asked.number % 2:
         return
     await send(response(completion()))
 
 
 async def refuses_key(asked: Asked, send: Send) -> None:
-    """Repeats what it was sent, as some servers do."""
+    """Repeats the request's headers, as some servers do."""
     await send(response({"error": {"message": f"Incorrect API key: {asked.headers}"}}, "401 Unauthorized"))
 
 
 async def echo(asked: Asked, send: Send) -> None:
-    """A model that says what the headers were, and a formula, and markup."""
+    """A reply with the request's headers, a formula and markup."""
     text = f"=HYPERLINK(1)<script>alert(1)</script>{asked.headers}"
     await send(response(completion(text)))
 
@@ -145,13 +145,13 @@ async def slow(asked: Asked, send: Send) -> None:
 
 
 async def hang(asked: Asked, send: Send) -> None:
-    """Answers ten requests, and nobody after."""
+    """Answers ten requests, then no more."""
     if asked.number > 10:
         await asyncio.sleep(30)
     await send(response(completion()))
 
 
-BEHAVIOURS: dict[str, Behaviour] = {
+BEHAVIORS: dict[str, Behavior] = {
     f.__name__: f
     for f in (
         well, storm, patient, broken, drip, endless, bomb, endless_error, away, prose, schema, reset, flaky,
@@ -162,7 +162,7 @@ BEHAVIOURS: dict[str, Behaviour] = {
 
 @contextmanager
 def serving() -> Iterator[Server]:
-    """Run the server in a thread of its own."""
+    """Run the server in its own thread."""
     server, started, stop = Server(), threading.Event(), asyncio.Event()
     counts: dict[str, int] = {}
 
@@ -185,7 +185,7 @@ def serving() -> Iterator[Server]:
                 server.at_once += 1
                 server.most_at_once = max(server.most_at_once, server.at_once)
                 try:
-                    await BEHAVIOURS[name](asked, send)
+                    await BEHAVIORS[name](asked, send)
                 finally:
                     server.at_once -= 1
                 if name in ("reset", "flaky") and (name == "reset" or asked.number % 2):

@@ -1,4 +1,4 @@
-"""The cache survives kill -9 with everything that was answered, and two writers."""
+"""The cache survives kill -9 with every reply, and two writers."""
 
 import os
 import signal
@@ -50,7 +50,7 @@ tokens = st.builds(Token, st.text(), floats, st.tuples(st.tuples(st.text(), floa
         scores=st.none() | st.dictionaries(st.sampled_from(["nll", "tokens"]), floats),
     )
 )
-def test_a_reply_reads_back_as_it_was(reply: Reply) -> None:
+def test_a_reply_survives_a_round_trip(reply: Reply) -> None:
     assert Reply.parse(reply.dump()) == reply
 
 
@@ -58,7 +58,7 @@ def test_a_reply_reads_back_as_it_was(reply: Reply) -> None:
 @pytest.mark.kills(
     "ual/uncertainty/cache.py", "os.O_CREAT | os.O_RDWR, 0o600", "os.O_CREAT | os.O_RDWR, 0o644"
 )
-def test_the_first_reply_of_a_key_stands_and_nothing_is_removed(tmp_path: Path) -> None:
+def test_the_first_reply_of_a_key_stays_and_nothing_is_removed(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "c.sqlite")
     cache.add(b"k", Reply("first"))
     cache.add(b"k", Reply("second"))
@@ -95,7 +95,7 @@ def test_everything_that_determines_a_reply_is_in_its_key() -> None:
 
 
 @pytest.mark.kills("ual/uncertainty/cache.py", "isolation_level=None", 'isolation_level="DEFERRED"')
-def test_a_killed_writer_loses_nothing_that_it_had_added(tmp_path: Path) -> None:
+def test_a_killed_writer_loses_no_added_reply(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     process = writer(path, "a", 10**6)
     assert process.stdout is not None
@@ -127,7 +127,7 @@ def test_two_processes_write_to_one_cache(tmp_path: Path) -> None:
     assert time.monotonic() - started < 60
 
 
-def test_a_file_that_is_no_cache_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_file_that_is_no_cache_is_refused_and_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "precious"}\n' * 100)
     before = path.read_bytes()

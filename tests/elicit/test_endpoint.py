@@ -1,4 +1,4 @@
-"""The client against a server that misbehaves: time, bytes and requests are bounded, and the key is not shown."""
+"""The client against a misbehaving server: time, bytes and requests are bounded, and the key stays hidden."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ KEY = "sk-planted-0123456789"
 QUESTION = Request((Message("user", "How sure are you?"),), max_tokens=8)
 
 
-_LONGEST = 60.0  # seconds of all requests of a test; one that waits for ever fails
+_LONGEST = 60.0  # seconds for all requests of a test
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def server() -> Iterator[Server]:
 
 
 def ask(url: str, *requests: Request, budget: Budget | None = None, **options: Any) -> list[Any]:
-    """Send requests at once; return replies and errors."""
+    """Send requests concurrently; return replies and errors."""
     options = {"timeout": 30.0, "max_retries": 2} | options
 
     async def main() -> list[Any]:
@@ -76,7 +76,7 @@ def test_a_wait_too_long_is_a_failure_at_once(server: Server) -> None:
     assert time.monotonic() - started < 30
 
 
-def test_500s_are_tried_again_and_counted(server: Server) -> None:
+def test_500s_are_retried_and_counted(server: Server) -> None:
     budget, before = Budget(), len(server.asked)
     (error,) = ask(server.url("broken"), budget=budget, max_retries=2)
     assert isinstance(error, RequestError)
@@ -99,7 +99,7 @@ def test_500s_are_tried_again_and_counted(server: Server) -> None:
     only="drip-no reply within 0.4 s-2",
 )
 @pytest.mark.parametrize(
-    ("behaviour", "says", "attempts"),
+    ("behavior", "says", "attempts"),
     [
         ("drip", "no reply within 0.4 s", 2),
         ("endless", "longer than max_response_bytes", 1),
@@ -112,28 +112,28 @@ def test_500s_are_tried_again_and_counted(server: Server) -> None:
     ],
 )
 def test_what_cannot_be_read_fails_in_bounded_time(
-    server: Server, behaviour: str, says: str, attempts: int
+    server: Server, behavior: str, says: str, attempts: int
 ) -> None:
     budget, started = Budget(), time.monotonic()
-    patience = 0.4 if behaviour == "drip" else 20.0
-    (error,) = ask(server.url(behaviour), budget=budget, timeout=patience, max_retries=1)
+    patience = 0.4 if behavior == "drip" else 20.0
+    (error,) = ask(server.url(behavior), budget=budget, timeout=patience, max_retries=1)
     assert isinstance(error, RequestError), error
     assert says in str(error)
     assert budget.spent.requests == attempts
-    assert time.monotonic() - started < 15  # the drip would take 20 s, the endless reply for ever
+    assert time.monotonic() - started < 15  # the drip would take 20 s, the endless reply forever
     assert KEY not in str(error)
 
 
 @pytest.mark.kills(
     "ual/uncertainty/backends/endpoint.py", "used = most  # what was sent", "used = Spent(1)  # what was sent"
 )
-def test_a_connection_that_broke_is_charged_in_full_since_it_may_have_been_answered(server: Server) -> None:
+def test_a_broken_connection_is_charged_in_full_since_it_may_have_been_answered(server: Server) -> None:
     budget = Budget()
     ask(server.url("reset"), budget=budget, max_retries=0)
     assert budget.spent == Spent(1, QUESTION.size, QUESTION.max_tokens)
 
 
-def test_a_dropped_connection_is_tried_again(server: Server) -> None:
+def test_a_dropped_connection_is_retried(server: Server) -> None:
     (reply,) = ask(server.url("flaky"))
     assert reply.text == "0.25"
 
@@ -147,12 +147,12 @@ def test_redirects_are_not_followed(server: Server) -> None:
     assert len(server.asked) - before == 1
 
 
-def test_nobody_listens() -> None:
+def test_a_closed_port() -> None:
     (error,) = ask("http://127.0.0.1:9", max_retries=0)
     assert "the connection failed" in str(error)
 
 
-def test_at_most_so_many_at_once(server: Server) -> None:
+def test_concurrency_is_limited(server: Server) -> None:
     server.most_at_once = 0
     ask(server.url("slow"), *[replace(QUESTION, draw=i) for i in range(12)], concurrency=3)
     assert server.most_at_once == 3
@@ -177,7 +177,7 @@ def test_requests_per_minute(server: Server) -> None:
 
 
 def test_tokens_per_minute(server: Server) -> None:
-    large = replace(QUESTION, max_tokens=200)  # with the prompt, 208 tokens; 10 s' worth pass at once
+    large = replace(QUESTION, max_tokens=200)  # 208 tokens with the prompt; 10 seconds' worth pass at once
     started = time.monotonic()
     ask(server.url("well"), *[replace(large, draw=i) for i in range(6)], tokens_per_minute=6000)
     assert 0.2 < time.monotonic() - started < 5
@@ -197,7 +197,7 @@ def test_the_budget_is_never_exceeded(server: Server) -> None:
     results = ask(server.url("well"), *requests, budget=budget)
     assert len(server.asked) - before == budget.spent.requests == 4
     assert sum(isinstance(r, BudgetReachedError) for r in results) == 6
-    # one request may cost (33 + 8) tokens, and costs 13: the cap lets in as many as fit one after another
+    # a request may use 33 + 8 tokens and uses 13: the cap admits as many as fit one after another
     budget = Budget(BudgetConfig(tokens=QUESTION.size + 8 + 2 * 13))
     assert sum(isinstance(r, Reply) for r in ask(server.url("well"), *requests, budget=budget)) == 3
     assert budget.spent.tokens == 39
@@ -252,13 +252,13 @@ def test_the_key_is_sent_and_never_shown(
         ("http://[::1", "not an address"),
     ],
 )
-def test_addresses_that_a_key_is_not_sent_to(url: str, fault: str) -> None:
+def test_a_key_is_not_sent_to_these_addresses(url: str, fault: str) -> None:
     with pytest.raises(UserError, match=fault) as error:
         check_address(url)
     assert "sk-secret" not in str(error.value)
 
 
-def test_addresses_that_are_fine() -> None:
+def test_a_key_is_sent_to_these_addresses() -> None:
     for url in (
         "https://example.com/v1",
         "http://localhost:8000/v1",

@@ -1,4 +1,4 @@
-"""Each estimator on recorded replies: its value, its evidence, and None where nothing can be read."""
+"""Each estimator on recorded replies: its value, its evidence, and None if no value can be read."""
 
 import asyncio
 import math
@@ -52,7 +52,7 @@ def tokens(*parts: tuple[str, Sequence[tuple[str, float]]]) -> tuple[Token, ...]
     "sum(i * m for i, m in enumerate(mass)) / total",
     "sum(i * m for i, m in enumerate(mass))",
 )
-def test_a_judge_takes_the_expected_score_over_the_token_that_states_it() -> None:
+def test_a_judge_uses_the_expected_score_over_the_token_that_states_it() -> None:
     likely = [("3", 0.5), ("5", 0.3), ("high", 0.2)]
     said = tokens(('{"', []), ("score", []), ('":', []), (" 3", likely), ("}", []))
     found, (request,) = elicit({"name": "judge"}, lambda _: Reply('{"score": 3}', tokens=said))
@@ -64,7 +64,7 @@ def test_a_judge_takes_the_expected_score_over_the_token_that_states_it() -> Non
     assert "<response>\n4\n</response>" in request.messages[0].content
 
 
-def test_a_judge_without_log_probabilities_takes_the_score() -> None:
+def test_a_judge_without_log_probabilities_uses_the_written_score() -> None:
     found, _ = elicit({"name": "judge"}, lambda _: Reply('{"score": 6}'))
     assert found.value == pytest.approx(6 / 9)
     split = tokens(("1", [("1", 0.9)]), ("0", [("0", 0.9)]))
@@ -88,7 +88,7 @@ def test_a_judge_invents_no_score(reply: Reply, reason: str) -> None:
     assert found.evidence["reply"] == reply.text
 
 
-def test_a_judge_may_read_its_first_token() -> None:
+def test_a_judge_can_read_its_first_token() -> None:
     spec = {"name": "judge", "read": "first_token", "max_tokens": 1}
     found, _ = elicit(spec, lambda _: Reply("I", tokens=tokens(("I", [("I", 0.6), ("9", 0.3), ("0", 0.1)]))))
     assert found.value == pytest.approx(0.75)
@@ -179,7 +179,7 @@ def test_semantic_entropy_by_a_classifier() -> None:
     assert pair[0].content == "What is 2 + 2? yes"
 
 
-def test_rewording_asks_each_wording() -> None:
+def test_paraphrase_asks_each_wording() -> None:
     def reply(request: Request) -> Reply:
         content = request.messages[-1].content
         if content.startswith("Reword"):
@@ -210,7 +210,7 @@ def test_options_are_permuted_and_answers_mapped_back() -> None:
     assert found.value == 0
     assert found.evidence["answers"] == {"apple": 5}
     assert len({request.messages for request in asked}) == 5
-    found, _ = elicit(spec, lambda _: Reply("A"), CHOICE)  # loves the first place, so disagrees with itself
+    found, _ = elicit(spec, lambda _: Reply("A"), CHOICE)  # prefers the first place, so contradicts itself
     assert found.value is not None
     assert found.value > 0.9
     found, _ = elicit(spec, lambda _: Reply("apple"), CHOICE)
@@ -233,7 +233,7 @@ def test_an_option_that_is_its_own_letter_keeps_its_label() -> None:
     assert seen == {f"Which vitamin?\nA. {a}\nB. {b}\nC. {c}" for a, b, c in permutations("ABC")}
 
 
-def test_p_true_reads_the_first_token_alone() -> None:
+def test_p_true_reads_only_the_first_token() -> None:
     said = tokens(("A", [("A", 0.3), (" B", 0.2), ("C", 0.5), ("B", 0.1)]))
     found, (request,) = elicit({"name": "p_true"}, lambda _: Reply("A", tokens=said))
     assert found.value == pytest.approx(0.5)
@@ -257,7 +257,7 @@ def test_white_box_and_column() -> None:
     assert (found.value, asked) == (0.7, [])
 
 
-def test_the_registry_refuses_what_it_does_not_know() -> None:
+def test_the_registry_refuses_unknown_names_and_options() -> None:
     for spec, fault in (
         ("juge", 'did you mean "judge"'),
         ({"name": "judge", "hihg": 5}, 'did you mean "high"'),
@@ -280,5 +280,7 @@ def test_a_new_file_is_a_new_estimator(tmp_path: Path, monkeypatch: pytest.Monke
     )
     monkeypatch.setattr(estimators, "__path__", [*estimators.__path__, str(tmp_path)])
     assert discover().keys() == ESTIMATORS.keys() | {"coin"}
-    names = "column judge p_true rewording self_consistency semantic_entropy verbalised white_box"
-    assert ESTIMATORS.keys() == set(names.split())
+    assert ESTIMATORS.keys() == {
+        "column", "judge", "p_true", "rewording",
+        "self_consistency", "semantic_entropy", "verbalised", "white_box",
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""A model of transformers in this process: its draws, its log-probabilities, its scores."""
+"""A Transformers model in this process: its draws, its log-probabilities, its scores."""
 
 import asyncio
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def loaded(stories: Path) -> tuple[Any, Any]:
     "        mask[row, longest - len(prompt.input_ids) :] = 1",
     "        mask[row] = 1",
 )
-def test_greedy_is_the_argmax_at_every_step_whatever_the_padding(loaded: tuple[Any, Any]) -> None:
+def test_greedy_is_the_argmax_at_every_step_with_any_padding(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     made = generate(model, tokenizer, [Prompt(ids) for ids in PROMPTS], max_tokens=6, top=4)
     for ids, found in zip(PROMPTS, made, strict=True):
@@ -54,7 +54,7 @@ def test_greedy_is_the_argmax_at_every_step_whatever_the_padding(loaded: tuple[A
 
 
 @pytest.mark.kills("ual/models/generate.py", "generator=self._noise[row]", "generator=self._noise[0]")
-def test_draws_do_not_depend_on_the_rows_beside_them(loaded: tuple[Any, Any]) -> None:
+def test_draws_do_not_depend_on_the_other_prompts(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     prompts = [Prompt(ids, 1.0, seed) for seed, ids in enumerate(PROMPTS)]
     together = generate(model, tokenizer, prompts, max_tokens=12)
@@ -103,7 +103,7 @@ def config(stories: Path, **options: Any) -> LocalConfig:
     return LocalConfig.model_validate(values | options)
 
 
-def test_requests_are_batched_and_answered_in_their_places(stories: Path, loaded: tuple[Any, Any]) -> None:
+def test_requests_are_batched_and_answered_in_order(stories: Path, loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     story = (Message("user", "Tell me a story"), Message("assistant", "Once upon a time"))
     asked = [Request((Message("user", f"{'word ' * i}?"),), max_tokens=4, temperature=1.0) for i in range(5)]
@@ -151,7 +151,7 @@ def test_the_identity_is_the_content_of_the_model(stories: Path, tmp_path: Path)
         local.backend(config(tmp_path / "nowhere"), Budget())
 
 
-def test_a_classifier_is_read_by_its_labels_names(tmp_path: Path) -> None:
+def test_a_classifier_is_read_by_the_names_of_its_labels(tmp_path: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""A parser reads what was stated, and never invents a number."""
+"""A parser reads stated numbers, and never invents one."""
 
 import time
 
@@ -68,7 +68,7 @@ def test_what_states_no_probability_says_why(text: str | None, reason: str) -> N
     "if truncated and any(end >= len(text.rstrip())",
     "if truncated and any(end > len(text)",
 )
-def test_a_number_at_the_edge_of_a_cut_reply_is_not_read() -> None:
+def test_a_number_at_the_end_of_a_truncated_reply_is_not_read() -> None:
     assert probability("0.1", truncated=True).reason == "truncated"
     assert probability("I think that", truncated=True).reason == "truncated"
     assert probability("Probability: 0.1\nBecause it", truncated=True).value == 0.1

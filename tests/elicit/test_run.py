@@ -66,7 +66,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.kills("ual/uncertainty/session.py", "        self._cache.add(key, reply)", "        pass")
-def test_rows_get_an_uncertainty_and_the_second_run_asks_nobody(tmp_path: Path, server: Server) -> None:
+def test_samples_get_an_uncertainty_and_the_second_run_sends_nothing(tmp_path: Path, server: Server) -> None:
     config = configure(
         tmp_path, server.url("well"), rows(5, note="kept"), backend={"prices": {"prompt": 1000.0}}
     )
@@ -105,40 +105,49 @@ def test_limit_and_dry_run(tmp_path: Path, server: Server) -> None:
     assert server.asked == []
     assert "What is 0 + 1?" in said
     assert "judge 4 0" in said
-    assert "semantic_entropy 24 0" in said  # 3 answers and at most 3 comparisons a row, one direction failing
+    assert "semantic_entropy 24 0" in said  # 3 answers and at most 3 comparisons for each sample
     assert "Nothing was sent" in said
     invoke(config, "estimators=[verbalised]", "--limit", 2)
     assert len(server.asked) == len(lines(tmp_path / "run" / "rows.jsonl")) == 2
 
 
-def test_a_killed_run_repeats_no_answered_request(tmp_path: Path, server: Server) -> None:
-    config = configure(tmp_path, server.url("hang"), rows(12), backend={"concurrency": 1, "timeout": 60})
-    command = [sys.executable, "-m", "ual", "elicit", str(config)]
-    process = subprocess.Popen(command, env=ENVIRONMENT | {"PLANTED": KEY}, stderr=subprocess.PIPE)
+def interrupt(config: Path, server: Server, by: signal.Signals) -> tuple[int, str]:
+    """Run in a process, and signal it during the eleventh request; return exit status and stderr."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ual", "elicit", str(config)],
+        env=ENVIRONMENT | {"PLANTED": KEY},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell makes a background process ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 60
     while len(server.asked) < 11 and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=10)
+    process.send_signal(by)
+    _, said = process.communicate(timeout=20)
+    return process.returncode, said
+
+
+def test_a_killed_run_repeats_no_answered_request(tmp_path: Path, server: Server) -> None:
+    config = configure(tmp_path, server.url("hang"), rows(12), backend={"concurrency": 1, "timeout": 60})
+    interrupt(config, server, signal.SIGKILL)
     assert not (tmp_path / "run" / "rows.jsonl").exists()
-    first = [asked.body["messages"][0]["content"] for asked in server.asked]
-    assert len(first) == 11  # ten answered, one in flight
-    with serving() as mended:
-        moved = {"backend": yaml.safe_load(config.read_text())["backend"]}
-        assert moved["backend"]["base_url"] == server.url("hang")
-        server.asked.clear()
-        replayed = run(_load(config), environment={"PLANTED": KEY}, replay=True)
-        assert replayed["estimators"]["verbalised"] == {
-            "values": 10, "mean": 0.75, "missing": 2, "missing_because": {"request failed": 2},
-        }  # fmt: skip
-        assert mended.asked == server.asked == []
+    assert len(server.asked) == 11  # ten answered, one in flight
+    server.asked.clear()
+    replayed = run(_load(config), environment={"PLANTED": KEY}, replay=True)
+    assert replayed["estimators"]["verbalised"] == {
+        "values": 10, "mean": 0.75, "missing": 2, "missing_because": {"request failed": 2},
+    }  # fmt: skip
+    assert server.asked == []
 
 
 def _load(path: Path) -> ElicitConfig:
     return ElicitConfig.model_validate(yaml.safe_load(path.read_text()))
 
 
-def test_the_budget_stops_a_run_and_the_next_goes_on(tmp_path: Path, server: Server) -> None:
+def test_the_budget_stops_a_run_and_the_next_resumes(tmp_path: Path, server: Server) -> None:
     config = configure(tmp_path, server.url("well"), rows(6), budget={"requests": 4})
     said = invoke(config, code=2)
     assert "the budget is reached after" in said
@@ -165,9 +174,9 @@ def test_batch_files_out_and_in(tmp_path: Path, server: Server) -> None:
     ]
     answers[1] = {"custom_id": requests[1]["custom_id"], "response": None, "error": {"message": "expired"}}
     invoke(config, "--import-batch", write_rows(tmp_path / "out.jsonl", answers))
-    said = invoke(config, "--export-batch", tmp_path / "second")  # the stage that these answers made possible
+    said = invoke(config, "--export-batch", tmp_path / "second")  # the stage that depends on these answers
     assert "3 requests" in said
-    assert "2 are answered already" in said
+    assert "2 replies are cached" in said
     second = lines(next((tmp_path / "second").iterdir()))
     assert sum(len(r["body"]["messages"]) == 3 for r in second) == 2
     assert server.asked == []
@@ -178,7 +187,7 @@ def test_batch_files_out_and_in(tmp_path: Path, server: Server) -> None:
 
 @pytest.mark.kills("ual/report/elicitation.py", "        autoescape=True,", "        autoescape=False,")
 @pytest.mark.kills("ual/report/elicitation.py", '    return f"\'{text}" if text', "    return text if text")
-def test_a_key_markup_and_formulas_in_what_a_model_says(tmp_path: Path, server: Server) -> None:
+def test_a_key_markup_and_formulas_in_a_reply(tmp_path: Path, server: Server) -> None:
     config = configure(tmp_path, server.url("echo"), rows(2, right=True), label="right")
     said = invoke(config)
     config.write_text(config.read_text().replace("/echo", "/refuses_key"))
@@ -239,14 +248,14 @@ def test_mistakes_are_named_before_anything_is_sent(
     assert server.asked == []
 
 
-def test_the_rows_that_a_run_read_are_not_replaced(tmp_path: Path, server: Server) -> None:
+def test_the_samples_of_a_run_are_not_replaced(tmp_path: Path, server: Server) -> None:
     config = configure(tmp_path, server.url("well"), rows(2))
     invoke(config)
     said = invoke(config, f"data={tmp_path / 'run' / 'rows.jsonl'}", code=2)
     assert "would be replaced" in said
 
 
-def test_a_wrong_row_far_down_is_found_before_the_first_request(tmp_path: Path, server: Server) -> None:
+def test_a_wrong_sample_far_down_is_found_before_the_first_request(tmp_path: Path, server: Server) -> None:
     config = configure(tmp_path, server.url("well"), [*rows(50), {"prompt": "x"}])
     assert "line 51" in invoke(config, code=2)
     config = configure(tmp_path, server.url("well"), [*rows(50), *rows(1)])
@@ -254,8 +263,8 @@ def test_a_wrong_row_far_down_is_found_before_the_first_request(tmp_path: Path, 
     assert server.asked == []
 
 
-def test_ten_thousand_rows_stream_in_bounded_memory(tmp_path: Path) -> None:
-    """The benchmark that docs/elicitation.md ran with a million."""
+def test_ten_thousand_samples_stream_in_bounded_memory(tmp_path: Path) -> None:
+    """The benchmark behind the figures of docs/elicitation.md, with fewer samples."""
     found = []
     for count in (1_000, 10_000):
         command = [sys.executable, "-m", "benchmarks.elicitation_scale", str(tmp_path / str(count))]
@@ -273,10 +282,10 @@ def test_ten_thousand_rows_stream_in_bounded_memory(tmp_path: Path) -> None:
         assert [row["id"] for row in written] == [f"r{i}" for i in range(count)]
     few, many = found
     assert (few["values"], many["values"]) == (1_000, 10_000)
-    assert many["peak_mib"] < few["peak_mib"] + 10  # 9,000 rows more
+    assert many["peak_mib"] < few["peak_mib"] + 10  # 9,000 samples more
 
 
-def test_recorded_answers_become_uncertainties_as_the_docs_do_it(tmp_path: Path, shared: Path) -> None:
+def test_recorded_answers_become_uncertainties_as_in_the_docs(tmp_path: Path, shared: Path) -> None:
     """The commands behind the figures of docs/elicitation.md, on three questions."""
     from benchmarks import elicitation
 
@@ -299,22 +308,8 @@ def test_recorded_answers_become_uncertainties_as_the_docs_do_it(tmp_path: Path,
 
 def test_ctrl_c_ends_a_run_in_one_line(tmp_path: Path, server: Server) -> None:
     config = configure(tmp_path, server.url("hang"), rows(12), backend={"concurrency": 2, "timeout": 60})
-    command = [sys.executable, "-m", "ual", "elicit", str(config)]
-    process = subprocess.Popen(
-        command,
-        env=ENVIRONMENT | {"PLANTED": KEY},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a shell lets what runs in the background ignore Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    deadline = time.monotonic() + 60
-    while len(server.asked) < 11 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
-    assert process.returncode == 130, said
+    code, said = interrupt(config, server, signal.SIGINT)
+    assert code == 130, said
     assert "interrupted" in said
     assert "Traceback" not in said
     assert "never retrieved" not in said
@@ -343,7 +338,7 @@ def test_the_report_says_how_good_an_uncertainty_is(tmp_path: Path, server: Serv
     assert (column["missing"], column["distinct"]) == (1, 8)
     assert verbalised["ranking"]["auroc"]["value"] == 0.5
     assert (verbalised["distinct"], verbalised["commonest_share"]) == (1, 1.0)
-    assert verbalised["calibration"]["ece"] == pytest.approx(0.25)  # says .25, is right half the time
+    assert verbalised["calibration"]["ece"] == pytest.approx(0.25)  # states .25, is right half the time
     assert verbalised["calibration"]["brier"] == pytest.approx(0.3125)
     assert figures["spearman"] == [{"a": "column", "b": "verbalised", "n": 8, "rho": None}]
     page = (tmp_path / "run" / "report.html").read_text()

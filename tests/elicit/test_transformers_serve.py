@@ -1,4 +1,4 @@
-"""A server that nobody here wrote: `transformers serve` with SmolLM2, on loopback."""
+"""A server of another project: `transformers serve` with SmolLM2, on loopback."""
 
 import json
 import socket

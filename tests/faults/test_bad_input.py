@@ -52,7 +52,7 @@ def changed(row: int, **values: Any) -> list[dict[str, Any]]:
         pytest.param(
             [{k: v for k, v in r.items() if k != "uncertainty"} for r in ROWS],
             {},
-            ['no row has an "uncertainty" value', "white_box"],
+            ['no sample has an "uncertainty" value', "white_box"],
             id="no uncertainty column",
         ),
         pytest.param(

@@ -1,4 +1,4 @@
-"""Estimators and the scores they read: one record per sample, by its id, with evidence."""
+"""Estimators of training and the scores that they read: one record per sample, by its id, with evidence."""
 
 from pathlib import Path
 
@@ -19,12 +19,12 @@ def sample(i: int, uncertainty: float | None = None) -> Sample:
     return Sample(str(i), turns, uncertainty=uncertainty)
 
 
-def test_a_column_is_passed_on_with_its_gaps() -> None:
+def test_a_column_keeps_its_missing_values() -> None:
     values = [e.value for e in column.own_uncertainties([sample(0, 0.5), sample(1), sample(2, -3.0)])]
     assert values == [0.5, None, -3.0]
 
 
-def test_a_column_that_no_row_has_is_refused() -> None:
+def test_a_column_that_no_sample_has_is_refused() -> None:
     with pytest.raises(UserError, match="white_box"):
         list(column.own_uncertainties([sample(0), sample(1)]))
 
@@ -42,8 +42,8 @@ def test_white_box_is_the_mean_nll_of_the_response(stories: Path) -> None:
     expected = {}
     for f in features:
         log_p = model(input_ids=torch.tensor([f["input_ids"]])).logits[0, :-1].log_softmax(-1).double()
-        live = torch.tensor(f["labels"][1:]) != -100
-        picked = log_p[live, torch.tensor(f["input_ids"][1:])[live]]
+        selected = torch.tensor(f["labels"][1:]) != -100
+        picked = log_p[selected, torch.tensor(f["input_ids"][1:])[selected]]
         expected[f["id"]] = -picked.mean().item()
     fuse(model)
     done: list[int] = []
@@ -63,7 +63,7 @@ def test_a_sample_without_a_score_is_none_not_a_number() -> None:
     assert elicited.value is None
 
 
-def test_scoring_leaves_the_mode_of_the_model(stories: Path) -> None:
+def test_scoring_keeps_the_mode_of_the_model(stories: Path) -> None:
     model = fuse(AutoModelForCausalLM.from_pretrained(stories)).train()
     features = [
         {

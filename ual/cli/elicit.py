@@ -14,6 +14,8 @@ from ual.errors import UserError
 
 if TYPE_CHECKING:
     from ual.config.elicit import ElicitConfig
+    from ual.uncertainty.budget import Budget
+    from ual.uncertainty.session import Counts
 
 _ELICIT_EXAMPLE = """\b
 [bold]A configuration[/bold]
@@ -21,7 +23,7 @@ _ELICIT_EXAMPLE = """\b
   backend:
     kind: endpoint                          # or local: a model loaded here
     model: gpt-5-mini
-    api_key_env: OPENAI_API_KEY             # the variable's name, no key
+    api_key_env: OPENAI_API_KEY             # the variable's name, not the key
     prices: {prompt: 0.25, completion: 2.0} # per million tokens
   estimators: \\[judge, {name: self_consistency, samples: 5}]
   budget: {money: 20}
@@ -29,10 +31,10 @@ _ELICIT_EXAMPLE = """\b
 \b
 [bold]Examples[/bold]
   ual elicit config.yaml --dry-run      prompts, tokens, cost; nothing is sent
-  ual elicit config.yaml --limit 20     the first rows
-  ual elicit config.yaml                all; after a stop, it goes on
-  ual elicit report runs/config         how good it is
-  ual elicit config.yaml --export-batch files        for OpenAI's Batch
+  ual elicit config.yaml --limit 20     the first samples
+  ual elicit config.yaml                all samples; run it again to resume
+  ual elicit report runs/config         how good the uncertainties are
+  ual elicit config.yaml --export-batch files        for OpenAI's Batch API
   ual elicit config.yaml --import-batch out.jsonl    or vllm run-batch
 """
 
@@ -49,7 +51,7 @@ class _RunByDefault(TyperGroup):
 elicit_app = typer.Typer(
     cls=_RunByDefault, no_args_is_help=True, rich_markup_mode="rich", epilog=_ELICIT_EXAMPLE
 )
-app.add_typer(elicit_app, name="elicit", help="Give every row an uncertainty, by asking a model.")
+app.add_typer(elicit_app, name="elicit", help="Elicit the uncertainty of each sample from a model.")
 
 
 @elicit_app.command("run", epilog=_ELICIT_EXAMPLE)
@@ -58,26 +60,27 @@ def elicit(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example budget.money=5.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print prompts, tokens and cost; send nothing.")
     ] = False,
     replay: Annotated[
-        bool, typer.Option("--replay", help="Answer from the cache alone; ask nobody.")
+        bool, typer.Option("--replay", help="Take replies from the cache alone; send nothing.")
     ] = False,
     export_batch: Annotated[
-        Path | None, typer.Option(help="Write what is not answered into batch files in this new folder.")
+        Path | None,
+        typer.Option(help="Write the requests without a cached reply into batch files in this new folder."),
     ] = None,
     import_batch: Annotated[
-        list[Path] | None, typer.Option(help="Take in a batch's output file; may be given several times.")
+        list[Path] | None, typer.Option(help="Import a batch's output file; may be given several times.")
     ] = None,
     allow_plain_http: Annotated[
-        bool, typer.Option("--allow-plain-http", help="Let data and key go to another machine in the clear.")
+        bool, typer.Option("--allow-plain-http", help="Allow unencrypted HTTP to another machine.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
-    """Give every row an uncertainty; `ual train` reads the rows that this writes."""
+    """Give each sample an uncertainty, and write the samples for `ual train`."""
     with errors(debug):
         from ual.config.base import load_as
         from ual.config.elicit import ElicitConfig
@@ -95,7 +98,7 @@ def elicit(
 
             done = export(resolved, export_batch, limit=limit)
             out.print(
-                f"{done.requests} requests in {len(done.files)} files; {done.cached} are answered already"
+                f"{done.requests} requests in {len(done.files)} files; {done.cached} replies are cached"
             )
             out.print(*done.files, sep="\n", highlight=False, soft_wrap=True)
         elif import_batch:
@@ -117,7 +120,7 @@ def elicit_report(
     output: Page = None,
     debug: Debug = False,
 ) -> None:
-    """Write the page that shows how good the elicited uncertainties are."""
+    """Write a page that shows how good the elicited uncertainties are."""
     with errors(debug):
         from ual.report.elicitation import write_elicitation
 
@@ -129,43 +132,27 @@ def _dry_run(config: "ElicitConfig", limit: int | None) -> None:
 
     found = dry_run(config, limit=limit)
     for estimate in found.estimates:
-        for prompt in estimate.prompts:
+        if estimate.prompt:
             out.print(f"{estimate.label}, its first prompt", style="bold", markup=False)
-            out.print(prompt + "\n", highlight=False, markup=False)
+            out.print(estimate.prompt + "\n", highlight=False, markup=False)
     out.print(tables.elicitation_plan(found), highlight=False)
 
 
 def _elicit(config: "ElicitConfig", limit: int | None, replay: bool, trust_remote_code: bool) -> None:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Progress as Bars
+    from ual.pipelines.elicit import run
+    from ual.runs.progress import Progress
 
-    from ual.pipelines.elicit import Progress, run
+    with Progress(err) as progress:
+        bar = progress.bars.add_task("eliciting", total=None)
 
-    columns = (
-        TextColumn("eliciting"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[said]}"),
-    )
-    with Bars(*columns, console=err) as bars:
-        bar = bars.add_task("", total=None, said="")
-
-        def advance(p: Progress) -> None:
-            if p.done % max(1, p.total // 1000) and p.done != p.total:
+        def advance(done: int, total: int, counts: "Counts", budget: "Budget") -> None:
+            if done % max(1, total // 1000) and done != total:
                 return
-            said = f"{p.requests} asked, {p.cached} cached"
-            said += f", {p.failed} failed" if p.failed else ""
-            said += f", cost {p.cost:.4f} of about {p.projected_cost:.4f}" if p.cost else ""
-            bars.update(bar, total=p.total, completed=p.done, said=said)
+            cost = budget.cost(budget.spent)
+            said = f"eliciting: {budget.spent.requests} sent, {counts.cached} cached"
+            said += f", {counts.failed} failed" if counts.failed else ""
+            said += f", cost {cost:.4f} of about {cost * total / done:.4f}" if cost else ""
+            progress.bars.update(bar, total=total, completed=done, description=said)
 
         summary = run(
             config,
@@ -184,7 +171,7 @@ def _elicit(config: "ElicitConfig", limit: int | None, replay: bool, trust_remot
         page = write_elicitation(folder)
     out.print(
         f"{summary['requests']['sent']} requests, cost {summary['cost']:.4f}\n"
-        f"rows     {folder / 'rows.jsonl'}\nreport   {page}",
+        f"samples  {folder / 'rows.jsonl'}\nreport   {page}",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -1,4 +1,4 @@
-"""The configuration of `ual elicit`: which rows, which estimators, who answers, within which budget."""
+"""The configuration of `ual elicit`: samples, estimators, the backend that answers, the budget."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,22 +9,24 @@ from ual.config.base import CommandConfig, Section, from_name
 from ual.config.run import ModelConfig
 
 Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Price = Annotated[float, Field(ge=0)]
 
 
 class RowsConfig(Section):
-    """Where the rows come from. JSONL streams; other formats are read whole."""
+    """The source of the samples. JSONL is streamed; other formats are read into memory."""
 
-    path: str = Field(description="JSONL, JSON or parquet file, or a data set on the hub")
+    path: str = Field(description="a JSONL, JSON or parquet file, or a data set on the hub")
     format: Literal["auto", "messages", "prompt_completion", "alpaca"] = "auto"
     split: str = "train"
     label: str | None = Field(None, description="a column that says whether the response is right, if any")
 
 
 class PricesConfig(Section):
-    """Money per million tokens."""
+    """Money per million tokens, in any currency."""
 
-    prompt: Annotated[float, Field(ge=0)] = 0.0
-    completion: Annotated[float, Field(ge=0)] = 0.0
+    prompt: Price = 0.0
+    completion: Price = 0.0
 
 
 class EndpointConfig(Section):
@@ -34,33 +36,33 @@ class EndpointConfig(Section):
     model: str
     base_url: Annotated[str, AfterValidator(lambda url: url.rstrip("/"))] = "https://api.openai.com/v1"
     api_key_env: str | None = Field(None, description="the environment variable that holds the key")
-    api_key_file: str | None = Field(None, description="or the file that holds it")
+    api_key_file: str | None = Field(None, description="the file that holds the key")
     concurrency: Annotated[int, Field(ge=1, le=2048)] = 16
-    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
-    tokens_per_minute: Annotated[float, Field(gt=0)] | None = None
-    timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="seconds for a whole reply")
+    requests_per_minute: PositiveFloat | None = None
+    tokens_per_minute: PositiveFloat | None = None
+    timeout: PositiveFloat = Field(60.0, description="seconds for a complete reply")
     max_retries: Annotated[int, Field(ge=0, le=20)] = 6
     max_response_bytes: Annotated[int, Field(ge=1024)] = 4 * 2**20
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     seed: int | None = Field(0, description="sent with each request, plus the draw's number; null: not sent")
     omit: list[str] = Field([], description="fields that this server refuses, such as temperature")
-    extra_body: dict[str, Any] = Field({}, description="fields that this server wants besides")
+    extra_body: dict[str, Any] = Field({}, description="additional fields of each request")
     prices: PricesConfig = PricesConfig()
     allow_plain_http: bool = False
 
 
 class LocalConfig(Section):
-    """A model of transformers on this machine."""
+    """A Transformers model on this machine."""
 
     kind: Literal["local"]
     model: Annotated[ModelConfig, from_name("path")]
     batch_size: Positive = 8
-    max_length: Positive = Field(2048, description="tokens of a prompt with its reply; longer ones fail")
+    max_length: Positive = Field(2048, description="tokens of a prompt and its reply; a longer request fails")
     chat_template: str | None = Field(
-        None, description="'chatml', 'plain', or a Jinja file; None: the model's"
+        None, description="'chatml', 'plain', or a Jinja file; null: the model's"
     )
     seed: int = 0
-    device: str | None = Field(None, description="such as cpu or cuda:0; null: the GPU where there is one")
+    device: str | None = Field(None, description="such as cpu or cuda:0; null: the GPU if there is one")
 
 
 class BudgetConfig(Section):
@@ -68,11 +70,11 @@ class BudgetConfig(Section):
 
     requests: Positive | None = None
     tokens: Positive | None = None
-    money: Annotated[float, Field(gt=0)] | None = None
+    money: PositiveFloat | None = None
 
 
 class ElicitConfig(CommandConfig):
-    """One elicitation: every estimator sees every row; the first one's value becomes `uncertainty`."""
+    """One elicitation. Every estimator sees every sample; the first one's value becomes `uncertainty`."""
 
     command = "elicit"
     example = "data: FILE.jsonl / backend: {kind: endpoint, model: NAME}"
@@ -81,7 +83,7 @@ class ElicitConfig(CommandConfig):
     backend: Annotated[EndpointConfig | LocalConfig, Field(discriminator="kind")]
     estimators: list[str | dict[str, Any]] = Field(["judge"], min_length=1)
     nli: Annotated[ModelConfig, from_name("path")] | None = Field(
-        None, description="a sequence classifier that knows entailment, for semantic_entropy"
+        None, description="a sequence classifier of entailment, for semantic_entropy"
     )
     budget: BudgetConfig = BudgetConfig()
     cache: str | None = Field(None, description="the file of replies; null: replies.sqlite in output_dir")

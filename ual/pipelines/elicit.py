@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,40 +34,29 @@ from ual.uncertainty.budget import Budget, BudgetReachedError
 from ual.uncertainty.cache import Cache
 from ual.uncertainty.estimators.registry import build
 from ual.uncertainty.protocol import Ask, Backend, Estimator, Task
-from ual.uncertainty.session import Session, elicit
+from ual.uncertainty.session import Counts, Session, elicit
 
 _OUTPUTS = ("rows.jsonl", "elicited.jsonl")
 _QUIET = ("openai", "httpx2", "httpcore2")  # log a line per request
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """The state of a run after a sample."""
-
-    done: int
-    total: int
-    requests: int
-    cached: int
-    failed: int
-    cost: float
-
-    @property
-    def projected_cost(self) -> float:
-        """The cost of the whole run at this rate."""
-        return self.cost * self.total / self.done if self.done else 0.0
+Progress = Callable[[int, int, Counts, Budget], None]
+"""Takes the number of samples done, the number of all samples, the counts of requests, and what is spent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A configuration, its estimators, and the number of its samples, all of which were checked."""
+    """A configuration, its estimators, and the number of its samples."""
 
     config: ElicitConfig
     limit: int | None
     estimators: Sequence[Estimator]
-    total: int
+    total: int = 0
 
     def samples(self) -> Iterator[tuple[Mapping[str, Any], Sample]]:
-        return _samples(self.config, self.limit)
+        """Stream each sample as read, and the sample."""
+        data = self.config.data
+        return islice(stream(data.path, format=data.format, split=data.split), self.limit)
 
     def elicit(self, ask: Ask) -> AsyncGenerator[tuple[Mapping[str, Any], Sample, list[Elicited]], None]:
         """Yield each sample as read, the sample, and one record per estimator."""
@@ -82,7 +71,7 @@ def prepare(config: ElicitConfig, limit: int | None = None) -> Job:
     Raises:
         UserError: an estimator, an option, a sample or a label is wrong.
     """
-    estimators = build(config.estimators)
+    job = Job(config, limit, build(config.estimators))
     source, folder = Path(config.data.path).expanduser(), Path(config.output_dir)
     for name in _OUTPUTS:
         if (folder / name).exists() and source.exists() and source.samefile(folder / name):
@@ -92,10 +81,10 @@ def prepare(config: ElicitConfig, limit: int | None = None) -> Job:
                 remedy="choose another output_dir",
             )
     total = 0
-    for row, sample in _samples(config, limit):
+    for row, sample in job.samples():
         _label(row, sample, config.data.label)
         total += 1
-    return Job(config, limit, estimators, total)
+    return replace(job, total=total)
 
 
 def run(
@@ -105,7 +94,7 @@ def run(
     limit: int | None = None,
     replay: bool = False,
     trust_remote_code: bool = False,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Elicit as `config` says, into the folder `config.output_dir`; return the content of summary.json.
 
@@ -154,16 +143,6 @@ def backends(
         UserError: no backend can do what an estimator needs; a key or a model is missing.
     """
     config, found = job.config, list[Backend]()
-    able: set[Task] = {"generate"} if isinstance(config.backend, EndpointConfig) else {"generate", "score"}
-    if config.nli is not None:
-        able.add("entail")
-    for estimator in job.estimators:
-        if missing := estimator.needs - able:
-            raise UserError(
-                f"{estimator.label} needs a backend that can {sorted(missing)[0]}",
-                place="configuration, estimators",
-                remedy="name a classifier by nli" if "entail" in missing else 'use a backend of kind "local"',
-            )
     if isinstance(config.backend, EndpointConfig):
         from ual.uncertainty.backends.endpoint import Endpoint
 
@@ -186,6 +165,14 @@ def backends(
             if replay
             else local.entailment(config.nli, budget)
         )
+    able = frozenset[Task]().union(*(backend.tasks for backend in found))
+    for estimator in job.estimators:
+        if missing := estimator.needs - able:
+            raise UserError(
+                f"{estimator.label} needs a backend that can {sorted(missing)[0]}",
+                place="configuration, estimators",
+                remedy="name a classifier by nli" if "entail" in missing else 'use a backend of kind "local"',
+            )
     return found
 
 
@@ -217,9 +204,7 @@ def secret(config: EndpointConfig, environment: Mapping[str, str]) -> SecretStr 
     return SecretStr(value)
 
 
-async def _elicit(
-    job: Job, session: Session, budget: Budget, progress: Callable[[Progress], None]
-) -> dict[str, Any]:
+async def _elicit(job: Job, session: Session, budget: Budget, progress: Progress) -> dict[str, Any]:
     started = time.monotonic()
     tallies = {estimator.label: _Tally() for estimator in job.estimators}
     done = 0
@@ -236,9 +221,7 @@ async def _elicit(
                     for record in elicited:
                         tallies[record.estimator].add(record)
                     done += 1
-                    counts, spent = session.counts, budget.spent
-                    cost = budget.cost(spent)
-                    progress(Progress(done, job.total, spent.requests, counts.cached, counts.failed, cost))
+                    progress(done, job.total, session.counts, budget)
             if job.limit is None and done != job.total:
                 raise UserError(f"the samples changed while they were read: {job.total}, now {done}")
     except BudgetReachedError:
@@ -289,15 +272,11 @@ class _Tally:
         }
 
 
-def _samples(config: ElicitConfig, limit: int | None) -> Iterator[tuple[Mapping[str, Any], Sample]]:
-    return islice(stream(config.data.path, format=config.data.format, split=config.data.split), limit)
-
-
 def _label(row: Mapping[str, Any], sample: Sample, column: str | None) -> bool | None:
     """Return whether a response is right, by its label column; None if it is null or no column is named."""
-    value = None if column is None else row.get(column, "no such column")
-    if value is None:
+    if column is None or row.get(column, "missing") is None:
         return None
+    value = row.get(column)
     if value not in (0, 1):  # False and True are 0 and 1
         raise UserError(
             f"expected true, false, 1, 0 or null, got {value!r}"[:200]

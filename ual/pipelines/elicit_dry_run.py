@@ -1,13 +1,12 @@
 """What an elicitation would send and cost: prompts, tokens, money. Nothing is sent."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
-from ual.config.elicit import ElicitConfig, EndpointConfig
-from ual.pipelines.elicit import Job, prepare
+from ual.config.elicit import ElicitConfig, LocalConfig
+from ual.pipelines.elicit import Job, backends, prepare
 from ual.uncertainty import protocol
 from ual.uncertainty.budget import Budget, Spent
 from ual.uncertainty.cache import Cache
@@ -19,10 +18,10 @@ _NO_SCORES = dict.fromkeys(("nll", "mean_entropy", "max_entropy", "mean_margin")
 
 @dataclass(slots=True)
 class Estimate:
-    """What one estimator would send: its first prompts, and the most that it may use."""
+    """What one estimator would send: its first prompt, and the most that it may use."""
 
     label: str
-    prompts: list[str] = field(default_factory=list)
+    prompt: str = ""
     requests: int = 0
     cached: int = 0
     most: Spent = field(default_factory=Spent)
@@ -38,44 +37,38 @@ class DryRun:
     counted: bool
 
 
-def dry_run(config: ElicitConfig, *, limit: int | None = None, prompts: int = 1) -> DryRun:
+def dry_run(config: ElicitConfig, *, limit: int | None = None) -> DryRun:
     """Process the samples as the run would, with made-up replies where the cache has none.
 
     All made-up replies differ. A stage that depends on replies therefore sends as many requests as it can,
     with the shortest prompts. Completions are counted at their full length.
-
-    Args:
-        config: see `ual.config.elicit`.
-        limit: only the first samples.
-        prompts: how many prompts of each estimator to keep, for printing.
     """
     job = prepare(config, limit)
-    identity: Mapping[str, Any]
-    tokens: Callable[[Request], int]
-    if counted := not isinstance(config.backend, EndpointConfig):
+    stand_ins = backends(job, Budget(), {}, replay=True)
+    tokens: Callable[[Request], int] = _estimated_tokens
+    if counted := isinstance(config.backend, LocalConfig):
         from ual.uncertainty.backends import local
 
-        identity, tokens = local.identity(config.backend), local.token_counter(config.backend)
-    else:
-        from ual.uncertainty.backends.endpoint import Endpoint
-
-        endpoint = Endpoint(config.backend, None, Budget())
-        identity, tokens = endpoint.identity, lambda request: -(-request.size // _BYTES_PER_TOKEN)
+        tokens = local.token_counter(config.backend)
     path = config.cache_path
     with closing(Cache(path)) if path.is_file() else nullcontext() as cache:
 
         def cached(request: Request) -> Reply | None:
+            identity = next(backend.identity for backend in stand_ins if request.task in backend.tasks)
             return None if cache is None else cache.get(protocol.key(identity, request))
 
-        estimates = [asyncio.run(_walk(job, e, prompts, cached, tokens)) for e in job.estimators]
+        estimates = [asyncio.run(_walk(job, e, cached, tokens)) for e in job.estimators]
     cost = Budget(prices=config.prices).cost(sum((e.most for e in estimates), Spent()))
     return DryRun(job.total, estimates, cost, counted)
+
+
+def _estimated_tokens(request: Request) -> int:
+    return -(-request.size // _BYTES_PER_TOKEN)
 
 
 async def _walk(
     job: Job,
     estimator: Estimator,
-    prompts: int,
     cached: Callable[[Request], Reply | None],
     tokens: Callable[[Request], int],
 ) -> Estimate:
@@ -88,8 +81,8 @@ async def _walk(
         estimate.requests += 1
         completion = request.max_tokens if request.task == "generate" else 0
         estimate.most += Spent(1, tokens(request), completion)
-        if len(estimate.prompts) < prompts:
-            estimate.prompts.append("\n".join(f"[{m.role}] {m.content}" for m in request.messages))
+        if not estimate.prompt:
+            estimate.prompt = "\n".join(f"[{m.role}] {m.content}" for m in request.messages)
         return Reply(f"(reply {estimate.requests})", scores=_NO_SCORES)
 
     for _, sample in job.samples():

@@ -11,6 +11,8 @@ Write-ahead mode needs a local disk: on a network file system each machine needs
 
 import os
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ual.errors import UserError
@@ -38,13 +40,11 @@ class Cache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             self._db = sqlite3.connect(path, timeout=_TIMEOUT, isolation_level=None)
             self._open()
-        except (OSError, sqlite3.Error) as error:
-            raise self._explained(error) from error
 
     def _open(self) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -57,26 +57,20 @@ class Cache:
 
     def get(self, key: bytes) -> Reply | None:
         """Return the reply of a key, or None."""
-        try:
+        with self._errors((sqlite3.Error, ValueError, KeyError, TypeError)):
             row = self._db.execute("SELECT reply FROM reply WHERE key = ?", (key,)).fetchone()
             return Reply.parse(row[0]) if row else None
-        except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
-            raise self._explained(error) from error
 
     def add(self, key: bytes, reply: Reply) -> None:
         """Add a reply; the first reply of a key stays."""
-        try:
+        with self._errors():
             self._db.execute("INSERT OR IGNORE INTO reply (key, reply) VALUES (?, ?)", (key, reply.dump()))
-        except sqlite3.Error as error:
-            raise self._explained(error) from error
 
     def note(self, run: str, spent: Spent) -> None:
         """Record what a run has just spent."""
         row = (run, spent.requests, spent.prompt_tokens, spent.completion_tokens)
-        try:
+        with self._errors():
             self._db.execute("INSERT INTO spent VALUES (?, ?, ?, ?)", row)
-        except sqlite3.Error as error:
-            raise self._explained(error) from error
 
     def spent(self, run: str) -> Spent:
         """Return what all processes of a run have spent."""
@@ -92,10 +86,14 @@ class Cache:
     def close(self) -> None:
         self._db.close()
 
-    def _explained(self, error: Exception) -> UserError:
-        return UserError(
-            f"the cache of replies cannot be used: {error}",
-            place=str(self.path),
-            remedy="free some space or correct its permissions. If it is damaged or another program's file, "
-            "name another file with `cache`; this one was not changed",
-        )
+    @contextmanager
+    def _errors(self, kinds: tuple[type[Exception], ...] = (OSError, sqlite3.Error)) -> Iterator[None]:
+        try:
+            yield
+        except kinds as error:
+            raise UserError(
+                f"the cache of replies cannot be used: {error}",
+                place=str(self.path),
+                remedy="free some space or correct its permissions. If it is damaged, or another program's "
+                "file, name another file with `cache`; this one was not changed",
+            ) from error

@@ -8,9 +8,9 @@ import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from ual.records import Elicited, Message, Sample
 
@@ -24,14 +24,11 @@ class Request:
     """A request to a model: everything that determines the reply, except the model itself.
 
     Attributes:
-        messages: the conversation; for "entail", the premise and the hypothesis.
         task: "generate" continues the conversation. "score" reads the probabilities of its last turn.
             "entail" asks whether the first message entails the second.
-        max_tokens: of the reply.
-        temperature: 0 is greedy.
         top_logprobs: alternatives per token, 0 for none.
         draw: distinguishes several replies to one prompt, and is added to the seed.
-        json_schema: asks the server for structured output.
+        json_schema: requests structured output.
     """
 
     messages: tuple[Message, ...]
@@ -64,9 +61,7 @@ class Reply:
     Attributes:
         text: None for a refusal.
         finish_reason: "length" if the text is truncated.
-        tokens: the generated tokens, if `top_logprobs` asked for them.
-        prompt_tokens: 0 if unknown.
-        completion_tokens: 0 if unknown.
+        tokens: the generated tokens, if `top_logprobs` requested them.
         scores: for "score", see `estimators.white_box.summary`; for "entail", the probabilities of
             "entailment", "neutral" and "contradiction".
     """
@@ -139,17 +134,10 @@ class Estimator(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    label: str = ""
+    label: str = Field(default_factory=lambda data: data["name"])
 
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, options: Any) -> Any:
-        return {"label": options.get("name"), **options} if isinstance(options, dict) else options
-
-    @property
-    def needs(self) -> frozenset[Task]:
-        """What the backend must be able to do."""
-        return frozenset({"generate"})
+    needs: ClassVar[frozenset[Task]] = frozenset({"generate"})
+    """What the backends must be able to do."""
 
     async def estimate(self, sample: Sample, ask: Ask) -> Elicited:
         """Return the sample's record: a finite value or None, and evidence. Larger is more uncertain.

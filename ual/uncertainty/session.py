@@ -98,10 +98,10 @@ class Session:
 async def elicit(
     samples: Iterable[tuple[S, Sample]], estimators: Sequence[Estimator], ask: Ask, *, window: int
 ) -> AsyncGenerator[tuple[S, Sample, list[Elicited]], None]:
-    """Yield each sample, what came with it, and one record per estimator, in the samples' order.
+    """Yield each companion, its sample, and one record per estimator, in the samples' order.
 
     Args:
-        samples: read one by one; at most `window` are held.
+        samples: companions and samples, read one by one; at most `window` are held.
         estimators: each one sees every sample. A failed request gives a record without a value, with the
             error as evidence.
         ask: answers the requests.

@@ -62,26 +62,25 @@ class BatchingBackend:
         await asyncio.sleep(0)  # requests of the same moment join the batch
         while self._waiting:
             batch = self._take()
+            replies: Sequence[Reply | Exception]
             try:
                 replies = await asyncio.to_thread(self._answer, [request for request, _ in batch])
-                for (_, future), reply in zip(batch, replies, strict=True):
-                    if not future.done():  # done if the waiter was cancelled
-                        if isinstance(reply, RequestError):
-                            future.set_exception(reply)
-                        else:
-                            future.set_result(reply)
             except Exception as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
+                replies = [error] * len(batch)
+            for (_, future), reply in zip(batch, replies, strict=True):
+                if future.done():  # its waiter was cancelled
+                    continue
+                if isinstance(reply, Exception):
+                    future.set_exception(reply)
+                else:
+                    future.set_result(reply)
 
     def _take(self) -> list[_Waiting]:
-        first = self._waiting[0][0]
-        alike = [w for w in self._waiting[1:] if _kind(w[0]) == _kind(first)]
-        alike.sort(key=lambda w: abs(w[0].size - first.size))
-        batch = [self._waiting[0], *alike[: self._size - 1]]
-        taken = {id(w) for w in batch}
-        self._waiting = [w for w in self._waiting if id(w) not in taken]
+        first, _ = self._waiting[0]
+        alike = [w for w in self._waiting if _kind(w[0]) == _kind(first)]
+        batch = sorted(alike, key=lambda w: abs(w[0].size - first.size))[: self._size]
+        taken = {future for _, future in batch}
+        self._waiting = [w for w in self._waiting if w[1] not in taken]
         return batch
 
     async def close(self) -> None:

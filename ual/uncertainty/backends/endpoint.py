@@ -11,7 +11,7 @@ import ipaddress
 import random
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -98,7 +98,7 @@ class Endpoint:
                 except _AttemptError as error:
                     if error.answered:
                         used = Spent(1)
-                    problem = str(error)
+                    problem = error.problem
                     if not error.transient:
                         break
                     wait = error.retry_after
@@ -178,7 +178,8 @@ class Endpoint:
 
     def _status(self, error: openai.APIStatusError) -> "_AttemptError":
         status, response = error.status_code, error.response
-        said = " ".join(self._scrubbed(_message(error)).split())[:_SHOWN]
+        inner = error.body.get("message") if isinstance(error.body, dict) else None
+        said = " ".join(self._scrubbed(str(inner or response.text)).split())[:_SHOWN]
         problem = f"the server answered {status}: {said}"
         if 300 <= status < 400:
             to = urlsplit(response.headers.get("location", "")).netloc or "another path"
@@ -256,14 +257,14 @@ def parse(text: str) -> Reply:
     )
 
 
+@dataclass(eq=False)
 class _AttemptError(Exception):
     """One attempt failed. `answered`: with an error status, which servers do not charge for."""
 
-    def __init__(
-        self, problem: str, *, answered: bool, transient: bool, retry_after: float | None = None
-    ) -> None:
-        super().__init__(problem)
-        self.answered, self.transient, self.retry_after = answered, transient, retry_after
+    problem: str
+    answered: bool
+    transient: bool
+    retry_after: float | None = None
 
 
 class _RefusedError(Exception):
@@ -370,12 +371,6 @@ def _retry_after(response: httpx2.Response) -> float | None:
         if 0 <= seconds < float("inf"):
             return seconds
     return None
-
-
-def _message(error: openai.APIStatusError) -> str:
-    body = error.body
-    inner = body.get("message") if isinstance(body, dict) else None
-    return str(inner or error.response.text)
 
 
 def _loopback(host: str) -> bool:

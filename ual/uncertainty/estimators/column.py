@@ -1,7 +1,7 @@
-"""The uncertainty that a sample brings: human disagreement, or an earlier judge's score."""
+"""The uncertainty in the data: human disagreement, or an earlier judge's score."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ual.errors import UserError
 from ual.records import Elicited, Sample
@@ -9,13 +9,11 @@ from ual.uncertainty.protocol import Ask, Estimator, Task
 
 
 class Column(Estimator):
-    """u = the sample's own `uncertainty`. No model is asked; other estimators can be compared with it."""
+    """u = the sample's own `uncertainty`, for comparison with other estimators. Sends no request."""
 
     name: Literal["column"] = "column"
 
-    @property
-    def needs(self) -> frozenset[Task]:
-        return frozenset()
+    needs: ClassVar[frozenset[Task]] = frozenset()
 
     async def estimate(self, sample: Sample, ask: Ask) -> Elicited:
         if sample.uncertainty is None:
@@ -31,9 +29,9 @@ def own_uncertainties(samples: Sequence[Sample]) -> list[Elicited]:
     """
     if all(sample.uncertainty is None for sample in samples):
         raise UserError(
-            'no row has an "uncertainty" value',
+            'no sample has an "uncertainty" value',
             place="configuration, uncertainty.estimator",
-            remedy='add the column, or set uncertainty.estimator to "white_box" to ask the base model, '
+            remedy='add the column, or set uncertainty.estimator to "white_box", which uses the base model, '
             'or loss.kind to "sft" or "uniform" to train without',
         )
     return [Elicited(sample.id, "column", sample.uncertainty) for sample in samples]

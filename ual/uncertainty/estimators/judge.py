@@ -32,16 +32,16 @@ _JSON = 'Answer with JSON and nothing else: {{"score": <an integer from 0 to {hi
 class Judge(Estimator):
     """u = score / highest score, in [0, 1].
 
-    Where the server gives the log-probabilities of tokens, the score is its expected value over the scale
-    (G-Eval, arXiv 2303.16634): ties of integers dissolve. The default scale ends at 9, so that every score is
-    one token. `read` "first_token" takes the expected value over the reply's first token whatever the reply
-    says, for models that score better than they follow a format; the mass on the scale is in the evidence.
+    If the server returns log-probabilities, the score is its expected value over the scale (G-Eval, arXiv
+    2303.16634), which avoids ties. The default scale ends at 9, so every score is one token. `read`
+    "first_token" takes the expected value over the reply's first token and ignores the text, for models that
+    do not follow the format. The evidence holds the probability mass on the scale.
     """
 
     name: Literal["judge"] = "judge"
     high: Annotated[int, Field(ge=1, le=100, description="the scale is 0 to high")] = 9
-    structured: bool = Field(True, description="ask the server for JSON of one integer, by a schema")
-    top_logprobs: Annotated[int, Field(ge=0, le=20, description="0: take the written score")] = 20
+    structured: bool = Field(True, description="request JSON with one integer, by a schema")
+    top_logprobs: Annotated[int, Field(ge=0, le=20, description="0: use the written score")] = 20
     max_tokens: Annotated[int, Field(ge=1)] = 32
     read: Literal["text", "first_token"] = "text"
 
@@ -81,9 +81,9 @@ class Judge(Estimator):
         )
 
     def _expected(self, reply: Reply, score: int) -> dict[str, float] | None:
-        """Return the expected score over the token that states it, and the mass that the scale's tokens have.
+        """Return the expected score over the token that states it, and the probability mass on the scale.
 
-        None where no single token is the score: the server gave no log-probabilities, or split the number.
+        None if no single token is the score: without log-probabilities, or if the number has two tokens.
         """
         stating = [token for token in reply.tokens if _scale_value(token.text) == score]
         return self._over(stating[0]) if len(stating) == 1 else None

@@ -23,7 +23,7 @@ Answer with A or B and nothing else."""
 class PTrue(Estimator):
     """u = 1 - p(A) / (p(A) + p(B)) at the first token of the reply.
 
-    The reply's text does not count. Without log-probabilities, or with neither letter among the likeliest
+    The reply's text is not read. Without log-probabilities, or if neither letter is among the likeliest
     tokens, there is no value.
     """
 

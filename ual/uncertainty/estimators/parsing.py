@@ -1,8 +1,8 @@
-"""What a model wrote, to a number or to the reason why there is none. A parser never invents a number.
+"""Read a number from a model's reply, or the reason why there is none. A parser never invents a number.
 
-A number counts where it is all that was written, where it follows a label ("Confidence: 70 %"), or where it
-is the value of the JSON key that was asked for. A number in a sentence does not: "I am 80 % sure that it is
-wrong" states a probability, and not the one that was asked. Two different numbers are none.
+A number counts if it is the complete reply, if it follows a label ("Confidence: 70 %"), or if it is the value
+of the requested JSON key. A number in a sentence does not count: "I am 80 % sure that it is wrong" states a
+different probability. Two different numbers give no value.
 """
 
 import json
@@ -24,7 +24,7 @@ Reason = Literal[
     "in a sentence",
 ]
 
-_LONGEST = 20_000  # characters looked at: a reply may be as long as its server likes
+_LONGEST = 20_000  # characters read; the length of a reply is the server's choice
 _DECIMAL = r"[+-]?(?:\d{1,15}(?:[.,]\d{0,15})?|[.,]\d{1,15})(?:[eE][+-]?\d{1,3})?"
 _PERCENT = r"%|٪|per ?cent|prozent|pour ?cent|por ?ciento|per ?cento|por ?cento|процент\w{0,2}|パーセント"
 _SHARE = rf"(?:/|out of|von|sur|de)\s*(?P<whole>{_DECIMAL})"
@@ -52,9 +52,9 @@ def probability(text: str | None, *, truncated: bool = False, key: str = "probab
     """Read a probability: 0, 1, .5, 0,5, 1e-3, 50 %, 50/100, 1 out of 2.
 
     Args:
-        text: what the model wrote; None where it refused.
-        truncated: the reply was cut off, so a number that touches its end may lack digits.
-        key: the JSON key whose value counts, where the text is a JSON object.
+        text: the reply; None for a refusal.
+        truncated: the reply was cut off, so a number at its end may lack digits.
+        key: the JSON key whose value counts, if the text is a JSON object.
 
     Returns:
         A value in [0, 1], or the reason. A bare number above 1 is out of range, not a percentage.
@@ -68,7 +68,7 @@ def probability(text: str | None, *, truncated: bool = False, key: str = "probab
 
 
 def integer(text: str | None, *, low: int, high: int, truncated: bool = False, key: str = "score") -> Parsed:
-    """Read an integer of a scale from `low` to `high`: 7, 7.0, 7/9 (for high = 9), "Score: 7", {"score": 7}.
+    """Read an integer from `low` to `high`: 7, 7.0, 7/9 (for high = 9), "Score: 7", {"score": 7}.
 
     >>> integer("7", low=0, high=9).value, integer("7/10", low=0, high=9).value
     (7.0, None)
@@ -87,7 +87,7 @@ def integer(text: str | None, *, low: int, high: int, truncated: bool = False, k
 
 
 def yes_or_no(text: str | None) -> bool | None:
-    """Read the first word of a reply as yes or no; None where it is neither.
+    """Read the first word of a reply as yes or no; None if it is neither.
 
     >>> yes_or_no("Yes."), yes_or_no("**no**, because"), yes_or_no("Not at all"), yes_or_no("yes or no?")
     (True, False, None, None)
@@ -100,7 +100,7 @@ def yes_or_no(text: str | None) -> bool | None:
 
 
 def last_number(text: str) -> str | None:
-    r"""Return the number that a worked answer ends with: after "####" or "answer is", else the last one.
+    r"""Return the final number of a worked answer: after "####" or "answer is", or else the last number.
 
     >>> last_number("3 + 4 = 7 eggs\n#### 1,007"), last_number("The answer is $5. I am 90 % sure")
     ('1,007', '5')
@@ -115,16 +115,16 @@ def last_number(text: str) -> str | None:
 
 
 def option(text: str, letters: str) -> str | None:
-    """Return the one option letter that a reply names, alone or after "answer".
+    """Return the only option letter that a reply names, alone or after "answer".
 
     >>> option("B", "ABCD"), option("The answer is (C).", "ABCD"), option("A or B", "ABCD")
     ('B', 'C', None)
     """
     text = _unwrap(" ".join(_clean(text).split()))
     alone = re.match(rf"\(?([{letters}])\)?(?:[.:)\s]|$)", text)
-    labelled = set(re.findall(rf"answer(?: is)? ?:? ?\(?([{letters}])\b", text, re.IGNORECASE))
-    if len(labelled) == 1:
-        return str(labelled.pop()).upper()
+    labeled = set(re.findall(rf"answer(?: is)? ?:? ?\(?([{letters}])\b", text, re.IGNORECASE))
+    if len(labeled) == 1:
+        return str(labeled.pop()).upper()
     others = set(re.findall(rf"\b([{letters}])\b", text))
     return alone[1] if alone and len(others) == 1 else None
 
@@ -157,25 +157,25 @@ def _read(
 
 
 def _candidates(text: str, key: str, labels: str) -> list[tuple[re.Match[str], int]]:
-    """Return the quantities that were stated, with where they end in the text."""
+    """Return the quantities that the text states, with their end in the text."""
     alone = _unwrap(text)
     if match := _ALONE.fullmatch(alone):
         return [(match, text.rindex(alone[-1]) + 1)]
     value = _json_value(text[max(text.find("{"), 0) : text.rfind("}") + 1], key)
     if value is not None:
         match = _ALONE.fullmatch(value)
-        return [(match, 0)] if match else []  # a closed object was not cut off
+        return [(match, 0)] if match else []  # a closed object is not truncated
     stated = []
     for found in re.finditer(rf"^\W{{0,8}}(?:{labels})\W{{0,8}}?(?:[:=]|\bis\b)(.*)$", text, _LINES):
         match = _ALONE.fullmatch(_unwrap(found[1]))
-        if match is None:  # a label with something else behind it leaves nothing certain
+        if match is None:  # a label without a quantity makes the reply ambiguous
             return []
         stated.append((match, found.end()))
     return stated
 
 
 def _json_value(text: str, key: str) -> str | None:
-    """Return the text of one number of a JSON object; None where it is anything else, or given twice."""
+    """Return the text of a number in a JSON object; None if it is no number, or given twice."""
     given: list[object] = []
 
     def collect(pairs: list[tuple[str, object]]) -> None:
@@ -206,7 +206,7 @@ def _unit(match: re.Match[str]) -> float | Reason:
 
 
 def _decimal(written: str) -> float | Reason:
-    """Read a number; a comma is the decimal one unless it may part thousands."""
+    """Read a number; a comma is the decimal separator unless it may separate thousands."""
     whole, comma, digits = written.partition(",")
     if comma and len(digits) == 3 and whole.lstrip("+-") != "0":
         return "ambiguous"

@@ -38,7 +38,7 @@ class SemanticEntropy(SamplingEstimator):
     entailment: Literal["nli", "llm"] = "llm"
 
     @property
-    def needs(self) -> frozenset[Task]:
+    def needs(self) -> frozenset[Task]:  # type: ignore[override]  # depends on an option
         return frozenset({"generate", "entail"} if self.entailment == "nli" else {"generate"})
 
     async def estimate(self, sample: Sample, ask: Ask) -> Elicited:

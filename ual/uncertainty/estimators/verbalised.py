@@ -19,10 +19,10 @@ nothing else: no words, no explanation."""
 
 
 class Verbalised(Estimator):
-    """Stated confidence, in one stage or two.
+    """u = 1 - the stated probability that the response is right, in one stage or two.
 
-    One stage shows the question and the response. In two stages the model first answers the question itself,
-    and then judges the response with its own answer in view.
+    One stage shows the question and the response. With two stages the model first answers the question, and
+    then rates the response in the same conversation.
     """
 
     name: Literal["verbalised"] = "verbalised"

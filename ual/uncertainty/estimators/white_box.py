@@ -1,31 +1,19 @@
-"""Uncertainty read off a model's own probabilities of the given response (METHOD A, estimator 6)."""
+"""Uncertainty from a model's probabilities of the given response (METHOD A, estimator 6)."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from ual.records import Elicited, Sample
 from ual.uncertainty.protocol import Ask, Estimator, Request, Task
 
-
-class ResponseScores(Protocol):
-    """Per-token scores of one response; see `ual.models.score.TokenScores`."""
-
-    @property
-    def sample_id(self) -> str: ...
-    @property
-    def log_prob(self) -> NDArray[np.float64]: ...
-    @property
-    def entropy(self) -> NDArray[np.float64]: ...
-    @property
-    def margin(self) -> NDArray[np.float64]: ...
+if TYPE_CHECKING:
+    from ual.models.score import TokenScores
 
 
-def summary(scores: ResponseScores) -> dict[str, float]:
-    """Return the response's mean NLL (the log of its perplexity), entropies and margin, in nats per token."""
+def summary(scores: "TokenScores") -> dict[str, float]:
+    """Return the response's mean NLL (log perplexity), entropies and margin, in nats per token."""
     return {
         "nll": float(-scores.log_prob.mean()),
         "tokens": len(scores.log_prob),
@@ -35,10 +23,10 @@ def summary(scores: ResponseScores) -> dict[str, float]:
     }
 
 
-def estimate(samples: Sequence[Sample], scores: Iterable[ResponseScores]) -> Iterator[Elicited]:
+def estimate(samples: Sequence[Sample], scores: "Iterable[TokenScores]") -> Iterator[Elicited]:
     """Yield each sample's mean negative log-likelihood (nats per token), for training.
 
-    Token counts, entropies and margin are the evidence. A sample without scores gets None.
+    The evidence holds the token count, entropies and margin. A sample without scores gets None.
     """
     missing = {sample.id for sample in samples}
     for of_response in scores:
@@ -52,9 +40,9 @@ def estimate(samples: Sequence[Sample], scores: Iterable[ResponseScores]) -> Ite
 
 
 class WhiteBox(Estimator):
-    """u = one figure of a model's own probabilities of the response: `measure` says which.
+    """u = a statistic of a model's probabilities of the response, selected by `measure`.
 
-    A large margin is certainty, so that u = -mean_margin.
+    A large margin means certainty, so for "mean_margin" u = -mean_margin.
     """
 
     name: Literal["white_box"] = "white_box"
@@ -62,9 +50,7 @@ class WhiteBox(Estimator):
         "nll", description="nll is the log of the perplexity"
     )
 
-    @property
-    def needs(self) -> frozenset[Task]:
-        return frozenset({"score"})
+    needs: ClassVar[frozenset[Task]] = frozenset({"score"})
 
     async def estimate(self, sample: Sample, ask: Ask) -> Elicited:
         scores = (await ask(Request(sample.messages, task="score"))).scores
