@@ -1,4 +1,4 @@
-"""What training logs of its batches is what they held, packed or not."""
+"""Training logs the statistics of its batches, packed or not."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ LENGTHS = (4, 3, 5)
 SMOOTHING, WEIGHT = (0.1, 0.2, 0.0), (1.0, 2.0, 0.5)
 
 
-def facts(shape: tuple[int, ...], seed: int = 0) -> TokenStatistics:
+def token_statistics(shape: tuple[int, ...], seed: int = 0) -> TokenStatistics:
     generator = torch.Generator().manual_seed(seed)
     log_prob, entropy, margin = (-torch.rand(shape, generator=generator) for _ in range(3))
     nothing = torch.full(shape, torch.nan)
@@ -27,44 +27,44 @@ def facts(shape: tuple[int, ...], seed: int = 0) -> TokenStatistics:
 
 
 def batch(packed: bool) -> tuple[torch.Tensor, Any, Any, Any]:
-    """Live mask [B, T - 1], smoothing, weight and groups of three rows."""
+    """Mask of loss tokens [B, T - 1], smoothing, weight and groups of three samples."""
     if not packed:
-        live = torch.zeros(3, 5, dtype=torch.bool)
+        mask = torch.zeros(3, 5, dtype=torch.bool)
         for i, n in enumerate(LENGTHS):
-            live[i, 1 : n - 1] = True
-        return live, torch.tensor(SMOOTHING), torch.tensor(WEIGHT), torch.tensor(GROUPS)
-    live, columns = [], [[], [], []]
+            mask[i, 1 : n - 1] = True
+        return mask, torch.tensor(SMOOTHING), torch.tensor(WEIGHT), torch.tensor(GROUPS)
+    mask, columns = [], [[], [], []]
     for i, n in enumerate(LENGTHS):
-        live += [j not in (0, n - 1) for j in range(n)]
+        mask += [j not in (0, n - 1) for j in range(n)]
         for column, values in zip(columns, (SMOOTHING, WEIGHT, GROUPS), strict=True):
             column += [values[i]] * n
-    return (torch.tensor([live[:-1]]), *(torch.tensor([column]) for column in columns))
+    return (torch.tensor([mask[:-1]]), *(torch.tensor([column]) for column in columns))
 
 
 @pytest.mark.kills("ual/train/metrics.py", "else groups[:, :-1]", "else groups[:, :1]")
 @pytest.mark.kills("ual/train/metrics.py", "torch.where(groups < 0, nowhere, groups)", "groups.clamp(min=0)")
-@pytest.mark.kills("ual/train/metrics.py", "live.numel() + len(live)", "live.numel()")
+@pytest.mark.kills("ual/train/metrics.py", "mask.numel() + len(mask)", "mask.numel()")
 @pytest.mark.parametrize("packed", [False, True])
 def test_sums_by_hand(packed: bool) -> None:
-    live, smoothing, weight, groups = batch(packed)
-    seen = BatchStatistics(NAMES)
-    assert seen.is_empty
+    mask, smoothing, weight, groups = batch(packed)
+    metrics = BatchStatistics(NAMES)
+    assert metrics.is_empty
     expected: dict[int, list[float]] = {0: [], 1: [], 2: []}
     every: list[tuple[float, float, float]] = []
     for step in range(2):
-        statistics = facts((live.shape[0], live.shape[1] + 1), step)
-        seen.count(live, smoothing, weight)
-        seen.observe(live, statistics, groups)
-        for b, t in live.nonzero().tolist():
+        statistics = token_statistics((mask.shape[0], mask.shape[1] + 1), step)
+        metrics.count(mask, smoothing, weight)
+        metrics.observe(mask, statistics, groups)
+        for b, t in mask.nonzero().tolist():
             for group in groups[b, t].tolist() if packed else groups[b].tolist():
                 if group >= 0:
                     expected[group].append(-statistics.log_prob[b, t].item())
             every.append((*tuple(x[b, t].item() for x in statistics[1:3]), statistics.margin[b, t].item()))
-    logs = seen.read()
-    assert seen.is_empty
+    logs = metrics.read()
+    assert metrics.is_empty
     tokens = 2 * (2 + 1 + 3)
     assert logs["live_tokens"] == tokens
-    assert logs["live_fraction"] == tokens / (2 * (live.numel() + len(live)))
+    assert logs["live_fraction"] == tokens / (2 * (mask.numel() + len(mask)))
     of_tokens = np.repeat(SMOOTHING, (2, 1, 3))
     assert logs["mean_smoothing"] == pytest.approx(of_tokens.mean())
     assert logs["std_smoothing"] == pytest.approx(of_tokens.std())
@@ -78,28 +78,28 @@ def test_sums_by_hand(packed: bool) -> None:
         assert logs[f"nll/{name}"] == pytest.approx(np.mean(expected[group])), name
 
 
-def test_steps_without_statistics_and_rows_that_took_no_part() -> None:
-    live, smoothing, weight, groups = batch(packed=False)
-    seen = BatchStatistics(NAMES)
-    seen.count(live, smoothing, weight)
-    assert "token_nll" not in seen.read()
-    seen.count(live, smoothing, weight)
-    statistics = facts((3, 6))
-    statistics.log_prob[1] = torch.nan  # a row of weight 0 leaves before the pass
-    seen.observe(live, statistics, groups)
-    logs = seen.read()
+def test_steps_without_statistics_and_dropped_samples() -> None:
+    mask, smoothing, weight, groups = batch(packed=False)
+    metrics = BatchStatistics(NAMES)
+    metrics.count(mask, smoothing, weight)
+    assert "token_nll" not in metrics.read()
+    metrics.count(mask, smoothing, weight)
+    statistics = token_statistics((3, 6))
+    statistics.log_prob[1] = torch.nan  # a sample of weight 0 is dropped before the pass
+    metrics.observe(mask, statistics, groups)
+    logs = metrics.read()
     assert "nll/source/b" not in logs
     assert all(np.isfinite(value) for value in logs.values())
-    nothing = torch.zeros_like(live)
-    seen.count(nothing, smoothing, weight)
-    assert seen.read()["mean_smoothing"] == 0
+    nothing = torch.zeros_like(mask)
+    metrics.count(nothing, smoothing, weight)
+    assert metrics.read()["mean_smoothing"] == 0
 
 
-def test_processes_are_added_up() -> None:
-    live, smoothing, weight, _ = batch(packed=False)
-    seen = BatchStatistics()
-    seen.count(live, smoothing, weight)
-    logs = seen.read(lambda totals: 2 * totals)
+def test_sums_over_processes() -> None:
+    mask, smoothing, weight, _ = batch(packed=False)
+    metrics = BatchStatistics()
+    metrics.count(mask, smoothing, weight)
+    logs = metrics.read(lambda totals: 2 * totals)
     assert logs["live_tokens"] == 12
     assert logs["mean_smoothing"] == pytest.approx(np.repeat(SMOOTHING, (2, 1, 3)).mean())
 
@@ -110,12 +110,12 @@ def test_processes_are_added_up() -> None:
     "if values.ndim == 1 else values[:, 1:]",
 )
 def test_spread() -> None:
-    live = torch.tensor([[True, False], [True, True]])
-    assert spread(torch.tensor([2.0, 3.0]), live).tolist() == [[2, 0], [3, 3]]
-    assert spread(torch.tensor([[1.0, 2, 3], [4, 5, 6]]), live).tolist() == [[1, 0], [4, 5]]
+    mask = torch.tensor([[True, False], [True, True]])
+    assert spread(torch.tensor([2.0, 3.0]), mask).tolist() == [[2, 0], [3, 3]]
+    assert spread(torch.tensor([[1.0, 2, 3], [4, 5, 6]]), mask).tolist() == [[1, 0], [4, 5]]
 
 
-def test_the_line_beside_the_bar_says_what_is_known() -> None:
+def test_the_line_beside_the_progress_bar() -> None:
     assert describe({"loss": 2.0}) == "training, loss 2.000"
 
 
@@ -136,7 +136,7 @@ def test_quarters_are_ordered_and_ties_stay_together(uncertainty: list[float]) -
         assert {q for _, q in known} == {0, 1, 2, 3}
 
 
-def test_many_sources_share_what_is_beyond_the_largest() -> None:
+def test_small_sources_share_one_group() -> None:
     sources = [f"s{i}" for i in range(12) for _ in range(20 - i)]
     groups = assign(sources, [float("nan")] * len(sources))
     assert groups.names == (*(f"source/s{i}" for i in range(8)), "source/(others)")
