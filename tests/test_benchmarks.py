@@ -114,7 +114,16 @@ def suite(folder: Path, *arguments: str, **environment: str) -> tuple[subprocess
 
 
 def test_what_is_wrong_is_not_timed_and_who_sleeps_comes_last(tmp_path: Path) -> None:
-    names = ["ours", "naive", "sleeps", "forgets smoothing", "drops a row", "raises", "too large", "missing"]
+    names = [
+        "ours",
+        "naive",
+        "sleeps",
+        "forgets smoothing",
+        "drops a token",
+        "raises",
+        "too large",
+        "missing",
+    ]
     wanted = [part for name in names for part in ("--provider", name)]
     done, results = suite(
         tmp_path, "-p", "tests.plugins.strangers", "benchmarks/bench_linear_cross_entropy.py", "--smoke",
@@ -127,7 +136,7 @@ def test_what_is_wrong_is_not_timed_and_who_sleeps_comes_last(tmp_path: Path) ->
     told = {name: report.failure(row) for name, row in rows.items()}
     assert told["ours"] == told["naive"] == told["sleeps"] == ""
     assert re.match(r"wrong: dE is off by \d\.\de-01 of its norm, 0.06 is allowed", told["forgets smoothing"])
-    assert told["drops a row"].startswith("wrong: ")
+    assert told["drops a token"].startswith("wrong: ")
     assert told["raises"] == "raised: ZeroDivisionError: by design"
     assert told["too large"] == "raised: out of memory: by design"
     assert told["missing"] == "skipped: stranger is not installed: pip install stranger"

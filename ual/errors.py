@@ -1,17 +1,17 @@
-"""The one exception that a user's mistake raises: the command line prints it without a traceback."""
+"""The exception for users' mistakes; the command line prints it without a traceback."""
 
 
 class UserError(Exception):
-    """What was wrong, where, and what to do about it.
+    """An error that says what is wrong, where, and what to do.
 
     Args:
-        problem: one sentence that names the argument, file or field, what was wanted and what came.
+        problem: one sentence that names the argument, file or field, what was expected and what was given.
         place: where it was found, such as ``train.jsonl, line 7, field "messages"``; may be empty.
         remedy: the next step, such as ``set data.overlong to "truncate"``; may be empty.
 
-    >>> print(UserError("uncertainty is nan", place="train.jsonl, line 7", remedy="remove the row"))
+    >>> print(UserError("uncertainty is nan", place="train.jsonl, line 7", remedy="remove the sample"))
     train.jsonl, line 7: uncertainty is nan
-    remove the row
+    remove the sample
     """
 
     def __init__(self, problem: str, *, place: str = "", remedy: str = "") -> None:

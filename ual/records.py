@@ -1,4 +1,4 @@
-"""The values that every floor of `ual` speaks. Standard library only."""
+"""Records that all packages of `ual` share. Standard library only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ Role = Literal["system", "user", "assistant", "tool"]
 class Message:
     """One turn of a conversation.
 
-    An assistant's turn may call tools (each call a mapping as chat templates know it), a tool's turn may say
-    who it is and which call it answers.
+    `tool_calls` are an assistant's calls, as mappings that chat templates know. `name` and `tool_call_id` say
+    which tool answers which call.
     """
 
     role: Role
@@ -22,19 +22,18 @@ class Message:
     tool_call_id: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """The turn as a chat template takes it; what it does not have is left out."""
+        """Return the turn for a chat template, without empty fields."""
         extra = {"tool_calls": list(self.tool_calls), "name": self.name, "tool_call_id": self.tool_call_id}
         return {"role": self.role, "content": self.content} | {k: v for k, v in extra.items() if v}
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One training row: a conversation that ends with the assistant's response.
+    """One training sample: a conversation that ends with the assistant's response.
 
-    `uncertainty` is whatever the data set says, in its own units; `label_smoothing` in [0, 1] overrides
-    what would be derived from the uncertainty; `sample_weight` >= 0 multiplies the sample's loss.
-    `source` groups rows in tables; `place` says where the row came from (``train.jsonl, line 7``); `tools`
-    are the JSON schemas of what the assistant may call, which the chat template shows it.
+    `uncertainty` is in the data set's units; `label_smoothing` in [0, 1] overrides the value derived from it;
+    `sample_weight` >= 0 multiplies the sample's loss. `source` groups samples in tables; `place` is where the
+    sample was read (``train.jsonl, line 7``); `tools` are JSON schemas of what the assistant may call.
     """
 
     id: str
@@ -48,7 +47,7 @@ class Sample:
 
     @property
     def prompt(self) -> tuple[Message, ...]:
-        """Everything before the final response."""
+        """The turns before the final response."""
         return self.messages[:-1]
 
     @property
@@ -59,7 +58,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One of several answers to the same question; `value` is None where it could not be parsed."""
+    """One of several answers to the same question; `value` is None if it could not be parsed."""
 
     question_id: str
     text: str
@@ -69,7 +68,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Elicited:
-    """An estimator's verdict on one sample; `value` is None where none could be obtained."""
+    """An estimator's result for one sample; `value` is None if there is none."""
 
     sample_id: str
     estimator: str
@@ -79,7 +78,7 @@ class Elicited:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A sample with everything the loss needs: its scaled uncertainty in [0, 1], smoothing and weight."""
+    """A sample with the loss's inputs: scaled uncertainty in [0, 1], smoothing and weight."""
 
     sample: Sample
     uncertainty: float | None

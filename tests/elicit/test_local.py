@@ -34,8 +34,8 @@ def loaded(stories: Path) -> tuple[Any, Any]:
 
 @pytest.mark.kills(
     "ual/models/generate.py",
-    "        mask[row, longest - len(prompt.input_ids) :] = 1",
-    "        mask[row] = 1",
+    "        mask[i, start:] = 1",
+    "        mask[i] = 1",
 )
 def test_greedy_is_the_argmax_at_every_step_with_any_padding(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
@@ -53,7 +53,7 @@ def test_greedy_is_the_argmax_at_every_step_with_any_padding(loaded: tuple[Any, 
         assert found.length == len(found.tokens) + found.finished
 
 
-@pytest.mark.kills("ual/models/generate.py", "generator=self._noise[row]", "generator=self._noise[0]")
+@pytest.mark.kills("ual/models/generate.py", "generator=self._noise[i]", "generator=self._noise[0]")
 def test_draws_do_not_depend_on_the_other_prompts(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     prompts = [Prompt(ids, 1.0, seed) for seed, ids in enumerate(PROMPTS)]
@@ -67,7 +67,7 @@ def test_draws_do_not_depend_on_the_other_prompts(loaded: tuple[Any, Any]) -> No
 
 
 @pytest.mark.kills(
-    "ual/models/generate.py", "picked[row] = scores[row] / temperature -", "picked[row] = scores[row] -"
+    "ual/models/generate.py", "picked[i] = scores[i] / temperature -", "picked[i] = scores[i] -"
 )
 def test_draws_have_the_softmax_frequencies(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded

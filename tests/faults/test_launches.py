@@ -63,7 +63,7 @@ def stopped(folder: Path, shared: Path, whole: Path) -> Path:
 
 @pytest.mark.kills(
     "ual/train/adapter_state.py",
-    '{"step": whole["step"][0].clone()}',
+    '{"step": gathered["step"][0].clone()}',
     '{"step": 0 * whole["step"][0]}',
     slow=True,
 )

@@ -1,8 +1,8 @@
-"""What each of two processes trains for test_sharded.py: every ZeRO stage and FSDP2, on a tiny model.
+"""The program of each of two processes in test_sharded.py: every ZeRO stage and FSDP2, on a tiny model.
 
     deepspeed --num_gpus 2 --module tests.invariants.sharded FOLDER
 
-One launch for all cases, because starting processes costs more than training does. Rank 0 leaves
+One launch runs all cases, because starting processes costs more than training. Rank 0 writes
 FOLDER/results.pt: for each case the loss of every step, the trained weights, and how often the head was
 gathered.
 """
@@ -25,11 +25,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ual.data import Collator
 from ual.models import fuse
 
-RANKS, ROWS, STEPS = 2, 2, 3
-"""Processes; rows of a micro-batch in each; optimizer steps."""
+RANKS, SAMPLES, STEPS = 2, 2, 3
+"""Processes; samples of a micro-batch in each process; optimizer steps."""
 VOCAB, WIDTH = 67, 32
 RATE, EPSILON = 5e-3, 1e-3
-"""Of AdamW. The epsilon keeps its update a smooth function of the gradient, so that roundings stay small."""
+"""Of AdamW. The epsilon makes its update a smooth function of the gradient, so roundings stay small."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ CASES = [
 
 
 def build(head: str, dtype: torch.dtype, **options: Any) -> nn.Module:
-    """A model of one layer; tied is trained whole, the others through LoRA."""
+    """Return a fused model of one layer. All weights of a tied model are trained; other models have LoRA."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1,
@@ -71,33 +71,29 @@ def build(head: str, dtype: torch.dtype, **options: Any) -> nn.Module:
         model = get_peft_model(
             model, LoraConfig(r=4, target_modules=targets, modules_to_save=saved, init_lora_weights=False)
         )
-        torch.manual_seed(1)  # PEFT draws differently where torch's default dtype differs
+        torch.manual_seed(1)  # PEFT's draws depend on torch's default dtype
         for name, p in model.named_parameters():
             if "lora_" in name:
                 nn.init.normal_(p, std=0.2)
     return fuse(model.to(dtype), **options)
 
 
-def rows(accumulation: int) -> list[dict[str, Any]]:
-    """As many rows as the steps take, of several lengths, smoothings and weights."""
+def samples(accumulation: int) -> list[dict[str, Any]]:
+    """Return samples for all steps, with several lengths, smoothings and weights."""
     generator = torch.Generator().manual_seed(3)
     made = []
-    for i in range(RANKS * ROWS * accumulation * STEPS):
+    for i in range(RANKS * SAMPLES * accumulation * STEPS):
         ids = torch.randint(3, VOCAB, (6 + i % 5,), generator=generator).tolist()
         labels = [-100, -100, *ids[2:]]
         smoothing, weight = 0.1 * (i % 4), 0.5 + i % 3
         made.append(
-            {"id": f"row {i}", "input_ids": ids, "labels": labels, "label_smoothing": smoothing}
+            {"id": f"sample {i}", "input_ids": ids, "labels": labels, "label_smoothing": smoothing}
             | {"sample_weight": weight}
         )
     return made
 
 
-def trained(named: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in named}
-
-
-# ---- DeepSpeed, through the trainer of the product ----
+# ---- DeepSpeed, through UALTrainer ----
 
 
 def zero(case: Case, folder: Path) -> dict[str, Any]:
@@ -114,11 +110,11 @@ def zero(case: Case, folder: Path) -> dict[str, Any]:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     settings = deepspeed_config(case.sharding)
-    if case.sharding == "zero3":  # a model so small would never be given back between its modules
+    if case.sharding == "zero3":  # otherwise so small a model is never released between modules
         settings["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     arguments = TrainingArguments(
         output_dir=str(folder / str(case)), use_cpu=True, deepspeed=settings,
-        bf16=case.dtype == torch.bfloat16, max_steps=STEPS, per_device_train_batch_size=ROWS,
+        bf16=case.dtype == torch.bfloat16, max_steps=STEPS, per_device_train_batch_size=SAMPLES,
         gradient_accumulation_steps=case.accumulation, learning_rate=RATE, adam_epsilon=EPSILON,
         max_grad_norm=0.0, weight_decay=0.0, lr_scheduler_type="constant", logging_steps=1,
         save_strategy="no", report_to="none",
@@ -130,7 +126,7 @@ def zero(case: Case, folder: Path) -> dict[str, Any]:
     trainer = InOrder(
         model=model,
         args=arguments,
-        train_dataset=rows(case.accumulation),
+        train_dataset=samples(case.accumulation),
         data_collator=Collator(0),
         callbacks=[],
     )
@@ -138,14 +134,14 @@ def zero(case: Case, folder: Path) -> dict[str, Any]:
         trainer.train()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     weights = {name: safe_get_full_fp32_param(p) for name, p in named}
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trainer.deepspeed.destroy()
     return {"losses": losses, "weights": weights, "gathers": gathers}
 
 
 @contextmanager
 def counting_gathers(model: nn.Module) -> Iterator[dict[str, int]]:
-    """Count how often ZeRO-3 brings the weight of the head, on the way forward and on the way back."""
+    """Count how often ZeRO-3 gathers the weight of the head, in forward and in backward."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import (
         PartitionedParameterCoordinator as Coordinator,
     )
@@ -166,11 +162,11 @@ def counting_gathers(model: nn.Module) -> Iterator[dict[str, int]]:
         Coordinator.fetch_sub_module = fetch
 
 
-# ---- FSDP2, which needs no trainer ----
+# ---- FSDP2, without a trainer ----
 
 
 def fsdp2(case: Case, folder: Path) -> dict[str, Any]:
-    """Shard, train, save with distributed checkpoint before the last step, and take that step twice."""
+    """Shard and train; save a distributed checkpoint before the last step, load it, and repeat that step."""
     import torch.distributed as dist
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -181,7 +177,7 @@ def fsdp2(case: Case, folder: Path) -> dict[str, Any]:
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if case.dtype == torch.bfloat16 else None,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # smoothing, weights and the number of items are no activations
+        cast_forward_inputs=False,  # smoothing, weights and the number of items are not activations
     )
     mesh = init_device_mesh("cpu", (RANKS,))
     for module in model.modules():
@@ -199,7 +195,7 @@ def fsdp2(case: Case, folder: Path) -> dict[str, Any]:
             return loss.detach()
 
         loss = sum_of_step(
-            case.accumulation, k, backward, lambda micro: micro[rank * ROWS : (rank + 1) * ROWS]
+            case.accumulation, k, backward, lambda micro: micro[rank * SAMPLES : (rank + 1) * SAMPLES]
         )
         dist.all_reduce(loss)
         optimizer.step()
@@ -210,36 +206,36 @@ def fsdp2(case: Case, folder: Path) -> dict[str, Any]:
     saved, moments = get_state_dict(model, optimizer)
     dcp.save({"model": saved, "optimizer": moments}, checkpoint_id=folder / f"dcp-{case}")
     losses.append(step(STEPS - 1))
-    whole = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     dcp.load(state := {"model": saved, "optimizer": moments}, checkpoint_id=folder / f"dcp-{case}")
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     again = step(STEPS - 1)
     replayed = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    same = again == losses[-1] and all(torch.equal(whole[n], replayed[n]) for n in whole)
-    return {"losses": losses, "weights": whole, "replayed": same}
+    same = again == losses[-1] and all(torch.equal(trained[n], replayed[n]) for n in trained)
+    return {"losses": losses, "weights": trained, "replayed": same}
 
 
 def sum_of_step(
     accumulation: int,
     k: int,
     backward: Callable[[dict[str, Any], Tensor], Tensor],
-    mine: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda micro: micro,
+    share: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda micro: micro,
 ) -> Tensor:
-    """Run backward on every micro-batch of step k, `mine` of its rows; return the sum of the losses."""
-    collate, size = Collator(0), RANKS * ROWS
-    chosen = rows(accumulation)[k * size * accumulation : (k + 1) * size * accumulation]
+    """Run backward on `share` of every micro-batch of step k; return the sum of the losses."""
+    collate, size = Collator(0), RANKS * SAMPLES
+    chosen = samples(accumulation)[k * size * accumulation : (k + 1) * size * accumulation]
     total = torch.tensor(
-        sum(row["sample_weight"] * sum(label != -100 for label in row["labels"][1:]) for row in chosen)
+        sum(s["sample_weight"] * sum(label != -100 for label in s["labels"][1:]) for s in chosen)
     )
     loss = torch.zeros(())
     for j in range(accumulation):
-        loss = loss + backward(collate(mine(chosen[j * size : (j + 1) * size])), total)
+        loss = loss + backward(collate(share(chosen[j * size : (j + 1) * size])), total)
     return loss
 
 
 def main() -> None:
     folder = Path(sys.argv[-1])
-    gc.freeze()  # accelerate collects garbage after each case, through all that was imported
+    gc.freeze()  # after each case, accelerate collects garbage: exclude all imported modules
     results = {}
     for case in CASES:
         torch.manual_seed(5)
@@ -248,7 +244,7 @@ def main() -> None:
         torch.save(results, folder / "results.pt")
     sys.stdout.flush()
     torch.distributed.barrier()
-    os._exit(0)  # threads of gloo abort a process that ends in the usual way
+    os._exit(0)  # gloo's threads abort a process that exits normally
 
 
 if __name__ == "__main__":

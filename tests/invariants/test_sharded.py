@@ -1,7 +1,7 @@
-"""Sharded training is training: every ZeRO stage and FSDP2 give the losses and weights of one process.
+"""Every ZeRO stage and FSDP2 give the losses and weights of training in one process.
 
-Two real processes, started once by DeepSpeed's launcher, train every case of tests/invariants/sharded.py over
-gloo. What they should have got is computed here, in one process, by a plain loop over the same rows.
+Two processes, started once by DeepSpeed's launcher, train every case of tests/invariants/sharded.py over
+gloo. The expected values are computed here, in one process, by a plain loop over the same samples.
 """
 
 import os
@@ -64,7 +64,7 @@ def alone(head: str, accumulation: int, dtype: torch.dtype) -> tuple[list[float]
 
 
 def error(weights: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], start: dict[str, Any]) -> float:
-    """How far the way that the weights went is off, relative to its length."""
+    """Return the error of the weights' update, relative to the norm of the exact update."""
     off = sum((weights[n].double() - exact[n]).square().sum() for n in exact)
     length = sum((exact[n] - start[n].detach().double()).square().sum() for n in exact)
     return (off / length).sqrt().item()
@@ -72,7 +72,7 @@ def error(weights: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], star
 
 @cache
 def own_error(dtype: torch.dtype) -> tuple[float, float]:
-    """The largest errors of one process over all cases: of its weights, and of a loss.
+    """Return the largest errors of one process over all cases: of its weights, and of a loss.
 
     The largest, because the rounding error of one short run is a single draw.
     """
@@ -86,11 +86,11 @@ def own_error(dtype: torch.dtype) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_is_training_in_one_process(results: dict[str, Any], case: Case) -> None:
-    """As near to the definition in float64 as one process in the same dtype, twice over.
+def test_sharded_training_equals_one_process(results: dict[str, Any], case: Case) -> None:
+    """The error against float64 is at most twice the error of one process in the same dtype.
 
-    The factor is for sums in another order, over ranks and micro-batches, and for gradients that travel in
-    the dtype of the weights; the floor of a loss is 8 roundings in float32.
+    The factor allows for sums in another order, over ranks and micro-batches, and for gradients that are
+    communicated in the dtype of the weights; the floor of a loss is 8 roundings in float32.
     """
     got = results[str(case)]
     losses, exact = alone(case.head, case.accumulation, torch.float64)
@@ -103,7 +103,7 @@ def test_it_is_training_in_one_process(results: dict[str, Any], case: Case) -> N
 
 
 def test_a_frozen_head_is_gathered_once_a_micro_batch(results: dict[str, Any]) -> None:
-    """On the way forward; a trained head is needed on the way back as well."""
+    """In forward; a trained head is also gathered in backward."""
     for case in CASES:
         if case.sharding == "zero3" and case.head != "tied":
             passes = STEPS * case.accumulation
@@ -111,5 +111,5 @@ def test_a_frozen_head_is_gathered_once_a_micro_batch(results: dict[str, Any]) -
             assert results[str(case)]["gathers"] == {"forward": passes, "backward": back}, case
 
 
-def test_fsdp2_goes_on_from_a_distributed_checkpoint(results: dict[str, Any]) -> None:
+def test_fsdp2_resumes_from_a_distributed_checkpoint(results: dict[str, Any]) -> None:
     assert all(results[str(case)]["replayed"] for case in CASES if case.sharding == "fsdp2")

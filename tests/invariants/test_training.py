@@ -1,4 +1,4 @@
-"""What must not change: plain fine-tuning is transformers' own; a resumed run is the uninterrupted one."""
+"""Without smoothing, training is transformers' own; a resumed run equals an uninterrupted one."""
 
 import json
 import signal
@@ -21,7 +21,7 @@ from ual.pipelines.train import run
 from ual.train import UALTrainer
 
 pytestmark = [
-    # the trainer's own import of tensorboard and torch.distributed, on a CPU
+    # from the trainer's import of tensorboard and torch.distributed on a CPU
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
@@ -57,7 +57,7 @@ def trajectory(
     smoothing: float = 0.0,
     **arguments: Any,
 ) -> list[float]:
-    """Thirty steps of LoRA on real rows; the losses as the trainer logs them."""
+    """Train LoRA for thirty steps on real samples; return the logged losses."""
     set_seed(0)
     model = AutoModelForCausalLM.from_pretrained(stories)
     if fused:
@@ -95,10 +95,10 @@ def trajectory(
 def test_without_smoothing_it_is_transformers_own_training(
     features: list[dict[str, Any]], stories: Path, tmp_path: Path, accumulation: int
 ) -> None:
-    """Step by step, within four times what one ulp on the initial adapter does to transformers' own curve.
+    """Every step is within four times the effect of one ulp on the initial adapter, in transformers' own run.
 
-    Two correct fp32 computations of one gradient differ by roundings, and training amplifies any such
-    difference; the twin shows by how much, so the bound is measured in the same run.
+    Two correct fp32 computations of one gradient differ by roundings, and training amplifies differences. The
+    twin run measures by how much.
     """
     options = {"gradient_accumulation_steps": accumulation}
     theirs = trajectory(features, stories, tmp_path, fused=False, **options)
@@ -112,8 +112,8 @@ def test_without_smoothing_it_is_transformers_own_training(
         assert abs(a - b) <= 4 * spread + rounding, f"step {step}: {a} against {b}, twin spread {spread}"
 
 
-def test_a_smoothed_run_is_another_run(features: list[dict[str, Any]], stories: Path, tmp_path: Path) -> None:
-    """The check above can fail: a smoothing of 1e-3 is far outside its bound."""
+def test_a_smoothed_run_differs(features: list[dict[str, Any]], stories: Path, tmp_path: Path) -> None:
+    """The test above can fail: a smoothing of 1e-3 is far outside its bound."""
     theirs = trajectory(features, stories, tmp_path, fused=False, max_steps=3)
     ours = trajectory(features, stories, tmp_path, fused=True, smoothing=1e-3, max_steps=3)
     assert max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) > 1e-3
@@ -122,7 +122,7 @@ def test_a_smoothed_run_is_another_run(features: list[dict[str, Any]], stories: 
 def test_micro_batches_do_not_change_the_loss(
     features: list[dict[str, Any]], stories: Path, tmp_path: Path
 ) -> None:
-    """Four rows at once, or one by one: one mean over all live tokens of the step."""
+    """Four samples at once or one by one: one mean over all loss tokens of the step."""
     curves = [
         trajectory(
             features, stories, tmp_path, fused=True, smoothing=0.1, max_steps=4,
@@ -164,7 +164,7 @@ def test_averages(features: list[dict[str, Any]], stories: Path, tmp_path: Path,
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_thirty_steps_of_the_main_job_on_real_rows(shared: Path, stories: Path, tmp_path: Path) -> None:
+def test_thirty_steps_of_a_run_on_real_samples(shared: Path, stories: Path, tmp_path: Path) -> None:
     config = configure(
         tmp_path, stories, gsm8k(shared, 60), training={"max_steps": 30}, data={"eval_fraction": 0.2}
     )
@@ -182,17 +182,17 @@ def test_thirty_steps_of_the_main_job_on_real_rows(shared: Path, stories: Path, 
     assert result.report.is_file()
 
 
-def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     shared: Path, stories: Path, tmp_path: Path
 ) -> None:
-    """Stop real processes at the end of some step, go on in others: adapter and history bit for bit."""
+    """Stop a process, resume in another: adapter and history are bit-identical."""
     rows = gsm8k(shared, 40)
-    folders = [tmp_path / "whole", tmp_path / "stopped"]
+    folders = [tmp_path / "uninterrupted", tmp_path / "stopped"]
     for folder in folders:
         folder.mkdir()
     training = {"max_steps": 24, "save_steps": 50, "gradient_accumulation_steps": 2}
-    whole, stopped = (configure(folder, stories, rows, training=training) for folder in folders)
-    assert ual("train", whole).returncode == 0
+    uninterrupted, stopped = (configure(folder, stories, rows, training=training) for folder in folders)
+    assert ual("train", uninterrupted).returncode == 0
 
     run_folder = folders[1] / "run"
     for number, after, words in ((signal.SIGINT, 5, []), (signal.SIGTERM, 13, ["--resume"])):
@@ -232,7 +232,7 @@ def test_resuming_a_finished_run_trains_no_further(shared: Path, stories: Path, 
 
 
 def test_the_best_checkpoint_is_found_again(shared: Path, stories: Path, tmp_path: Path) -> None:
-    """Checkpoints are renamed into place; transformers must look for the best one under its last name."""
+    """Checkpoints are renamed when complete; transformers must look for the best one under its final name."""
     training = {
         "eval_strategy": "steps",
         "eval_steps": 2,

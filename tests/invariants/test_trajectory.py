@@ -1,4 +1,4 @@
-"""Fifty steps of a small model from scratch: every backend draws the definition's curve."""
+"""Fifty steps of a small model from scratch: every backend has the reference's loss curve."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ VOCAB = 257
 
 
 def batches(device: torch.device) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Texts that can be learnt (each token is a fixed function of the last), half of them masked."""
+    """Return learnable texts (each token is a function of the last) with half of the labels masked."""
     generator = torch.Generator().manual_seed(1)
     step = torch.randperm(VOCAB, generator=generator)
     made = []
@@ -41,11 +41,11 @@ def curve(backend: str, device: torch.device, *, head: str, nudge: float = 0.0) 
     model = fuse(LlamaForCausalLM(config).to(device), backend=backend)
     if head == "frozen":
         model.lm_head.requires_grad_(False)
-    learnt = [p for p in model.parameters() if p.requires_grad]
+    learned = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
-        for p in learnt:
+        for p in learned:
             p.mul_(1 + nudge)
-    optimizer = torch.optim.AdamW(learnt, lr=3e-3)
+    optimizer = torch.optim.AdamW(learned, lr=3e-3)
     losses = []
     for ids, labels, smoothing, weight in batches(device):
         loss = model(input_ids=ids, labels=labels, label_smoothing=smoothing, sample_weight=weight).loss
@@ -59,13 +59,11 @@ def curve(backend: str, device: torch.device, *, head: str, nudge: float = 0.0) 
 @pytest.mark.parametrize(
     ("head", "backends"), [("frozen", ["torch"]), ("tied", ["torch"]), ("own", ["torch", "triton"])]
 )
-def test_every_backend_draws_the_definitions_curve(
-    head: str, backends: list[str], device: torch.device
-) -> None:
-    """Within four times what one ulp on the initial weights does to the definition's own curve.
+def test_every_backend_has_the_references_curve(head: str, backends: list[str], device: torch.device) -> None:
+    """Every step is within four times the effect of one ulp on the initial weights on the reference's curve.
 
-    Correct float32 computations of one gradient differ by roundings, which training amplifies; the twin shows
-    by how much, so far, at each step. Before it amplifies anything the losses differ by their own rounding.
+    Correct float32 computations of one gradient differ by roundings, which training amplifies. The twin run
+    measures by how much, up to each step. Before any amplification the losses differ by their own rounding.
     """
     exact = curve("reference", device, head=head)
     twin = curve("reference", device, head=head, nudge=2**-23)

@@ -1,1 +1,1 @@
-"""Loaded by name (-p) into a pytest that runs the benchmark suites, to see what the suites make of them."""
+"""Pytest plugins, loaded with -p into a run of the benchmark suites, to test the suites' verdicts."""

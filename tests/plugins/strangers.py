@@ -1,4 +1,4 @@
-"""Providers that are wrong, slow, broken, too large, or not installed."""
+"""Adds providers that are wrong, slow, broken, too large, or not installed."""
 
 import time
 
@@ -13,7 +13,7 @@ def forgets_smoothing(c: Case) -> Tensor:
     return naive(c._replace(smoothing=0.0))
 
 
-def drops_a_row(c: Case) -> Tensor:
+def drops_a_token(c: Case) -> Tensor:
     return naive(c._replace(hidden=c.hidden * (c.target != c.target[-1])[:, None]))
 
 
@@ -37,7 +37,7 @@ def missing() -> Loss:
 providers.PROVIDERS += (
     Provider("sleeps", Solves.PER_ROW, lambda: sleeps),
     Provider("forgets smoothing", Solves.PER_ROW, lambda: forgets_smoothing),
-    Provider("drops a row", Solves.PER_ROW, lambda: drops_a_row),
+    Provider("drops a token", Solves.PER_ROW, lambda: drops_a_token),
     Provider("raises", Solves.PER_ROW, lambda: raises),
     Provider("too large", Solves.PER_ROW, lambda: too_large),
     Provider("missing", Solves.PER_ROW, missing),

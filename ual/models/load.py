@@ -1,9 +1,11 @@
-"""Load what a configuration names: the tokenizer, the base model, its LoRA adapter."""
+"""Load what a configuration names: tokenizer, base model, LoRA adapter. Save a model."""
 
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -26,69 +28,55 @@ log = logging.getLogger(__name__)
 
 
 def load_tokenizer(config: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; one without a padding token pads with its end-of-sequence token.
+    """Load the tokenizer. Without a padding token, the end-of-sequence token is used for padding.
 
     Raises:
-        UserError: nothing of that name can be loaded.
+        UserError: there is no such tokenizer, or it cannot be read.
     """
     name = config.tokenizer or config.path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=config.revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise cannot_load("tokenizer", name, error) from error
+    options = {"revision": config.revision, "trust_remote_code": trust_remote_code}
+    with loading("tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_config(config: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load what a model says of itself, without its weights.
+    """Load the model's own configuration (config.json), without weights.
 
     Raises:
-        UserError: nothing of that name can be loaded.
+        UserError: there is no such model, or its configuration cannot be read.
     """
-    try:
-        found = AutoConfig.from_pretrained(
-            config.path, revision=config.revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise cannot_load("model", config.path, error) from error
+    options = {"revision": config.revision, "trust_remote_code": trust_remote_code}
+    with loading("model", config.path):
+        found = AutoConfig.from_pretrained(config.path, **options)
     assert isinstance(found, PreTrainedConfig)
     return found
 
 
 def stored_dtype(config: ModelConfig, pretrained: PreTrainedConfig) -> torch.dtype:
-    """Return the dtype of `ModelConfig`, with "auto" resolved by the model's own configuration."""
+    """Return the dtype that a run stores weights in; "auto" is the dtype of the model's own configuration."""
     dtype = pretrained.dtype or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
 def load_model(config: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load the base model from safetensors.
+    """Load the base model from safetensors, without a key-value cache.
 
     Raises:
-        UserError: nothing of that name can be loaded, or `quantization` is asked for where it cannot run.
+        UserError: there is no such model, it cannot be read, or `quantization` cannot run on this machine.
     """
-    options: dict[str, Any] = {
-        "dtype": config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    }
+    options: dict[str, Any] = {"revision": config.revision, "dtype": config.dtype}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     if config.quantization:
-        options |= _quantised(config.quantization)
-    try:
+        options |= _quantization_options(config.quantization)
+    with loading("model", config.path):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            config.path,
-            revision=config.revision,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            **options,
+            config.path, use_safetensors=True, trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise cannot_load("model", config.path, error) from error
     model.config.use_cache = False
     log.info("loaded %s: %d parameters in %s", config.path, model.num_parameters(), model.dtype)
     return model
@@ -102,84 +90,78 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     """
     try:
         model.save_pretrained(folder)
-    except SafetensorError as error:  # safetensors reports a full disk so
+    except SafetensorError as error:  # safetensors' exception for a full disk
         raise OSError(str(error)) from error
 
 
-def _quantised(kind: str) -> dict[str, Any]:
-    """Options of QLoRA's base: 4 or 8 bits for linear layers but the head, on this process's GPU."""
+def _quantization_options(kind: str) -> dict[str, Any]:
+    """Return options for QLoRA's base: linear layers but the head in 4 or 8 bits, on this process's GPU."""
     place = "configuration, model.quantization"
     if not torch.cuda.is_available():
-        raise UserError(
-            f"{kind!r} needs a CUDA GPU, and there is none",
-            place=place,
-            remedy="remove it and train LoRA on the weights as they are",
-        )
+        remedy = "remove the key to train LoRA on unquantized weights"
+        raise UserError(f"{kind!r} needs a CUDA GPU, and there is none", place=place, remedy=remedy)
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"{kind!r} needs bitsandbytes", place=place, remedy="pip install 'ual-kernels[qlora]'"
-        )
-    chosen = (
-        BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        if kind == "nf4"
-        else BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-    )
-    return {"quantization_config": chosen, "device_map": {"": torch.cuda.current_device()}}
+        remedy = "pip install 'ual-kernels[qlora]'"
+        raise UserError(f"{kind!r} needs bitsandbytes, which is not installed", place=place, remedy=remedy)
+    four_bits = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    }
+    config = BitsAndBytesConfig(**(four_bits if kind == "nf4" else {"load_in_8bit": True}))  # type: ignore[no-untyped-call]
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
 
 
 def attach_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Wrap the model in a fresh LoRA adapter; initial weights come from torch's seed.
+    """Wrap the model in a new LoRA adapter, initialized from torch's random state.
 
     Raises:
-        UserError: `target_modules` or `modules_to_save` name nothing in this model.
+        UserError: `target_modules` or `modules_to_save` match no module of this model.
     """
     try:
-        wrapped = get_peft_model(
-            model,
-            PeftLoraConfig(
-                task_type="CAUSAL_LM",
-                r=config.r,
-                lora_alpha=config.alpha,  # type: ignore[arg-type]
-                lora_dropout=config.dropout,
-                target_modules=config.target_modules,
-                use_rslora=config.use_rslora,
-                use_dora=config.use_dora,
-                modules_to_save=config.modules_to_save or None,
-            ),
+        adapter = PeftLoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.r,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]
+            lora_dropout=config.dropout,
+            target_modules=config.target_modules,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            modules_to_save=config.modules_to_save or None,
         )
+        wrapped = get_peft_model(model, adapter)
     except ValueError as error:
-        names = sorted(
-            {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        )
+        linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        names = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        remedy = f"linear modules of this model: {', '.join(names)}"
         raise UserError(
-            f"PEFT refused the adapter: {error}",
-            place="configuration, lora",
-            remedy=f"linear modules of this model: {', '.join(names)}",
+            f"PEFT refused the adapter: {error}", place="configuration, lora", remedy=remedy
         ) from error
     assert isinstance(wrapped, PeftModel)
     return wrapped
 
 
-def cannot_load(what: str, name: str, error: Exception) -> UserError:
-    """Say which of model and tokenizer cannot be loaded, and what a name may be."""
-    folder = Path(name)
-    if folder.is_dir():
-        problem = f"cannot load a {what} from the folder {name}: {_first_line(error)}"
-        remedy = "it must hold config.json, tokenizer files and *.safetensors, as save_pretrained writes them"
-    elif name.startswith((".", "/", "~")):
-        problem, remedy = f"no such folder: {name}", "check model.path"
-    else:
-        problem = f"cannot load the {what} {name!r}: {_first_line(error)}"
-        remedy = "give a folder, or a name on the Hugging Face hub (with network access, or cached before)"
-    return UserError(
-        problem, place=f"configuration, model.{'tokenizer' if what == 'tokenizer' else 'path'}", remedy=remedy
-    )
+@contextmanager
+def loading(what: Literal["model", "tokenizer"], name: str) -> Iterator[None]:
+    """Turn the errors of transformers into a `UserError` that says what cannot be loaded from where."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        if Path(name).is_dir():
+            problem = f"cannot load a {what} from the folder {name}: {first_line(error)}"
+            remedy = (
+                "the folder needs what save_pretrained writes: config.json, *.safetensors, tokenizer files"
+            )
+        elif name.startswith((".", "/", "~")):
+            problem, remedy = f"no such folder: {name}", "check model.path"
+        else:
+            problem = f"cannot load the {what} {name!r}: {first_line(error)}"
+            remedy = "give a folder, or a name on the Hugging Face hub (online, or cached before)"
+        key = "tokenizer" if what == "tokenizer" else "path"
+        raise UserError(problem, place=f"configuration, model.{key}", remedy=remedy) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

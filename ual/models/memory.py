@@ -22,16 +22,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ual.config.run import LoraConfig, ModelConfig
 from ual.errors import UserError
 from ual.models.fuse import fuse
-from ual.models.load import attach_lora, cannot_load, load_config, stored_dtype
+from ual.models.load import attach_lora, first_line, load_config, loading, stored_dtype
 
-# (device, whether the head is trained) -> bytes of logits and of a chunk's gradient within the fused loss's
-# operator: docs/kernels.md
-_SCRATCH = {
-    ("cpu", False): 12 << 20,
-    ("cpu", True): 72 << 20,
-    ("cuda", False): 512 << 20,
-    ("cuda", True): 2304 << 20,
-}
+# (device, head is trained): MiB of logits and of a chunk's gradient within the fused loss's operator, as
+# measured in docs/kernels.md
+_SCRATCH = {("cpu", False): 12, ("cpu", True): 72, ("cuda", False): 512, ("cuda", True): 2304}
 _QUANTIZED = {"nf4": 0.52, "int8": 1.02}  # bytes of a weight in bitsandbytes' types, with its blocks' scales
 
 
@@ -41,8 +36,8 @@ class StepMemory:
 
     frozen_weights: int
     trained_weights: int
+    """Also the bytes of their gradients."""
     trained_parameters: int
-    gradients: int
     largest_layer: int
     """Weights of the largest module that ZeRO-3 gathers at once: decoder layer, embedding or head."""
     activations: int
@@ -63,17 +58,12 @@ def empty_model(
     """
     options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     pretrained = load_config(config, trust_remote_code=trust_remote_code)
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                pretrained,
-                dtype=stored_dtype(config, pretrained),
-                trust_remote_code=trust_remote_code,
-                **options,
-            )
-    except (OSError, ValueError, ImportError) as error:
-        raise cannot_load("model", config.path, error) from error
+    dtype = stored_dtype(config, pretrained)
     with torch.device("meta"):
+        with loading("model", config.path):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                pretrained, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            )
         return attach_lora(model, lora) if lora else model
 
 
@@ -107,7 +97,7 @@ def step_memory(
     head = base.get_output_embeddings().weight
     loss_tokens = max(1, int(batch * length * loss_fraction))
     # a trained head: a quarter of its float32 gradient, if that is more
-    most = max(_SCRATCH[device, head.requires_grad], head.numel() if head.requires_grad else 0)
+    most = max(_SCRATCH[device, head.requires_grad] << 20, head.numel() if head.requires_grad else 0)
     scratch = min(most, loss_tokens * len(head) * 4)
     model.train()
     if checkpointing:
@@ -123,9 +113,8 @@ def step_memory(
             fuse(model, verify=False)
             fused = _peak(model, lambda: model(**inputs, **labels).loss, autocast, scratch)
         except (RuntimeError, NotImplementedError) as error:
-            first = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
-                f"a step of {type(base).__name__} cannot be run without weights: {first}",
+                f"a step of {type(base).__name__} cannot be run without weights: {first_line(error)}",
                 remedy="set model.dtype to bfloat16 if the model routes tokens to experts; "
                 "otherwise measure a short run",
             ) from error
@@ -135,19 +124,18 @@ def step_memory(
 
 def _sizes(model: nn.Module, base: Any, quantization: str | None) -> dict[str, int]:
     """Return the fields of `StepMemory` that need no step."""
+    head = base.get_output_embeddings()
+    linear = {m.weight for m in base.modules() if isinstance(m, nn.Linear) and m is not head}
     trained = [p for p in model.parameters() if p.requires_grad]
-    frozen: dict[Tensor, int] = {p: p.nbytes for p in model.parameters() if not p.requires_grad}
-    if quantization:
-        for module in base.modules():
-            linear = isinstance(module, nn.Linear) and module is not base.get_output_embeddings()
-            if linear and module.weight in frozen:
-                frozen[module.weight] = int(module.weight.numel() * _QUANTIZED[quantization])
-    trained_bytes = sum(p.nbytes for p in trained)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+
+    def stored(p: Tensor) -> int:
+        return int(p.numel() * _QUANTIZED[quantization]) if quantization and p in linear else p.nbytes
+
     return {
-        "frozen_weights": sum(frozen.values()),
-        "trained_weights": trained_bytes,
+        "frozen_weights": sum(map(stored, frozen)),
+        "trained_weights": sum(p.nbytes for p in trained),
         "trained_parameters": sum(p.numel() for p in trained),
-        "gradients": trained_bytes,
         "largest_layer": max(sum(p.nbytes for p in m.parameters()) for m in _gathered_at_once(base)),
     }
 

@@ -1,62 +1,64 @@
-"""Whether a model keeps the rows of a packed sequence apart: asked of the model itself, before training."""
+"""Cross-contamination check: packed samples must not influence each other in this model."""
+
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ual.errors import UserError
 
-_ROW = 4
+_LENGTH = 4
 
 
 def is_padding_free(model: PreTrainedModel) -> bool:
-    """Whether packed rows must come as one unpadded sequence: flash attention tells them apart only there."""
+    """Return whether packed samples must form one unpadded sequence, as flash attention requires."""
     return "flash" in (model.config._attn_implementation or "")
 
 
 @torch.no_grad()
 def check_isolation(model: PreTrainedModel) -> None:
-    """Refuse a model in which a packed row sees its neighbour, or is not what it is alone.
+    """Raise if packing changes the hidden states of a sample.
 
-    Two rows of four tokens share a sequence. The second must not change with the tokens of the first, beyond
-    the order of sums (8 eps), and must equal itself alone to half the digits of the dtype: another attention
-    kernel rounds otherwise in every layer, but a wrong position changes everything.
+    Two samples of four tokens are packed into one sequence. The second sample's hidden states must not depend
+    on the first sample, except for the order of sums (8 eps). They must equal those of the second sample on
+    its own in half the digits of the dtype: another attention kernel rounds differently in every layer, but a
+    wrong position changes everything.
 
     transformers builds block-diagonal masks from `position_ids` for the attention implementations "sdpa",
-    "eager" and "flex_attention", and flash attention's variable lengths in a batch of one; state-space and
-    linear-attention layers, and implementations without masks, carry state from row to row.
+    "eager" and "flex_attention"; flash attention takes variable lengths in a batch of one. State-space and
+    linear-attention layers, and implementations without masks, carry state from one sample to the next.
 
     Args:
-        model: on its device, with its weights in memory; left in the mode in which it came.
+        model: on its device, with its weights in memory; its mode (train or eval) is restored.
 
     Raises:
-        UserError: it does not, naming the architecture and its attention implementation.
+        UserError: packing changes a sample; the message names architecture and attention implementation.
     """
-    embeddings: nn.Module = model.get_input_embeddings()
-    weight = embeddings.weight
-    assert isinstance(weight, Tensor)
-    tokens = torch.arange(3 * _ROW, device=weight.device) % weight.shape[0]
-    first, other, second = tokens.view(3, _ROW).unbind()
-    positions = torch.arange(_ROW, device=weight.device)
+    weight: Any = model.get_input_embeddings().weight
+    tokens = torch.arange(3 * _LENGTH, device=weight.device) % weight.shape[0]
+    first, other, second = tokens.view(3, _LENGTH).unbind()
+    positions = torch.arange(_LENGTH, device=weight.device)
     was_training = model.training
     model.train(False)
     try:
         beside, beside_other = (
-            _hidden(model, torch.cat([left, second]), positions.repeat(2))[_ROW:] for left in (first, other)
+            _hidden(model, torch.cat([left, second]), positions.repeat(2))[_LENGTH:]
+            for left in (first, other)
         )
         alone = _hidden(model, second, positions)
     finally:
         model.train(was_training)
-    attention = model.config._attn_implementation
+    architecture = f"{type(model).__name__} with attn_implementation {model.config._attn_implementation!r}"
     eps = torch.finfo(alone.dtype).eps
     scale = alone.double().norm()
-    for difference, bound, what in (
-        (beside - beside_other, 8 * eps, "lets packed rows see each other"),
-        (beside - alone, eps**0.5, "computes a packed row otherwise than the row alone"),
+    for difference, bound, problem in (
+        (beside - beside_other, 8 * eps, "mixes packed samples: the second depends on the first"),
+        (beside - alone, eps**0.5, "computes a packed sample differently from the sample alone"),
     ):
         if not difference.double().norm() <= bound * scale:
             raise UserError(
-                f"{type(model).__name__} with attn_implementation {attention!r} {what}",
+                f"{architecture} {problem}",
                 place="configuration, data.packing",
                 remedy='set model.attn_implementation to "sdpa", "eager" or "flash_attention_2", '
                 "or data.packing to false",
@@ -64,7 +66,6 @@ def check_isolation(model: PreTrainedModel) -> None:
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
-    body: nn.Module = model.base_model
-    hidden = body(input_ids=ids[None], position_ids=positions[None], use_cache=False).last_hidden_state
-    assert isinstance(hidden, Tensor)
-    return hidden[0]
+    output = model.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden

@@ -1,6 +1,6 @@
-"""An adapter's optimizer under ZeRO, saved whole: any stage on any number of processes goes on from it.
+"""An adapter's unpartitioned optimizer state: every ZeRO stage, on any number of processes, resumes from it.
 
-DeepSpeed's own checkpoints are pickles of each process's partition, which fit one world size. An adapter is
+DeepSpeed's own checkpoints are pickles of each process's partition and fit one world size. An adapter is
 small, so its float32 weights and moments are gathered into one safetensors file instead.
 """
 
@@ -16,48 +16,51 @@ FILE = "adapter_state.safetensors"
 
 
 def save(path: Path | None, model: nn.Module, zero: Any) -> None:
-    """Gather float32 weights and moments of the trained parameters; every process takes part.
+    """Gather and save float32 weights and moments of the trained parameters. Every process must call this.
 
     Args:
-        path: the file to write, None in processes that do not write.
-        model: as DeepSpeed was given it.
+        path: the file to write; None in processes that do not write.
+        model: the model that DeepSpeed was given.
         zero: DeepSpeed's ZeRO optimizer, after at least one step.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     first = next(iter(zero.optimizer.state.values()))
-    whole = {"step": torch.as_tensor(float(first["step"])).reshape(1)}
+    gathered = {"step": torch.as_tensor(float(first["step"])).reshape(1)}
     for name, p in _trained(model):
         for key in ("weight", *_moments(first)):
             value = safe_get_full_fp32_param(p) if key == "weight" else safe_get_full_optimizer_state(p, key)
             if path is not None:
-                whole[f"{key}/{name}"] = value.detach().float().cpu().contiguous().clone()
+                gathered[f"{key}/{name}"] = value.detach().float().cpu().contiguous().clone()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(whole, path)
+        save_file(gathered, path)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Give the model its trained weights before DeepSpeed casts and shares them out."""
-    whole = load_file(path)
+    """Load the trained weights, before DeepSpeed casts and partitions them."""
+    gathered = load_file(path)
     with torch.no_grad():
         for name, p in _trained(model):
-            p.copy_(whole[f"weight/{name}"])
+            p.copy_(gathered[f"weight/{name}"])
 
 
 def load_moments(path: Path, model: nn.Module, zero: Any) -> None:
-    """Give a new ZeRO optimizer, which has not stepped yet, this process's part of weights and moments."""
-    whole = load_file(path)
-    keys = sorted({name.partition("/")[0] for name in whole} - {"step", "weight"})
-    for flat in _partitions(zero):
-        zero.optimizer.state[flat] = {"step": whole["step"][0].clone()} | {
-            key: torch.zeros_like(flat) for key in keys
-        }
+    """Load this process's partition of weights and moments into a ZeRO optimizer before its first step."""
+    gathered = load_file(path)
+    keys = sorted({name.partition("/")[0] for name in gathered} - {"step", "weight"})
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
+        partitions = zero.fp32_partitioned_groups_flat
+    else:
+        partitions = zero.single_partition_of_fp32_groups
+    for flat in partitions:
+        moments = {key: torch.zeros_like(flat) for key in keys}
+        zero.optimizer.state[flat] = {"step": gathered["step"][0].clone()} | moments
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 link them at the first step
         zero._lazy_init_hp_params_optimizer_state()
     for name, p in _trained(model):
         for key in ("weight", *keys):
-            _set(zero, p, whole[f"{key}/{name}"], None if key == "weight" else key)
+            _set(zero, p, gathered[f"{key}/{name}"], None if key == "weight" else key)
 
 
 def _set(zero: Any, p: nn.Parameter, value: Tensor, key: str | None) -> None:
@@ -65,24 +68,18 @@ def _set(zero: Any, p: nn.Parameter, value: Tensor, key: str | None) -> None:
         if p._hp_mapping is not None:  # type: ignore[attr-defined]
             p.set_full_hp_param(value.to(p.device), key)  # type: ignore[attr-defined]
         return
-    # DeepSpeed's own setter does not know of the padding of a last partition
-    part, _ = zero._get_fp32_opt_state_partition(p, release_swap_buffers=False, optim_state_key=key)
-    start = part.numel() * torch.distributed.get_rank()
-    mine = value.flatten()[start : start + part.numel()]
-    part.data[: mine.numel()].copy_(mine)
+    # DeepSpeed's own setter ignores the padding of the last partition
+    partition, _ = zero._get_fp32_opt_state_partition(p, release_swap_buffers=False, optim_state_key=key)
+    start = partition.numel() * torch.distributed.get_rank()
+    values = value.flatten()[start : start + partition.numel()]
+    partition.data[: values.numel()].copy_(values)
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def _partitions(zero: Any) -> list[Tensor]:
-    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
-        return list(zero.fp32_partitioned_groups_flat)
-    return list(zero.single_partition_of_fp32_groups)
-
-
 def _moments(state: dict[str, Any]) -> list[str]:
-    """The optimizer's tensors that are shaped like the weights, such as exp_avg and exp_avg_sq."""
-    size = max(v.numel() for v in state.values() if isinstance(v, Tensor))
-    return sorted(k for k, v in state.items() if isinstance(v, Tensor) and v.numel() == size and k != "step")
+    """Return the names of the optimizer's tensors with the weights' shape, such as exp_avg and exp_avg_sq."""
+    sizes = {k: v.numel() for k, v in state.items() if isinstance(v, Tensor)}
+    return sorted(k for k, size in sizes.items() if size == max(sizes.values()) and k != "step")

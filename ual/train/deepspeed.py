@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: the shipped profiles, what is checked in any configuration, and what a CPU needs."""
+"""DeepSpeed ZeRO: shipped profiles, checks of a configuration, and settings for a CPU."""
 
 import gc
 import json
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 PROFILES = {path.stem: path for path in sorted((Path(__file__).parent / "profiles").glob("*.json"))}
 _PLACE = "configuration, deepspeed"
-_OLDEST = "0.19"  # the hooks of ZeRO-3 that the fused loss relies on were read and tested from here
+_OLDEST = "0.19"  # the first version whose ZeRO-3 hooks were tested with the fused loss
 _KEYS = (
     "zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "gradient_clipping", "train_batch_size",
     "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_allow_untested_optimizer",
@@ -31,14 +31,14 @@ _KEYS = (
 
 
 def deepspeed_config(name: str) -> dict[str, Any]:
-    """Read a shipped profile or a DeepSpeed JSON file; check what DeepSpeed would find late or never.
+    """Return a shipped profile or a DeepSpeed JSON file, after checks that DeepSpeed makes late or never.
 
     Args:
-        name: one of `PROFILES`, or a path. "auto" values are filled from `training` by transformers.
+        name: one of `PROFILES`, or a path. transformers fills "auto" values from `training`.
 
     Raises:
-        UserError: unknown name or unreadable file; DeepSpeed is missing or too old; a section or key that it
-            does not know; float16 on a CPU.
+        UserError: the name is unknown, or the file unreadable; DeepSpeed is missing or too old; a section or
+            key is unknown; ZeRO-3 would save no weights; float16 on a CPU.
     """
     values = _read(name)
     _require_deepspeed()
@@ -49,7 +49,7 @@ def deepspeed_config(name: str) -> dict[str, Any]:
 
 
 def join() -> None:
-    """Tell DeepSpeed of the process group that transformers made, before a model is loaded in partitions."""
+    """Let DeepSpeed use the process group of transformers; call it before loading a partitioned model."""
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
@@ -61,30 +61,31 @@ def stage(values: Mapping[str, Any] | None) -> int:
 
 
 def can_compute(model: torch.nn.Module) -> bool:
-    """Whether an engine is there that gathers partitioned weights."""
+    """Return whether the model has an engine that gathers partitioned weights."""
     return any("pre_bwd_fn" in module.__dict__ for module in model.modules())
 
 
 @contextmanager
 def computing(model: torch.nn.Module, values: dict[str, Any]) -> Iterator[None]:
-    """Let a model that was loaded in ZeRO-3 partitions compute before its training engine exists."""
+    """Give a model in ZeRO-3 partitions a temporary engine, so that it computes before training."""
     import deepspeed
 
+    zero = {k: v for k, v in values["zero_optimization"].items() if v != "auto"}
+    dtype = next(model.parameters()).dtype
     settings = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {k: v for k, v in values["zero_optimization"].items() if v != "auto"}
-        | {"offload_optimizer": None},
-        "bf16": {"enabled": _dtype(model) == torch.bfloat16},
-        "fp16": {"enabled": _dtype(model) == torch.float16},
+        "zero_optimization": zero | {"offload_optimizer": None},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
     }
     engine, *_ = deepspeed.initialize(model=model, config=settings)
     try:
         yield
     finally:
         engine.destroy()
-        for module in model.modules():  # DeepSpeed would let the next engine use this one's closures
-            for name in ("pre_bwd_fn", "post_bwd_fn"):
-                module.__dict__.pop(name, None)
+        for module in model.modules():  # DeepSpeed's next engine would use the closures of this engine
+            vars(module).pop("pre_bwd_fn", None)
+            vars(module).pop("post_bwd_fn", None)
         del engine
         gc.collect()
 
@@ -95,14 +96,15 @@ def _read(name: str) -> dict[str, Any]:
         raise UserError(
             f"{name!r} is neither a shipped profile nor a file; {nearest(name, list(PROFILES))}",
             place=_PLACE,
-            remedy=f"one of {', '.join(PROFILES)}, or the path of a DeepSpeed JSON file",
+            remedy=f"give one of {', '.join(PROFILES)}, or the path of a DeepSpeed JSON file",
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read as JSON: {error}", place=f"{_PLACE}: {path}") from error
+        raise UserError(f"cannot read the file as JSON: {error}", place=f"{_PLACE}: {path}") from error
     if not isinstance(values, dict):
-        raise UserError("a DeepSpeed configuration is a JSON object", place=f"{_PLACE}: {path}")
+        given = type(values).__name__
+        raise UserError(f"expected a JSON object {{...}}, got {given}", place=f"{_PLACE}: {path}")
     return values
 
 
@@ -128,44 +130,39 @@ def _check(values: Mapping[str, Any], place: str) -> None:
         if key not in _KEYS:
             if (hint := nearest(key, _KEYS)).startswith("did you mean"):
                 raise UserError(f'unknown key "{key}"; {hint}', place=place)  # DeepSpeed would ignore it
-            log.warning("%s: %r is passed on to DeepSpeed unchecked", place, key)
+            log.warning("%s: key %r is passed to DeepSpeed unchecked", place, key)
     zero = values.get("zero_optimization")
     if not isinstance(zero, dict) or "stage" not in zero:
         raise UserError(
-            'there is no "zero_optimization" with a "stage"',
+            '"zero_optimization" with a "stage" is missing',
             place=place,
             remedy="start from a shipped profile",
         )
     try:
         DeepSpeedZeroConfig(**{k: v for k, v in zero.items() if v != "auto"})
-    except (ValidationError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         problem = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(["zero_optimization", *map(str, problem["loc"])])
         raise UserError(f"{where}: {problem['msg']}", place=place) from error
     if stage(values) == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise UserError(
-            'ZeRO-3 without "stage3_gather_16bit_weights_on_model_save": true saves no weights that another '
-            "program can load",
+            "ZeRO-3 would save only partitions, which other programs cannot load",
             place=place,
-            remedy="add it to zero_optimization",
+            remedy='set "stage3_gather_16bit_weights_on_model_save": true in zero_optimization',
         )
 
 
 def _settle_for_cpu(values: dict[str, Any]) -> None:
-    """What DeepSpeed cannot do without a GPU is refused or left out, instead of failing in the middle."""
+    """Refuse or turn off what DeepSpeed cannot do without a GPU, before it fails during training."""
     import deepspeed
 
     if values.get("fp16", {}).get("enabled") is True:
         raise UserError(
-            "DeepSpeed has no float16 on a CPU", place=f"{_PLACE}, fp16", remedy="use bf16, or float32"
+            "DeepSpeed has no float16 on a CPU", place=f"{_PLACE}, fp16", remedy="use bf16 or float32"
         )
-    # A faster all-reduce on one host, compiled on first use: it needs a compiler and ninja, takes half a
-    # minute, and where a build was killed its stale lock lets every later run hang. gloo needs nothing.
+    # DeepSpeed's all-reduce over shared memory is compiled on first use. That needs a compiler and ninja and
+    # takes half a minute; after a killed build, its stale lock blocks every later run. gloo needs nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name in ("offload_optimizer", "offload_param"):
         if isinstance(offload := values["zero_optimization"].get(name), dict):
             offload["pin_memory"] = False
-
-
-def _dtype(model: torch.nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype
