@@ -1,15 +1,19 @@
 """Tokenized samples from disk are those that would be made now, or they are made now."""
 
 import copy
+import resource
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
-from ual.data import Renderer, tokenize
+from ual.data import Renderer, TokenizedSample, tokenize
 from ual.records import Message, Sample
 
 
@@ -30,6 +34,12 @@ def renderer(tokenizer: Any, **options: Any) -> Renderer:
     return Renderer(tokenizer, **(defaults | options))
 
 
+def plain(rows: dict[str, TokenizedSample]) -> list[Any]:
+    """What can be compared."""
+    assert all(row.id == id for id, row in rows.items())
+    return [(r.id, r.input_ids.tolist(), r.labels.tolist(), r.truncated) for r in rows.values()]
+
+
 def from_cache(made: Renderer, samples: list[Sample], folder: Path) -> bool:
     """Whether nothing was rendered; and what came is what rendering gives."""
     rendered = []
@@ -40,14 +50,13 @@ def from_cache(made: Renderer, samples: list[Sample], folder: Path) -> bool:
     fresh = copy.copy(made)
     fresh.counts = type(made.counts)()
     expected = {s.id: row for s in samples if (row := Renderer.render(fresh, s)) is not None}
-    assert rows == expected
-    assert list(rows) == list(expected)
+    assert plain(rows) == plain(expected)
     assert made.counts == fresh.counts
     assert sum(done) == len(samples)
     return not rendered
 
 
-@pytest.mark.kills("ual/data/tokenize.py", "renderer.counts.update(counts)", "pass")
+@pytest.mark.kills("ual/data/tokenize.py", "truncated=truncated, dropped=dropped", "truncated=truncated")
 def test_a_second_run_reads_what_the_first_made(tokenizer: Any, tmp_path: Path) -> None:
     assert not from_cache(renderer(tokenizer), SAMPLES, tmp_path)
     again = renderer(tokenizer)
@@ -56,7 +65,9 @@ def test_a_second_run_reads_what_the_first_made(tokenizer: Any, tmp_path: Path) 
     assert again.counts["dropped"] > 0
     assert again.counts["rendered"] > 0
     assert not from_cache(renderer(tokenizer), SAMPLES, tmp_path / "elsewhere")
-    assert tokenize(SAMPLES, renderer(tokenizer)) == tokenize(SAMPLES, renderer(tokenizer), tmp_path)
+    in_memory = tokenize(SAMPLES, renderer(tokenizer))
+    assert plain(in_memory) == plain(tokenize(SAMPLES, renderer(tokenizer), tmp_path))
+    assert tokenize([], renderer(tokenizer), tmp_path) == {}
 
 
 @pytest.mark.kills("ual/data/tokenize.py", "[sample.id, chat, sample.tools]", "[sample.id]")
@@ -87,36 +98,90 @@ def test_whatever_changes_the_tokens_is_in_the_key(tokenizer: Any, tmp_path: Pat
     assert from_cache(renderer(tokenizer), weighted, tmp_path)
 
 
-@pytest.mark.kills(
-    "ual/data/tokenize.py", 'arrays["checksum"].tobytes() != _checksum(tokens, trained)', "False"
-)
+@pytest.mark.kills("ual/data/tokenize.py", "list(map(_checksum, found)) != checksums", "False")
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: flip(b)])
 def test_a_damaged_file_is_made_again(damage: Any, tokenizer: Any, tmp_path: Path) -> None:
     assert not from_cache(renderer(tokenizer), SAMPLES, tmp_path)
-    (path,) = tmp_path.glob("*.npz")
+    (path,) = tmp_path.glob("*.arrow")
     path.write_bytes(damage(path.read_bytes()))
     assert not from_cache(renderer(tokenizer), SAMPLES, tmp_path)
     assert from_cache(renderer(tokenizer), SAMPLES, tmp_path)
 
 
+@pytest.mark.kills("ual/data/tokenize.py", "len(found) != count", "False")
+def test_a_file_cut_between_batches_is_made_again(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["ual.data.tokenize"], "_BATCH", 3)
+    assert not from_cache(renderer(tokenizer), SAMPLES, tmp_path)
+    (path,) = tmp_path.glob("*.arrow")
+    content = path.read_bytes()
+    with pa.ipc.open_stream(content) as reader:
+        batches = list(reader)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, reader.schema) as writer:
+            for batch in batches[:-1]:
+                writer.write_batch(batch)
+    assert len(batches) == 3
+    assert not from_cache(renderer(tokenizer), SAMPLES, tmp_path)
+    assert path.read_bytes() == content
+
+
 def flip(content: bytes) -> bytes:
-    """Another token, in a file that is whole otherwise."""
-    import io
-
-    import numpy as np
-
-    with np.load(io.BytesIO(content)) as file:
-        arrays = {name: file[name].copy() for name in file.files}
-    arrays["input_ids"][3] += 1
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
+    """Another token, in a file that is complete otherwise."""
+    first = pa.ipc.open_stream(content).read_next_batch()["input_ids"].values
+    start = content.index(bytes(first.buffers()[1])[:8])
+    return content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :]
 
 
-def test_a_cache_that_cannot_be_written_is_passed_over(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_passed_over(tokenizer: Any, tmp_path: Path, caplog: Any) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    assert tokenize(SAMPLES, renderer(tokenizer), file / "below") == tokenize(SAMPLES, renderer(tokenizer))
+    assert not from_cache(renderer(tokenizer), SAMPLES, file / "below")
+    assert "tokenized samples are not cached: " in caplog.text
+
+
+@pytest.mark.kills("ual/data/tokenize.py", "renderer.counts = before", "pass")
+def test_a_full_disk_does_not_stop_a_run(tokenizer: Any, tmp_path: Path, caplog: Any) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        made = renderer(tokenizer)
+        assert len(tokenize(SAMPLES, made, tmp_path)) == made.counts["rendered"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "tokenized samples are not cached: " in caplog.text
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    assert sum(made.counts.values()) == len(SAMPLES)
+
+
+@pytest.mark.kills(
+    "ual/data/tokenize.py", 'with FileLock(path.with_suffix(".lock")):', "with suppress(ValueError):"
+)
+def test_of_two_processes_one_renders(tokenizer: Any, tmp_path: Path) -> None:
+    """Two threads lock like two processes: each opens the lock file for itself."""
+    calls = []
+
+    def work() -> list[Any]:
+        made = renderer(tokenizer)
+        render = made.render
+        made.render = lambda sample: calls.append(sample.id) or render(sample)  # type: ignore[method-assign]
+        return plain(tokenize(SAMPLES, made, tmp_path))
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (future.result() for future in [pool.submit(work), pool.submit(work)])
+    assert first == second
+    assert len(calls) == len(SAMPLES)
+
+
+def test_tokens_are_views_of_a_file_that_datasets_opens(tokenizer: Any, tmp_path: Path) -> None:
+    for _ in range(2):
+        rows = tokenize(SAMPLES, renderer(tokenizer), tmp_path)
+        for row in rows.values():
+            assert not row.input_ids.flags.owndata
+            assert not row.labels.flags.writeable
+    (path,) = tmp_path.glob("*.arrow")
+    opened = datasets.Dataset.from_file(str(path))
+    assert [row["input_ids"] for row in opened if row["id"]] == [r.input_ids.tolist() for r in rows.values()]
 
 
 def test_the_oldest_goes_first(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +189,7 @@ def test_the_oldest_goes_first(tokenizer: Any, tmp_path: Path, monkeypatch: pyte
         tokenize(SAMPLES[: 3 + i], renderer(tokenizer), tmp_path)
         time.sleep(0.01)
     tokenize(SAMPLES[:3], renderer(tokenizer), tmp_path)  # read, so no longer the oldest
-    size = max(path.stat().st_size for path in tmp_path.glob("*.npz"))
+    size = max(path.stat().st_size for path in tmp_path.glob("*.arrow"))
     monkeypatch.setattr(sys.modules["ual.data.tokenize"], "_LARGEST", 3 * size)
     tokenize(SAMPLES, renderer(tokenizer), tmp_path)
     assert from_cache(renderer(tokenizer), SAMPLES, tmp_path)

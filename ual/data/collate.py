@@ -58,8 +58,8 @@ class Collator:
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         for i, feature in enumerate(features):
             n = len(feature["input_ids"])
-            input_ids[i, :n] = torch.as_tensor(feature["input_ids"])
-            labels[i, :n] = torch.as_tensor(feature["labels"])
+            input_ids[i, :n] = torch.tensor(feature["input_ids"])
+            labels[i, :n] = torch.tensor(feature["labels"])
             attention_mask[i, :n] = 1
         loss_tokens = (labels[:, 1:] != IGNORE_INDEX).sum(1)
         smoothing, weight = _numbers(features)
@@ -134,7 +134,7 @@ class PackedCollator:
     def _sequence(self, samples: Sequence[Mapping[str, Any]], length: int) -> dict[str, Tensor]:
         lengths = [len(sample["input_ids"]) for sample in samples]
         padding = length - sum(lengths)
-        labels = [torch.as_tensor(sample["labels"]).clone() for sample in samples]
+        labels = [torch.tensor(sample["labels"]) for sample in samples]
         for of_sample in labels:
             of_sample[0] = IGNORE_INDEX
         smoothing, weight = _numbers(samples)
@@ -145,7 +145,7 @@ class PackedCollator:
         sequence = {
             "input_ids": torch.cat(
                 [
-                    *(torch.as_tensor(sample["input_ids"]) for sample in samples),
+                    *(torch.tensor(sample["input_ids"]) for sample in samples),
                     torch.full((padding,), self.pad_token_id),
                 ]
             ),

@@ -20,6 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ual.errors import UserError
 from ual.records import Message, Sample
 
@@ -61,13 +64,14 @@ class TokenizedSample:
     """A rendered sample; `labels` are `input_ids` with -100 outside the assistant's tokens."""
 
     id: str
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    truncated: bool = False
 
     @property
     def loss_tokens(self) -> int:
-        """The number of tokens with a loss: token t is predicted from those before it, so never the first."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+        """The number of tokens with a loss. The first token is not predicted, so it never has one."""
+        return int(np.count_nonzero(self.labels[1:] != IGNORE_INDEX))
 
 
 class Renderer:
@@ -181,8 +185,10 @@ class Renderer:
             sample,
             TokenizedSample(
                 id=sample.id,
-                input_ids=[token for token, _ in tokens],
-                labels=[token if trained else IGNORE_INDEX for token, trained in tokens],
+                input_ids=np.array([token for token, _ in tokens], dtype=np.int32),
+                labels=np.array(
+                    [token if trained else IGNORE_INDEX for token, trained in tokens], dtype=np.int32
+                ),
             ),
         )
 
@@ -211,9 +217,8 @@ class Renderer:
                 remedy=f'{longer}set data.overlong to "truncate" or "drop"',
             )
         if self._overlong == "truncate":
-            cut = TokenizedSample(
-                tokenized.id, tokenized.input_ids[: self.max_length], tokenized.labels[: self.max_length]
-            )
+            ids, labels = (tokens[: self.max_length] for tokens in (tokenized.input_ids, tokenized.labels))
+            cut = TokenizedSample(tokenized.id, ids, labels, truncated=True)
             if cut.loss_tokens:
                 self.counts["truncated"] += 1
                 return cut

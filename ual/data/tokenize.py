@@ -1,22 +1,27 @@
-"""Tokenized samples on disk, under a hash of everything that they depend on: a second run starts at once."""
+"""Tokenized samples, mapped from a file whose name is a hash of everything that decides their tokens."""
 
 import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from ual.data.render import IGNORE_INDEX, Renderer, TokenizedSample
+from ual.data.render import Renderer, TokenizedSample
 from ual.files import aside
 from ual.records import Sample
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1  # of the files; another number is another cache
-_LARGEST = 8 << 30  # bytes kept; beyond them what was not read for longest goes
+_FORMAT = 2  # of the files; part of the key
+_DROPPED = TokenizedSample("", np.empty(0, np.int32), np.empty(0, np.int32))  # ids are not empty
+_BATCH = 1000  # samples in memory while a file is written
+_LARGEST = 8 << 30  # bytes; beyond them the files that were not used for longest are removed
 
 
 def tokenize(
@@ -25,49 +30,106 @@ def tokenize(
     folder: Path | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, TokenizedSample]:
-    """Render all samples, or read what an earlier call rendered of the same rows in the same way.
+    """Render all samples, or map the file that an earlier call wrote for the same samples and renderer.
 
-    The key is a hash of every row (id, messages, tools), of the tokenizer, the template and the options, and
-    of the library that tokenizes. Smoothings and weights are not in it, for they are not in the tokens.
+    The file's name is a hash of every sample's id, messages and tools, and of `renderer.fingerprint`.
+    Smoothings and weights do not change tokens, so they are not hashed. Processes that need the same file
+    wait until one of them has written it.
 
     Args:
-        samples: rows with ids of their own.
-        renderer: what renders; its `counts` are those of the samples either way.
-        folder: where the cache lies; None keeps none. A file that cannot be read is made again, and a cache
-            that cannot be written is passed over with a line in the log: it is no reason to stop.
-        advance: called with the number of rows done.
+        samples: with distinct ids.
+        renderer: its `counts` are increased by these samples, whether they are rendered or read.
+        folder: of the cache; None keeps the tokens in memory. A damaged file is written again. If the folder
+            cannot be written, a warning is logged, and the tokens are kept in memory.
+        advance: called with the number of samples done.
 
     Returns:
-        The rows that were not dropped, by sample id, in order.
+        The samples that are not dropped, by id, in order. Tokens of a file are read-only views of it.
+
+    Raises:
+        UserError: as `Renderer.render`.
     """
-    if folder is None:
-        return _render(samples, renderer, advance)
-    path = folder / f"{_key(samples, renderer)}.npz"
-    if (found := _read(path)) is not None:
-        rows, counts = found
-        _log.info("%d tokenized rows from %s", len(rows), path)
-        renderer.counts.update(counts)
-        advance(len(samples))
-        return rows
-    before = Counter(renderer.counts)
-    rows = _render(samples, renderer, advance)
+    before = renderer.counts.copy()
     try:
-        _write(path, rows, renderer.counts - before)
-        _keep_within(folder, _LARGEST, path)
+        if folder is not None:
+            return _cached(samples, renderer, folder, advance)
     except OSError as error:
-        _log.warning("tokenized rows are not kept: %s", error)
-    return rows
+        _log.warning("tokenized samples are not cached: %s", error)
+        renderer.counts = before
+    return {rendered.id: rendered for rendered in _render(samples, renderer, advance) if rendered.id}
+
+
+def _cached(
+    samples: Sequence[Sample], renderer: Renderer, folder: Path, advance: Callable[[int], None]
+) -> dict[str, TokenizedSample]:
+    from filelock import FileLock
+
+    path = folder / f"{_key(samples, renderer)}.arrow"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        try:
+            found = _read(path, len(samples))
+            path.touch()
+        except Exception as error:  # Arrow has several classes for a damaged file
+            if path.exists():
+                _log.warning("%s is written again: %s", path, error)
+            _write(path, _render(samples, renderer, advance))
+            found = _read(path, len(samples))
+        else:
+            _log.info("%d tokenized samples from %s", len(found), path)
+            truncated = sum(rendered.truncated for rendered in found.values())
+            dropped = len(samples) - len(found)
+            renderer.counts.update(rendered=len(found) - truncated, truncated=truncated, dropped=dropped)
+            advance(len(samples))
+    with suppress(FileNotFoundError):  # another process may remove it at the same time
+        files = sorted(folder.glob("*.arrow"), key=lambda file: file.stat().st_mtime)
+        while len(files) > 1 and sum(file.stat().st_size for file in files) > _LARGEST:
+            files.pop(0).unlink()
+    return found
 
 
 def _render(
     samples: Sequence[Sample], renderer: Renderer, advance: Callable[[int], None]
-) -> dict[str, TokenizedSample]:
-    rows = {}
+) -> Iterator[TokenizedSample]:
     for sample in samples:
-        if (row := renderer.render(sample)) is not None:
-            rows[sample.id] = row
+        yield renderer.render(sample) or _DROPPED
         advance(1)
-    return rows
+
+
+def _write(path: Path, rendered: Iterator[TokenizedSample]) -> None:
+    """Write an Arrow stream, a few samples at a time; `datasets.Dataset.from_file` opens it."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    tokens = pa.list_(pa.int32())
+    types = {"id": pa.string(), "input_ids": tokens, "labels": tokens, "truncated": pa.bool_()}
+    schema = pa.schema(types | {"checksum": pa.uint32()})
+    with (
+        aside(path) as scratch,
+        pa.OSFile(str(scratch), "wb") as file,
+        pa.ipc.new_stream(file, schema) as out,
+    ):
+        while rows := [asdict(t) | {"checksum": _checksum(t)} for t in islice(rendered, _BATCH)]:
+            out.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+
+
+def _read(path: Path, count: int) -> dict[str, TokenizedSample]:
+    """Map a file of `count` samples, and return views of its tokens."""
+    import pyarrow as pa
+
+    found: list[TokenizedSample] = []
+    checksums: list[int] = []
+    for batch in pa.ipc.open_stream(pa.memory_map(str(path))):
+        ids, input_ids, labels, truncated, checksum = batch.columns
+        tokens = [np.split(c.values.to_numpy(), c.offsets.to_numpy()[1:-1]) for c in (input_ids, labels)]
+        found += map(TokenizedSample, ids.to_pylist(), *tokens, truncated.to_pylist())
+        checksums += checksum.to_pylist()
+    if len(found) != count or list(map(_checksum, found)) != checksums:
+        raise ValueError("it is damaged")
+    return {rendered.id: rendered for rendered in found if rendered.id}
+
+
+def _checksum(rendered: TokenizedSample) -> int:
+    return zlib.crc32(rendered.labels.data, zlib.crc32(rendered.input_ids.data))
 
 
 def _key(samples: Sequence[Sample], renderer: Renderer) -> str:
@@ -76,58 +138,3 @@ def _key(samples: Sequence[Sample], renderer: Renderer) -> str:
         chat = [message.as_dict() for message in sample.messages]
         digest.update(json.dumps([sample.id, chat, sample.tools]).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _write(path: Path, rows: dict[str, TokenizedSample], counts: Counter[str]) -> None:
-    about = json.dumps({"ids": list(rows), "counts": counts}).encode()
-    lengths = [len(row.input_ids) for row in rows.values()]
-    tokens = [token for row in rows.values() for token in row.input_ids]
-    trained = [label != IGNORE_INDEX for row in rows.values() for label in row.labels]
-    with aside(path) as scratch, scratch.open("wb") as file:
-        np.savez(
-            file,
-            about=np.frombuffer(about, dtype=np.uint8),
-            ends=np.cumsum(lengths, dtype=np.int64),
-            input_ids=np.array(tokens, dtype=np.int32),
-            trained=np.packbits(np.array(trained, dtype=np.bool_)),
-            checksum=np.frombuffer(_checksum(tokens, trained), dtype=np.uint8),
-        )
-
-
-def _read(path: Path) -> tuple[dict[str, TokenizedSample], Counter[str]] | None:
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        about = json.loads(arrays["about"].tobytes())
-        tokens = arrays["input_ids"].tolist()
-        trained = np.unpackbits(arrays["trained"], count=len(tokens)).astype(bool).tolist()
-        if arrays["checksum"].tobytes() != _checksum(tokens, trained):
-            raise ValueError("its checksum is wrong")
-        path.touch()
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # zipfile, numpy and json each have their own for a damaged file
-        _log.warning("%s is made again: %s", path, error)
-        return None
-    rows, start = {}, 0
-    for sample_id, end in zip(about["ids"], arrays["ends"].tolist(), strict=True):
-        ids = tokens[start:end]
-        labels = [t if kept else IGNORE_INDEX for t, kept in zip(ids, trained[start:end], strict=True)]
-        rows[sample_id] = TokenizedSample(sample_id, ids, labels)
-        start = end
-    return rows, Counter(about["counts"])
-
-
-def _checksum(tokens: list[int], trained: list[bool]) -> bytes:
-    digest = hashlib.sha256(np.array(tokens, dtype=np.int32).tobytes())
-    digest.update(np.array(trained, dtype=np.bool_).tobytes())
-    return digest.digest()
-
-
-def _keep_within(folder: Path, most: int, newest: Path) -> None:
-    files = sorted(folder.glob("*.npz"), key=lambda path: path.stat().st_mtime, reverse=True)
-    total = 0
-    for path in files:
-        total += path.stat().st_size
-        if total > most and path != newest:
-            path.unlink(missing_ok=True)
