@@ -26,10 +26,10 @@ ESTIMATOR = '''
 from typing import Literal
 
 from ual.records import Elicited, Sample
-from ual.uncertainty.protocol import Ask, AskingEstimator
+from ual.uncertainty.protocol import Ask, Estimator
 
 
-class Length(AskingEstimator):
+class Length(Estimator):
     """u = characters of the response / 1000."""
 
     name: Literal["length"] = "length"
