@@ -3,7 +3,7 @@
     python -m tests.faults.kills FOLDER --kills 20 --seed 1
 
 One process of two gets SIGKILL at a random moment, in turn while it trains and while a checkpoint is being
-written; then the run is started again with `--resume auto`. The log of what happened goes to stdout.
+written; then the run is started again with `--resume auto`. The log is printed to stdout.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def last_step(config: Path) -> int:
 
 
 def kill(config: Path, how: str, *, rank: int, moment: str, delay: float, after: int = 1) -> tuple[bool, int]:
-    """Start or go on, kill one process `delay` seconds into a step or a save, `after` steps from here.
+    """Start or resume, kill one process `delay` seconds into a step or a save, `after` steps from here.
 
     Returns whether it was killed, and the launcher's exit code.
     """

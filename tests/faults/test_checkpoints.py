@@ -96,13 +96,13 @@ def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path: Path) -> None:
 
 
 def test_a_run_passes_over_its_damaged_checkpoint(tmp_path: Path, tiny: Path) -> None:
-    """It goes on from the one before, and ends with the weights that it had."""
+    """The run resumes from the checkpoint before, and ends with the same weights."""
     config = configure(tmp_path, tiny, ROWS, uncertainty="column")
     assert CliRunner().invoke(app, ["train", str(config)]).exit_code == 0
     run = tmp_path / "run"
     expected = load_file(run / "adapter" / "adapter_model.safetensors")
     shutil.rmtree(run / "adapter")
-    assert not list(run.rglob("*.bin")), "a pickle that nobody reads"
+    assert not list(run.rglob("*.bin")), "a pickle that is never read"
     victim = run / "checkpoints" / "checkpoint-6" / "adapter_model.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1])
     result = CliRunner().invoke(app, ["train", str(config), "--resume"])
@@ -159,14 +159,14 @@ def test_nothing_to_go_on_with(tmp_path: Path, tiny: Path) -> None:
     "ual/train/callbacks.py", "if not distributed.highest(mine):", "if mine or not distributed.highest(mine):"
 )
 def test_a_gradient_that_is_not_finite_names_the_samples(tmp_path: Path, tiny: Path) -> None:
-    """A weight near the largest float overflows one row's gradient; the step before has been saved."""
-    rows = [row | {"id": f"row {i}", "sample_weight": 1.0} for i, row in enumerate(ROWS)]
+    """A weight near the largest float overflows one sample's gradient; the step before has been saved."""
+    rows = [row | {"id": f"sample {i}", "sample_weight": 1.0} for i, row in enumerate(ROWS)]
     rows[6]["sample_weight"] = 3e38
     training = {"max_steps": 8, "save_steps": 1, "per_device_train_batch_size": 1, "seed": 3}
     config = configure(tmp_path, tiny, rows, uncertainty="column", training=training)
     said = refuse(config, "loss.average=tokens")
     assert "not finite" in said
-    assert re.search(r"Samples: row 6 ", said), said
+    assert re.search(r"Samples: sample 6 ", said), said
     run = tmp_path / "run"
     newest = checkpoint.newest_complete(run / "checkpoints")
     steps = [row["step"] for row in history(run) if "loss" in row]

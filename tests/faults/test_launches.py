@@ -1,7 +1,7 @@
 """Launchers, signals and kills: two real processes stop in every way, and end where they would have ended.
 
 One story in six launches, because starting costs more than training: an uninterrupted run under torchrun, and
-beside it one that each launcher starts or goes on with, until it is killed, told to stop, or done.
+beside it one that each launcher starts or resumes, until it is killed, told to stop, or done.
 """
 
 import json
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, shared: Path) -> Path:
-    """The configuration of a run of two processes that nobody stopped."""
+    """The configuration of an uninterrupted run of two processes."""
     config = prepare(folder / "whole", shared)
     launch = Launch(config, "torchrun")
     assert launch.end() == 0, launch.printed()[-3000:]
@@ -38,7 +38,7 @@ def whole(folder: Path, shared: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(folder: Path, shared: Path, whole: Path) -> Path:
-    """The same run, killed in a step, told to stop, and killed while it saves; not gone on with since."""
+    """The same run, killed in a step, told to stop, and killed while it saves; not resumed since."""
     config = prepare(folder / "stopped", shared)
     hit, code = kill(config, "deepspeed", rank=1, moment="step", delay=0.2)
     assert hit, "it ended before it could be killed"
@@ -99,7 +99,7 @@ def test_an_adapter_goes_on_in_another_number_of_processes_and_stage(whole: Path
     expected, got = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
     moved = max(tensor.abs().max().item() for tensor in expected.values())
     off = max((expected[name] - got[name]).abs().max().item() for name in expected)
-    # float32 sums over rows in another order, through the steps that are left
+    # float32 sums over samples in another order, through the remaining steps
     assert off <= 1e-3 * moved, (off, moved)
     assert torch.tensor([row["loss"] for row in history(out)]).isfinite().all()
 

@@ -1,4 +1,4 @@
-"""Helpers that start real runs: a small configuration on real weights and rows, and `ual` as a process."""
+"""Helpers that start real runs: a small configuration on real weights and samples, and `ual` as a process."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def gsm8k(shared: Path, count: int) -> list[dict[str, Any]]:
 
 
 def configure(folder: Path, stories: Path, rows: list[dict[str, Any]], **sections: Any) -> Path:
-    """Write rows and a configuration that trains stories260K on them for a few steps."""
+    """Write samples and a configuration that trains stories260K on them for a few steps."""
     values: dict[str, Any] = {
         "model": str(stories),
         "data": {

@@ -1,4 +1,4 @@
-"""`ual preview` and `ual estimate` through their command, on real rows and a real tokenizer."""
+"""`ual preview` and `ual estimate` through their command, on real samples and a real tokenizer."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ ROWS: list[dict[str, Any]] = [
     for i in range(6)
 ]
 LONG = {"id": "long", "prompt": "word " * 300, "completion": "Too late.", "uncertainty": 1}
-CUT = {"id": "cut", "prompt": "Go on.", "completion": "word " * 300, "uncertainty": 1}
+CUT = {"id": "cut", "prompt": "Tell me.", "completion": "word " * 300, "uncertainty": 1}
 IDLE = {"id": "idle", "prompt": "What?", "completion": "Nothing.", "uncertainty": 1, "sample_weight": 0}
 UNKNOWN = {"id": "unknown", "prompt": "What?", "completion": "Who knows."}
 
@@ -113,9 +113,9 @@ def test_trained_text_is_green_or_between_marks(
         )
         invoke("preview", config, "-n", 2)
         file.seek(0)
-        coloured = file.read()
-    assert "\x1b[1;32m It is 0.</s>\x1b[0m" in coloured
-    assert "«" not in coloured
+        colored = file.read()
+    assert "\x1b[1;32m It is 0.</s>\x1b[0m" in colored
+    assert "«" not in colored
 
 
 def test_the_estimate_as_a_table(config: Path) -> None:

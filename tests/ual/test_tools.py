@@ -1,4 +1,4 @@
-"""Rows with tools: what they bring reaches the template, or is refused, from every kind of file."""
+"""Samples with tools: their tools reach the template, or are refused, from every kind of file."""
 
 import json
 from pathlib import Path

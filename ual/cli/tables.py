@@ -95,7 +95,7 @@ def preview(found: "Preview") -> RenderableType:
 
 
 def preview_sample(shown: "Shown", *, colored: bool) -> tuple[str, Text]:
-    """A sample's facts and its text; loss tokens are green, or without color between « and »."""
+    """A line about a sample, and its text; loss tokens are green, or without color between « and »."""
     smoothing = "unknown yet" if shown.smoothing is None else f"{shown.smoothing:.3f}"
     cut = ", cut at data.max_length" if shown.truncated else ""
     facts = (

@@ -125,7 +125,7 @@ def fuse(
         body = self.base_model(*args, **kwargs)
         if shift_labels is None:
             assert labels is not None
-            # the last position predicts nothing; its row leaves with the other ignored ones, uncopied
+            # the last position predicts nothing: it is dropped with the other ignored tokens, without a copy
             shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
 
         def compute(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, TokenStatistics | None]:

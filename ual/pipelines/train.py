@@ -75,7 +75,7 @@ def run(
         command: the words of the command line, recorded in environment.json.
         resume: continue from the last checkpoint of an interrupted run, with the uncertainties that it asked
             for; "auto" begins a run if there is none.
-        trust_remote_code: run model code that comes with the weights.
+        trust_remote_code: run code from the model's repository.
         console: where progress is drawn; None is silent.
         cache: the folder of tokenized samples; None keeps none.
 
