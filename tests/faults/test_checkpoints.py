@@ -238,7 +238,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
     ("change", "message"),
     [
         (
-            lambda v: v.update(zero_optimisation=v.pop("zero_optimization")),
+            lambda v: v.update(zero_optimizatoin=v.pop("zero_optimization")),
             'did you mean "zero_optimization"',
         ),
         (lambda v: v["zero_optimization"].update(stage=7), "zero_optimization.stage"),

@@ -83,7 +83,7 @@ class CheckpointingTrainer(Trainer):
         return str(self._partial) if self._partial else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save in a scratch folder, seal, rename: no partial checkpoint remains after a kill or a full disk."""
+        """Save in a scratch folder, seal, rename: a kill or a full disk produces no partial checkpoint."""
         checkpoints = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.is_world_process_zero():
