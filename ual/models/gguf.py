@@ -34,11 +34,8 @@ def convert(source: Path, folder: Path, *, dtype: Literal["bfloat16", "float32"]
     """
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f'reading a GGUF file needs the package "{package}", which is not installed',
-                place=source.name,
-                remedy=f"pip install {package}",
-            )
+            problem = f'reading a GGUF file needs the package "{package}", which is not installed'
+            raise UserError(problem, place=source.name, remedy=f"pip install {package}")
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         model = AutoModelForCausalLM.from_pretrained(

@@ -29,11 +29,8 @@ def merge(base: ModelConfig, adapter: Path, target: Path, *, trust_remote_code: 
         UserError: there is no adapter, the target exists, the base cannot be loaded, or the disk is full.
     """
     if not (adapter / "adapter_config.json").is_file():
-        raise UserError(
-            "there is no adapter: adapter_config.json is missing",
-            place=str(adapter),
-            remedy="name a run that has finished, or --resume it",
-        )
+        remedy = "give a run that has finished, or finish this run with --resume"
+        raise UserError("there is no adapter", place=str(adapter), remedy=remedy)
     if target.exists():
         raise UserError("the folder exists already", place=str(target), remedy="choose another --output")
     pretrained = load_config(base, trust_remote_code=trust_remote_code)

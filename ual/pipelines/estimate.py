@@ -66,9 +66,7 @@ def estimate(
         UserError: there is no such model, or the adapter does not fit it.
     """
     if not (gpus >= 1 and 0 < live <= 1):
-        raise UserError(
-            f"expected at least 1 GPU and a share of loss tokens in (0, 1], got {gpus} and {live}"
-        )
+        raise UserError(f"expected at least 1 GPU and a live share in (0, 1], got {gpus} and {live}")
     training = config.training
     model = empty_model(config.model, config.lora, trust_remote_code=trust_remote_code)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _DEFAULT_LENGTH

