@@ -206,7 +206,7 @@ def test_a_key_markup_and_formulas_in_a_reply(tmp_path: Path, server: Server) ->
 
 
 @pytest.mark.kills("ual/uncertainty/session.py", "if counts.in_a_row >= self._patience:", "if False:")
-def test_failures_are_counted_and_many_in_a_row_stop_the_run(tmp_path: Path, server: Server) -> None:
+def test_failures_are_counted_and_many_consecutive_ones_stop_the_run(tmp_path: Path, server: Server) -> None:
     config = configure(tmp_path, server.url("broken"), rows(3), backend={"max_retries": 0})
     said = invoke(config)
     assert "request failed 3" in said
@@ -214,7 +214,7 @@ def test_failures_are_counted_and_many_in_a_row_stop_the_run(tmp_path: Path, ser
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["requests"]["errors"] == {"the server answered 500: oops": 3}
     many = configure(tmp_path, server.url("broken"), rows(60), backend={"max_retries": 0, "concurrency": 4})
-    assert "20 requests in a row failed" in invoke(many, code=2)
+    assert "20 consecutive requests failed" in invoke(many, code=2)
     assert len(server.asked) < 40
 
 

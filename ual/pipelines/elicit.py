@@ -103,7 +103,7 @@ def run(
         environment: holds the key that `backend.api_key_env` names.
         limit: only the first samples.
         replay: send nothing; a request that the cache does not answer fails.
-        trust_remote_code: run model code that comes with a local model's weights.
+        trust_remote_code: run code from a local model's repository.
         progress: called after every sample.
 
     Raises:

@@ -79,7 +79,7 @@ class Session:
                 counts.errors[str(error)] += 1
             if counts.in_a_row >= self._patience:
                 raise UserError(
-                    f"{counts.in_a_row} requests in a row failed, the last one with: {error}",
+                    f"{counts.in_a_row} consecutive requests failed, the last one with: {error}",
                     remedy="repair the backend and run the same command again; it resumes from the cache",
                 ) from error
             raise

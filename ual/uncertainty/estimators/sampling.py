@@ -23,7 +23,7 @@ class EntropyEstimator(Estimator):
 
     max_tokens: Annotated[int, Field(ge=1)] = 512
     unparsed: reliability.Unparsed = Field(
-        "class", description="unreadable answers are one more class, or one of them leaves no value"
+        "class", description="unreadable answers are one more class, or a question with one has no value"
     )
 
     def entropy(
