@@ -5,9 +5,11 @@ import math
 import subprocess
 import sys
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,10 +17,12 @@ from ual.errors import UserError
 from ual.evaluate import (
     TokenMetrics,
     brier,
+    evaluate,
     expected_calibration_error,
     reliability_bins,
     rms_calibration_error,
 )
+from ual.models import TokenScores
 
 # confidences on a coarse grid meet the ties; free ones meet everything else
 confidences = st.one_of(st.integers(0, 8).map(lambda k: k / 8), st.floats(0, 1, allow_subnormal=False))
@@ -185,8 +189,8 @@ def test_accumulates_as_if_all_tokens_came_at_once() -> None:
     live[:, 0] = True
     sources = ["arithmetic", "chat", "arithmetic"] * 4
     metrics = TokenMetrics(bins=5)
-    for part in (slice(0, 5), slice(5, 6), slice(6, 12)):
-        metrics.update(nll[part], confidence[part], correct[part], live[part], sources[part])
+    for source, n, c, y, l in zip(sources, nll, confidence, correct, live, strict=True):
+        metrics.update(source, n[l], c[l], y[l])
     result = metrics.result()
     assert (result["rows"], result["tokens"]) == (12, live.sum())
     assert result["nll"] == pytest.approx(nll[live].mean())
@@ -206,50 +210,82 @@ def test_accumulates_as_if_all_tokens_came_at_once() -> None:
     assert json.loads(json.dumps(result)) == result
 
 
-def test_what_is_not_live_is_never_looked_at() -> None:
-    nan = math.nan
-    metrics = TokenMetrics()
-    metrics.update(
-        [[nan, 0.5], [nan, nan]], [[nan, 0.6], [7, 7]], [[nan, 1], [7, 7]], [[0, 1], [0, 0]], ["a", "b"]
-    )
-    result = metrics.result()
-    assert (result["rows"], result["tokens"], result["nll"], result["ece"]) == (1, 1, 0.5, 0.4)
-    assert list(result["by_source"]) == ["a"]
+@pytest.mark.kills("ual/evaluate/held_out.py", "nll=float(nll.mean()),", "nll=float(nll.sum()),")
+@pytest.mark.kills(
+    "ual/evaluate/held_out.py",
+    "confidence=float(scores.top1_prob.mean())",
+    "confidence=float(scores.correct.mean())",
+)
+@pytest.mark.kills(
+    "ual/evaluate/held_out.py", "for feature in features if", "for feature in reversed(features) if"
+)
+def test_samples_add_up_to_the_evaluation() -> None:
+    rng = np.random.default_rng(0)
+    tokens = {"long": 9, "none": 0, "short": 2, "middle": 5}
+    scores = {
+        name: TokenScores(
+            sample_id=name,
+            log_prob=-rng.exponential(size=n),
+            entropy=np.zeros(n),
+            top1_prob=rng.uniform(size=n),
+            margin=np.zeros(n),
+            correct=rng.uniform(size=n) < 0.5,
+        )
+        for name, n in tokens.items()
+    }
+
+    def score(*_: Any, **__: Any) -> list[TokenScores]:
+        return sorted(scores.values(), key=lambda s: -s.log_prob.size)
+
+    features = [{"id": name} for name in ("short", "none", "long", "middle")]
+    sources = {"long": "a", "none": "a", "short": "b", "middle": "b"}
+    result, samples = evaluate(torch.nn.Identity(), features, sources, lambda rows: {}, score=score)
+    assert [(s["id"], s["source"], s["tokens"]) for s in samples] == [
+        ("short", "b", 2), ("long", "a", 9), ("middle", "b", 5)
+    ]  # fmt: skip
+    assert samples[1]["nll"] == -scores["long"].log_prob.mean()
+    assert samples[1]["confidence"] == scores["long"].top1_prob.mean()
+    assert samples[1]["accuracy"] == scores["long"].correct.mean()
+    for key in ("nll", "accuracy"):
+        total = sum(s["tokens"] * s[key] for s in samples)  # type: ignore[literal-required]
+        assert total / result["tokens"] == pytest.approx(result[key])  # type: ignore[literal-required]
+    assert (result["rows"], result["tokens"]) == (3, 16)
+    assert json.loads(json.dumps(samples)) == samples
 
 
 def test_float32_rounding_above_one_is_forgiven_but_nonsense_is_not() -> None:
     metrics = TokenMetrics()
-    metrics.update([[0.0]], [[np.nextafter(np.float32(1), np.float32(2))]], [[1]], [[1]], ["a"])
+    metrics.update("a", [0.0], [np.nextafter(np.float32(1), np.float32(2))], [1])
     assert metrics.result()["brier"] == 0
     with pytest.raises(ValueError, match="confidence"):
-        metrics.update([[0.0]], [[1.001]], [[1]], [[1]], ["a"])
+        metrics.update("a", [0.0], [1.001], [1])
 
 
 @pytest.mark.parametrize(("nll", "confidence"), [(math.nan, 0.5), (math.inf, 0.5), (0.5, math.nan)])
 def test_a_diverged_model_is_told_apart_from_a_wrong_call(nll: float, confidence: float) -> None:
     with pytest.raises(UserError, match="not finite") as caught:
-        TokenMetrics().update([[nll]], [[confidence]], [[1]], [[1]], ["chat"])
+        TokenMetrics().update("chat", [nll], [confidence], [1])
     assert "chat" in caught.value.place
     assert "learning_rate" in caught.value.remedy
 
 
-def test_shapes_must_agree() -> None:
-    one = [[0.5]]
-    for nll, live, sources in ((one, [[1, 1]], ["a"]), (one, one, ["a", "b"]), ([0.5], [1], ["a"])):
-        with pytest.raises(ValueError, match="shape"):
-            TokenMetrics().update(nll, one, one, live, sources)
+@pytest.mark.parametrize(
+    "arrays",
+    [([0.5], [0.5, 0.5], [1, 1]), ([0.5, 0.5], [0.5], [1, 1]), ([0.5, 0.5], [0.5, 0.5], [1]), ([], [], [])],
+)
+def test_shapes_must_agree(arrays: tuple[list[float], list[float], list[int]]) -> None:
+    with pytest.raises(ValueError, match="shape"):
+        TokenMetrics().update("a", *arrays)
 
 
 def test_nothing_to_measure_is_the_users_to_mend() -> None:
-    metrics = TokenMetrics()
-    metrics.update([[0.5]], [[0.5]], [[1]], [[0]], ["a"])
-    with pytest.raises(UserError, match="no response token"):
-        metrics.result()
+    with pytest.raises(UserError, match="no loss token"):
+        TokenMetrics().result()
 
 
 def test_a_hopeless_model_has_a_finite_perplexity() -> None:
     metrics = TokenMetrics()
-    metrics.update([[1e6]], [[0.5]], [[0]], [[1]], ["a"])
+    metrics.update("a", [1e6], [0.5], [0])
     assert math.isfinite(metrics.result()["perplexity"])
 
 

@@ -72,10 +72,10 @@ class Page(HTMLParser):
 def evaluation(rng: np.random.Generator, *, rows: int, nll: float, boldness: float) -> Evaluation:
     metrics = TokenMetrics()
     for row in range(rows):
-        confidence = rng.beta(2, 1, size=(1, 30))
-        correct = rng.uniform(size=(1, 30)) < confidence * (1 - boldness)
+        confidence = rng.beta(2, 1, size=30)
+        correct = rng.uniform(size=30) < confidence * (1 - boldness)
         source = ("arithmetic", "open-ended")[row % 2]
-        metrics.update(rng.exponential(nll, (1, 30)), confidence, correct, np.ones((1, 30)), [source])
+        metrics.update(source, rng.exponential(nll, 30), confidence, correct)
     return metrics.result()
 
 

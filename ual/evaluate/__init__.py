@@ -17,11 +17,12 @@ from ual.evaluate.calibration import (
 )
 
 if TYPE_CHECKING:
-    from ual.evaluate.held_out import evaluate
+    from ual.evaluate.held_out import SampleEvaluation, evaluate
 
 __all__ = [
     "Evaluation",
     "ReliabilityBin",
+    "SampleEvaluation",
     "SourceEvaluation",
     "TokenMetrics",
     "brier",
@@ -33,8 +34,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "evaluate":
-        from ual.evaluate.held_out import evaluate
+    if name in ("evaluate", "SampleEvaluation"):
+        from ual.evaluate import held_out
 
-        return evaluate
+        return getattr(held_out, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -118,12 +118,12 @@ def brier(confidence: ArrayLike, correct: ArrayLike) -> float:
 
 
 class TokenMetrics:
-    """Gathers tokens batch by batch and returns the metrics of all of them, and of each source.
+    """Gathers the loss tokens of samples and returns the metrics of all of them, and of each source.
 
-    Exact, not sketched: it keeps nine bytes a token, since bins of equal mass need every confidence.
+    The metrics are exact: bins of equal mass need every confidence, so nine bytes are kept for each token.
 
     >>> metrics = TokenMetrics(bins=2)
-    >>> metrics.update([[0.1, 1.2]], [[0.9, 0.4]], [[True, False]], [[True, True]], ["arithmetic"])
+    >>> metrics.update("arithmetic", [0.1, 1.2], [0.9, 0.4], [True, False])
     >>> result = metrics.result()
     >>> result["tokens"], round(result["nll"], 3), result["accuracy"]
     (2, 0.65, 0.5)
@@ -135,59 +135,41 @@ class TokenMetrics:
         self.bins = bins
         self._by_source: dict[str, _Tally] = {}
 
-    def update(
-        self,
-        nll: ArrayLike,
-        confidence: ArrayLike,
-        correct: ArrayLike,
-        live: ArrayLike,
-        sources: Sequence[str],
-    ) -> None:
-        """Add a batch of B rows, padded to T tokens.
+    def update(self, source: str, nll: ArrayLike, confidence: ArrayLike, correct: ArrayLike) -> None:
+        """Add the loss tokens of one sample.
 
         Args:
-            nll: [B, T], -ln p(target), nats.
-            confidence: [B, T], top-1 probability, in [0, 1] up to float32's rounding.
-            correct: [B, T], bool or 0/1: the top-1 token is the target.
-            live: [B, T], bool: the token counts. What the other arrays hold elsewhere is ignored.
-            sources: B labels. A row with no live token adds nothing, not even to the number of rows.
+            source: the sample's group.
+            nll: [T], -ln p(target), nats.
+            confidence: [T], top-1 probability, in [0, 1] up to float32's rounding.
+            correct: [T], bool or 0/1: the top-1 token is the target.
 
         Raises:
-            ValueError: shapes differ, or a live value is out of range.
-            UserError: a live NLL or confidence is not finite: the model has diverged.
+            ValueError: shapes differ, T is 0, or a value is out of range.
+            UserError: an NLL or a confidence is not finite: the model has diverged.
         """
-        mask = np.asarray(live, dtype=bool)
-        arrays = [np.asarray(a, dtype=np.float64) for a in (nll, confidence, correct)]
-        if mask.ndim != 2 or any(a.shape != mask.shape for a in arrays) or len(sources) != len(mask):
-            shapes = ", ".join(str(a.shape) for a in [*arrays, mask])
-            raise ValueError(
-                f"nll, confidence, correct, live must share one shape [B, T] and sources must number B, "
-                f"got {shapes} and {len(sources)} sources"
+        nats, c = np.asarray(nll, dtype=np.float64), np.asarray(confidence, dtype=np.float64)
+        if not (np.isfinite(nats).all() and np.isfinite(c).all()):
+            raise UserError(
+                "the model's probabilities on a held-out sample are not finite",
+                place=f'source "{source}"',
+                remedy="the model has diverged or overflows its dtype: "
+                "lower training.learning_rate, or set model.dtype to float32",
             )
-        for row, source in enumerate(sources):
-            row_nll, row_confidence, row_correct = (a[row, mask[row]] for a in arrays)
-            if not row_nll.size:
-                continue
-            if not (np.isfinite(row_nll).all() and np.isfinite(row_confidence).all()):
-                raise UserError(
-                    "the model's probabilities on a held-out row are not finite",
-                    place=f'source "{source}"',
-                    remedy="the model has diverged or overflows its dtype: "
-                    "lower training.learning_rate, or set model.dtype to float32",
-                )
-            rounded = np.where(row_confidence <= 1 + _ROUNDING, np.minimum(row_confidence, 1), row_confidence)
-            c, y = _checked(rounded, row_correct)
-            self._by_source.setdefault(source, _Tally()).add(row_nll, c, y)
+        c, y = _checked(np.where(c <= 1 + _ROUNDING, np.minimum(c, 1), c), correct)
+        if nats.shape != c.shape:
+            raise ValueError(f"nll and confidence must share one shape [T], got {nats.shape} and {c.shape}")
+        self._by_source.setdefault(source, _Tally()).add(nats, c, y)
 
     def result(self) -> Evaluation:
         """Return the metrics; `by_source` is in the order of first appearance.
 
         Raises:
-            UserError: no live token was ever added.
+            UserError: no token was added.
         """
         if not self._by_source:
             raise UserError(
-                "the held-out rows hold no response token to measure",
+                "the held-out samples hold no loss token to measure",
                 remedy="check data.eval, or raise data.max_length so that responses are not cut off",
             )
         by_source = {source: tally.measure(self.bins)[0] for source, tally in self._by_source.items()}

@@ -17,7 +17,7 @@ from ual.config.run import RunConfig
 from ual.data import Collator, PackedCollator, training_set
 from ual.data.training_set import TrainingSet
 from ual.errors import UserError
-from ual.evaluate import Evaluation, evaluate
+from ual.evaluate import Evaluation, SampleEvaluation, evaluate
 from ual.models import (
     TokenScores,
     attach_lora,
@@ -256,15 +256,15 @@ def _evaluate_before(loaded: _Loaded, folder: RunFolder, *, resume: bool) -> Eva
     if known:
         return earlier
     wanted = loaded.rendered.config.evaluation.before
-    before = _evaluate(loaded, loaded.model, "evaluating the base model") if wanted else None
+    before = _evaluate(loaded, loaded.model, "evaluating the base model")[0] if wanted else None
     folder.write_json("evaluation.json", {"before": before, "after": None})
     return before
 
 
-def _evaluate(loaded: _Loaded, model: Any, what: str) -> Evaluation | None:
+def _evaluate(loaded: _Loaded, model: Any, what: str) -> tuple[Evaluation | None, list[SampleEvaluation]]:
     rendered = loaded.rendered
     if not rendered.held_out:
-        return None
+        return None, []
     return evaluate(
         model,
         rendered.features(rendered.held_out),
@@ -344,8 +344,10 @@ def _finish(
     """Evaluate the trained model, write its model card, and upload it if `push_to_hub` is set."""
     config = loaded.rendered.config
     with _computing(loaded):
-        after = _evaluate(loaded, model, "evaluating the trained model")
+        after, measured = _evaluate(loaded, model, "evaluating the trained model")
     folder.write_json("evaluation.json", {"before": before, "after": after})
+    if measured:
+        folder.write_rows("held_out.jsonl", measured)
     metrics = metrics | {"eval": _headline(after)}
     folder.write_json("metrics.json", metrics)
     if distributed.is_writer():
