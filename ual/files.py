@@ -73,9 +73,9 @@ def writing(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a complete file, or leave the old one."""
+    """Write a complete file, or leave the old one. A lone surrogate is escaped, as in `open_jsonl`."""
     with aside(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

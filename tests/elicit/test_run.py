@@ -185,7 +185,7 @@ def test_batch_files_out_and_in(tmp_path: Path, server: Server) -> None:
     assert "line 1" in invoke(config, "--import-batch", bad, code=2)
 
 
-@pytest.mark.kills("ual/report/elicitation.py", "        autoescape=True,", "        autoescape=False,")
+@pytest.mark.kills("ual/report/html.py", "        autoescape=True,", "        autoescape=False,")
 @pytest.mark.kills("ual/report/elicitation.py", '    return f"\'{text}" if text', "    return text if text")
 def test_a_key_markup_and_formulas_in_a_reply(tmp_path: Path, server: Server) -> None:
     config = configure(tmp_path, server.url("echo"), rows(2, right=True), label="right")
@@ -343,7 +343,7 @@ def test_the_report_says_how_good_an_uncertainty_is(tmp_path: Path, server: Serv
     assert figures["spearman"] == [{"a": "column", "b": "verbalised", "n": 8, "rho": None}]
     page = (tmp_path / "run" / "report.html").read_text()
     for text in (
-        "Does it find the wrong ones?",
+        "Does uncertainty find the wrong responses?",
         "1.000 [1.000, 1.000]",
         "Is stated confidence calibrated?",
         "constant",

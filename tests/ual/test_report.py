@@ -24,7 +24,7 @@ from ual.report import findings, write
 from ual.runs.read import read
 
 HEADLINE = ("nll", "perplexity", "accuracy", "ece", "brier")
-SECTIONS = ("verdict", "results", "figures", "sources", "examples", "reproduce")
+SECTIONS = ("results", "figures", "sources", "examples", "reproduce")
 VOID = {"meta", "link", "img", "br", "hr", "input", "source"}
 COMMAND = ["ual", "train", "my config.yaml", "loss=ual", "name=it's $HOME; rm -rf 'x'"]
 EVIL = "<script>alert(1)</script>\" onerror=\"alert(2)' autofocus onfocus='alert(3)"
@@ -142,6 +142,17 @@ def build(
             for i in range(n)
         ],
         "evaluation.json": {"before": before, "after": after},
+        "held_out.jsonl": [
+            {
+                "id": f"held-{i}",
+                "source": "all",
+                "tokens": 30,
+                "nll": nll + 0.01 * i,
+                "accuracy": 0.5,
+                "confidence": 0.6,
+            }
+            for i in range(held_out)
+        ],
         "metrics.json": {
             "name": folder.name,
             "loss_kind": kind,
@@ -214,7 +225,6 @@ def check_page(page: Page) -> None:
     style = "".join(text for around, text in page.texts if "style" in around)
     assert "url(" not in style
     assert "@import" not in style
-    assert "prefers-color-scheme: dark" in style
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert set(SECTIONS) <= set(ids)
     assert len(ids) == len(set(ids))
@@ -232,7 +242,7 @@ def test_page_of_one_run(written: tuple[Path, Page]) -> None:
     run, page = written
     check_page(page)
     assert (run / "report.html").read_text(encoding="utf-8") == page.source
-    assert len(page.all("img")) == 8  # four figures, in light and in dark
+    assert len(page.all("img")) == 4
     assert {p.name for p in (run / "plots").iterdir()} == {
         "loss.png", "reliability.png", "uncertainty.png", "smoothing.png",
     }  # fmt: skip
@@ -307,18 +317,16 @@ def test_output_may_be_anywhere(run: Path, tmp_path: Path) -> None:
 # ---- what is said ----
 
 
-def test_small_runs_prove_the_machinery_only(written: tuple[Path, Page]) -> None:
+def test_small_runs_are_called_small(written: tuple[Path, Page]) -> None:
     _, page = written
-    assert "proves the machinery, not the method" in page.text
-    assert "40 steps (200 or more are wanted)" in page.text
-    assert "600 held-out tokens (10,000 or more are wanted)" in page.text
+    assert "Too small for a claim about the method" in page.text
+    assert "40 steps (fewer than 200)" in page.text
+    assert "600 held-out tokens (fewer than 10,000)" in page.text
     assert "one seed" in page.text
 
 
 def said(*folders: Path) -> str:
-    """The verdict and its cautions, which every page shows."""
-    runs = [read(folder) for folder in folders]
-    return " ".join([findings.verdict(runs), *findings.cautions(runs)])
+    return " ".join(findings.cautions([read(folder) for folder in folders]))
 
 
 def test_large_runs_of_three_seeds_are_not_called_small(tmp_path: Path) -> None:
@@ -329,29 +337,15 @@ def test_large_runs_of_three_seeds_are_not_called_small(tmp_path: Path) -> None:
             for seed in (1, 2, 3)
         )
     )
-    assert "has the lowest" in words or "share the lowest" in words
-    for doubt in ("machinery", "Too little", "not matched"):
+    for doubt in ("Too small", "not matched"):
         assert doubt not in words
-
-
-def test_a_loss_that_rose_is_called_worse(tmp_path: Path) -> None:
-    words = said(build(tmp_path / "bad", nll=4.0))
-    assert "NLL rose from" in words
-    assert words.index("(worse)") < words.index("accuracy")
-
-
-def test_figures_that_stayed_are_said_to_stay(tmp_path: Path) -> None:
-    def same(files: dict[str, Any]) -> None:
-        files["evaluation.json"]["after"] = files["evaluation.json"]["before"]
-
-    assert "NLL stayed at" in said(build(tmp_path / "run", change=same))
 
 
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
         ("sft", "Plain fine-tuning, without label smoothing"),
-        ("uniform", "Fine-tuning with the same label smoothing for every row, 0.1"),
+        ("uniform", "Fine-tuning with the same label smoothing for every sample, 0.1"),
         ("ual", "the base model's own NLL, rank scale, linear map to [0, 0.2], scaled to a mean of 0.1"),
     ],
 )
@@ -385,16 +379,14 @@ def test_comparison(compared: tuple[list[Path], Page]) -> None:
     arms, page = compared
     check_page(page)
     assert len(list((arms[0].parent / "comparison-plots").glob("*.png"))) == 4
-    assert "Of 3 arms, sft has the lowest held-out NLL and ual has the lowest ECE" in page.text
-    assert (
-        "Compared with uniform, which gives every row the same mean smoothing, ual changes NLL by +"
-        in page.text
-    )
     assert len(page.blocks("td", "span")) == 5  # one best for each metric
     assert "loss.kind sft uniform ual" in page.text
+    assert "Difference from sft per loss token, on the same held-out samples" in page.text
+    assert "ual +0.2000 +0.2000 to +0.2000 0 of 1 +0.00 +0.00 to +0.00 0 of 1 20 1" in page.text
+    assert "not the randomness of training" in page.text
     assert [a["href"] for a in page.all("a")] == ["sft/report.html"]
     assert "not matched" not in page.text
-    assert "shuffled among the rows" in page.text
+    assert "shuffled among the samples" in page.text
 
 
 def test_comparison_in_json(compared: tuple[list[Path], Page]) -> None:
@@ -410,14 +402,68 @@ def test_comparison_in_json(compared: tuple[list[Path], Page]) -> None:
         assert arm["eval_before"] == metrics["eval_before"]
         assert (arm["steps"], arm["trained_tokens"], arm["held_out_tokens"]) == (40, 7200, 600)
     sft, _, ual = (arm["eval"] for arm in stored["arms"])
+    uniform, ual_against_sft = stored["paired"]
+    assert (uniform["arm"], uniform["baseline"]) == (["uniform"], ["sft"])
+    assert ual_against_sft["nll"] == pytest.approx(
+        {"value": 0.2, "low": 0.2, "high": 0.2, "samples": 20, "seeds": 1, "better": 0}
+    )
     assert stored["arms"][2]["difference_from_baseline"]["ece"] == pytest.approx(ual["ece"] - sft["ece"])
-    assert "machinery" in stored["verdict"]
 
 
 def test_plots_and_json_take_the_name_of_the_page(compared: tuple[list[Path], Page], tmp_path: Path) -> None:
     write(compared[0], tmp_path / "report.html")
     assert (tmp_path / "report.json").is_file()
     assert (tmp_path / "report-plots" / "loss.png").is_file()
+
+
+def other_arm(files: dict[str, Any]) -> None:
+    files["held_out.jsonl"] = [
+        sample | {"nll": sample["nll"] - 0.5 * (i < 10), "accuracy": 0.75}
+        for i, sample in enumerate(files["held_out.jsonl"][:16])
+    ]
+    files["held_out.jsonl"][15]["tokens"] = 31  # not the same sample
+
+
+@pytest.mark.kills("ual/report/findings.py", "side[name].tokens == sample.tokens", "True")
+@pytest.mark.kills("ual/report/findings.py", "for seed in arm if seed in baseline]", "for seed in arm]")
+@pytest.mark.kills("ual/report/findings.py", "and seed not in members", "")
+@pytest.mark.kills(
+    "ual/report/findings.py", '"name", "output_dir", "training.seed")', '"name", "output_dir")'
+)
+def test_seeds_of_an_arm_are_paired_with_the_baseline(tmp_path: Path) -> None:
+    """On 15 samples of both: 10 have an NLL 0.5 lower, in the two seeds that both arms have."""
+
+    def seeded(seed: int) -> Callable[[dict[str, Any]], None]:
+        def change(files: dict[str, Any]) -> None:
+            raw = files["config.yaml"].model_dump() | {
+                "training": files["config.yaml"].training | {"seed": seed}
+            }
+            files["config.yaml"] = configuration.parse(raw)
+            if raw["loss"]["kind"] == "ual":
+                other_arm(files)
+
+        return change
+
+    folders = [build(tmp_path / f"sft-{s}", "sft", seed=s, change=seeded(s)) for s in (1, 2)]
+    folders += [build(tmp_path / f"ual-{s}", seed=s, change=seeded(s)) for s in (2, 1, 3)]
+    folders.append(build(tmp_path / "again", seed=3, change=seeded(3)))
+    (found,) = findings.comparisons([read(folder) for folder in folders])
+    assert found.arm == ("ual-2", "ual-1")
+    assert found.baseline == ("sft-2", "sft-1")
+    assert found.nll.value == pytest.approx(-0.5 * 10 / 15)
+    assert (found.nll.samples, found.nll.seeds, found.nll.better) == (15, 2, 2)
+    assert -0.5 < found.nll.low < found.nll.value < found.nll.high < 0
+    assert (found.accuracy.value, found.accuracy.better) == (0.25, 2)
+
+
+def test_runs_without_samples_in_common_are_not_paired(tmp_path: Path) -> None:
+    folders = [build(tmp_path / "sft", "sft"), build(tmp_path / "ual")]
+    (folders[1] / "held_out.jsonl").unlink()
+    assert findings.paired([read(folder) for folder in folders]) is None
+    (folders[1] / "held_out.jsonl").write_text(
+        '{"id": "held-0", "tokens": 30, "nll": 1, "accuracy": 1}\n{"id"\n'
+    )
+    assert findings.paired([read(folder) for folder in folders]) is None
 
 
 def test_arms_that_are_not_matched_are_named(tmp_path: Path) -> None:
@@ -430,7 +476,7 @@ def test_arms_that_are_not_matched_are_named(tmp_path: Path) -> None:
     ual = build(tmp_path / "ual", steps=60, held_out=10, seed=1, change=other_data)
     words = said(sft, ual)
     for what in (
-        "training rows differ (24, 12)",
+        "training samples differ (24, 12)",
         "steps differ (40, 60)",
         "held-out tokens differ (600, 300)",
         "base models differ",
@@ -450,12 +496,10 @@ def test_uniform_arm_of_another_mean_is_no_control(tmp_path: Path) -> None:
 
     words = said(build(tmp_path / "uniform", "uniform", change=stronger), build(tmp_path / "ual"))
     assert "No arm has uniform smoothing of the same mean" in words
-    assert "Compared with" not in words
 
 
-def test_arms_that_tie_share_the_lead(tmp_path: Path) -> None:
+def test_arms_that_tie_are_both_best(tmp_path: Path) -> None:
     page = Page(write([build(tmp_path / "a", "sft"), build(tmp_path / "b", "sft")]))
-    assert "a and b share the lowest held-out NLL and the lowest ECE" in page.text
     assert len(page.blocks("td", "span")) == 10
     assert "±0" in page.text
 
@@ -472,7 +516,7 @@ def test_many_sources_are_drawn_as_one(tmp_path: Path) -> None:
             row["source"] = f"subject {i % 7}"
 
     page = Page(write([build(tmp_path / "run", change=many)]))
-    assert "Histogram of the rows' uncertainty: ." in [image["alt"] for image in page.all("img")]
+    assert "Histogram of the samples' uncertainty: ." in [image["alt"] for image in page.all("img")]
 
 
 # ---- data is data ----
@@ -564,14 +608,14 @@ def test_only_a_config_is_left(run: Path) -> None:
     check_page(page)
     assert not page.all("img")
     for words in (
-        "nothing is said of its quality",
+        "Nothing was measured on held-out samples.",
         "No training loss was logged",
         "no reliability diagram",
-        "No row has an uncertainty",
-        "No row's label smoothing is on record",
-        "No held-out evaluation by source",
-        "no tails to show",
-        "Nothing is on record",
+        "No sample has an uncertainty",
+        "No label smoothing is recorded",
+        "There is no held-out evaluation by source",
+        "Fewer than two training samples have an uncertainty",
+        "Nothing is recorded",
         "unknown",
     ):
         assert words in page.text
@@ -601,7 +645,7 @@ def test_an_interrupted_run_without_held_out_rows(tmp_path: Path) -> None:
     page = Page(write([build(tmp_path / "stopped", change=stop)]))
     assert "stopped after 17 steps" in page.text
     assert "set data.eval or data.eval_fraction" in page.text
-    assert "Training loss went from" in page.text
+    assert "Line chart of training loss by step: stopped." in [image["alt"] for image in page.all("img")]
 
 
 @pytest.mark.parametrize("value", ["half", {"nll": 1.0}, None])
@@ -615,7 +659,6 @@ def test_an_incomplete_evaluation_counts_as_none(tmp_path: Path, value: object) 
     loaded = read(build(tmp_path / "run", change=break_it))
     assert loaded.after is None
     assert "evaluation.json holds an incomplete evaluation, which was passed over." in loaded.missing
-    assert "not measured on held-out rows" in findings.verdict([loaded])
 
 
 def test_settings_that_differ_are_shown_as_yaml_writes_them(tmp_path: Path) -> None:
@@ -639,7 +682,7 @@ def test_only_the_end_was_measured(tmp_path: Path) -> None:
         files["evaluation.json"]["before"] = None
 
     page = Page(write([build(tmp_path / "run", change=forget)]))
-    assert "what they were before was not measured" in page.text
+    assert findings.before_and_after(read(tmp_path / "run")).rows[0][1].text == findings.ABSENT  # type: ignore[union-attr]
     check_page(page)
 
 
@@ -650,7 +693,6 @@ def test_comparison_with_an_arm_that_was_not_measured(tmp_path: Path) -> None:
 
     page = Page(write([build(tmp_path / "sft", "sft", change=stop), build(tmp_path / "ual")]))
     check_page(page)
-    assert "nothing to compare yet" in page.text
     assert "Not measured after training: sft." in page.text
     assert findings.arms([read(tmp_path / "sft")] * 2) is None
     assert json.loads((tmp_path / "comparison.json").read_text())["arms"][0]["eval"] is None
@@ -680,7 +722,7 @@ def test_rows_without_uncertainty_are_counted(tmp_path: Path) -> None:
             row["uncertainty"] = None
 
     page = Page(write([build(tmp_path / "run", change=drop)]))
-    assert "5 rows without an uncertainty are not drawn" in page.text
+    assert "5 samples without an uncertainty are not drawn" in page.text
 
 
 # ---- refusals ----
@@ -715,7 +757,7 @@ def test_no_run_and_one_run_twice(run: Path) -> None:
 def test_a_place_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(UserError, match="cannot be written") as caught:
+    with pytest.raises(UserError, match="cannot write the report") as caught:
         write([run], blocked / "page.html")
     assert str(blocked) in caught.value.place
 
@@ -724,6 +766,6 @@ def test_a_failed_write_leaves_the_old_page(run: Path) -> None:
     page = write([run])
     before = page.read_bytes()
     os.mkdir(run / f".report.html.{os.getpid()}.partial")  # noqa: PTH102
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write the report"):
         write([run])
     assert page.read_bytes() == before

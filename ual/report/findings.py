@@ -1,18 +1,18 @@
-"""What may be said of runs: tables with their differences, a verdict in plain words, and its limits."""
+"""What the page says of runs: tables of their metrics and differences, and what limits conclusions."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from ual.methods.statistics import PairedDifference, paired_difference
+from ual.report.html import Cell, Column, Meaning, Table
 from ual.runs.read import Run, number, section, text
 
 FEWEST_STEPS = 200
 FEWEST_TOKENS = 10_000
 FEWEST_SEEDS = 3
 ABSENT = "\N{EM DASH}"
-
-
-Meaning = Literal["better", "worse", "same", ""]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,6 @@ class Metric:
     higher_is_better: bool = False
     scale: float = 1.0
     unit: str = ""
-
-    @property
-    def word(self) -> str:
-        """The name within a sentence."""
-        return self.name if self.name.isupper() else self.name.lower()
 
     def show(self, value: float | None) -> str:
         return ABSENT if value is None else f"{value * self.scale:,.{self.digits}f}{self.unit}"
@@ -51,34 +46,6 @@ ECE = Metric("ece", "ECE", 4)
 ACCURACY = Metric("accuracy", "Accuracy", 2, higher_is_better=True, scale=100, unit=" %")
 METRICS = (NLL, Metric("perplexity", "Perplexity", 2), ACCURACY, ECE, Metric("brier", "Brier", 4))
 SOURCE_METRICS = tuple(m for m in METRICS if m.key != "perplexity")
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One cell: its text, a smaller line below, and whether it is better or worse than the baseline."""
-
-    text: str
-    note: str = ""
-    meaning: Meaning = ""
-    best: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A table's heading; `hint` says in which direction a figure improves."""
-
-    name: str
-    hint: str = ""
-    numeric: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Rows of cells; the first column names the row."""
-
-    caption: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
 
 
 def before_and_after(run: Run) -> Table | None:
@@ -142,8 +109,8 @@ def arms(runs: Sequence[Run]) -> Table | None:
 def training(runs: Sequence[Run]) -> Table:
     """Return what each arm was trained on and how fast."""
     keys = (
-        ("trained_rows", "Rows", 0),
-        ("trained_tokens", "Response tokens", 0),
+        ("trained_rows", "Samples", 0),
+        ("trained_tokens", "Loss tokens", 0),
         ("steps", "Steps", 0),
         ("mean_smoothing", "Mean smoothing", 3),
         ("train_loss_first", "First loss", 3),
@@ -190,7 +157,7 @@ def by_source(runs: Sequence[Run]) -> Table | None:
         columns=(
             Column("Source", numeric=False),
             *([Column("Arm", numeric=False)] if several else []),
-            Column("Rows"),
+            Column("Samples"),
             Column("Tokens"),
             *(Column(metric.name, hint=_direction(metric)) for metric in SOURCE_METRICS),
         ),
@@ -198,13 +165,83 @@ def by_source(runs: Sequence[Run]) -> Table | None:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """An arm against the baseline arm: names of their runs, by seed, and the difference of each metric."""
+
+    arm: tuple[str, ...]
+    baseline: tuple[str, ...]
+    nll: PairedDifference
+    accuracy: PairedDifference
+
+
+def comparisons(runs: Sequence[Run]) -> list[Comparison]:
+    """Compare each arm with the first run's, on the held-out samples and seeds that both have."""
+    baseline, *others = _arms(runs)
+    found = []
+    for arm in others:
+        seeds = [seed for seed in arm if seed in baseline]
+        measured = [[members[seed].held_out() for seed in seeds] for members in (arm, baseline)]
+        sides = [side for members in measured for side in members]
+        tokens = {
+            name: sample.tokens
+            for name, sample in (sides[0].items() if sides else ())
+            if all(name in side and side[name].tokens == sample.tokens for side in sides)
+        }
+        if len(tokens) < 2:
+            continue
+        names = [tuple(members[seed].name for seed in seeds) for members in (arm, baseline)]
+        differences = []
+        for metric in (NLL, ACCURACY):
+            of_arm, of_baseline = (
+                [[getattr(side[name], metric.key) for name in tokens] for side in members]
+                for members in measured
+            )
+            better = metric.higher_is_better
+            size = list(tokens.values())
+            differences.append(paired_difference(of_arm, of_baseline, size, higher_is_better=better))
+        found.append(Comparison(names[0], names[1], *differences))
+    return found
+
+
+def paired(runs: Sequence[Run]) -> Table | None:
+    """Return each arm's difference from the first run's arm, or None where no samples are shared."""
+    rows = []
+    for found in comparisons(runs):
+        cells = []
+        for metric, of in ((NLL, found.nll), (ACCURACY, found.accuracy)):
+            value, low, high = (_signed(metric, x) for x in (of.value, of.low, of.high))
+            cells += [Cell(value, note=f"{low} to {high}"), Cell(f"{of.better} of {of.seeds}")]
+        size = Cell(f"{found.nll.samples:,}"), Cell(f"{found.nll.seeds:,}")
+        rows.append((Cell(", ".join(found.arm)), *cells, *size))
+    if not rows:
+        return None
+    baseline = ", ".join(run.name for run in _arms(runs)[0].values())
+    headings = [
+        (NLL.name, _direction(NLL)),
+        ("Better in", "seeds"),
+        ("Accuracy, points", _direction(ACCURACY)),
+    ]
+    return Table(
+        caption=f"Difference from {baseline} per loss token, on the same held-out samples. Small: "
+        "95 % interval. It covers the choice of held-out samples, not the randomness of training.",
+        columns=(
+            Column("Arm", numeric=False),
+            *(Column(*heading) for heading in (*headings, headings[1])),
+            Column("Samples"),
+            Column("Seeds"),
+        ),
+        rows=tuple(rows),
+    )
+
+
 def differing_settings(runs: Sequence[Run]) -> Table | None:
     """Return the configuration keys in which the runs differ, or None where there is none."""
-    settings = [_flat(run.config.model_dump(mode="json")) if run.config else {} for run in runs]
+    settings = [_settings(run, "name", "output_dir") for run in runs]
     differing = [
         key
         for key in dict.fromkeys(k for s in settings for k in s)
-        if key not in ("name", "output_dir") and len({repr(s.get(key)) for s in settings if s}) > 1
+        if len({repr(s.get(key)) for s in settings if s}) > 1
     ]
     if not differing:
         return None
@@ -218,16 +255,8 @@ def differing_settings(runs: Sequence[Run]) -> Table | None:
     )
 
 
-def verdict(runs: Sequence[Run]) -> str:
-    """Return a few sentences on what was seen, without a claim beyond it."""
-    seen = " ".join(_of_one(runs[0]) if len(runs) == 1 else _of_several(runs))
-    if any(run.after for run in runs) and _shortfalls(runs):
-        seen += " A run this small proves the machinery, not the method."
-    return seen
-
-
 def cautions(runs: Sequence[Run]) -> list[str]:
-    """Return why the verdict must be read with care, the weightiest first."""
+    """Return what limits conclusions from these runs, the weightiest first."""
     return [*_too_small(runs), *_unmatched(runs), *_uncontrolled(runs)]
 
 
@@ -249,79 +278,28 @@ def duration(seconds: float | None) -> str:
     )
 
 
-def _of_one(run: Run) -> Iterator[str]:
-    if run.after is None:
-        first, last = number(run.metrics, "train_loss_first"), number(run.metrics, "train_loss_last")
-        if first is not None and last is not None:
-            yield f"Training loss went from {first:.3f} to {last:.3f}."
-        yield "The trained model was not measured on held-out rows, so nothing is said of its quality."
-        return
-    if run.before is None:
-        yield (
-            f"After training, held-out NLL is {_value(NLL, run.after)} and ECE {_value(ECE, run.after)}; "
-            "what they were before was not measured."
-        )
-        return
-    moves = [_moved(metric, run.before, run.after) for metric in (NLL, ACCURACY, ECE)]
-    yield f"On {_held_out(run.after)}, {moves[0]}, {moves[1]}, and {moves[2]}."
-
-
-def _of_several(runs: Sequence[Run]) -> Iterator[str]:
-    measured = [run for run in runs if run.after is not None]
-    if len(measured) < 2:
-        yield "Fewer than two arms were measured on held-out rows, so there is nothing to compare yet."
-        return
-    nll, ece = _leader(NLL, measured), _leader(ECE, measured)
-    rest = "the lowest ECE" if ece == nll else f"{ece} the lowest ECE"
-    yield f"Of {len(measured)} arms, {nll} the lowest held-out NLL and {rest}."
-    pair = _ual_and_uniform(measured)
-    if pair is None:
-        return
-    ual, uniform = pair
-    changes = []
-    for metric in (NLL, ACCURACY, ECE):
-        value, reference = number(ual.after or {}, metric.key), number(uniform.after or {}, metric.key)
-        shown, meaning = metric.change(value, reference)
-        changes.append(f"{metric.word} by {shown} ({meaning})")
-    yield (
-        f"Compared with {uniform.name}, which gives every row the same mean smoothing, {ual.name} changes "
-        f"{changes[0]}, {changes[1]} and {changes[2]}."
-    )
-
-
-def _shortfalls(runs: Sequence[Run]) -> list[str]:
+def _too_small(runs: Sequence[Run]) -> Iterator[str]:
     short = []
     steps = [run.steps for run in runs if run.steps is not None]
     if steps and min(steps) < FEWEST_STEPS:
-        short.append(f"{min(steps):,} steps ({FEWEST_STEPS} or more are wanted)")
+        short.append(f"{min(steps):,} steps (fewer than {FEWEST_STEPS})")
     tokens = [int(number(e, "tokens") or 0) for run in runs if (e := run.after or run.before) is not None]
     if tokens and min(tokens) < FEWEST_TOKENS:
-        short.append(f"{min(tokens):,} held-out tokens ({FEWEST_TOKENS:,} or more are wanted)")
-    seeds = min(len(_seeds(runs, run.loss_kind)) for run in runs)
+        short.append(f"{min(tokens):,} held-out tokens (fewer than {FEWEST_TOKENS:,})")
+    seeds = min(len(arm) for arm in _arms(runs))
     if seeds < FEWEST_SEEDS:
-        short.append(f"{'one seed' if seeds == 1 else f'{seeds} seeds'} ({FEWEST_SEEDS} or more are wanted)")
-    return short
-
-
-def _too_small(runs: Sequence[Run]) -> Iterator[str]:
-    if short := _shortfalls(runs):
-        yield f"Too little for a claim about the method: {'; '.join(short)}. What differs here may be chance."
-    accuracy, count = number(runs[0].after or {}, "accuracy"), number(runs[0].after or {}, "tokens")
-    if accuracy is not None and count:
-        points = 100 * (accuracy * (1 - accuracy) / count) ** 0.5
-        yield (
-            f"The standard error of the accuracy is at least {points:.2f} points: that of {count:,.0f} "
-            "independent tokens, and tokens of one response are not independent."
-        )
+        short.append(f"{'one seed' if seeds == 1 else f'{seeds} seeds'} (fewer than {FEWEST_SEEDS})")
+    if short:
+        yield f"Too small for a claim about the method: {'; '.join(short)}."
 
 
 def _unmatched(runs: Sequence[Run]) -> Iterator[str]:
-    """Name what must be equal between arms (rows, tokens, steps, held-out rows, data) and is not."""
+    """Name what must be equal between arms and is not."""
     if len(runs) == 1:
         return
     facts = {
-        "training rows": [_count(run.metrics, "trained_rows") for run in runs],
-        "response tokens": [_count(run.metrics, "trained_tokens") for run in runs],
+        "training samples": [_count(run.metrics, "trained_rows") for run in runs],
+        "loss tokens": [_count(run.metrics, "trained_tokens") for run in runs],
         "steps": [f"{run.steps:,}" if run.steps is not None else None for run in runs],
         "held-out tokens": [_count(run.after or {}, "tokens") for run in runs],
         "base models": [text(section(run.environment, "model"), "path") or None for run in runs],
@@ -333,7 +311,7 @@ def _unmatched(runs: Sequence[Run]) -> Iterator[str]:
     hashes = {tuple(sorted(map(str, section(run.environment, "data_sha256").values()))) for run in runs}
     if len(hashes - {()}) > 1:
         yield "The arms are not matched: their data files have different hashes."
-    if len({_seeds(runs, run.loss_kind) for run in runs}) > 1:
+    if len({frozenset(arm) for arm in _arms(runs)}) > 1:
         yield "The arms are not matched: they were trained with different seeds."
     unmeasured = [run.name for run in runs if run.after is None]
     if unmeasured:
@@ -341,38 +319,40 @@ def _unmatched(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _uncontrolled(runs: Sequence[Run]) -> Iterator[str]:
-    if not any(run.loss_kind == "ual" for run in runs):
+    own, uniform = (
+        [number(run.metrics, "mean_smoothing") or math.nan for run in runs if run.smoothing == smoothing]
+        for smoothing in ("own", "uniform")
+    )
+    if not own:
         return
     if len(runs) == 1:
         yield (
-            "One arm alone cannot tell what smoothing by uncertainty adds: compare it with plain fine-tuning "
-            "and with uniform smoothing of the same mean, on the same rows and steps."
+            "One run has no baseline: compare it with plain fine-tuning and with uniform smoothing of the "
+            "same mean, on the same samples and steps."
         )
-    elif _ual_and_uniform(runs) is None:
+    elif not any(math.isclose(a, b, rel_tol=0, abs_tol=5e-3) for a in own for b in uniform):
         yield (
-            "No arm has uniform smoothing of the same mean as the uncertainty-aware one, so the effect of "
-            "smoothing as such is not told apart from that of uncertainty."
+            "No arm has uniform smoothing of the same mean, so the effect of uncertainty cannot be told from "
+            "the effect of smoothing."
         )
     else:
         yield (
-            "No arm has the same uncertainties shuffled among the rows, the sharpest control: "
-            "a gain over uniform smoothing may come from varied smoothing alone."
+            "No arm has the same uncertainties shuffled among the samples: a gain over uniform smoothing may "
+            "come from varied smoothing alone."
         )
 
 
-def _ual_and_uniform(runs: Sequence[Run]) -> tuple[Run, Run] | None:
-    for ual in runs:
-        for uniform in runs:
-            means = [number(run.metrics, "mean_smoothing") for run in (ual, uniform)]
-            if (ual.loss_kind, uniform.loss_kind) != ("ual", "uniform") or None in means:
-                continue
-            if abs((means[0] or 0) - (means[1] or 0)) < 5e-3:
-                return ual, uniform
-    return None
-
-
-def _seeds(runs: Sequence[Run], loss_kind: str) -> frozenset[str]:
-    return frozenset(repr(run.environment.get("seed")) for run in runs if run.loss_kind == loss_kind)
+def _arms(runs: Sequence[Run]) -> list[dict[str, Run]]:
+    """Group runs whose settings differ only in the seed; each arm maps a seed to its run."""
+    arms: list[tuple[str, dict[str, Run]]] = []
+    for run in runs:
+        settings = _settings(run, "name", "output_dir", "training.seed")
+        key, seed = repr(settings) if settings else run.name, repr(run.environment.get("seed"))
+        arm = next((members for k, members in arms if k == key and seed not in members), None)
+        if arm is None:
+            arms.append((key, arm := {}))
+        arm[seed] = run
+    return [arm for _, arm in arms]
 
 
 def _shared_start(runs: Sequence[Run]) -> Mapping[str, Any] | None:
@@ -387,25 +367,9 @@ def _best(metric: Metric, values: Sequence[float | None]) -> str:
     return metric.show(max(known) if metric.higher_is_better else min(known))
 
 
-def _leader(metric: Metric, runs: Sequence[Run]) -> str:
-    best = _best(metric, [number(run.after or {}, metric.key) for run in runs])
-    names = [run.name for run in runs if metric.show(number(run.after or {}, metric.key)) == best]
-    if len(names) == 1:
-        return f"{names[0]} has"
-    return f"{', '.join(names[:-1])} and {names[-1]} share"
-
-
-def _moved(metric: Metric, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    start, end = number(before, metric.key), number(after, metric.key)
-    shown, meaning = metric.change(end, start)
-    if meaning == "same":
-        return f"{metric.word} stayed at {metric.show(end)}"
-    verb = "rose" if shown.startswith("+") else "fell"
-    return f"{metric.word} {verb} from {metric.show(start)} to {metric.show(end)} ({meaning})"
-
-
-def _value(metric: Metric, evaluation: Mapping[str, Any]) -> str:
-    return metric.show(number(evaluation, metric.key))
+def _signed(metric: Metric, value: float) -> str:
+    rounded = round(value * metric.scale, metric.digits) + 0.0  # never -0.0
+    return f"{rounded:+,.{metric.digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _direction(metric: Metric) -> str:
@@ -414,7 +378,7 @@ def _direction(metric: Metric) -> str:
 
 def _held_out(evaluation: Mapping[str, Any]) -> str:
     rows, tokens = number(evaluation, "rows"), number(evaluation, "tokens")
-    return f"{rows or 0:,.0f} held-out rows ({tokens or 0:,.0f} response tokens)"
+    return f"{rows or 0:,.0f} held-out samples ({tokens or 0:,.0f} loss tokens)"
 
 
 def _arm_note(run: Run, runs: Sequence[Run]) -> str:
@@ -429,6 +393,11 @@ def _arm_note(run: Run, runs: Sequence[Run]) -> str:
 def _count(mapping: Mapping[str, Any], key: str) -> str | None:
     value = number(mapping, key)
     return None if value is None else f"{value:,.0f}"
+
+
+def _settings(run: Run, *without: str) -> dict[str, Any]:
+    values = _flat(run.config.model_dump(mode="json")) if run.config else {}
+    return {key: value for key, value in values.items() if key not in without}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,38 +1,30 @@
 """One self-contained page about a run, or about several side by side."""
 
-import json
 import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
-
-import ual
+from ual.config.objectives import LOSS_KINDS
 from ual.errors import UserError
-from ual.files import aside
-from ual.report import findings, plots
+from ual.files import write_json, write_text, writing
+from ual.report import findings
 from ual.report.findings import ABSENT, METRICS, duration
+from ual.report.html import render
 from ual.report.pictures import pictures
 from ual.runs.read import Row, Run, number, read, section, text
 
-_TAIL = 3  # rows shown from each end of the uncertainties
-_TEXT_SHOWN = 700  # characters of a prompt or response on the page
-
-_LOSSES = {
-    "ual": "Uncertainty-aware fine-tuning: each row has its own label smoothing",
-    "uniform": "Fine-tuning with the same label smoothing for every row",
-    "sft": "Plain fine-tuning, without label smoothing",
-}
+_TAIL = 3  # samples shown from each end of the uncertainties
+_TEXT_SHOWN = 700  # characters of a prompt or response on a page
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training row, shortened for reading."""
+    """One training sample, shortened for reading."""
 
     source: str
     facts: tuple[tuple[str, str], ...]
@@ -42,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a run came from, and how to make it again."""
+    """Where a run came from, and how to reproduce it."""
 
     name: str
     commands: str
@@ -55,13 +47,13 @@ def write(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
     """Write the page of one run, or a comparison of several.
 
     One run gives ``<run>/report.html`` and ``<run>/plots/*.png``. Several give ``comparison.html`` in the
-    folder that holds the first run, ``comparison-plots/*.png``, and the tables' figures in
+    folder that holds the first run, ``comparison-plots/*.png``, and the figures of the tables in
     ``comparison.json``; the first run is the baseline. The page needs no other file, no script and no
     network. Equal runs give equal bytes. Whatever a run lacks is named on the page.
 
     Args:
         run_dirs: folders that `ual train` wrote, at least one.
-        output: the page to write; a comparison's plots and JSON take its stem.
+        output: the page to write; the plots and JSON of a comparison take its stem.
 
     Raises:
         UserError: a folder is not a run, or a file cannot be written.
@@ -71,52 +63,40 @@ def write(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
     paths = [Path(path) for path in run_dirs]
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("a run folder was named twice", remedy="name each run once")
-    try:
-        runs = _with_names_of_their_own([read(path) for path in paths])
+    with writing("the report", paths[0]):
+        runs = _with_unique_names([read(path) for path in paths])
         if len(runs) == 1:
             page = output or paths[0] / "report.html"
             plot_folder = paths[0] / "plots"
         else:
             page = output or paths[0].parent / "comparison.html"
             plot_folder = page.with_name(f"{page.stem}-plots")
-            summary = json.dumps(_summary(runs), indent=1, ensure_ascii=False) + "\n"
-            with aside(page.with_suffix(".json")) as scratch:
-                scratch.write_bytes(summary.encode("utf-8", "replace"))
-        content = _render(runs, page, plot_folder).encode("utf-8", "replace")
-        with aside(page) as scratch:
-            scratch.write_bytes(content)
-    except OSError as error:
-        raise UserError(
-            f"the report cannot be written: {error.strerror or error}",
-            place=str(error.filename or paths[0]),
-            remedy="free some space, or name another place for the page",
-        ) from error
+            write_json(page.with_suffix(".json"), _summary(runs))
+        write_text(page, _page(runs, page, plot_folder))
     return page
 
 
-def _render(runs: Sequence[Run], page: Path, plot_folder: Path) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def _page(runs: Sequence[Run], page: Path, plot_folder: Path) -> str:
     single = runs[0] if len(runs) == 1 else None
-    return environment.get_template("template.html.j2").render(
-        version=ual.__version__,
-        light=plots.LIGHT,
-        dark=plots.DARK,
+    if single:
+        tables = [findings.before_and_after(single)]
+    else:
+        tables = [
+            findings.arms(runs),
+            findings.paired(runs),
+            findings.training(runs),
+            findings.differing_settings(runs),
+        ]
+    return render(
+        "run.html.j2",
+        kind="Training run" if single else "Comparison",
         title=single.name if single else " · ".join(run.name for run in runs),
         status=single.status if single else "",
         subtitle=_subtitle(runs),
         facts=_facts(single) if single else (),
-        verdict=findings.verdict(runs),
         cautions=findings.cautions(runs),
         missing=[(run.name if not single else "", note) for run in runs for note in run.missing],
-        results=findings.before_and_after(single) if single else findings.arms(runs),
-        training=None if single else findings.training(runs),
-        differences=None if single else findings.differing_settings(runs),
+        tables=[table for table in tables if table],
         pictures=list(pictures(runs, plot_folder)),
         sources=findings.by_source(runs),
         tails=_tails(runs),
@@ -124,7 +104,7 @@ def _render(runs: Sequence[Run], page: Path, plot_folder: Path) -> str:
     )
 
 
-def _with_names_of_their_own(runs: Sequence[Run]) -> list[Run]:
+def _with_unique_names(runs: Sequence[Run]) -> list[Run]:
     """Tell runs of the same name apart by their folders."""
     names = [run.name for run in runs]
     return [
@@ -136,17 +116,19 @@ def _subtitle(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         return f"{len(runs)} runs side by side; the first, {runs[0].name}, is the baseline"
     run = runs[0]
-    words = _LOSSES.get(run.loss_kind, "A training run")
-    if run.config is None or run.loss_kind == "sft":
-        return words
-    if run.loss_kind == "uniform":
-        smoothing = number(run.metrics, "mean_smoothing")
-        return words if smoothing is None else f"{words}, {smoothing:g}"
+    kind = LOSS_KINDS.get(run.loss_kind)
+    if kind is None:
+        return "A training run"
+    smoothing = number(run.metrics, "mean_smoothing")
+    if kind.smoothing == "uniform" and smoothing is not None:
+        return f"{kind.sentence}, {smoothing:g}"
+    if kind.smoothing != "own" or run.config is None:
+        return kind.sentence
     chosen = run.config.smoothing
     matched = "" if chosen.match_mean is None else f", scaled to a mean of {chosen.match_mean:g}"
     estimator = {"white_box": "the base model's own NLL", "column": "a column of the data"}
     return (
-        f"{words}. Uncertainty from {estimator[run.config.uncertainty.estimator]}, "
+        f"{kind.sentence}. Uncertainty from {estimator[run.config.uncertainty.estimator]}, "
         f"{chosen.scale.replace('_', '-')} scale, {chosen.map} map to "
         f"[{chosen.min:g}, {chosen.max:g}]{matched}"
     )
@@ -161,8 +143,8 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     if parameters is not None:
         share = "" if trainable is None else f", {_short(trainable)} trained"
         yield "Parameters", f"{_short(parameters)}{share}"
-    yield "Training rows", _whole(run.metrics, "trained_rows")
-    yield "Response tokens", _whole(run.metrics, "trained_tokens")
+    yield "Training samples", _whole(run.metrics, "trained_rows")
+    yield "Loss tokens", _whole(run.metrics, "trained_tokens")
     yield "Steps", ABSENT if run.steps is None else f"{run.steps:,}"
     yield "Time", duration(number(run.metrics, "seconds"))
     yield "Tokens/s", _whole(run.metrics, "tokens_per_second")
@@ -171,7 +153,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _tails(runs: Sequence[Run]) -> list[tuple[str, list[Example]]]:
-    """Return the most certain and the most uncertain rows of the first run that knows uncertainties."""
+    """Return the most certain and the most uncertain samples of the first run that has uncertainties."""
     for run in runs:
         known = [(row.uncertainty, i, row) for i, row in enumerate(run.rows) if row.uncertainty is not None]
         if len(known) < 2:
@@ -200,7 +182,7 @@ def _example(run: Run, row: Row) -> Example:
         response = response[:_TEXT_SHOWN] + f"… [{len(response) - _TEXT_SHOWN:,} characters more]"
     return Example(
         source=row.source,
-        facts=tuple((name, f"{value:.3g}") for name, value in shown if value is not None),
+        facts=tuple((name, f"{round(value, 6):.3g}") for name, value in shown if value is not None),
         prompt=prompt,
         response=response,
     )
@@ -254,11 +236,10 @@ def _environment(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _summary(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the comparison's figures for machines; what is not known is null."""
+    """Return the figures of a comparison as JSON data; what is not known is null."""
     keys = ("trained_rows", "trained_tokens", "mean_smoothing", "train_loss_first", "train_loss_last")
     return {
         "baseline": runs[0].name,
-        "verdict": findings.verdict(runs),
         "cautions": findings.cautions(runs),
         "arms": [
             {
@@ -278,6 +259,7 @@ def _summary(runs: Sequence[Run]) -> dict[str, Any]:
             }
             for run in runs
         ],
+        "paired": [asdict(comparison) for comparison in findings.comparisons(runs)],
     }
 
 

@@ -5,9 +5,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ual.config import run as configuration
+from ual.config.objectives import LOSS_KINDS
 from ual.config.run import RunConfig
 from ual.errors import UserError
 
@@ -23,6 +24,14 @@ class Row:
     uncertainty: float | None
     label_smoothing: float | None
     offset: int
+
+
+class HeldOut(NamedTuple):
+    """One held-out sample under the trained model; means are over its loss tokens."""
+
+    tokens: float
+    nll: float
+    accuracy: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +65,12 @@ class Run:
         return text(self.metrics, "loss_kind") or (self.config.loss.kind if self.config else "")
 
     @property
+    def smoothing(self) -> str:
+        """Where each sample's smoothing comes from, see `LossKind`; empty for a kind of another version."""
+        kind = LOSS_KINDS.get(self.loss_kind)
+        return kind.smoothing if kind else ""
+
+    @property
     def steps(self) -> int | None:
         steps = number(self.metrics, "steps")
         if steps is None and self.losses:
@@ -68,6 +83,15 @@ class Run:
             file.seek(row.offset)
             value: dict[str, Any] = json.loads(file.readline())
         return value
+
+    def held_out(self) -> dict[str, HeldOut]:
+        """Read the trained model's metrics of each held-out sample, by id; empty without held_out.jsonl."""
+        keys = HeldOut._fields
+        return {
+            text(entry, "id"): HeldOut(*(number(entry, key) or 0.0 for key in keys))
+            for _, entry in _lines(self.path / "held_out.jsonl", [])
+            if all(number(entry, key) is not None for key in keys)
+        }
 
 
 def read(path: Path) -> Run:

@@ -1,0 +1,90 @@
+"""Paired differences against token-by-token computation, every resample, the delta method and known truth."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from ual.methods.statistics import bootstrap, paired_difference
+
+
+@pytest.mark.kills(
+    "ual/methods/statistics.py",
+    "(difference * tokens).sum(axis) / tokens.sum(axis)",
+    "difference.mean(axis)",
+)
+@pytest.mark.kills("ual/methods/statistics.py", "(a - b).mean(axis=0), t", "(a - b)[0], t")
+@pytest.mark.kills(
+    "ual/methods/statistics.py", "by_seed > 0 if higher_is_better else by_seed < 0", "by_seed < 0"
+)
+def test_the_difference_is_that_of_all_tokens() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 9, size=20)
+    shift = np.array([-0.5, 0.1, -0.2])
+    arm = [[rng.exponential(size=t) + s for t in tokens] for s in shift]
+    baseline = [[rng.exponential(size=t) for t in tokens] for _ in shift]
+    means = [[[x.mean() for x in seed] for seed in of] for of in (arm, baseline)]
+    found = paired_difference(*means, tokens, resamples=2)
+    by_seed = [
+        np.concatenate(a).mean() - np.concatenate(b).mean() for a, b in zip(arm, baseline, strict=True)
+    ]
+    assert found.value == pytest.approx(np.mean(by_seed))
+    assert (found.samples, found.seeds, found.better) == (20, 3, sum(d < 0 for d in by_seed))
+    assert 0 < found.better < 3
+    up = paired_difference(*means, tokens, higher_is_better=True, resamples=2)
+    assert up.better == 3 - found.better
+
+
+@pytest.mark.kills("ual/methods/statistics.py", "        paired=True,", "        paired=False,")
+def test_the_interval_of_three_samples_is_that_of_every_resample() -> None:
+    """Each of the 27 resamples has a chance above 2.5 %, so the quantiles are the extremes."""
+    difference, tokens = np.array([0.5, -1.0, 2.0]), np.array([1, 4, 2])
+    found = paired_difference([difference], [[0.0] * 3], tokens)
+    every = [
+        difference[list(i)] @ tokens[list(i)] / tokens[list(i)].sum()
+        for i in itertools.product(range(3), repeat=3)
+    ]
+    assert (found.low, found.high) == pytest.approx((min(every), max(every)))
+
+
+def test_the_interval_is_that_of_the_delta_method_and_holds_the_truth() -> None:
+    hits, rng = 0, np.random.default_rng(0)
+    for seed in range(100):
+        tokens = rng.integers(5, 60, size=200)
+        baseline = rng.exponential(size=200)
+        arm = baseline - 0.1 + rng.normal(0, 0.4, size=200)
+        found = paired_difference([arm], [baseline], tokens, resamples=400, seed=seed)
+        error = math.sqrt((((arm - baseline - found.value) * tokens) ** 2).sum()) / tokens.sum()
+        assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.3)
+        hits += found.low <= -0.1 <= found.high
+    assert 88 <= hits <= 100
+
+
+def test_equal_arms_do_not_differ() -> None:
+    found = paired_difference([[1.0, 2.0]], [[1.0, 2.0]], [3, 4])
+    assert (found.value, found.low, found.high, found.better) == (0, 0, 0, 0)
+
+
+@pytest.mark.kills("ual/methods/statistics.py", "known = drawn[~np.isnan(drawn)]", "known = drawn")
+def test_resamples_without_a_value_are_left_out() -> None:
+    found = bootstrap(lambda x: float(x.mean()) if np.ptp(x) else np.nan, [0.0, 1.0, 5.0])
+    assert 0 < found.low < found.value == 2 < found.high < 5
+    once = bootstrap(lambda x: 7.0 if list(x) == list(range(30)) else np.nan, np.arange(30.0))
+    assert once.value == once.low == once.high == 7
+
+
+@pytest.mark.parametrize(
+    ("arm", "baseline", "tokens"),
+    [
+        ([[1.0]], [[1.0]], [1]),
+        ([[1, 2]], [[1, 2]], [1, 0]),
+        ([[1, 2]], [[1, 2], [1, 2]], [1, 1]),
+        ([1, 2], [1, 2], [1, 1]),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    arm: list[float], baseline: list[float], tokens: list[int]
+) -> None:
+    with pytest.raises(ValueError, match="two samples or more"):
+        paired_difference(arm, baseline, tokens)

@@ -1,0 +1,118 @@
+"""Bootstrap intervals, and the difference of two arms on the same held-out samples. NumPy and SciPy.
+
+Samples i = 1..n with t_i loss tokens are measured under arm a and baseline b, for seeds k = 1..K. With x_ki
+the mean of a metric over the tokens of sample i:
+
+    d_i = 1/K sum_k (a_ki - b_ki)        seeds are averaged within a sample
+    D   = sum_i t_i d_i / sum_i t_i      the difference per token: a ratio estimator over samples
+
+The interval is the percentile bootstrap (Efron and Tibshirani 1993, chapter 13) over samples. Tokens of one
+sample are not independent, so samples are drawn, each with its numerator and denominator. The interval covers
+the choice of held-out samples. It does not cover the randomness of training: the seeds are taken as they are.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_DRAWN_AT_ONCE = 10_000_000  # values, to bound memory
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure with the 2.5 % and 97.5 % quantiles of its bootstrap."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class PairedDifference(Estimate):
+    """Arm minus baseline per token; the arm is better in `better` of `seeds` seeds."""
+
+    samples: int
+    seeds: int
+    better: int
+
+
+def bootstrap(
+    statistic: Callable[..., Any], *samples: ArrayLike, resamples: int = 1000, seed: int = 0
+) -> Estimate:
+    """Return a statistic with its 95 % percentile interval over jointly drawn observations.
+
+    Args:
+        statistic: of vectors [n], or of the last axis of arrays if it takes `axis`. Resamples for which it is
+            NaN are left out.
+        samples: vectors [n], n >= 2, whose elements belong together.
+        resamples: at least 2.
+        seed: of the draws.
+    """
+    from scipy import stats
+
+    arrays = [np.asarray(sample) for sample in samples]
+    value = float(statistic(*arrays))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        drawn = stats.bootstrap(
+            arrays,
+            statistic,
+            paired=True,
+            n_resamples=resamples,
+            method="percentile",
+            batch=max(1, _DRAWN_AT_ONCE // arrays[0].size),
+            rng=np.random.default_rng(seed),
+        ).bootstrap_distribution
+    known = drawn[~np.isnan(drawn)]
+    low, high = np.quantile(known, [0.025, 0.975]) if known.size else (value, value)
+    return Estimate(value, float(low), float(high))
+
+
+def paired_difference(
+    arm: ArrayLike,
+    baseline: ArrayLike,
+    tokens: ArrayLike,
+    *,
+    higher_is_better: bool = False,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> PairedDifference:
+    """Return how much an arm differs from a baseline per token, see the module.
+
+    Args:
+        arm: [K, n], means over each sample's tokens; row k of both arms has the same seed.
+        baseline: [K, n].
+        tokens: [n], positive.
+        higher_is_better: of the metric.
+        resamples: of the bootstrap over samples.
+        seed: of the draws.
+
+    Raises:
+        ValueError: shapes differ, fewer than two samples, or a sample without tokens.
+
+    >>> found = paired_difference([[1.0, 2.0, 2.0]], [[2.0, 2.0, 3.0]], [1, 2, 1])
+    >>> found.value, found.samples, found.seeds, found.better
+    (-0.5, 3, 1, 1)
+    """
+    a, b = np.asarray(arm, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
+    t = np.asarray(tokens, dtype=np.float64)
+    if a.ndim != 2 or a.shape != b.shape or a.shape[1:] != t.shape or t.size < 2 or not (t > 0).all():
+        raise ValueError(
+            "arm and baseline must be [seeds, samples], tokens [samples] and positive, with two samples or "
+            f"more; got {a.shape}, {b.shape}, {t.shape}"
+        )
+    found = bootstrap(_per_token, (a - b).mean(axis=0), t, resamples=resamples, seed=seed)
+    by_seed = _per_token(a - b, t)
+    better = int((by_seed > 0 if higher_is_better else by_seed < 0).sum())
+    return PairedDifference(found.value, found.low, found.high, t.size, len(a), better)
+
+
+def _per_token(
+    difference: NDArray[np.float64], tokens: NDArray[np.float64], axis: int = -1
+) -> NDArray[np.float64]:
+    total: NDArray[np.float64] = (difference * tokens).sum(axis) / tokens.sum(axis)
+    return total
