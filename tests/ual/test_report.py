@@ -487,7 +487,7 @@ def test_arms_that_are_not_matched_are_named(tmp_path: Path) -> None:
         assert what in words
     table = findings.arms([read(sft), read(ual)])
     assert table is not None
-    assert [row[0].text for row in table.rows] == ["sft", "ual"]  # no common start, hence no row for it
+    assert [row[0].text for row in table.rows] == ["sft", "ual"]  # no common start, hence no line for it
 
 
 def test_uniform_arm_of_another_mean_is_no_control(tmp_path: Path) -> None:
@@ -508,6 +508,14 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     page = Page(write([build(tmp_path / "x" / "ual"), build(tmp_path / "y" / "ual", seed=1)]))
     assert f"ual ({tmp_path / 'x' / 'ual'})" in page.text
     assert f"ual ({tmp_path / 'y' / 'ual'})" in page.text
+    for seed in (1, 2):
+        run = build(
+            tmp_path / f"ual-seed{seed}",
+            seed=seed,
+            change=lambda files: files["metrics.json"].update(name="ual"),
+        )
+    page = Page(write([run.with_name("ual-seed1"), run]))
+    assert "ual-seed1 · ual-seed2" in page.inside("h1")
 
 
 def test_many_sources_are_drawn_as_one(tmp_path: Path) -> None:
@@ -589,7 +597,7 @@ def test_a_missing_file_is_named_and_the_page_stands(run: Path, name: str) -> No
 def test_a_damaged_file_is_named_and_the_page_stands(run: Path, name: str) -> None:
     for content in (b"", b"[1, 2]", b"\x00\xff", b'{"half":'):
         (run / name).write_bytes(content)
-        assert f"{name} is damaged and was passed over." in read(run).missing
+        assert f"{name} is damaged and was ignored." in read(run).missing
     check_page(Page(write([run])))
 
 
@@ -631,9 +639,9 @@ def test_a_killed_run(tmp_path: Path) -> None:
         file.write('{"step": 41, "lo')
     page = Page(write([folder]))
     check_page(page)
-    assert "1 damaged line of history.jsonl passed over." in page.text
+    assert "1 damaged line of history.jsonl ignored." in page.text
     assert "had been killed" in page.text
-    assert "only the model it started from" in page.text
+    assert "only the model before training" in page.text
     assert read(folder).losses[-1][0] == 40
 
 
@@ -658,7 +666,7 @@ def test_an_incomplete_evaluation_counts_as_none(tmp_path: Path, value: object) 
 
     loaded = read(build(tmp_path / "run", change=break_it))
     assert loaded.after is None
-    assert "evaluation.json holds an incomplete evaluation, which was passed over." in loaded.missing
+    assert "evaluation.json holds an incomplete evaluation, which was ignored." in loaded.missing
 
 
 def test_settings_that_differ_are_shown_as_yaml_writes_them(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,25 @@ from ual.errors import UserError
 from ual.files import json_line, read_jsonl, write_json, write_jsonl, write_text
 
 
-class RunFolder:
-    """The files of one run. Each is written to a scratch file and renamed, so readers see complete files.
+class File(StrEnum):
+    """The files of a run folder, by their names."""
 
-    config.yaml, environment.json, uncertainty.jsonl, samples.jsonl, history.jsonl, evaluation.json,
-    metrics.json, train.log, adapter/ (or model/), checkpoints/checkpoint-N, tensorboard/, plots/, report.html
+    CONFIG = "config.yaml"
+    ENVIRONMENT = "environment.json"
+    UNCERTAINTY = "uncertainty.jsonl"
+    SAMPLES = "samples.jsonl"
+    HISTORY = "history.jsonl"
+    EVALUATION = "evaluation.json"
+    HELD_OUT = "held_out.jsonl"
+    METRICS = "metrics.json"
+    LOG = "train.log"
+    REPORT = "report.html"
+
+
+class RunFolder:
+    """The folder of one run. Each `File` is written to a scratch file and renamed: readers see it complete.
+
+    Beside the files: adapter/ or model/, checkpoints/checkpoint-N, tensorboard/, plots/.
 
     Args:
         path: of the folder, on a disk that all processes of the run share.
@@ -27,8 +42,8 @@ class RunFolder:
         self._writes = writes
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
-        self.log = self.path / "train.log"
-        self.history = self.path / "history.jsonl"
+        self.log = self.path / File.LOG
+        self.history = self.path / File.HISTORY
 
     def check(self, config: RunConfig, *, resume: bool | Literal["auto"]) -> None:
         """Check what `create` checks, and write nothing.
@@ -37,7 +52,7 @@ class RunFolder:
             UserError: the folder holds a run and `resume` is False; it holds none and `resume` is True
                 ("auto" accepts both); its run has another configuration; it cannot be written.
         """
-        existing = self.path / "config.yaml"
+        existing = self.path / File.CONFIG
         if existing.exists():
             if not resume:
                 raise UserError(
@@ -70,7 +85,7 @@ class RunFolder:
         self.check(config, resume=resume)
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.write("config.yaml", dump(config))
+            self.write(File.CONFIG, dump(config))
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.path}: {error.strerror}", place="configuration, output_dir"
@@ -108,9 +123,8 @@ class RunFolder:
 
     def forget_after(self, step: int) -> None:
         """Remove the history of steps that a resumed run will repeat."""
-        self.write_rows(
-            "history.jsonl", [row for row in self.read_rows("history.jsonl") if row["step"] <= step]
-        )
+        kept = [row for row in self.read_rows(File.HISTORY) if row["step"] <= step]
+        self.write_rows(File.HISTORY, kept)
 
 
 def _what_must_match(config: RunConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Read a run folder as far as it goes: whatever is absent or damaged becomes a sentence in `Run.missing`."""
+"""Read a run folder, complete or not. What is absent or damaged becomes a sentence in `Run.missing`."""
 
 import json
 import math
@@ -11,14 +11,15 @@ from ual.config import run as configuration
 from ual.config.objectives import LOSS_KINDS
 from ual.config.run import RunConfig
 from ual.errors import UserError
+from ual.runs.folder import File
 
 _EVALUATION = ("rows", "tokens", "nll", "perplexity", "accuracy", "ece", "brier")
-_MARKS = ("config.yaml", "metrics.json", "history.jsonl")
+_MARKS = (File.CONFIG, File.METRICS, File.HISTORY)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The figures of one training row; its texts stay on disk, at byte `offset` of samples.jsonl."""
+    """The figures of one training sample; its texts stay on disk, at byte `offset` of samples.jsonl."""
 
     source: str
     uncertainty: float | None
@@ -36,11 +37,11 @@ class HeldOut(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run folder in memory. Absent files leave empty mappings and tuples.
+    """A run folder in memory. Absent files give empty mappings and tuples.
 
-    `losses` holds (step, loss) by rising step, `series` likewise what else was logged of the tokens: their
-    plain loss by group (``nll/source/...``) and their statistics (``token_entropy``). `before` and `after`
-    are evaluations as `ual.evaluate.Evaluation` describes them, or None.
+    `losses` holds (step, loss) by rising step. `series` holds what else was logged of the tokens: their loss
+    without smoothing by group (``nll/source/...``) and their statistics (``token_entropy``). `before` and
+    `after` are evaluations as `ual.evaluate.Evaluation` describes them, or None.
     """
 
     path: Path
@@ -66,7 +67,7 @@ class Run:
 
     @property
     def smoothing(self) -> str:
-        """Where each sample's smoothing comes from, see `LossKind`; empty for a kind of another version."""
+        """`LossKind.smoothing` of the run; empty for a kind of another version."""
         kind = LOSS_KINDS.get(self.loss_kind)
         return kind.smoothing if kind else ""
 
@@ -78,8 +79,8 @@ class Run:
         return None if steps is None else int(steps)
 
     def sample(self, row: Row) -> Mapping[str, Any]:
-        """Read one row of samples.jsonl again, with its texts."""
-        with (self.path / "samples.jsonl").open("rb") as file:
+        """Read one line of samples.jsonl, with its texts."""
+        with (self.path / File.SAMPLES).open("rb") as file:
             file.seek(row.offset)
             value: dict[str, Any] = json.loads(file.readline())
         return value
@@ -89,7 +90,7 @@ class Run:
         keys = HeldOut._fields
         return {
             text(entry, "id"): HeldOut(*(number(entry, key) or 0.0 for key in keys))
-            for _, entry in _lines(self.path / "held_out.jsonl", [])
+            for _, entry in _lines(self.path / File.HELD_OUT, [])
             if all(number(entry, key) is not None for key in keys)
         }
 
@@ -98,47 +99,39 @@ def read(path: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        UserError: `path` is no folder, or none that `ual train` wrote.
+        UserError: `path` is not a folder that `ual train` wrote.
     """
     _check(path)
     missing: list[str] = []
-    metrics = _object(path / "metrics.json", missing)
-    evaluation = _object(path / "evaluation.json", missing)
-    environment = _object(path / "environment.json", missing)
-    config, config_text = _config(path / "config.yaml", missing)
-    name = text(metrics, "name") or (config.label if config else "") or path.resolve().name
-    losses = {}
+    metrics = _object(path / File.METRICS, missing)
+    evaluation = _object(path / File.EVALUATION, missing)
+    environment = _object(path / File.ENVIRONMENT, missing)
+    config, config_text = _config(path / File.CONFIG, missing)
+    losses: dict[int, float] = {}
     series: dict[str, dict[int, float]] = {}
-    for _, entry in _lines(path / "history.jsonl", missing):
+    for _, entry in _lines(path / File.HISTORY, missing):
         step, loss = number(entry, "step"), entry.get("loss")
-        if step is not None and isinstance(loss, int | float):
-            losses[int(step)] = float(loss)  # a resumed run logs a step again: the later word counts
+        if step is None:
+            continue
+        if isinstance(loss, int | float):
+            losses[int(step)] = float(loss)  # a resumed run logs a step again: the later value counts
         for key in entry:
-            if (
-                step is not None
-                and key.startswith(("nll/", "token_"))
-                and (value := number(entry, key)) is not None
-            ):
+            if key.startswith(("nll/", "token_")) and (value := number(entry, key)) is not None:
                 series.setdefault(key, {})[int(step)] = value
     if not losses:
-        missing.append("history.jsonl holds no training loss, so there is no curve to draw.")
+        missing.append(f"{File.HISTORY} holds no training loss, so there is no curve to draw.")
     elif unbounded := sum(not math.isfinite(loss) for loss in losses.values()):
         subject = "1 logged loss is" if unbounded == 1 else f"{unbounded} logged losses are"
         missing.append(f"{subject} not finite and not drawn.")
     rows = tuple(
-        Row(
-            source=text(entry, "source"),
-            uncertainty=number(entry, "uncertainty"),
-            label_smoothing=number(entry, "label_smoothing"),
-            offset=offset,
-        )
-        for offset, entry in _lines(path / "samples.jsonl", missing)
+        Row(text(entry, "source"), number(entry, "uncertainty"), number(entry, "label_smoothing"), offset)
+        for offset, entry in _lines(path / File.SAMPLES, missing)
     )
     before, after = (_evaluation(evaluation.get(when), missing) for when in ("before", "after"))
     missing.extend(_unfinished(metrics, before, after))
     return Run(
         path=path,
-        name=name,
+        name=text(metrics, "name") or (config.label if config else "") or path.resolve().name,
         config=config,
         config_text=config_text,
         environment=environment,
@@ -152,11 +145,9 @@ def read(path: Path) -> Run:
     )
 
 
-def number(mapping: Mapping[str, Any], *keys: str) -> float | None:
-    """Return the finite number under nested keys, or None."""
-    value: Any = mapping
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
+def number(mapping: Mapping[str, Any], key: str) -> float | None:
+    """Return the finite number under a key, or None."""
+    value = mapping.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
@@ -180,7 +171,7 @@ def _check(path: Path) -> None:
         problem = "this is a file, not a run folder" if path.exists() else "there is no such folder"
         raise UserError(problem, place=str(path), remedy=remedy)
     if not any((path / mark).is_file() for mark in _MARKS):
-        inside = sorted(child.name for child in path.iterdir() if (child / "config.yaml").is_file())
+        inside = sorted(child.name for child in path.iterdir() if (child / File.CONFIG).is_file())
         if inside:
             remedy = f"it holds runs; name those: {', '.join(inside[:5])}"
         raise UserError(
@@ -196,14 +187,14 @@ def _object(path: Path, missing: list[str]) -> dict[str, Any]:
         return {}
     except ValueError:
         value = None
-    if not isinstance(value, dict):
-        missing.append(f"{path.name} is damaged and was passed over.")
-        return {}
-    return value
+    if isinstance(value, dict):
+        return value
+    missing.append(f"{path.name} is damaged and was ignored.")
+    return {}
 
 
 def _lines(path: Path, missing: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (byte offset, object) of every whole line; a killed run may have left half of one."""
+    """Yield (byte offset, object) of every intact line; a killed run may have left half of one."""
     if not path.is_file():
         missing.append(f"{path.name} is missing.")
         return
@@ -221,27 +212,27 @@ def _lines(path: Path, missing: list[str]) -> Iterator[tuple[int, dict[str, Any]
             offset += len(line)
     if damaged:
         lines = "1 damaged line" if damaged == 1 else f"{damaged} damaged lines"
-        missing.append(f"{lines} of {path.name} passed over.")
+        missing.append(f"{lines} of {path.name} ignored.")
 
 
 def _config(path: Path, missing: list[str]) -> tuple[RunConfig | None, str]:
     if not path.is_file():
-        missing.append("config.yaml is missing.")
+        missing.append(f"{path.name} is missing.")
         return None, ""
     shown = path.read_text(encoding="utf-8", errors="replace")
     try:
         return configuration.load(path), shown
     except UserError as error:
-        missing.append(f"config.yaml cannot be read by this version: {error.problem}")
+        missing.append(f"{path.name} cannot be read by this version: {error.problem}")
         return None, shown
 
 
 def _evaluation(value: Any, missing: list[str]) -> Mapping[str, Any] | None:
-    """Return a whole evaluation, or None."""
+    """Return a complete evaluation, or None."""
     if value is None:
         return None
     if not isinstance(value, Mapping) or any(number(value, key) is None for key in _EVALUATION):
-        missing.append("evaluation.json holds an incomplete evaluation, which was passed over.")
+        missing.append(f"{File.EVALUATION} holds an incomplete evaluation, which was ignored.")
         return None
     return value
 
@@ -249,12 +240,12 @@ def _evaluation(value: Any, missing: list[str]) -> Mapping[str, Any] | None:
 def _unfinished(
     metrics: Mapping[str, Any], before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
 ) -> Iterator[str]:
-    status, steps = text(metrics, "status"), number(metrics, "steps")
+    status = text(metrics, "status")
     if status == "interrupted":
-        yield f"The run was stopped after {steps or 0:,.0f} steps; what follows is as far as it got."
+        yield f"The run was stopped after {number(metrics, 'steps') or 0:,.0f} steps."
     elif status == "running":
-        yield "The run was going on, or had been killed, when this page was written."
+        yield "The run was in progress, or had been killed, when this page was written."
     if after is None and before is None:
-        yield "Nothing was measured on held-out rows: set data.eval or data.eval_fraction."
+        yield "Nothing was measured on held-out samples: set data.eval or data.eval_fraction."
     elif after is None:
-        yield "The trained model was not measured on the held-out rows, only the model it started from."
+        yield "The trained model was not measured on the held-out samples, only the model before training."
