@@ -330,7 +330,7 @@ def test_the_report_says_how_good_an_uncertainty_is(tmp_path: Path, server: Serv
     config = configure(tmp_path, server.url("well"), data, estimators=["column", "verbalised"], label="right")
     invoke(config)
     figures = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert (figures["rows"], figures["labelled"], figures["accuracy"]) == (9, 8, 0.5)
+    assert (figures["rows"], figures["labeled"], figures["accuracy"]) == (9, 8, 0.5)
     column, verbalised = (figures["estimators"][name] for name in ("column", "verbalised"))
     assert [column["ranking"][name]["value"] for name in ("auroc", "auprc", "prr")] == pytest.approx(
         [1, 1, 1]

@@ -172,7 +172,7 @@ def test_the_model_card_has_the_runs_results(finished: Path) -> None:
         yaml.safe_load(card(hub, metrics | {"eval": None}, {}).split("---\n")[1])["base_model"]
         == "owner/name"
     )
-    assert "not measured on held-out rows" in card(hub, metrics | {"eval": None}, {})
+    assert "not measured on held-out samples" in card(hub, metrics | {"eval": None}, {})
 
 
 def test_a_runs_metrics_are_logged(finished: Path) -> None:

@@ -120,7 +120,7 @@ def test_trained_text_is_green_or_between_marks(
 
 def test_the_estimate_as_a_table(config: Path) -> None:
     said = invoke("estimate", config, "--gpus", 2, "--zero", 3, "data.max_length=32")
-    for line in ("weights", "layers gathered by ZeRO-3", "optimizer", "head and loss", "together"):
+    for line in ("weights", "layers gathered by ZeRO-3", "optimizer", "head and loss", "total"):
         assert line in said
     assert "no such folder" in invoke("estimate", config, "model=/no/model", code=2)
     for command in ("preview", "estimate"):

@@ -119,5 +119,5 @@ def test_the_folder_arrives_whole_or_the_user_is_told(hub: Any, tmp_path: Path) 
     created = hub.created[0]  # the word depends on the client's version
     assert created.get("private") is True or created.get("visibility") == "private"
     said = "\n".join(refused)
-    assert said.startswith("UserError configuration, training.push_to_hub: the hub did not take it")
+    assert said.startswith("UserError configuration, training.push_to_hub: the hub refused the upload")
     assert f"hf upload me/name {folder}" in said

@@ -1,4 +1,4 @@
-"""What the command line shows of a result. Every function returns what rich can print, and prints nothing."""
+"""Tables of the command line. Each function returns what rich prints, and prints nothing."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def _table(*names: str, left: int = 1) -> Table:
-    """One with a header, whose first `left` columns hold text and the others numbers."""
+    """Return a table with a header; its first `left` columns hold text, the others numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column, name in enumerate(names):
         table.add_column(name, justify="left" if column < left else "right")
     return table
 
 
-def _facts(*, numbers: bool) -> Table:
-    """Two columns without a header."""
+def _pairs(*, numbers: bool) -> Table:
+    """Return a table of two columns without a header."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right" if numbers else "left")
@@ -51,7 +51,7 @@ def arms(found: list[dict[str, Any]]) -> RenderableType:
 def plan(found: "Plan") -> RenderableType:
     """The size of a run, and the first samples of its data."""
     look = found.preview
-    facts = _facts(numbers=False)
+    pairs = _pairs(numbers=False)
     for name, value in (
         ("loss", found.loss),
         ("samples", f"{look.count:,} read, {look.trained:,} to train, {look.held_out:,} held out"),
@@ -64,17 +64,17 @@ def plan(found: "Plan") -> RenderableType:
             f"about {found.checkpoint_bytes / 1e6:,.1f} MB; {found.free_bytes / 1e9:,.1f} GB are free",
         ),
     ):
-        facts.add_row(name, value)
+        pairs.add_row(name, value)
     batch = _table("sample", "tokens", "loss tokens", "smoothing", "weight")
     for s in look.shown:
         smoothing = "asked when it runs" if s.smoothing is None else f"{s.smoothing:.3f}"
         batch.add_row(escape(s.sample.id), str(s.tokens), str(s.loss_tokens), smoothing, f"{s.weight:g}")
-    return Group(facts, batch, "no weights were loaded, nothing was trained or written")
+    return Group(pairs, batch, "no weights were loaded, nothing was trained or written")
 
 
 def preview(found: "Preview") -> RenderableType:
     """How many samples and tokens were read, dropped, cut and trained."""
-    table = _facts(numbers=True)
+    table = _pairs(numbers=True)
     table.add_row("samples read", f"{found.count:,}")
     for why, number in found.dropped.items():
         table.add_row(f"  not trained: {escape(why)}", f"{number:,}")
@@ -95,12 +95,12 @@ def preview(found: "Preview") -> RenderableType:
 
 
 def preview_sample(shown: "Shown", *, colored: bool) -> tuple[str, Text]:
-    """A line about a sample, and its text; loss tokens are green, or without color between « and »."""
+    """A sample's figures and its text; loss tokens are green, or without color between « and »."""
     smoothing = "unknown yet" if shown.smoothing is None else f"{shown.smoothing:.3f}"
     cut = ", cut at data.max_length" if shown.truncated else ""
-    facts = (
+    figures = (
         f"[bold]{escape(shown.sample.id)}[/bold]  smoothing {smoothing}, weight {shown.weight:g}, "
-        f"{shown.loss_tokens} of {shown.tokens} tokens trained{cut}"
+        f"{shown.loss_tokens} of {shown.tokens} are loss tokens{cut}"
         f"[dim]  {escape(shown.sample.source)}  {escape(shown.sample.place)}[/dim]"
     )
     text = Text()
@@ -109,7 +109,7 @@ def preview_sample(shown: "Shown", *, colored: bool) -> tuple[str, Text]:
             text.append(span.text, style="bold green" if span.trained else "dim")
         else:
             text.append(f"«{span.text}»" if span.trained else span.text)
-    return facts, text
+    return figures, text
 
 
 def estimate(found: "Estimate") -> RenderableType:
@@ -125,7 +125,7 @@ def estimate(found: "Estimate") -> RenderableType:
         if size or name != "layers gathered by ZeRO-3":
             table.add_row(name, _gib(size), _gib(size))
     table.add_row("head and loss", _gib(found.naive_head), _gib(found.fused_head))
-    table.add_row("together", _gib(found.naive), _gib(found.fused), style="bold")
+    table.add_row("total", _gib(found.naive), _gib(found.fused), style="bold")
     return Group(
         table,
         "one micro-batch of full length; not counted: CUDA's context, fragmentation, communication buffers",
@@ -154,10 +154,10 @@ def elicitation_plan(found: "DryRun") -> RenderableType:
     for e in found.estimates:
         figures = (e.requests, e.cached, e.most.prompt_tokens, e.most.completion_tokens)
         table.add_row(escape(e.label), *(f"{figure:,}" for figure in figures))
-    how = "counted by the model's tokenizer" if found.counted else "estimated at 4 bytes a token"
+    how = "counted by the model's tokenizer" if found.counted else "estimated at 4 bytes per token"
     return Group(
         table,
-        f"{found.rows:,} rows; prompt tokens {how}; cost at most {found.cost:.4f}. Nothing was sent.",
+        f"{found.rows:,} samples; prompt tokens {how}; cost at most {found.cost:.4f}. Nothing was sent.",
     )
 
 

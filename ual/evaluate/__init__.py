@@ -1,6 +1,6 @@
-"""What a model does on held-out rows: token-level NLL, accuracy and calibration.
+"""Token-level NLL, accuracy and calibration of a model on held-out samples.
 
-`evaluate`, which runs a model, is imported with torch when first asked for.
+`evaluate` imports torch, so it is imported on first use.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -36,7 +36,7 @@ class ReliabilityBin(TypedDict):
 
 
 class SourceEvaluation(TypedDict):
-    """The metrics of the held-out rows of one source; `nll` in nats per token."""
+    """The metrics of the held-out samples of one source; `nll` in nats per token."""
 
     rows: int
     tokens: int

@@ -84,7 +84,7 @@ def paired_difference(
     """Return how much an arm differs from a baseline per token, see the module.
 
     Args:
-        arm: [K, n], means over each sample's tokens; row k of both arms has the same seed.
+        arm: [K, n], means over each sample's tokens; seed k is the same in both arms.
         baseline: [K, n].
         tokens: [n], positive.
         higher_is_better: of the metric.

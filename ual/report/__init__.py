@@ -1,4 +1,4 @@
-"""A run, or several side by side, as one HTML page that needs nothing else; an adapter's model card."""
+"""One self-contained HTML page about a run or several; the model card of an adapter."""
 
 from ual.report.card import card
 from ual.report.page import write

@@ -1,4 +1,4 @@
-"""The model card of an adapter: README.md as the Hugging Face hub reads it, from the run's own facts."""
+"""The model card of an adapter: README.md as the Hugging Face hub reads it, from the files of the run."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ def card(config: RunConfig, metrics: Mapping[str, Any], environment: Mapping[str
 
     Args:
         config: of the run; paths of this machine are reduced to their last part.
-        metrics: as in metrics.json; what was not measured is not claimed.
+        metrics: as in metrics.json; the card names only what was measured.
         environment: as in environment.json.
     """
     head: dict[str, Any] = {"library_name": "peft" if config.lora else "transformers"}
@@ -41,11 +41,11 @@ def _training(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[str]:
     yield f"{what} `{_name(config.model.path)}`, fine-tuned on `{_name(config.data.train)}`:"
     yield ""
     yield f"- loss `{config.loss.kind}`, label smoothing {metrics['mean_smoothing']:.3f} on average"
-    if config.loss.kind == "ual":
+    if config.loss.about.needs_uncertainty:
         s = config.smoothing
         yield (
-            f"- each row's smoothing from its uncertainty ({config.uncertainty.estimator}), {s.scale} scale, "
-            f"{s.map} map to [{s.min:g}, {s.max:g}]"
+            f"- each sample's smoothing from its uncertainty ({config.uncertainty.estimator}), {s.scale} "
+            f"scale, {s.map} map to [{s.min:g}, {s.max:g}]"
         )
     if config.lora:
         kinds = [
@@ -58,18 +58,18 @@ def _training(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[str]:
         )
     tokens, seconds = number(metrics, "trained_tokens"), number(metrics, "seconds")
     yield (
-        f"- {metrics['trained_rows']:,} rows, {metrics['steps']:,} steps, "
-        f"{tokens or 0:,.0f} trained tokens in {duration(seconds)}; the run is {metrics['status']}"
+        f"- {metrics['trained_rows']:,} samples, {metrics['steps']:,} steps, "
+        f"{tokens or 0:,.0f} loss tokens in {duration(seconds)}; the run is {metrics['status']}"
     )
 
 
 def _figures(metrics: Mapping[str, Any]) -> Iterator[str]:
     before, after = metrics.get("eval_before"), metrics.get("eval")
     if after is None:
-        yield "It was not measured on held-out rows."
+        yield "It was not measured on held-out samples."
         yield ""
         return
-    yield "On held-out rows, token level:"
+    yield "On held-out samples, token level:"
     yield ""
     yield "| | before | after |"
     yield "|---|---|---|"
@@ -96,5 +96,5 @@ def _name(path: str) -> str:
 
 
 def _is_hub_name(path: str) -> bool:
-    """Whether this reads as owner/name, and is no folder or file here."""
+    """Return whether a path reads as owner/name and does not exist on this machine."""
     return path.count("/") == 1 and path[0] not in "./~" and not Path(path).exists()

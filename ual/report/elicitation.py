@@ -83,7 +83,7 @@ def measure(correct: np.ndarray[Any, Any], columns: Mapping[str, _Values]) -> di
         columns: by estimator, each [n].
     """
     known = ~np.isnan(correct)
-    figures: dict[str, Any] = {"rows": int(correct.size), "labelled": int(known.sum()), "estimators": {}}
+    figures: dict[str, Any] = {"rows": int(correct.size), "labeled": int(known.sum()), "estimators": {}}
     if known.any():
         figures["accuracy"] = float(correct[known].mean())
     vectors = {name: np.array(column.values) for name, column in columns.items()}
@@ -178,11 +178,11 @@ def _write_csv(source: Path, target: Path, names: list[str]) -> None:
 
 
 def _subtitle(summary: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    requests, labeled = summary["requests"], ""
-    if figures["labelled"]:
-        labeled = f", {figures['labelled']:,} of them labeled ({figures['accuracy']:.1%} right)"
+    requests, known = summary["requests"], ""
+    if figures["labeled"]:
+        known = f", {figures['labeled']:,} of them labeled ({figures['accuracy']:.1%} right)"
     return (
-        f"{figures['rows']:,} samples{labeled}. {requests['sent']:,} requests sent, {requests['cached']:,} "
+        f"{figures['rows']:,} samples{known}. {requests['sent']:,} requests sent, {requests['cached']:,} "
         f"answered from the cache, {requests['failed']:,} failed. Cost {summary['cost_of_all_runs']:.4f} "
         f"over all runs, {summary['cost_per_row']:.6f} per sample."
     )
@@ -207,7 +207,7 @@ def _tables(figures: Mapping[str, Any]) -> Iterator[tuple[str, Table, str]]:
         "Most common",
     )
     yield "Uncertainties", _table("Most common: share of the most common value", names, values), ""
-    if figures["labelled"]:
+    if figures["labeled"]:
         found = [(name, row["ranking"]) for name, row in estimators if row["ranking"]]
         names = "Estimator", "Samples", "Wrong", "AUROC", "AUPRC", "Prediction rejection"
         rows = [
@@ -268,7 +268,7 @@ def _pictures(
         yield Picture.of(
             plots.coverage_curves(curves),
             f"Accuracy of the most certain samples by their share: {', '.join(curves)}.",
-            "Accuracy of the samples that are kept if the most uncertain are rejected first.",
+            "Accuracy of the remaining samples if the most uncertain are rejected first.",
         )
     bins = {
         n: row["calibration"]["bins"] for n, row in figures["estimators"].items() if row.get("calibration")

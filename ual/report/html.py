@@ -47,7 +47,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of cells; the first column names the row."""
+    """Cells by table row; the first cell names the table row."""
 
     caption: str
     columns: tuple[Column, ...]

@@ -105,10 +105,14 @@ def _page(runs: Sequence[Run], page: Path, plot_folder: Path) -> str:
 
 
 def _with_unique_names(runs: Sequence[Run]) -> list[Run]:
-    """Tell runs of the same name apart by their folders."""
-    names = [run.name for run in runs]
+    """Name runs of equal names, such as the seeds of an arm, by their folders."""
+    names, folders = [run.name for run in runs], [run.path.resolve().name for run in runs]
+    unique = len(set(folders)) == len(folders)
     return [
-        replace(run, name=f"{run.name} ({run.path})") if names.count(run.name) > 1 else run for run in runs
+        replace(run, name=folder if unique else f"{run.name} ({run.path})")
+        if names.count(run.name) > 1
+        else run
+        for run, folder in zip(runs, folders, strict=True)
     ]
 
 

@@ -171,10 +171,10 @@ def distribution(
 
 @_styled
 def coverage_curves(arms: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
-    """Draw the accuracy of the samples that are kept, by their share; the most certain are kept first.
+    """Draw the accuracy of the most certain samples, by their share.
 
     Args:
-        arms: name -> (share kept, accuracy) by rising share; at least one point each.
+        arms: name -> (share selected, accuracy) by rising share; at least one point each.
 
     Raises:
         ValueError: nothing to draw.
@@ -192,10 +192,12 @@ def coverage_curves(arms: Mapping[str, Sequence[tuple[float, float]]]) -> Figure
         half = float(points[np.abs(points[:, 0] - 0.5).argmin(), 1])
         halves.append((half, f"{label(name)}  {half:.3f}", line))
     axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
-    axes.set(xlabel="share of samples kept, the most certain first", ylabel="accuracy of the kept samples")
+    axes.set(
+        xlabel="share of samples selected, the most certain first", ylabel="accuracy of the selected samples"
+    )
     if len(halves) > 1:
         _legend(axes, halves, title="at 50%")
-    return _titled(figure, f"Half of the samples kept: accuracy up to {max(half for half, *_ in halves):.3f}")
+    return _titled(figure, f"Accuracy of the most certain half: up to {max(half for half, *_ in halves):.3f}")
 
 
 @_styled
