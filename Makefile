@@ -26,9 +26,9 @@ test: .venv/.dev .venv/.quickstart $(OTHER_TRITON) $(UNSLOTH_ZOO)  ## run the te
 	OMP_NUM_THREADS=1 UAL_OTHER_TRITON=$(OTHER_TRITON) UAL_UNSLOTH_ZOO=$(UNSLOTH_ZOO) \
 		$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup -p no:benchmark
 
-bench: .venv/.peers  ## error, time and memory of the losses beside others; FORM=full, short or smoke
-	$(BIN)/python -m pytest benchmarks --$(FORM) --results $(RESULTS); status=$$?; \
-		$(BIN)/ual-bench report $(RESULTS) && exit $$status
+bench: .venv/.peers  ## error, time and memory of the losses and of other implementations; FORM=full, short or smoke
+	$(BIN)/python -m pytest benchmarks/suites --$(FORM) --results $(RESULTS); status=$$?; \
+		$(BIN)/python -m benchmarks report $(RESULTS) && exit $$status
 
 mutants: .venv/.dev  ## break the code on purpose, line by line, and see that the tests notice
 	$(BIN)/python tests/mutants.py --parts $(PARTS)

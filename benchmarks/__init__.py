@@ -1,4 +1,4 @@
-"""How right, how fast and how large the losses are, beside others; docs/benchmarks.md says how."""
+"""Accuracy, time and memory of the losses and of other implementations; see docs/benchmarks.md."""
 
 import os
 

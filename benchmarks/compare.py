@@ -1,4 +1,4 @@
-"""Two results files of one machine: what became slower, larger or less exact, and how sure that is."""
+"""Compare two results files of one machine: time with a confidence interval, memory, and error."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +10,13 @@ from benchmarks.report import Row
 RESAMPLES = 2_000
 _KEYS = ("suite", "problem", "setting", "dtype", "rows", "features", "vocab", "provider")
 _LIMITS = ("products", "copy")
-MEMORY_MARGIN, MEMORY_LEAST = 1.10, 4 << 20  # a resident set is counted in pages, and by a sampled mark
+MEMORY_MARGIN, MEMORY_LEAST = 1.10, 4 << 20  # resident memory is counted in pages
 ERROR_MARGIN = 1.5
 
 
 @dataclass(frozen=True)
 class Change:
-    """B over A; with `low` and `high`, the ends of a 95 % interval by bootstrap."""
+    """A ratio B / A, with the bounds `low` and `high` of its 95 % bootstrap interval."""
 
     row: str
     what: str  # time, memory, or the name of a gradient
@@ -31,7 +31,7 @@ class Comparison:
     changes: list[Change]
     only_a: list[str]
     only_b: list[str]
-    failed: list[str]  # measured in A; wrong or raised in B
+    failed: list[str]  # measured in A; incorrect or raised in B
 
 
 def _named(found: dict[str, Any]) -> dict[str, Row]:
@@ -44,11 +44,10 @@ def _measured(row: Row) -> bool:
 
 
 def compare(a: dict[str, Any], b: dict[str, Any], tolerance: float = 0.05) -> Comparison:
-    """Rows that both files have.
+    """Compare the rows that both files have.
 
-    Time is compared as its ratio to the limit of the same round (bare products, or a copy), so that a machine
-    that runs at another clock changes nothing; it has regressed where the whole interval is above
-    1 + tolerance.
+    Time is compared as its ratio to the bare products (or to a memory copy) of the same round, so the
+    clock rate of the machine cancels. Time has regressed if the complete interval is above 1 + tolerance.
     """
     first, second = _named(a), _named(b)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What is measured: the options of `pytest benchmarks/`, and the combinations that they choose."""
+"""The options of `pytest benchmarks/suites`, and the problems, settings and providers that they select."""
 
 import os
 import time
@@ -24,11 +24,11 @@ from benchmarks.providers import LOGITS_PROVIDERS, PROVIDERS, Loss, MissingError
 
 @dataclass(frozen=True)
 class Form:
-    """How much of everything."""
+    """How much a run measures."""
 
     name: str
     rounds: int
-    patience: float  # seconds for the rounds of one row
+    patience: float  # seconds for the rounds of one test
     problems: tuple[Problem, ...]
     settings: tuple[Setting, ...]
     dtypes: tuple[str, ...]
@@ -42,59 +42,63 @@ SMOKE = Form("smoke", 3, 0.2, (TINY,), SETTINGS, ("bf16",))
 
 def add_options(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmarks of the losses")
-    group.addoption("--full", action="store_const", dest="form", const=FULL, help="all of it (default)")
-    group.addoption("--short", action="store_const", dest="form", const=SHORT, default=FULL, help="minutes")
     group.addoption(
-        "--smoke", action="store_const", dest="form", const=SMOKE, help="tiny: does it run, and the gate"
+        "--full", action="store_const", dest="form", const=FULL, default=FULL, help="everything (default)"
+    )
+    group.addoption("--short", action="store_const", dest="form", const=SHORT, help="takes minutes")
+    group.addoption(
+        "--smoke", action="store_const", dest="form", const=SMOKE, help="tiny shapes, and the gate"
     )
     group.addoption(
-        "--problem", action="append", default=[], metavar="NAME", help=f"of {', '.join(PROBLEMS)}"
+        "--problem", action="append", default=[], metavar="NAME", help=f"one of {', '.join(PROBLEMS)}"
     )
     names = ", ".join(s.name for s in SETTINGS)
-    group.addoption("--setting", action="append", default=[], metavar="NAME", help=f"of {names}")
+    group.addoption("--setting", action="append", default=[], metavar="NAME", help=f"one of {names}")
     group.addoption(
         "--provider", action="append", default=[], metavar="NAME",
-        help="of those that `ual-bench list` names; 'name*' is all that start so",
+        help="a name from `python -m benchmarks list`; 'name*' selects all names with this prefix",
     )  # fmt: skip
     group.addoption("--dtype", action="append", default=[], choices=DTYPES)
-    group.addoption("--rows", type=int, metavar="N", help="instead of the problem's own")
-    group.addoption("--rounds", type=int, metavar="N", help="at most, for each row of the tables")
-    group.addoption("--budget", type=float, metavar="S", help="begin nothing after so many seconds")
+    group.addoption("--rows", type=int, metavar="N", help="tokens, instead of the problem's N")
+    group.addoption("--rounds", type=int, metavar="N", help="upper bound on the rounds of a test")
+    group.addoption("--budget", type=float, metavar="S", help="start no test after S seconds")
     group.addoption(
         "--results", metavar="F",
-        help="default: .benchmarks/results.json; in a folder: <machine>/<date>-<commit>.json",
+        help="a file, or a folder for <machine>/<date>-<commit>.json (default: .benchmarks/results.json)",
     )  # fmt: skip
-    group.addoption("--update", action="store_true", help="keep the other rows of that file")
-    group.addoption("--states", metavar="F", help="hidden states that `benchmarks.accuracy --export` wrote")
+    group.addoption("--update", action="store_true", help="keep the other rows of the results file")
+    group.addoption(
+        "--states", metavar="F", help="hidden states from `python -m benchmarks.studies.accuracy --export`"
+    )
 
 
 def check(config: pytest.Config) -> None:
-    """Refuse what nobody is called, before anything runs.
+    """Check the options before any test runs.
 
     Raises:
-        pytest.UsageError: names the option, what came, and what there is.
+        pytest.UsageError: an option is out of range or names something unknown.
     """
     if os.environ.get("PYTEST_XDIST_WORKER") or getattr(config.option, "numprocesses", None):
-        raise pytest.UsageError("benchmarks take turns on one machine: run them without -n")
+        raise pytest.UsageError("benchmarks run one after another; run them without -n")
     for option, known in (("problem", set(PROBLEMS)), ("setting", {s.name for s in SETTINGS})):
         for name in config.getoption(option):
             if name not in known:
                 raise pytest.UsageError(
-                    f"--{option}: there is no {name!r}; wanted one of {', '.join(sorted(known))}"
+                    f"--{option}: unknown name {name!r}; available: {', '.join(sorted(known))}"
                 )
     for option in ("rows", "rounds"):
         given = config.getoption(option)
         if given is not None and given < 1:
             raise pytest.UsageError(f"--{option} must be at least 1, got {given}")
-    everybody = {p.name: p for p in (*PROVIDERS, *LOGITS_PROVIDERS)}
+    all_providers = {p.name: p for p in (*PROVIDERS, *LOGITS_PROVIDERS)}
     try:
-        chosen(tuple(everybody.values()), config.getoption("provider"))
+        chosen(tuple(all_providers.values()), config.getoption("provider"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
 
 
 def form(config: pytest.Config) -> Form:
-    """The form asked for, with what the other options change."""
+    """Return the requested form, as modified by the other options."""
     given, ask = config.getoption("form"), config.getoption
     problems = tuple(PROBLEMS[name] for name in ask("problem")) or given.problems
     if ask("rows"):
@@ -109,7 +113,7 @@ def form(config: pytest.Config) -> Form:
 
 
 def providers(config: pytest.Config, of: tuple[Provider, ...]) -> list[Provider]:
-    """Those of a suite that were asked for; none where others were."""
+    """Return the providers of a suite that `--provider` selects; all of them without `--provider`."""
     wanted = [name for name in config.getoption("provider") if _known(of, name)]
     return [] if config.getoption("provider") and not wanted else chosen(of, wanted)
 
@@ -122,20 +126,20 @@ def _known(of: tuple[Provider, ...], name: str) -> bool:
 
 
 def settings_of(given: Form, dtype: str) -> tuple[Setting, ...]:
-    """All of the form in its first dtype; a further dtype changes products, not what surrounds them."""
+    """Return all settings for the first dtype, and the frozen head alone for further dtypes."""
     return given.settings if dtype == given.dtypes[0] else tuple(s for s in given.settings if s == FROZEN)
 
 
 def loaded(provider: Provider, given: Form) -> Loss:
-    """Its loss, for a suite that takes times.
+    """Return a provider's loss, for a suite that measures time.
 
     Raises:
-        pytest.skip.Exception: it is not here, or would be interpreted.
+        pytest.skip.Exception: the provider is not installed, or would be interpreted.
     """
     if provider.how:
-        pytest.skip("its kernels need a GPU; here only their accuracy is measured")
+        pytest.skip("its kernels need a GPU; on a CPU only their accuracy is measured")
     if provider.compiles and given.name == SMOKE.name:
-        pytest.skip("it compiles longer than a smoke run lasts")
+        pytest.skip("compiling it takes longer than a smoke run")
     try:
         return provider.load()
     except MissingError as error:
@@ -143,18 +147,18 @@ def loaded(provider: Provider, given: Form) -> Loss:
 
 
 class Deadline:
-    """When the budget is spent."""
+    """The time after which no test starts."""
 
     def __init__(self, budget: float | None) -> None:
         self.budget, self.end = budget, time.monotonic() + (budget or float("inf"))
 
     def check(self) -> None:
         if time.monotonic() > self.end:
-            pytest.skip(f"not begun: the budget of {self.budget:.0f} s was spent")
+            pytest.skip(f"not started: the budget of {self.budget:.0f} s is used up")
 
 
 def described(**parts: Any) -> dict[str, Any]:
-    """The columns that say what a row is about."""
+    """Return the fields of a row that identify it."""
     provider: Provider = parts["provider"]
     row: dict[str, Any] = {
         "provider": provider.name,
@@ -171,13 +175,13 @@ def described(**parts: Any) -> dict[str, Any]:
     return row | ({"dtype": parts["dtype"]} if "dtype" in parts else {})
 
 
-def asked(provider: Provider, case: Case) -> Case:
-    """The question that it can answer.
+def supported(provider: Provider, case: Case) -> Case:
+    """Return the case that a provider supports and that is closest to `case`.
 
     Raises:
-        pytest.skip.Exception: it has no answer.
+        pytest.skip.Exception: there is none.
     """
     try:
-        return provider.ask(case)
+        return provider.adapt(case)
     except MissingError as error:
         pytest.skip(str(error))

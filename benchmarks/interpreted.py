@@ -1,17 +1,18 @@
-"""Triton on a machine without a GPU: its interpreter, repaired as far as the peers' kernels need it.
+"""Triton's interpreter for machines without a GPU, repaired as far as the compared kernels need it.
 
-Import this before anything that imports Triton: it chooses the interpreter, which must happen first. Our own
-kernels widen right after each load and need no more than `tests.kernels.interpreter`. The peers' also
-multiply and add in bfloat16, which the interpreter (triton 3.6 to 3.9) does on the bits as if they were
-integers, and call libdevice, whose functions are stubs there. What is repaired, and for whom:
+Import this module before any module that imports Triton, because it selects the interpreter. The kernels of
+this project convert to float32 right after each load and need only `tests.kernels.interpreter`. Kernels of
+other implementations also add and multiply in bfloat16, and call libdevice. The interpreter (triton 3.6 to
+3.9) adds and multiplies the bits of bfloat16 numbers as integers, and has only stubs of libdevice. The
+repairs, and what needs them:
 
     bfloat16 +, -, *, <    cut-cross-entropy's indexed dot and its locked sums; liger's scaling by an upstream
     tl.dot of bfloat16     cut-cross-entropy's GEMMs; the products are exact in float32, as on tensor cores
     libdevice.log1p        cut-cross-entropy's logaddexp
-    tl.reduce with "and"   cut-cross-entropy's filter: right without it, but a Python loop over 16384 numbers
+    tl.reduce with "and"   cut-cross-entropy's filter: correct without it, but loops over 16384 numbers
 
-An interpreted kernel gives a GPU's numbers up to the order of its sums: no small matter for
-cut-cross-entropy, whose sums are in bfloat16. It says nothing about speed.
+An interpreted kernel returns a GPU's numbers up to the order of summation. The order matters for
+cut-cross-entropy, which sums in bfloat16. Times of interpreted kernels are meaningless.
 """
 
 import os
@@ -24,7 +25,7 @@ INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
         raise RuntimeError(
-            "benchmarks.interpreted must be imported before triton, which is loaded already; "
+            "benchmarks.interpreted was imported after triton; "
             "import it first, or set TRITON_INTERPRET=1 before Python starts"
         )
     os.environ["TRITON_INTERPRET"] = "1"
@@ -33,7 +34,7 @@ _repaired = False
 
 
 def repair() -> None:
-    """Make the repairs above, once, for the rest of the process; nothing where there is a GPU."""
+    """Apply the repairs once, for the rest of the process. Does nothing on a machine with a GPU."""
     global _repaired
     if _repaired or not INTERPRETED:
         return
@@ -49,7 +50,7 @@ def repair() -> None:
     repair_for_ours()
 
     def wide(handle: Any) -> Any:
-        """The same numbers in float32: a bfloat16 is kept as the upper half of its bits."""
+        """Convert to float32: a bfloat16 is stored as the upper half of the bits."""
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
@@ -81,6 +82,5 @@ def repair() -> None:
 
     ReduceOps.apply_impl = apply_impl
 
-    # tests want many ragged tiles; here a GPU's tiles are wanted, and a tenth of the Python
-    # the launch shapes of a card
+    # the launch configs of a GPU: the small tiles of the tests would take ten times as long in Python
     ours.Platform.of = staticmethod(lambda tensor: ours.Platform("sm_90", 132))  # type: ignore[method-assign]

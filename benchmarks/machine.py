@@ -1,4 +1,4 @@
-"""Where a number was measured: machine, versions, commit, date; never a host's name."""
+"""The machine, versions, commit and date of a measurement, without the host name; and Markdown tables."""
 
 import datetime
 import importlib.metadata
@@ -22,7 +22,7 @@ _FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
 
 
 def describe() -> dict[str, Any]:
-    """What a result needs to be read later."""
+    """Return what is needed to interpret a result later."""
     now = datetime.datetime.now(datetime.UTC)
     return {
         "date": now.date().isoformat(),
@@ -40,7 +40,7 @@ def describe() -> dict[str, Any]:
 
 
 def name() -> str:
-    """The card's name, or the CPU's model, as the name of a folder."""
+    """Return a folder name made from the GPU's name, or from the CPU's model."""
     label = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()["model"]
     label = re.sub(r"\((R|TM|C)\)", " ", label, flags=re.IGNORECASE)
     return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-") or "unknown"
@@ -54,7 +54,7 @@ def version(package: str) -> str | None:
 
 
 def headline(found: dict[str, Any]) -> str:
-    """One line for a table's foot."""
+    """Return `describe()` as one line of text."""
     versions = ", ".join(f"{p} {v}" for p, v in found["versions"].items() if v)
     where = f"{found['cpu']['model']}, {found['cpu']['cores']} cores, {found['threads']} threads"
     if found["gpu"]:
@@ -63,9 +63,16 @@ def headline(found: dict[str, Any]) -> str:
     return f"{where}; load before {load}; {found['date']}; commit {found['commit']}; {versions}"
 
 
-def save(found: dict[str, Any], text: str, kind: str, json_path: Path | None, markdown: Path | None) -> None:
-    """Write both files, by default to benchmarks/results/<machine>/<kind>-<date>, and say where."""
-    stem = RESULTS / found["machine"]["machine"] / f"{kind}-{found['machine']['date']}"
+def save(
+    found: dict[str, Any],
+    text: str,
+    study: str,
+    json_path: Path | None = None,
+    markdown: Path | None = None,
+) -> None:
+    """Write both files, by default to benchmarks/results/<machine>/<study>/, and print their paths."""
+    about = found["machine"]
+    stem = RESULTS / about["machine"] / study / f"{about['date']}-{about['commit']}"
     for path, content in (
         (json_path or stem.with_suffix(".json"), json.dumps(found, indent=1) + "\n"),
         (markdown or stem.with_suffix(".md"), text + "\n"),
@@ -76,7 +83,7 @@ def save(found: dict[str, Any], text: str, kind: str, json_path: Path | None, ma
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Markdown, padded so that it is also a table where it is not rendered."""
+    """Return a Markdown table, padded so that its source is readable."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [header, tuple("-" * w for w in widths), *rows]
     return "\n".join(
@@ -118,7 +125,7 @@ def _gpu() -> dict[str, Any] | None:
 
 
 def _commit() -> str:
-    """COMMIT if set (a copied tree has no history), else what git says, "-dirty" included."""
+    """Return COMMIT from the environment (a copied tree has no history), else git's description."""
     said = _said(("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--match=-"))
     return os.environ.get("COMMIT") or said or "unknown"
 

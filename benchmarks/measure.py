@@ -1,9 +1,9 @@
-"""Right first, fast second, and how much memory: what every suite measures with.
+"""Checks and measurements that every suite uses: errors, times, and memory.
 
     python -m benchmarks.measure --memory naive 1024:576:49152 2048:576:49152     # N:D:V
 
-A round of whoever is measured comes right after a round of the bare products and a round of ours, so that a
-machine that slows down does so for all three; ratios are medians of the ratios within rounds.
+Each round runs the bare products, ours, and the measured implementation, one right after another. A machine
+that slows down slows all three. Ratios are medians of the ratios within rounds.
 """
 
 import argparse
@@ -37,41 +37,41 @@ Step = Callable[[], Any]
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# far above what 16-bit logits and accumulators cost (4e-2 at worst), far below what a mistake costs
+# above what 16-bit logits and accumulators cause (4e-2 at most), and below what a wrong formula causes
 GRADIENT_BUDGET, LOSS_BUDGET = 0.06, 0.02
 _SLICE_ROWS, _SLICE_VOCAB = 64, 4_096
 _COPY_BYTES = 1 << 31 if CUDA else 1 << 26
-_SHORT = 1e-3  # seconds: below, launches would be what is measured
+_SHORT = 1e-3  # seconds; for shorter steps, launches would dominate
 _REPLAYS = 20
-_LONG = 5.0  # seconds: above, a first run tells enough; torch imports its compiler in ours, which takes 2
+_LONG = 5.0  # seconds; longer steps are not warmed up twice (in ours, importing torch's compiler takes 2 s)
 
 
 class WrongError(Exception):
-    """A loss or a gradient is further from float64 than any rounding explains."""
+    """The error of a loss or a gradient exceeds what rounding explains."""
 
 
-# ---- right first ----
+# ---- errors ----
 
 
 def errors(loss: Loss, case: Case) -> dict[str, float]:
-    """Relative errors of the loss and of each gradient against float64, in the Frobenius norm.
+    """Return the relative errors of the loss and of each gradient against float64, in the Frobenius norm.
 
     Raises:
-        WrongError: one of them is not a rounding error.
+        WrongError: an error exceeds what rounding explains.
     """
     truth = exact(case)
     wanted = case.wanted()
-    # whoever overwrites its input gets a computed one
+    # a loss may overwrite its input, which must not be a leaf then
     value = loss(case._replace(hidden=case.hidden * 1.0) if case.head is None else case)
     gradients = torch.autograd.grad(value, list(wanted.values()), case.upstream)
-    goal = truth.rows if case.reduction == "none" else truth.loss
+    goal = truth.token_losses if case.reduction == "none" else truth.loss
     found = {"loss": _relative(value.detach(), goal)}
     for name, gradient in zip(wanted, gradients, strict=True):
         found[name] = _relative(gradient, truth.gradients[name])
     for name, error in found.items():
         budget = LOSS_BUDGET if name == "loss" else GRADIENT_BUDGET
-        if not error <= budget:  # NaN is wrong
-            raise WrongError(f"{name} is off by {error:.1e} of its norm, {budget} is allowed")
+        if not error <= budget:  # also for NaN
+            raise WrongError(f"relative error of {name} is {error:.1e}; at most {budget} is allowed")
     return found
 
 
@@ -80,32 +80,32 @@ def _relative(actual: Tensor, truth: Tensor) -> float:
 
 
 def slice_of(problem: Problem) -> Problem:
-    """A part of it that float64 can afford."""
+    """Return a part of the problem that is small enough for float64."""
     rows, vocab = min(problem.rows, _SLICE_ROWS), min(problem.vocab, _SLICE_VOCAB)
     return replace(problem, rows=rows, vocab=vocab)
 
 
 def telling(case: Case) -> Case:
-    """The same with four times the smoothing: up to 0.8, so that whoever forgets it is far off."""
+    """Return the case with four times the smoothing, up to 0.8: a loss that ignores it fails `errors`."""
     return case._replace(smoothing=case.smoothing * 4)
 
 
-# ---- fast second ----
+# ---- time ----
 
 
 def training_step(loss: Loss, case: Case) -> Step:
-    """Forward and backward."""
+    """Return a step of forward and backward."""
     wanted = list(case.wanted().values())
     if case.head is not None:
         return lambda: torch.autograd.grad(loss(case), wanted, case.upstream)
     anchor = torch.zeros((), device=case.hidden.device, requires_grad=True)
     buffer = case.hidden.detach()
-    # what is overwritten is read again next round: the time does not depend on what the numbers are
+    # the next round reads overwritten numbers, which does not change the time
     return lambda: loss(case._replace(hidden=_Computed.apply(anchor, buffer))).backward()
 
 
 class _Computed(torch.autograd.Function):
-    """A buffer as if it had been computed: a loss may overwrite it, and its gradient goes nowhere."""
+    """Returns a buffer as a non-leaf, which a loss may overwrite; its gradient is dropped."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, buffer: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class _Computed(torch.autograd.Function):
 
 
 def products(case: Case, setting: Setting) -> Step:
-    """The bare products of the rows that count, in the same dtype, into memory that is there."""
+    """Return a step of the bare products of the loss tokens, written into allocated memory."""
     assert case.head is not None
     e, c = case.hidden.detach()[case.target != IGNORED], case.head.detach()
     x, de, dc = e.new_empty(len(e), len(c)), torch.empty_like(e), torch.empty_like(c)
@@ -127,13 +127,13 @@ def products(case: Case, setting: Setting) -> Step:
         torch.mm(x, c, out=de)
         if setting.trainable:
             torch.mm(x.T, e, out=dc)
-        # an adapter's gradients need X^T (E A^T) and (X B) only, which is next to nothing
+        # an adapter's gradients need only X^T (E A^T) and X B, whose cost is negligible
 
     return step
 
 
 def copy() -> Step:
-    """A plain copy of memory, larger than any cache."""
+    """Return a step that copies memory, more than any cache holds."""
     source = torch.empty(_COPY_BYTES, dtype=torch.int8, device=DEVICE).fill_(1)
     sink = torch.empty_like(source)
     return lambda: sink.copy_(source)
@@ -143,7 +143,7 @@ COPIED = 2 * _COPY_BYTES  # read and written
 
 
 def seconds(step: Step) -> float:
-    """One run, by the device's clock."""
+    """Return the seconds of one run, by the device's clock."""
     if not CUDA:
         start = time.perf_counter()
         step()
@@ -157,7 +157,7 @@ def seconds(step: Step) -> float:
 
 
 class Clock:
-    """A clock for pytest-benchmark that passes only while `run` runs a step, by the device's own time."""
+    """A clock for pytest-benchmark that advances only in `run`, by the device's time."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -173,10 +173,13 @@ CLOCK = Clock()
 
 
 def settled(step: Step) -> tuple[Step, int, float]:
-    """Warm it up. Returns what to time, how many runs of the step that is, and the seconds of one run.
+    """Warm a step up.
 
-    On a GPU a step of less than a millisecond is captured in a CUDA graph and replayed, where it lets itself
-    be captured, so that launches from Python are not what is measured.
+    On a GPU, a step shorter than a millisecond is captured in a CUDA graph if possible. Replaying the graph
+    avoids measuring launches from Python.
+
+    Returns:
+        The step to time, how many runs of `step` it contains, and the seconds of one run.
     """
     taken = seconds(step)
     if taken < _LONG:
@@ -188,7 +191,7 @@ def settled(step: Step) -> tuple[Step, int, float]:
         with torch.cuda.graph(graph):
             for _ in range(_REPLAYS):
                 step()
-    except Exception:  # it synchronises, or allocates where it may not; then the launches count
+    except Exception:  # the step synchronizes, or allocates during capture
         torch.cuda.synchronize()
         return step, 1, taken
     graph.replay()
@@ -198,19 +201,20 @@ def settled(step: Step) -> tuple[Step, int, float]:
 def race(
     benchmark: Any, step: Step, beside: dict[str, Step], rounds: int, patience: float
 ) -> dict[str, list[float]]:
-    """Seconds of `step` ("it") and of those beside it, round by round.
+    """Return the seconds of `step` (key "it") and of the steps beside it, for each round.
 
     Args:
-        benchmark: pytest-benchmark's fixture, on `CLOCK`.
-        beside: run, in this order, right before each round.
-        rounds: at most; fewer, but at least 3, where they would take more than `patience` seconds; one, where
-            a single round takes longer than that.
+        benchmark: pytest-benchmark's fixture, with `CLOCK` as its timer.
+        step: The measured step.
+        beside: Steps that run in this order right before `step` in each round.
+        rounds: Upper bound on the number of rounds.
+        patience: Seconds for all rounds. Reduces their number to 3 at least, or to 1 if a round takes longer.
     """
     steps = {name: settled(other) for name, other in (beside | {"it": step}).items()}
     one_round = sum(runs * taken for _, runs, taken in steps.values())
     _, runs, taken = steps["it"]
     if CUDA and runs == 1 and taken < _SHORT:
-        benchmark.extra_info["note"] = "no CUDA graph takes it: launches from Python are in its time"
+        benchmark.extra_info["note"] = "not captured in a CUDA graph: the time includes launches from Python"
     rounds = min(rounds, 1 if one_round > patience else max(3, int(patience / one_round)))
     found: dict[str, list[float]] = {name: [] for name in steps}
 
@@ -237,7 +241,7 @@ def ratio(over: list[float], under: list[float]) -> float:
 
 
 def peak_bytes(step: Step) -> int:
-    """What a step takes on top of what is there, by the allocator of a GPU."""
+    """Return the peak memory of a step beyond what was allocated before, from the GPU's allocator."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -247,26 +251,31 @@ def peak_bytes(step: Step) -> int:
 
 
 def fits(problem: Problem, provider: Provider) -> str:
-    """Why a problem would not fit into memory, or nothing. On a CPU there is no error to catch."""
+    """Return why a problem does not fit into a CPU's memory, or "". Running out of it cannot be caught."""
     if CUDA or provider.ours:
         return ""
     # 16-bit logits, float32 copies for the softmax, its backward, and their gradient
     needed = 18 * problem.rows * problem.vocab
     free = int(re.findall(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.M)[0]) * 1024
-    return f"needs about {needed >> 30} GiB, {free >> 30} are free" if needed > 0.9 * free else ""
+    return (
+        f"needs about {needed >> 30} GiB of memory; {free >> 30} GiB are free" if needed > 0.9 * free else ""
+    )
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
+    """Return VmRSS or VmHWM of this process, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(re.findall(rf"^{field}:\s+(\d+) kB$", status, re.M)[0]) * 1024
 
 
 def extra_memory(provider: Provider, problems: list[Problem], dtype: torch.dtype) -> list[int]:
-    """Bytes at the highest, beyond what was resident before, for each; for a process of its own."""
+    """Return the extra peak memory in bytes for each problem. Must run in a process of its own."""
     loss, found = provider.load(), []
-    for problem in [replace(problems[0], rows=8, vocab=64), *problems]:  # the first brings code and threads
-        case = provider.ask(problem.case(FROZEN, DEVICE, dtype))
+    for problem in [
+        replace(problems[0], rows=8, vocab=64),
+        *problems,
+    ]:  # the first run loads code and starts threads
+        case = provider.adapt(problem.case(FROZEN, DEVICE, dtype))
         step = training_step(loss, case)
         gc.collect()
         found.append(above_resident(step))
@@ -275,10 +284,10 @@ def extra_memory(provider: Provider, problems: list[Problem], dtype: torch.dtype
 
 
 def above_resident(step: Step) -> int:
-    """Bytes that are resident at the highest during a step, beyond those before it; of this process."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before
+    """Return this process's peak resident memory during a step beyond that before it, in bytes."""
+    ctypes.CDLL(None).malloc_trim(0)  # returns freed memory
     try:
-        # the high-water mark starts again from here; ru_maxrss would remember this process's parent
+        # resets the high-water mark; ru_maxrss would include the parent process
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         before = resident("VmRSS")
         step()
@@ -290,12 +299,12 @@ def above_resident(step: Step) -> int:
 
 
 def elsewhere(module: str, *arguments: str) -> Any:
-    """What a module of ours prints in a fresh process, as JSON.
+    """Run a module in a new process and return the JSON of its last line of output.
 
     Raises:
-        RuntimeError: with that process's last words.
+        RuntimeError: the process failed; with its last line of standard error.
     """
-    # what is freed is given back at once, else the high-water mark is the allocator's
+    # freed memory is returned at once; otherwise the high-water mark includes what the allocator keeps
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
     done = subprocess.run(
@@ -303,12 +312,12 @@ def elsewhere(module: str, *arguments: str) -> Any:
     )
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2]
-        raise RuntimeError(f"a process for its memory ended with {done.returncode}: {last}")
+        raise RuntimeError(f"{module} exited with status {done.returncode}: {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def extra_memory_elsewhere(provider: Provider, problems: list[Problem], dtype: str) -> list[int]:
-    """`extra_memory` in a fresh process."""
+    """Return `extra_memory`, measured in a new process."""
     sizes = [f"{p.rows}:{p.features}:{p.vocab}" for p in problems]
     return list(elsewhere("benchmarks.measure", "--memory", provider.name, *sizes, "--dtype", dtype))
 

@@ -1,4 +1,4 @@
-"""Sizes worth measuring, named after the models they come from; inputs for them; and the exact answer."""
+"""Problem sizes, named after the models they come from; their inputs; and the exact results in float64."""
 
 import math
 from dataclasses import dataclass
@@ -14,25 +14,25 @@ Adapter: TypeAlias = tuple[Tensor, Tensor, float]  # A [R, D], B [V, R], scale
 
 
 class Case(NamedTuple):
-    """One call of a loss, and what its gradient is multiplied by."""
+    """The arguments of one call of a loss, and the upstream gradient."""
 
-    hidden: Tensor  # [N, D]; the logits [N, V] themselves where there is no head
+    hidden: Tensor  # [N, D]; without a head, the logits [N, V]
     head: Tensor | None  # [V, D]
-    target: Tensor  # [N], IGNORED where a row does not count
-    smoothing: Tensor | float  # [N] float32, or one number for all rows
+    target: Tensor  # [N]; IGNORED if not a loss token
+    smoothing: Tensor | float  # [N] float32, or one number for all tokens
     weight: Tensor | None = None  # [N] float32
     reduction: str = "mean"
     upstream: Tensor | None = None  # [N] float32, for reduction="none"
-    lora: Adapter | None = None  # on top of the head
+    lora: Adapter | None = None  # added to the head
 
     def wanted(self) -> dict[str, Tensor]:
-        """The inputs whose gradients a training step needs, under the names of those gradients."""
+        """Return the inputs that require a gradient, by the name of the gradient."""
         a, b, _ = self.lora or (None, None, 0)
         named = {"dE" if self.head is not None else "dz": self.hidden, "dC": self.head, "dA": a, "dB": b}
         return {name: t for name, t in named.items() if t is not None and t.requires_grad}
 
     def merged(self) -> "Case":
-        """The same question with the adapter inside the head, for those who know no adapters."""
+        """Return the same case with the adapter merged into the head."""
         if self.lora is None or self.head is None:
             return self
         a, b, scale = self.lora
@@ -40,54 +40,54 @@ class Case(NamedTuple):
 
 
 class Exact(NamedTuple):
-    """Float64."""
+    """The loss and its gradients in float64."""
 
-    rows: Tensor  # [N], times their weight
+    token_losses: Tensor  # [N], weighted
     loss: Tensor  # their mean
     gradients: dict[str, Tensor]  # of the mean, or of sum(upstream * rows)
 
 
 def exact(case: Case) -> Exact:
-    """By definition, in float64."""
+    """Return the loss and its gradients by definition, in float64."""
     e = case.hidden.detach().double()
     c = None if case.head is None else case.head.detach().double()
     a, b, scale = (t.detach().double() if isinstance(t, Tensor) else t for t in case.lora or (None, None, 0))
     effective = c if a is None else c + scale * (b @ a)
     s = torch.as_tensor(case.smoothing, device=e.device).double().expand(len(e))
-    live = case.target != IGNORED
-    y = torch.where(live, case.target, 0)[:, None]
-    share = live.double()
+    selected = case.target != IGNORED
+    y = torch.where(selected, case.target, 0)[:, None]
+    share = selected.double()
     if case.weight is not None:
-        share = torch.where(live, case.weight.double(), 0.0)
+        share = torch.where(selected, case.weight.double(), 0.0)
     log_p = torch.log_softmax(e if effective is None else e @ effective.T, -1)
-    rows = (-(1 - s) * log_p.gather(1, y).squeeze(1) - s * log_p.mean(1)) * share
+    losses = (-(1 - s) * log_p.gather(1, y).squeeze(1) - s * log_p.mean(1)) * share
     upstream = share / share.sum() if case.upstream is None else share * case.upstream.double()
     vocab = log_p.shape[1]
     dz = log_p.exp_().sub_((s / vocab)[:, None])
     dz.scatter_add_(1, y, (s - 1)[:, None]).mul_(upstream[:, None])
-    loss = rows.sum() / share.sum()
+    loss = losses.sum() / share.sum()
     if effective is None:
-        return Exact(rows, loss, {"dz": dz})
+        return Exact(losses, loss, {"dz": dz})
     gradients = {"dE": dz @ effective, "dC": dz.T @ e}
     if a is not None:
         gradients |= {"dA": scale * (b.T @ gradients["dC"]), "dB": scale * (gradients["dC"] @ a.T)}
-    return Exact(rows, loss, gradients)
+    return Exact(losses, loss, gradients)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train: what is trained, what differs between rows, how many of them count."""
+    """What is trained, and what varies between tokens."""
 
     name: str
     trainable: bool = False
     lora: bool = False  # rank LORA_RANK on a frozen head
     smoothed: bool = True
-    weighted: bool = False  # with reduction="none" and an upstream gradient of its own for every row
-    ignored: float = 0.0
+    weighted: bool = False  # with reduction="none" and an upstream gradient per token
+    ignored: float = 0.0  # share of the tokens
 
     @property
     def products(self) -> int:
-        """Products of [N, V] with something that nobody can do without: E C^T, X C, and X^T E."""
+        """The number of matrix products that any implementation needs: E C^T, X C, and X^T E."""
         return 3 if self.trainable or self.lora else 2
 
 
@@ -106,12 +106,12 @@ SETTINGS = (
 @dataclass(frozen=True)
 class Problem:
     name: str
-    rows: int
-    features: int
-    vocab: int
+    rows: int  # N, tokens
+    features: int  # D
+    vocab: int  # V
 
     def case(self, setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
-        """Random hidden states and a head whose logits have a standard deviation of about 3."""
+        """Return random hidden states and a head, with logits of standard deviation 3."""
         g = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, scale: float) -> Tensor:
@@ -128,7 +128,7 @@ class Problem:
         return case
 
     def logits(self, device: torch.device, dtype: torch.dtype) -> Case:
-        """Random logits, given as such."""
+        """Return random logits, without a head."""
         g = torch.Generator(device).manual_seed(0)
         values = torch.empty((self.rows, self.vocab), device=device, dtype=dtype)
         return self._labelled(values.normal_(std=3, generator=g).requires_grad_(), FROZEN, g)

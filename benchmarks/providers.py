@@ -1,7 +1,8 @@
-"""Who is compared: each provider makes a loss of a `Case`, as data.
+"""The implementations that are compared. Each `Provider` makes a function that computes the loss of a `Case`.
 
-`solves` says which question it answers. A peer that knows one smoothing for all rows, or none, is measured on
-that easier question, and every table says so. What cannot be imported is named and left out.
+`solves` states which problem a provider solves. An implementation with one smoothing for all tokens, or
+with none, is measured on that easier problem, and every table says so. A provider that cannot be imported
+is reported as skipped.
 """
 
 from collections.abc import Callable
@@ -29,19 +30,19 @@ ONE_SMOOTHING = 0.1
 
 
 class Solves(Enum):
-    PER_ROW = "s per row"
+    PER_TOKEN = "s per token"
     ONE = f"one s = {ONE_SMOOTHING}"
     NONE = "s = 0"
 
     def smoothing(self, wanted: Tensor | float) -> Tensor | float:
-        """What comes closest: one for all rows in the place of one for each, or none."""
-        if self is Solves.PER_ROW:
+        """Return the supported smoothing that is closest to the wanted one."""
+        if self is Solves.PER_TOKEN:
             return wanted
         return ONE_SMOOTHING if self is Solves.ONE and isinstance(wanted, Tensor) else 0.0
 
 
 class MissingError(Exception):
-    """A provider that is not here, and what would bring it."""
+    """A provider cannot be used here; the message says why and how to install it."""
 
 
 @dataclass(frozen=True)
@@ -50,24 +51,24 @@ class Provider:
     solves: Solves
     build: Callable[[], Loss]  # imports what it needs
     package: str = "torch"
-    weights: bool = False  # takes a weight for each row
-    rows: bool = True  # has reduction="none"
-    adapters: bool = False  # takes an adapter beside the head; for the others it is merged, each step
-    ours: str = ""  # "high" or "fast" where it is ours
+    weights: bool = False  # supports a weight per token
+    per_token: bool = True  # supports reduction="none"
+    adapters: bool = False  # supports a LoRA head; for other providers the adapter is merged in each step
+    ours: str = ""  # the precision, "high" or "fast", of a loss of this project
     needs_gpu: bool = False
-    overwrites: bool = False  # its input
-    compiles: bool = False  # for a while, for each shape
+    overwrites: bool = False  # overwrites its input
+    compiles: bool = False  # compiles for each shape, which takes long
 
     def load(self) -> Loss:
-        """Import it.
+        """Import the implementation and return its loss.
 
         Raises:
-            MissingError: with the reason, and the command that would install it.
+            MissingError: it is not installed, or does not run on this machine.
         """
         if self.needs_gpu and not torch.cuda.is_available():
             raise MissingError("needs a GPU")
         try:
-            if self.how:  # the others need no Triton, and must run where there is none
+            if self.how:  # other providers must also run without Triton
                 repair()
             loss = self.build()
         except ImportError as error:
@@ -80,36 +81,36 @@ class Provider:
 
     @property
     def how(self) -> str:
-        """How its kernels run here."""
+        """Return "interpreted" if its kernels run in Triton's interpreter, else ""."""
         in_triton = self.package in ("triton", "liger-kernel", "cut-cross-entropy", "flash-attn", "unsloth")
         return "interpreted" if INTERPRETED and in_triton else ""
 
-    def ask(self, case: Case) -> Case:
-        """The question that it can answer.
+    def adapt(self, case: Case) -> Case:
+        """Return the case that this provider supports and that is closest to `case`.
 
         Raises:
-            MissingError: it has no reduction="none".
+            MissingError: it lacks reduction="none".
         """
-        if case.reduction == "none" and not self.rows:
-            raise MissingError('has no reduction="none"')
+        if case.reduction == "none" and not self.per_token:
+            raise MissingError('no support for reduction="none"')
         weight = case.weight if self.weights else None
         return case._replace(smoothing=self.solves.smoothing(case.smoothing), weight=weight)
 
 
-# ---- logits in; with a head, what needs the logits whole ----
+# ---- losses of given logits; with a head, the complete logits are computed first ----
 
 
-def reduced(rows: Tensor, c: Case) -> Tensor:
-    """Weigh and reduce the losses of rows, [N], as `Case` asks."""
-    live = c.target != IGNORED
-    rows = torch.where(live, rows if c.weight is None else rows * c.weight, 0.0)
+def reduced(losses: Tensor, c: Case) -> Tensor:
+    """Weight and reduce token losses, [N], as `c` specifies."""
+    selected = c.target != IGNORED
+    losses = torch.where(selected, losses if c.weight is None else losses * c.weight, 0.0)
     if c.reduction == "none":
-        return rows
-    return rows.sum() / (live if c.weight is None else torch.where(live, c.weight, 0.0)).sum()
+        return losses
+    return losses.sum() / (selected if c.weight is None else torch.where(selected, c.weight, 0.0)).sum()
 
 
 def naive(c: Case) -> Tensor:
-    """What per-row smoothing takes today: logits in the model's dtype, log_softmax in float32, autograd."""
+    """Smoothing per token without fusion: logits in the model's dtype, log_softmax in float32, autograd."""
     log_p = torch.log_softmax(_logits(c).float(), -1)
     nll = -log_p.gather(1, torch.where(c.target != IGNORED, c.target, 0)[:, None]).squeeze(1)
     return reduced((1 - c.smoothing) * nll - c.smoothing * log_p.mean(1), c)
@@ -123,7 +124,7 @@ def _naive_compiled() -> Loss:
     return torch.compile(naive, dynamic=False)
 
 
-def _torch_whole(c: Case) -> Tensor:
+def _torch_logits(c: Case) -> Tensor:
     return F.cross_entropy(_logits(c), c.target, label_smoothing=c.smoothing, reduction=c.reduction)
 
 
@@ -133,35 +134,35 @@ def _label_smoother() -> Loss:
     return lambda c: LabelSmoother(c.smoothing)({"logits": _logits(c)}, c.target)
 
 
-def _liger_whole() -> Loss:
+def _liger_logits() -> Loss:
     from liger_kernel.transformers.functional import liger_cross_entropy as liger
 
     return lambda c: liger(_logits(c), c.target, label_smoothing=c.smoothing, reduction=c.reduction)
 
 
-def _quack_whole() -> Loss:
+def _quack_logits() -> Loss:
     from quack import cross_entropy as quack
 
     return lambda c: quack(_logits(c), c.target, reduction=c.reduction)
 
 
-def _flash_whole() -> Loss:
+def _flash_logits() -> Loss:
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss as flash
 
     def loss(c: Case) -> Tensor:
-        rows = flash(_logits(c), c.target, label_smoothing=c.smoothing, inplace_backward=True)[0]
-        return reduced(rows, c)
+        losses = flash(_logits(c), c.target, label_smoothing=c.smoothing, inplace_backward=True)[0]
+        return reduced(losses, c)
 
     return loss
 
 
-def _unsloth_whole() -> Loss:
+def _unsloth_logits() -> Loss:
     from unsloth.kernels import fast_cross_entropy_loss as unsloth
 
     return lambda c: unsloth(_logits(c)[None], c.target[None])
 
 
-def _ours_whole(inplace: bool) -> Callable[[], Loss]:
+def _ours_logits(inplace: bool) -> Callable[[], Loss]:
     def loss(c: Case) -> Tensor:
         return cross_entropy(
             c.hidden, c.target, label_smoothing=c.smoothing, sample_weight=c.weight, reduction=c.reduction,
@@ -172,7 +173,7 @@ def _ours_whole(inplace: bool) -> Callable[[], Loss]:
     return lambda: loss
 
 
-# ---- hidden states and head in ----
+# ---- losses of hidden states and a head ----
 
 
 def _ours(precision: str, variant: str = "") -> Callable[[], Loss]:
@@ -182,7 +183,7 @@ def _ours(precision: str, variant: str = "") -> Callable[[], Loss]:
 
         def loss(c: Case) -> Tensor:
             if variant:
-                kernels.VARIANT = variant  # stays, for the backward that may call the kernels once more
+                kernels.VARIANT = variant  # not reset: backward may call the kernels again
             return linear_cross_entropy(
                 c.hidden, c.head, c.target, linear_lora=c.lora, label_smoothing=c.smoothing,
                 sample_weight=c.weight, reduction=c.reduction,
@@ -197,8 +198,8 @@ def _ours(precision: str, variant: str = "") -> Callable[[], Loss]:
 
 def _torch_chunked() -> Loss:
     if not hasattr(F, "linear_cross_entropy"):
-        raise MissingError(f"F.linear_cross_entropy needs PyTorch 2.13, here is {torch.__version__}")
-    options = torch.nn.LinearCrossEntropyOptions()  # its own choice of chunks and of accumulation
+        raise MissingError(f"F.linear_cross_entropy needs PyTorch 2.13 or newer, got {torch.__version__}")
+    options = torch.nn.LinearCrossEntropyOptions()  # its defaults for chunks and accumulation
     return lambda c: F.linear_cross_entropy(
         c.hidden, c.head, c.target, reduction=c.reduction, options=options
     )
@@ -229,18 +230,16 @@ def _trl() -> Loss:
     from trl.kernels import ChunkedLogProbFunction as Trl
 
     def loss(c: Case) -> Tensor:
-        live = c.target != IGNORED
-        # without extra outputs, as its trainer asks where it logs nothing; 8192 columns a tile is its default
-        rows = -Trl.apply(c.hidden, c.head, None, torch.where(live, c.target, 0), 1.0, 8_192, None, 1.0, ())[
-            0
-        ]
-        return reduced(rows, c)
+        target = torch.where(c.target != IGNORED, c.target, 0)
+        # without extra outputs, as its trainer calls it without logging; 8192 columns per tile is its default
+        log_p = Trl.apply(c.hidden, c.head, None, target, 1.0, 8_192, None, 1.0, ())[0]
+        return reduced(-log_p, c)
 
     return loss
 
 
 def composed(build: Callable[[], Loss]) -> Callable[[], Loss]:
-    """A peer's plain loss plus s (z_y - mean z), which needs no more than dot products of rows: s per row."""
+    """Add smoothing per token to a plain loss, as s (z_y - mean z): two dot products per token."""
 
     def wrapped() -> Loss:
         plain = build()
@@ -249,13 +248,13 @@ def composed(build: Callable[[], Loss]) -> Callable[[], Loss]:
             assert c.head is not None
             y = torch.where(c.target != IGNORED, c.target, 0)
             z_y = (c.hidden * c.head[y]).sum(1, dtype=torch.float32)
-            # the mean row keeps float32, as its product with 16-bit states would lose what smoothing adds
+            # float32, because a 16-bit mean of the head loses the smoothing term
             mean_z = c.hidden.float() @ c.head.mean(0, dtype=torch.float32)
             rest = c._replace(smoothing=0.0, weight=None)
             if c.weight is None:
                 return plain(rest) + reduced(c.smoothing * (z_y - mean_z), c)
-            rows = plain(rest._replace(reduction="none"))
-            return reduced(rows + c.smoothing * (z_y - mean_z), c)
+            losses = plain(rest._replace(reduction="none"))
+            return reduced(losses + c.smoothing * (z_y - mean_z), c)
 
         return loss
 
@@ -264,13 +263,13 @@ def composed(build: Callable[[], Loss]) -> Callable[[], Loss]:
 
 HIGH, FAST = "high", "fast"
 PROVIDERS = (
-    Provider("ours", Solves.PER_ROW, _ours(HIGH), "ual-kernels", weights=True, adapters=True, ours=HIGH),
+    Provider("ours", Solves.PER_TOKEN, _ours(HIGH), "ual-kernels", weights=True, adapters=True, ours=HIGH),
     Provider(
-        "ours, fast", Solves.PER_ROW, _ours(FAST), "ual-kernels", weights=True, adapters=True, ours=FAST
+        "ours, fast", Solves.PER_TOKEN, _ours(FAST), "ual-kernels", weights=True, adapters=True, ours=FAST
     ),
     Provider(
         "ours, triton fused",
-        Solves.PER_ROW,
+        Solves.PER_TOKEN,
         _ours(HIGH, "auto"),
         "triton",
         weights=True,
@@ -279,58 +278,60 @@ PROVIDERS = (
     ),
     Provider(
         "ours, triton cublas",
-        Solves.PER_ROW,
+        Solves.PER_TOKEN,
         _ours(HIGH, "cublas"),
         "triton",
         weights=True,
         adapters=True,
         ours=HIGH,
     ),
-    Provider("naive", Solves.PER_ROW, lambda: naive, weights=True),
-    Provider("naive, torch.compile", Solves.PER_ROW, _naive_compiled, weights=True, compiles=True),
-    Provider("torch chunked + rank one", Solves.PER_ROW, composed(_torch_chunked), weights=True),
-    Provider("liger + rank one", Solves.PER_ROW, composed(_liger_fused), "liger-kernel", weights=True),
+    Provider("naive", Solves.PER_TOKEN, lambda: naive, weights=True),
+    Provider("naive, torch.compile", Solves.PER_TOKEN, _naive_compiled, weights=True, compiles=True),
+    Provider("torch chunked + rank one", Solves.PER_TOKEN, composed(_torch_chunked), weights=True),
+    Provider("liger + rank one", Solves.PER_TOKEN, composed(_liger_fused), "liger-kernel", weights=True),
     Provider(
         "cut-cross-entropy + rank one",
-        Solves.PER_ROW,
+        Solves.PER_TOKEN,
         composed(_cut("high")),
         "cut-cross-entropy",
         weights=True,
     ),
-    Provider("F.cross_entropy of 16-bit logits", Solves.ONE, lambda: _torch_whole),
-    Provider("transformers LabelSmoother", Solves.ONE, _label_smoother, "transformers", rows=False),
+    Provider("F.cross_entropy of 16-bit logits", Solves.ONE, lambda: _torch_logits),
+    Provider("transformers LabelSmoother", Solves.ONE, _label_smoother, "transformers", per_token=False),
     Provider("liger fused linear", Solves.ONE, _liger_fused, "liger-kernel"),
-    Provider("liger of 16-bit logits", Solves.ONE, _liger_whole, "liger-kernel"),
+    Provider("liger of 16-bit logits", Solves.ONE, _liger_logits, "liger-kernel"),
     Provider("torch chunked", Solves.NONE, _torch_chunked),
     Provider("trl chunked", Solves.NONE, _trl, "trl", weights=True),
     Provider("cut-cross-entropy", Solves.NONE, _cut("high"), "cut-cross-entropy"),  # "high" is its default
     Provider("cut-cross-entropy, no filter", Solves.NONE, _cut(None), "cut-cross-entropy"),
-    Provider("quack", Solves.NONE, _quack, "quack-kernels", rows=False, needs_gpu=True),
+    Provider("quack", Solves.NONE, _quack, "quack-kernels", per_token=False, needs_gpu=True),
 )
 LOGITS_PROVIDERS = (
-    Provider("ours", Solves.PER_ROW, _ours_whole(False), "ual-kernels", weights=True, ours=HIGH),
+    Provider("ours", Solves.PER_TOKEN, _ours_logits(False), "ual-kernels", weights=True, ours=HIGH),
     Provider(
         "ours, in place",
-        Solves.PER_ROW,
-        _ours_whole(True),
+        Solves.PER_TOKEN,
+        _ours_logits(True),
         "ual-kernels",
         weights=True,
         ours=HIGH,
         overwrites=True,
     ),
-    Provider("naive", Solves.PER_ROW, lambda: naive, weights=True),
-    Provider("naive, torch.compile", Solves.PER_ROW, _naive_compiled, weights=True, compiles=True),
-    Provider("F.cross_entropy", Solves.ONE, lambda: _torch_whole),
-    Provider("transformers LabelSmoother", Solves.ONE, _label_smoother, "transformers", rows=False),
-    Provider("liger, in place", Solves.ONE, _liger_whole, "liger-kernel", overwrites=True),
-    Provider("flash-attn, in place", Solves.ONE, _flash_whole, "flash-attn", needs_gpu=True, overwrites=True),
-    Provider("quack", Solves.NONE, _quack_whole, "quack-kernels", needs_gpu=True),
+    Provider("naive", Solves.PER_TOKEN, lambda: naive, weights=True),
+    Provider("naive, torch.compile", Solves.PER_TOKEN, _naive_compiled, weights=True, compiles=True),
+    Provider("F.cross_entropy", Solves.ONE, lambda: _torch_logits),
+    Provider("transformers LabelSmoother", Solves.ONE, _label_smoother, "transformers", per_token=False),
+    Provider("liger, in place", Solves.ONE, _liger_logits, "liger-kernel", overwrites=True),
+    Provider(
+        "flash-attn, in place", Solves.ONE, _flash_logits, "flash-attn", needs_gpu=True, overwrites=True
+    ),
+    Provider("quack", Solves.NONE, _quack_logits, "quack-kernels", needs_gpu=True),
     Provider(
         "unsloth, in place",
         Solves.NONE,
-        _unsloth_whole,
+        _unsloth_logits,
         "unsloth",
-        rows=False,
+        per_token=False,
         needs_gpu=True,
         overwrites=True,
     ),
@@ -338,20 +339,23 @@ LOGITS_PROVIDERS = (
 
 
 def chosen(providers: tuple[Provider, ...], patterns: list[str]) -> list[Provider]:
-    """Those named, in their order; all for no name. A name that ends in * stands for all that start so.
+    """Return the providers that match any pattern, in their order; all of them without patterns.
+
+    A pattern is a name, or a prefix that ends in *.
 
     Raises:
-        ValueError: nobody has the name.
+        ValueError: a pattern matches no provider.
     """
 
-    def fits(provider: Provider, pattern: str) -> bool:
+    def matches(provider: Provider, pattern: str) -> bool:
         start = pattern.removesuffix("*")
         return provider.name.startswith(start) if start != pattern else provider.name == pattern
 
     for pattern in patterns:
-        if not any(fits(p, pattern) for p in providers):
+        if not any(matches(p, pattern) for p in providers):
             known = "; ".join(p.name for p in providers)
             raise ValueError(
-                f"--provider: nobody is called {pattern!r}; wanted a name, or its start and *, of: {known}"
+                f"--provider: unknown provider {pattern!r}; give a name or a prefix ending in *. "
+                f"Available: {known}"
             )
-    return [p for p in providers if not patterns or any(fits(p, x) for x in patterns)]
+    return [p for p in providers if not patterns or any(matches(p, x) for x in patterns)]

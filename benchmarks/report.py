@@ -1,8 +1,7 @@
-"""Tables of a results file, in Markdown, and its three plots."""
+"""Tables (Markdown) and plots of a results file."""
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -13,52 +12,66 @@ from benchmarks import machine
 
 Row = dict[str, Any]
 _MIB = 2**20
-_FAILURES = ("skipped", "wrong", "raised")
-README_START = "<!-- ual-bench report: begin -->"
-README_END = "<!-- ual-bench report: end -->"
+_FAILURES = {"skipped": "skipped", "wrong": "incorrect", "raised": "raised"}
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A results file of `pytest benchmarks/`.
+    """Return the results that `pytest benchmarks/suites` wrote.
 
     Raises:
-        ValueError: it is not one; says what is wrong with it.
+        ValueError: the file cannot be read, or is not a results file.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as results: {error}") from error
+        raise ValueError(f"{path}: cannot read results: {error}") from error
     if not isinstance(found, dict) or not {"rows", "machine"} <= found.keys():
-        raise ValueError(f"{path} holds no results: wanted what `pytest benchmarks/ --results FILE` writes")
+        raise ValueError(
+            f"{path}: not a results file; pass a file that `pytest benchmarks/suites --results FILE` wrote"
+        )
+    for row in found["rows"]:
+        if "solves" in row:  # as files before 2026-11-26 have it
+            row["solves"] = row["solves"].replace("s per row", "s per token")
     return found
 
 
-def newest(folder: Path) -> Path:
-    """The results written last, of those under a folder.
+def newest(folder: Path, wanted: Callable[[Row], bool] = lambda _: True, *, gpu: bool | None = None) -> Path:
+    """Return the newest results file under a folder.
+
+    Args:
+        folder: Holds results, or one folder of results for each machine.
+        wanted: Only files with such a row count.
+        gpu: Only files from a machine with a GPU (True) or without one (False) count.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there is no such file.
     """
-    files = [*folder.glob("*.json"), *folder.glob("*/*.json")]
-    if not files:
-        raise ValueError(f"no results under {folder}; `make bench` writes some")
-    return max(files, key=lambda path: load(path)["machine"].get("time", ""))
+    files = {path: load(path) for path in (*folder.glob("*.json"), *folder.glob("*/*.json"))}
+    times = {
+        path: found["machine"].get("time", "")
+        for path, found in files.items()
+        if any(map(wanted, found["rows"])) and gpu in (None, bool(found["machine"].get("gpu")))
+    }
+    if not times:
+        raise ValueError(f"{folder}: no such results; `make bench` writes some")
+    return max(times, key=lambda path: times[path])
 
 
-# ---- what a row says ----
+# ---- rows ----
 
 
 def failure(row: Row) -> str:
-    return next((f"{word}: {row[word]}" for word in _FAILURES if word in row), "")
+    """Return why a row has no numbers, or ""."""
+    return next((f"{word}: {row[key]}" for key, word in _FAILURES.items() if key in row), "")
 
 
 def time(row: Row) -> float:
-    """Median seconds; infinite where there are none, so that it is ranked last."""
+    """Return the median in seconds; infinity without times, which sorts the row last."""
     return median(row["seconds"]["it"]) if "seconds" in row else math.inf
 
 
 def spread(row: Row) -> float:
-    """Half the distance between quartiles, of the median."""
+    """Return half the interquartile range, relative to the median."""
     taken = row["seconds"]["it"] if "seconds" in row else []
     if len(taken) < 3:
         return math.nan
@@ -67,7 +80,7 @@ def spread(row: Row) -> float:
 
 
 def grouped(rows: Iterable[Row], *keys: str) -> Iterable[tuple[tuple[Any, ...], list[Row]]]:
-    """Rows that agree on keys, in the order of their first."""
+    """Group rows by the values of keys, in order of first occurrence."""
 
     def key(row: Row) -> tuple[Any, ...]:
         return tuple(row.get(k) for k in keys)
@@ -77,16 +90,16 @@ def grouped(rows: Iterable[Row], *keys: str) -> Iterable[tuple[tuple[Any, ...], 
     return [(k, list(g)) for k, g in groupby(sorted(rows, key=lambda r: order[key(r)]), key)]
 
 
-def _cell(value: float | None, form: str) -> str:
+def cell(value: float | None, form: str) -> str:
     return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def _ms(row: Row) -> str:
     taken = time(row) * 1e3
-    return _cell(taken, ".0f" if taken >= 100 else ".3g")
+    return cell(taken, ".0f" if taken >= 100 else ".3g")
 
 
-def _error(value: float | None) -> str:
+def error_cell(value: float | None) -> str:
     return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
@@ -96,7 +109,7 @@ def _error(value: float | None) -> str:
 def _timed(rows: list[Row], limit: str, rate: Callable[[Row], str], error: str) -> str:
     header = (
         "provider",
-        "solves",
+        "smoothing",
         "ms",
         "±",
         f"x {limit}",
@@ -112,27 +125,27 @@ def _timed(rows: list[Row], limit: str, rate: Callable[[Row], str], error: str) 
         numbers = "seconds" in r
         memory = r.get("peak_bytes")
         lines.append(
-            (name, r["solves"], _ms(r), _cell(spread(r), ".0%"),
-             _cell(r.get(f"of_{limit}"), ".2f"), _cell(r.get("of_ours"), ".2f"), rate(r) if numbers else "-",
-             "-" if memory is None else f"{memory / _MIB:.0f}", _error(r.get("errors", {}).get(error)),
+            (name, r["solves"], _ms(r), cell(spread(r), ".0%"),
+             cell(r.get(f"of_{limit}"), ".2f"), cell(r.get("of_ours"), ".2f"), rate(r) if numbers else "-",
+             "-" if memory is None else f"{memory / _MIB:.0f}", error_cell(r.get("errors", {}).get(error)),
              failure(r) or r.get("note", ""))
         )  # fmt: skip
     return "\n\n".join([machine.table(header, lines), *_skipped(rows)])
 
 
 def _skipped(rows: list[Row]) -> list[str]:
-    """Who is not in a table, by reason."""
-    left_out = grouped((r for r in rows if "skipped" in r), "skipped")
+    """List the providers that were not measured, by reason."""
+    skipped = grouped((r for r in rows if "skipped" in r), "skipped")
     return [
-        f"Not there, {reason}: {'; '.join(r['provider'] for r in group)}." for (reason,), group in left_out
+        f"Not measured ({reason}): {'; '.join(r['provider'] for r in group)}." for (reason,), group in skipped
     ]
 
 
 def _linear(rows: list[Row]) -> list[str]:
     text = [
-        "Forward and backward. `products`: the bare matrix products of the same numbers, into memory that is "
-        "there. `x`: the row's time over that, and over ours: the median of ratios within rounds. `±`: half "
-        "the distance between quartiles. Extra memory is a call's own at its highest. Errors are relative, "
+        "Forward and backward. `products`: the bare matrix products of the same numbers, written into "
+        "allocated memory. `x`: time relative to the products and to ours, as the median of ratios within "
+        "rounds. `±`: half the interquartile range. Extra MiB: peak memory of a call. Errors are relative, "
         "against float64, on a slice."
     ]
     for (problem, setting, dtype), group in grouped(rows, "problem", "setting", "dtype"):
@@ -143,7 +156,7 @@ def _linear(rows: list[Row]) -> list[str]:
 
 
 def _logits(rows: list[Row]) -> list[str]:
-    text = ["`copy`: a plain copy of as many bytes as must be read and written at least."]
+    text = ["`copy`: a plain memory copy of as many bytes as the loss must read and write at least."]
     for (problem, dtype), group in grouped(rows, "problem", "dtype"):
         r = group[0]
         text.append(f"### {problem}: V {r['vocab']}, N {r['rows']}, {dtype}")
@@ -152,36 +165,49 @@ def _logits(rows: list[Row]) -> list[str]:
 
 
 def _accuracy(rows: list[Row]) -> list[str]:
-    header = ("provider", "solves", "loss", "its mean", "dE", "dE, p99 row", "dE unrounded", "dC", "")
     text = [
-        "bfloat16 inputs. Loss: mean absolute error of the rows, and error of their mean as returned. dE, "
-        "dC: relative error in the Frobenius norm, as returned, and before rounding where float32 is kept. "
-        "Who knows no smoothing per row solves the easier problem that is named."
+        "bfloat16 inputs. Loss: mean absolute error of a token's loss, and error of the returned mean. dE, "
+        "dC: relative error in the Frobenius norm, as returned, and before rounding if float32 is kept. "
+        "A provider without smoothing per token is measured on the easier problem in the second column."
     ]
     for (_, source), group in grouped(rows, "problem", "source"):
         if source is None:
             continue
         r = group[0]
         text.append(f"### {source}: {r['rows']} tokens, V {r['vocab']}, D {r['features']}")
-        lines = []
-        for r in (r for r in group if "skipped" not in r):
-            a = r.get("accuracy", {})
-            names = ("loss", "mean_loss", "hidden", "hidden_p99", "unrounded", "head")
-            told = [
-                r.get("how", ""),
-                "mean in bfloat16" if a.get("mean_dtype") == "bfloat16" else "",
-                failure(r),
-            ]
-            name = f"**{r['provider']}**" if r.get("ours") else r["provider"]
-            lines.append(
-                (name, r["solves"], *(_error(a.get(n)) for n in names), ", ".join(filter(None, told)))
-            )
-        text += [machine.table(header, lines), *_skipped(group)]
+        text += [accuracy_table(group), *_skipped(group)]
     return text
 
 
+def accuracy_table(rows: list[Row]) -> str:
+    header = ("provider", "smoothing", "loss", "its mean", "dE", "dE, p99 token", "dE unrounded", "dC", "")
+    lines = []
+    for r in (r for r in rows if "skipped" not in r):
+        a = r.get("accuracy", {})
+        names = ("loss", "mean_loss", "hidden", "hidden_p99", "unrounded", "head")
+        notes = [
+            r.get("how", ""),
+            "mean in bfloat16" if a.get("mean_dtype") == "bfloat16" else "",
+            failure(r),
+        ]
+        name = f"**{r['provider']}**" if r.get("ours") else r["provider"]
+        lines.append(
+            (name, r["solves"], *(error_cell(a.get(n)) for n in names), ", ".join(filter(None, notes)))
+        )
+    return machine.table(header, lines)
+
+
+def real_errors(rows: list[Row]) -> dict[str, float]:
+    """Return each provider's relative error of dE on real hidden states."""
+    return {
+        r["provider"]: r["accuracy"]["hidden"]
+        for r in rows
+        if r["suite"] == "accuracy" and r.get("problem") == "real" and "accuracy" in r
+    }
+
+
 def slope(points: list[tuple[float, float]]) -> float:
-    """Of a straight line through the logarithms, by least squares; NaN for fewer than three points."""
+    """Return the least-squares slope of log y over log x; NaN for fewer than three points."""
     logs = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
     if len(logs) < 3:
         return math.nan
@@ -190,8 +216,10 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 
 def _step(rows: list[Row]) -> list[str]:
-    header = ("loss", "solves", "ms", "±", "x transformers", "head's share", "extra MiB", "")
-    text = ["Forward, backward and optimizer, LoRA on the attention; half of the tokens count."]
+    header = ("loss", "smoothing", "ms", "±", "x transformers", "head's share", "extra MiB", "")
+    text = [
+        "Forward, backward and optimizer step. LoRA on the attention; half of the tokens are loss tokens."
+    ]
     for (problem, dtype), group in grouped(rows, "problem", "dtype"):
         measured = [r for r in group if "skipped" not in r]
         if measured:
@@ -199,8 +227,8 @@ def _step(rows: list[Row]) -> list[str]:
             text.append(f"### {problem}: V {r['vocab']}, D {r['features']}, {r['rows']} tokens, {dtype}")
             lines = [
                 (f"**{r['provider']}**" if r["ours"] else r["provider"], r["solves"], _ms(r),
-                 _cell(spread(r), ".0%"), _cell(r.get("of_transformers"), ".2f"),
-                 _cell(r.get("head_share"), ".0%"), _mib(r), failure(r))
+                 cell(spread(r), ".0%"), cell(r.get("of_transformers"), ".2f"),
+                 cell(r.get("head_share"), ".0%"), mib(r), failure(r))
                 for r in measured
             ]  # fmt: skip
             text.append(machine.table(header, lines))
@@ -213,25 +241,27 @@ _AXES = {"rows": "N", "vocab": "V", "features": "D"}
 
 def _scaling(rows: list[Row]) -> list[str]:
     text = [
-        "One of N, V and D grows, the others stay. The slope is that of log time (log extra memory) against "
-        "log size, over the upper half of the sizes (three at least), where constants show least: 1 is "
-        "proportional, 0 constant."
+        "One of N, V and D grows; the others are fixed. Slope: of log time (or log extra memory) over log "
+        "size, fitted to the upper half of the sizes (at least three). 1 is proportional, 0 constant."
     ]
     for (axis,), group in grouped(rows, "setting"):
         others = ", ".join(f"{_AXES[k]} {group[0][k]}" for k in _AXES if k != axis)
-        text.append(f"### {_AXES[axis]} grows; {others}")
-        sizes = sorted({r[axis] for r in group})
-        lines = []
-        for (provider,), mine in grouped(group, "provider"):
-            cells = {r[axis]: r for r in mine}
-            upper = [cells[s] for s in sizes[-max(3, len(sizes) // 2) :] if s in cells]
-            for what, of, form in (("ms", _seconds, _ms), ("MiB", _bytes, _mib)):
-                fitted = slope([(r[axis], of(r)) for r in upper])
-                cells_text = [form(cells[s]) if s in cells else "-" for s in sizes]
-                lines.append((provider, what, *cells_text, _cell(fitted, ".2f")))
-        text.append(machine.table(("provider", "", *map(str, sizes), "slope"), lines))
+        text += [f"### {_AXES[axis]} grows; {others}", scaling_table(group, axis)]
         text += [f"{r['provider']} at {r[axis]}: {failure(r)}" for r in group if failure(r)]
     return text
+
+
+def scaling_table(rows: list[Row], axis: str) -> str:
+    sizes = sorted({r[axis] for r in rows})
+    lines = []
+    for (provider,), mine in grouped(rows, "provider"):
+        cells = {r[axis]: r for r in mine}
+        upper = [cells[s] for s in sizes[-max(3, len(sizes) // 2) :] if s in cells]
+        for what, of, form in (("ms", _seconds, _ms), ("MiB", _bytes, mib)):
+            fitted = slope([(r[axis], of(r)) for r in upper])
+            cells_text = [form(cells[s]) if s in cells else "-" for s in sizes]
+            lines.append((provider, what, *cells_text, cell(fitted, ".2f")))
+    return machine.table(("provider", "", *map(str, sizes), "slope"), lines)
 
 
 def _seconds(row: Row) -> float:
@@ -242,21 +272,21 @@ def _bytes(row: Row) -> float:
     return float(row.get("peak_bytes", 0.0))
 
 
-def _mib(row: Row) -> str:
-    return _cell(row["peak_bytes"] / _MIB, ".0f") if "peak_bytes" in row else "-"
+def mib(row: Row) -> str:
+    return cell(row["peak_bytes"] / _MIB, ".0f") if "peak_bytes" in row else "-"
 
 
 _SUITES: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
     "linear_cross_entropy": ("Hidden states and head in", _linear),
     "cross_entropy": ("Logits in", _logits),
-    "train_step": ("A whole step of training", _step),
+    "train_step": ("A complete training step", _step),
     "accuracy": ("Error against float64", _accuracy),
     "scaling": ("As sizes grow", _scaling),
 }
 
 
 def markdown(found: dict[str, Any], plots: Sequence[str] = ()) -> str:
-    """The whole report."""
+    """Return the complete report."""
     text = ["# Benchmarks", machine.headline(found["machine"]) + f"; form: {found['form']}"]
     text += [f"![{name}]({name})" for name in plots]
     for suite, (title, tables) in _SUITES.items():
@@ -269,64 +299,14 @@ def markdown(found: dict[str, Any], plots: Sequence[str] = ()) -> str:
     return "\n\n".join(text) + "\n"
 
 
-# ---- the README's table ----
-
-
-def readme_table(found: dict[str, Any]) -> str:
-    """Time, memory and error of those who run here, frozen head, bfloat16."""
-    rows = [
-        r
-        for r in found["rows"]
-        if r["suite"] == "linear_cross_entropy" and r.get("setting") == "frozen" and r.get("dtype") == "bf16"
-    ]
-    accuracy = {
-        r["provider"]: r["accuracy"]["hidden"]
-        for r in found["rows"]
-        if r["suite"] == "accuracy" and r.get("problem") == "real" and "accuracy" in r
-    }
-    problems = [(key[0], group) for key, group in grouped(rows, "problem")]
-    header = ["", "solves"]
-    for _, group in problems:
-        header += [f"V {group[0]['vocab']}: time", "MiB"]
-    lines = []
-    for (name,), mine in grouped(sorted(rows, key=time), "provider"):
-        by_problem = {r["problem"]: r for r in mine}
-        if all("seconds" not in r for r in mine):
-            continue
-        line = [f"**{name}**" if mine[0]["ours"] else name, mine[0]["solves"]]
-        for problem, _ in problems:
-            r = by_problem.get(problem, {})
-            line += [_cell(r.get("of_products"), ".2f"), _mib(r)]
-        lines.append((*line, _error(accuracy.get(name))))
-    sizes = "; ".join(f"V {g[0]['vocab']}: N {g[0]['rows']}, D {g[0]['features']}" for _, g in problems)
-    about = (
-        f"Forward and backward, frozen head, bfloat16 ({sizes}). Time is over that of the two bare matrix "
-        "products in the same rounds; MiB is what a call needs on top; dE is the error of the gradient on "
-        f"SmolLM2's hidden states. {machine.headline(found['machine'])}."
-    )
-    return machine.table((*header, "dE"), lines) + "\n\n" + about
-
-
-def put(text: str, table: str) -> str:
-    """A README with the table between its marks.
-
-    Raises:
-        ValueError: the marks are not there.
-    """
-    pattern = re.compile(f"{re.escape(README_START)}.*?{re.escape(README_END)}", re.S)
-    if not pattern.search(text):
-        raise ValueError(f"wanted the lines {README_START} and {README_END} where the table goes")
-    return pattern.sub(lambda _: f"{README_START}\n{table}\n{README_END}", text)
-
-
 # ---- plots ----
 
 _OURS, _THEIRS, _INK, _GRID = "#1f55d6", "#9aa5b4", "#1b2027", "#e3e7ec"
-_MARKS = {"s per row": "o", "s = 0": "^"}
+_MARKS = {"s per token": "o", "s = 0": "^"}
 
 
 def plots(found: dict[str, Any], stem: Path) -> list[Path]:
-    """Draw what the rows hold, each as SVG and PNG beside the results.
+    """Draw time, memory and error, each as SVG and PNG beside the results.
 
     Returns:
         The SVG files.
@@ -344,10 +324,11 @@ def plots(found: dict[str, Any], stem: Path) -> list[Path]:
     return written
 
 
-def _frozen(found: dict[str, Any]) -> list[Row]:
+def frozen_rows(rows: list[Row]) -> list[Row]:
+    """Return the measured rows with a frozen head in bfloat16."""
     return [
         r
-        for r in found["rows"]
+        for r in rows
         if r["suite"] == "linear_cross_entropy"
         and (r.get("setting"), r.get("dtype")) == ("frozen", "bf16")
         and "of_products" in r
@@ -358,7 +339,7 @@ def _figure(width: float, height: float, columns: int = 1) -> Any:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    mpl.rcParams["svg.hashsalt"] = "ual-bench"
+    mpl.rcParams["svg.hashsalt"] = "benchmarks"
     figure = Figure((width, height), layout="constrained", facecolor="white")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for a in axes:
@@ -369,7 +350,7 @@ def _figure(width: float, height: float, columns: int = 1) -> Any:
 
 
 def _plot_time(found: dict[str, Any]) -> Any:
-    groups = list(grouped(_frozen(found), "problem"))
+    groups = list(grouped(frozen_rows(found["rows"]), "problem"))
     if not groups:
         return None
     longest = max(len(group) for _, group in groups)
@@ -386,7 +367,7 @@ def _plot_time(found: dict[str, Any]) -> Any:
         a.set_xlim(0.8, 2 * max(r["of_products"] for r in group))
         a.xaxis.set_major_formatter("{x:g}")
         a.grid(axis="x", color=_GRID)
-        a.set_xlabel("time / bare products (dashed: 1, the limit)", fontsize=8)
+        a.set_xlabel("time / bare products (dashed: limit)", fontsize=8)
         r = group[0]
         a.set_title(
             f"{problem}: V {r['vocab']}, D {r['features']}, N {r['rows']}", fontsize=9, loc="left", color=_INK
@@ -405,16 +386,16 @@ def _plot_memory(found: dict[str, Any]) -> Any:
     figure, (a,) = _figure(5.4, 3.6)
     for i, ((provider,), group) in enumerate(grouped(rows, "provider")):
         group = sorted(group, key=lambda r: r["rows"])
-        colour = _OURS if group[0]["ours"] else ("#e2600c", "#0b9a72", "#8a1c7c")[i % 3]
+        color = _OURS if group[0]["ours"] else ("#e2600c", "#0b9a72", "#8a1c7c")[i % 3]
         sizes, used = [r["rows"] for r in group], [r["peak_bytes"] / _MIB for r in group]
-        a.plot(sizes, used, color=colour, marker="o", markersize=4)
+        a.plot(sizes, used, color=color, marker="o", markersize=4)
         a.annotate(provider, (sizes[-1], used[-1]), xytext=(5, 0), textcoords="offset points", fontsize=8,
-                   color=colour, va="center")  # fmt: skip
+                   color=color, va="center")  # fmt: skip
     a.set_xscale("log", base=2)
     a.set_yscale("log")
     a.margins(x=0.12)
     a.grid(color=_GRID)
-    a.set_xlabel("N, rows", fontsize=8)
+    a.set_xlabel("N, tokens", fontsize=8)
     a.set_ylabel("extra memory of one step (MiB)", fontsize=8)
     r = rows[0]
     a.set_title(f"Memory of forward and backward: V {r['vocab']}, D {r['features']}", fontsize=9, loc="left")
@@ -422,12 +403,8 @@ def _plot_memory(found: dict[str, Any]) -> Any:
 
 
 def _plot_error(found: dict[str, Any]) -> Any:
-    frozen = list(grouped(_frozen(found), "problem"))
-    errors = {
-        r["provider"]: r["accuracy"]["hidden"]
-        for r in found["rows"]
-        if r["suite"] == "accuracy" and r.get("problem") == "real" and "accuracy" in r
-    }
+    frozen = list(grouped(frozen_rows(found["rows"]), "problem"))
+    errors = real_errors(found["rows"])
     floor = errors.get("exact, rounded once")
     points = [r for r in frozen[0][1] if r["provider"] in errors] if frozen else []
     if not points:
@@ -435,11 +412,11 @@ def _plot_error(found: dict[str, Any]) -> Any:
     figure, (a,) = _figure(7.4, 3.8)
     for i, r in enumerate(sorted(points, key=lambda r: r["of_products"]), 1):
         x, y = r["of_products"], errors[r["provider"]]
-        colour = _OURS if r["ours"] else "#5a6472"
+        color = _OURS if r["ours"] else "#5a6472"
         label = f"{i}  {r['provider']}  ({r['solves']})"
-        a.plot(x, y, _MARKS.get(r["solves"], "s"), color=colour, markersize=6, label=label)
+        a.plot(x, y, _MARKS.get(r["solves"], "s"), color=color, markersize=6, label=label)
         a.annotate(str(i), (x, y), xytext=(0, 6 if i % 2 else -14), textcoords="offset points", fontsize=8,
-                   color=colour, ha="center")  # fmt: skip
+                   color=color, ha="center")  # fmt: skip
     figure.legend(loc="outside right upper", fontsize=7.5, frameon=False)
     if floor:
         a.axhline(floor, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
@@ -449,7 +426,12 @@ def _plot_error(found: dict[str, Any]) -> Any:
     a.margins(x=0.15, y=0.2)
     a.tick_params(which="both", labelsize=8)
     a.grid(color=_GRID)
-    a.set_xlabel(f"time over that of the bare products ({frozen[0][0][0]}, frozen head)", fontsize=8)
-    a.set_ylabel("error of dE on real hidden states", fontsize=8)
-    a.set_title("Down and left is better; dashed: what arithmetic allows", fontsize=9, loc="left", color=_INK)
+    a.set_xlabel(f"time / bare products ({frozen[0][0][0]}, frozen head)", fontsize=8)
+    a.set_ylabel("relative error of dE on real hidden states", fontsize=8)
+    a.set_title(
+        "Lower left is better; dashed: limits of the hardware and of bfloat16",
+        fontsize=9,
+        loc="left",
+        color=_INK,
+    )
     return figure

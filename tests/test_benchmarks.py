@@ -1,9 +1,8 @@
-"""What the benchmarks measure with is right itself."""
+"""The benchmarks' own measurements, reports and commands."""
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import accuracy, compare, machine, report
+from benchmarks import compare, figures, machine, report
 from benchmarks.problems import SETTINGS, TINY, Setting, exact
 from benchmarks.providers import PROVIDERS, chosen
+from benchmarks.studies import accuracy
 from tests.conftest import ROOT
 from tests.kernels.cases import linear_definition
 
@@ -39,7 +39,7 @@ def test_the_exact_answer_is_the_definition(setting: Setting, device: torch.devi
     gradients = torch.autograd.grad(truth, list(wanted.values()), case.upstream)
     found = exact(case)
     assert list(wanted) == (["dE", "dC", "dA", "dB"] if setting.lora else ["dE", "dC"])
-    torch.testing.assert_close(found.rows if case.reduction == "none" else found.loss, truth)
+    torch.testing.assert_close(found.token_losses if case.reduction == "none" else found.loss, truth)
     torch.testing.assert_close([found.gradients[name] for name in wanted], list(gradients))
 
 
@@ -64,12 +64,13 @@ def test_providers_go_by_name() -> None:
     assert len(chosen(PROVIDERS, ["ours*"])) == 4
     assert chosen(PROVIDERS, []) == list(PROVIDERS)
     with pytest.raises(
-        ValueError, match="nobody is called 'our'; wanted a name, or its start and \\*, of: ours;"
+        ValueError,
+        match=r"unknown provider 'our'; give a name or a prefix ending in \*\. Available: ours;",
     ):
         chosen(PROVIDERS, ["our"])
 
 
-def test_who_needs_no_triton_runs_where_there_is_none() -> None:
+def test_providers_without_triton_kernels_run_without_triton() -> None:
     program = (
         "import sys; import benchmarks.interpreted; sys.modules['triton'] = None\n"
         "from benchmarks.measure import errors\n"
@@ -95,7 +96,7 @@ def test_who_needs_no_triton_runs_where_there_is_none() -> None:
 @pytest.mark.parametrize("value", [2.3e-3, float("nan"), None])
 def test_a_missed_target_is_seen(value: float | None) -> None:
     found: dict[str, Any] = {"loss": 1e-6, "hidden": value, "unrounded": 5e-4}
-    assert accuracy.missed(found) == [f"hidden {value}, wanted at most 0.0022"]
+    assert accuracy.missed(found) == [f"hidden is {value}; at most 0.0022 is allowed"]
     assert accuracy.missed(found | {"hidden": 1.8e-3}) == []
 
 
@@ -113,12 +114,12 @@ def suite(folder: Path, *arguments: str, **environment: str) -> tuple[subprocess
     return done, results
 
 
-def test_what_is_wrong_is_not_timed_and_who_sleeps_comes_last(tmp_path: Path) -> None:
+def test_an_incorrect_provider_is_not_timed_and_a_slow_one_is_last(tmp_path: Path) -> None:
     names = [
         "ours",
         "naive",
         "sleeps",
-        "forgets smoothing",
+        "ignores smoothing",
         "drops a token",
         "raises",
         "too large",
@@ -126,8 +127,8 @@ def test_what_is_wrong_is_not_timed_and_who_sleeps_comes_last(tmp_path: Path) ->
     ]
     wanted = [part for name in names for part in ("--provider", name)]
     done, results = suite(
-        tmp_path, "-p", "tests.plugins.strangers", "benchmarks/bench_linear_cross_entropy.py", "--smoke",
-        "--setting", "frozen", "-k", "not near_the_bare", *wanted,
+        tmp_path, "-p", "tests.plugins.strangers", "benchmarks/suites/bench_linear_cross_entropy.py",
+        "--smoke", "--setting", "frozen", "-k", "not near_the_bare", *wanted,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     found = report.load(results)
@@ -135,8 +136,10 @@ def test_what_is_wrong_is_not_timed_and_who_sleeps_comes_last(tmp_path: Path) ->
     assert list(rows) == ["ours", "naive", *names[2:]]
     told = {name: report.failure(row) for name, row in rows.items()}
     assert told["ours"] == told["naive"] == told["sleeps"] == ""
-    assert re.match(r"wrong: dE is off by \d\.\de-01 of its norm, 0.06 is allowed", told["forgets smoothing"])
-    assert told["drops a token"].startswith("wrong: ")
+    assert re.match(
+        r"incorrect: relative error of dE is \d\.\de-01; at most 0.06 is allowed", told["ignores smoothing"]
+    )
+    assert told["drops a token"].startswith("incorrect: ")
     assert told["raises"] == "raised: ZeroDivisionError: by design"
     assert told["too large"] == "raised: out of memory: by design"
     assert told["missing"] == "skipped: stranger is not installed: pip install stranger"
@@ -147,23 +150,21 @@ def test_what_is_wrong_is_not_timed_and_who_sleeps_comes_last(tmp_path: Path) ->
     ranks = [page.index(f"| {name} ") for name in ("naive", "sleeps", "raises")]
     assert ranks == sorted(ranks)
     assert page.index("**ours**") < page.index("| sleeps ")
-    assert "Not there, stranger is not installed: pip install stranger: missing." in page
+    assert "Not measured (stranger is not installed: pip install stranger): missing." in page
     assert "raises: ZeroDivisionError: by design" in done.stdout  # and the terminal says so, too
 
 
 def test_the_gate_sees_a_loss_that_is_not_fused(tmp_path: Path) -> None:
-    gate = ("benchmarks/bench_linear_cross_entropy.py", "--smoke", "-k", "near_the_bare")
+    gate = ("benchmarks/suites/bench_linear_cross_entropy.py", "--smoke", "-k", "near_the_bare")
     done, results = suite(tmp_path, "-p", "tests.plugins.naive_ours", *gate)
     assert done.returncode == 1, done.stdout + done.stderr
     (row,) = report.load(results)["rows"]
-    assert re.search(
-        r"ours took \d\.\d\d times the bare products, best of each; 3.0 is allowed", row["raised"]
-    )
+    assert re.search(r"ours / bare products is \d\.\d\d, best of each; at most 3.0 is allowed", row["raised"])
 
 
-def test_every_suite_runs_and_its_report_is_whole(tmp_path: Path) -> None:
+def test_every_suite_runs_and_its_report_is_complete(tmp_path: Path) -> None:
     few = ["--provider", "ours*", "--provider", "naive", "--provider", "liger fused linear"]
-    done, results = suite(tmp_path, "benchmarks", "--smoke", "-k", "not near_the_bare", *few)
+    done, results = suite(tmp_path, "benchmarks/suites", "--smoke", "-k", "not near_the_bare", *few)
     assert done.returncode == 0, done.stdout + done.stderr
     found = report.load(results)
     suites = {"linear_cross_entropy", "cross_entropy", "scaling", "accuracy", "train_step"}
@@ -187,15 +188,15 @@ def test_every_suite_runs_and_its_report_is_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--problem", "nobody"), "--problem: there is no 'nobody'; wanted one of gemma2, "),
-        (("--setting", "thawed"), "--setting: there is no 'thawed'; wanted one of frozen, "),
-        (("--provider", "our"), "--provider: nobody is called 'our'; wanted a name"),
+        (("--problem", "nobody"), "--problem: unknown name 'nobody'; available: gemma2, "),
+        (("--setting", "thawed"), "--setting: unknown name 'thawed'; available: frozen, "),
+        (("--provider", "our"), "--provider: unknown provider 'our'; give a name"),
         (("--rounds", "0"), "--rounds must be at least 1, got 0"),
-        (("-n", "2"), "benchmarks take turns on one machine: run them without -n"),
+        (("-n", "2"), "benchmarks run one after another; run them without -n"),
     ],
 )
 def test_refuses(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
-    done, results = suite(tmp_path, "benchmarks/bench_scaling.py", *arguments)
+    done, results = suite(tmp_path, "benchmarks/suites/bench_scaling.py", *arguments)
     assert done.returncode == 4
     assert said in done.stderr
     assert not results.exists()
@@ -219,39 +220,49 @@ def test_a_row_without_numbers_is_ranked_last() -> None:
     assert report.time({"wrong": "x"}) > report.time({"seconds": {"it": [1e9]}})
 
 
-def test_the_readme_holds_what_the_command_writes() -> None:
-    """Of the newest committed results; `ual-bench report --readme README.md` renews it."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    committed = report.load(report.newest(machine.RESULTS))
-    assert report.put(text, report.readme_table(committed)) == text
-    with pytest.raises(ValueError, match="wanted the lines <!-- ual-bench report: begin -->"):
-        report.put("# no marks", "table")
+@pytest.mark.parametrize("name", figures.PAGES)
+def test_quoted_figures_are_those_of_the_committed_results(name: str) -> None:
+    """`python -m benchmarks report --docs` renews a stale page."""
+    page = ROOT / name
+    text = page.read_text(encoding="utf-8")
+    assert "<!-- figures: " in text
+    assert figures.renewed(text, page) == text
+
+
+def test_a_stale_figure_is_renewed() -> None:
+    page = ROOT / "docs" / "benchmarks.md"
+    text = page.read_text(encoding="utf-8")
+    stale = re.sub(r"this ratio is [\d.]+", "this ratio is 0.1", text)
+    assert stale != text
+    assert figures.renewed(stale, page) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- figures: speed -->\n<!-- end of figures -->", "unknown figures 'speed'; available: summary, "),
+        ("<!-- figures: gate -->\n", "lacks its '<!-- end of figures -->'"),
+    ],
+)
+def test_invalid_regions_of_figures_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        figures.renewed(text, ROOT / "README.md")
 
 
 def test_committed_pages_are_those_of_their_results() -> None:
-    path = report.newest(machine.RESULTS)
-    names = sorted(p.name for p in path.parent.glob(f"{path.stem}-*.svg"))
-    page = path.with_suffix(".md").read_text(encoding="utf-8")
-    order = [f"{path.stem}-{name}.svg" for name in ("time", "memory", "error")]
-    assert sorted(order) == names
-    assert report.markdown(report.load(path), order) == page
+    for path in machine.RESULTS.glob("*/*.json"):
+        names = {p.name for p in path.parent.glob(f"{path.stem}-*.svg")}
+        drawn = [f"{path.stem}-{name}.svg" for name in ("time", "memory", "error")]
+        page = path.with_suffix(".md").read_text(encoding="utf-8")
+        assert report.markdown(report.load(path), [name for name in drawn if name in names]) == page
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"rows": []}'])
-def test_what_is_no_results_file_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_file_without_results_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"x\.json (cannot be read as|holds no) results"):
+    with pytest.raises(ValueError, match=r"x\.json: (cannot read results|not a results file)"):
         report.load(path)
-
-
-def test_the_command_says_where_the_suite_is(tmp_path: Path) -> None:
-    (tmp_path / "ual").mkdir()
-    shutil.copy(ROOT / "ual" / "bench.py", tmp_path / "ual")
-    command = [sys.executable, "-c", "import runpy; runpy.run_path('ual/bench.py')['main']()"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "the benchmark suite comes with the source tree" in done.stderr
 
 
 # ---- compare ----
@@ -322,6 +333,6 @@ def test_the_command_tells_by_its_exit_status(tmp_path: Path, factor: float, sta
 def test_without_the_text_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "ROOT", tmp_path / "main")
     with pytest.raises(
-        accuracy.NothingToMeasureError, match=r"GSM8K is not here: .*give hidden states with --states"
+        accuracy.NothingToMeasureError, match=r"GSM8K is missing: .*give hidden states with --states"
     ):
         accuracy.real_states(1)

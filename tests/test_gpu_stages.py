@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu` runs end to end without a GPU: its minutes on one are not lost to a slip."""
+"""`python -m benchmarks.gpu` runs end to end without a GPU."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu.plan import LIMIT, RUNS, STAGES, Stage
+from benchmarks.gpu.runs import LIMIT, RUNS, STAGES, Stage
 from tests.conftest import GPU, ROOT
 
 
@@ -78,7 +78,7 @@ def test_a_stage_that_hangs_is_killed_with_what_it_started(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(hanging))
     before = time.monotonic()
-    assert gpu.run("sweep", given(tmp_path), 2.0) == "ran past its 2 s"
+    assert gpu.run("sweep", given(tmp_path), 2.0) == "exceeded its limit of 2 s"
     assert time.monotonic() - before < 20
     child = int((tmp_path / "child").read_text())
     state = Path(f"/proc/{child}/stat")
@@ -103,14 +103,14 @@ def test_a_run_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(gpu, "_gpu", lambda: True)
     monkeypatch.setattr(sys, "executable", "/bin/true")
     assert gpu.main(["sweep", "steps", "--out", str(tmp_path), "--limit", "0.5"]) == 1
-    assert {r["verdict"] for r in results(tmp_path)} == {"not started: the run's time is up"}
+    assert {r["verdict"] for r in results(tmp_path)} == {"not started: the time limit of the run is used up"}
 
 
 def test_results_of_another_run_are_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "results.jsonl").write_text("")
     with pytest.raises(SystemExit, match="2"):
         gpu.main(["sweep", "--out", str(tmp_path), "--dry-run"])
-    assert "holds the results of another run; name another folder" in capsys.readouterr().err
+    assert "holds the results of another run; give another folder" in capsys.readouterr().err
 
 
 @pytest.mark.kills("benchmarks/gpu/__main__.py", "value is not None and stage not in names", "False")
@@ -119,14 +119,14 @@ def test_results_of_another_run_are_not_mixed_in(tmp_path: Path, capsys: pytest.
     [
         (["prove"], "the following arguments are required: --out"),
         (["proove", "--out", "{}"], "unknown stage 'proove'; available: prove, record, canary"),
-        (["prove", "--out", "{}", "--dry-run", "--states", "{}/none"], "none is no file; make it with"),
+        (["prove", "--out", "{}", "--dry-run", "--states", "{}/none"], "none is not a file; make it with"),
         (
             ["prove", "--out", "{}", "--dry-run", "--unsloth-zoo", "{}"],
-            "holds no unsloth_zoo/fused_losses/fused_linear.py; make one with pip install --no-deps --target",
+            "lacks unsloth_zoo/fused_losses/fused_linear.py; make one with pip install --no-deps --target",
         ),
         (
             ["unsloth", "--out", "{}", "--dry-run", "--states", __file__],
-            "--states serves the stage accuracy, which this run lacks; add it, or drop --states",
+            "--states applies to stage accuracy, which this run lacks; add the stage, or drop --states",
         ),
         pytest.param(
             ["prove", "--out", "{}"],

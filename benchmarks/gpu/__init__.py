@@ -1,1 +1,1 @@
-"""What has to be seen on a GPU, in two runs of less than six minutes: `python -m benchmarks.gpu`."""
+"""Checks and measurements on a GPU, in two runs of less than six minutes each: `python -m benchmarks.gpu`."""

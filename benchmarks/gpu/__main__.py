@@ -1,13 +1,13 @@
-"""Run stages on a GPU: each in a process of its own, with a time limit of its own.
+"""Run stages on a GPU. Each stage runs in a process of its own, with a time limit of its own.
 
-    python -m benchmarks.gpu prove  --out OUT   # do the kernels run, are they right, which shape is best
-    python -m benchmarks.gpu record --out OUT   # the figures to publish: ours, peers, training, accuracy
-    python -m benchmarks.gpu sweep steps --out OUT
+    python -m benchmarks.gpu prove --out OUT             # correctness, and the fastest launch config
+    python -m benchmarks.gpu record --out OUT            # the figures to publish
+    python -m benchmarks.gpu sweep steps --out OUT       # any stages, in this order
     python -m benchmarks.gpu prove --out OUT --dry-run   # on any machine: tiny shapes, Triton's interpreter
 
-Each result is a line of OUT/results.jsonl, written at once: a stage that is killed keeps what it measured. A
-stage that fails or runs past its limit is named, and the next one runs. A table ends the run. The exit status
-is 1 if a stage failed, 2 for wrong arguments.
+Each result is written at once, as a line of OUT/results.jsonl, so a killed stage keeps its results. If a
+stage fails or exceeds its limit, the run reports it and starts the next stage. The run ends with a table.
+The exit status is 1 if a stage failed, and 2 for invalid arguments.
 """
 
 import argparse
@@ -20,30 +20,33 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.plan import LIMIT, RUNS, STAGES, ZOO_FILE, ZOO_INSTALL
+from benchmarks.gpu.runs import LIMIT, RUNS, STAGES, ZOO_FILE, ZOO_INSTALL
 
-# a stage of a dry run is interpreted; the limits of a GPU do not apply
+# the kernels of a dry run are interpreted, which takes longer than on a GPU
 _DRY_LIMIT = 300.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "stages", nargs="+", metavar="STAGE", help=f"{', '.join(RUNS)}, or {', '.join(STAGES)}"
+        "stages",
+        nargs="+",
+        metavar="STAGE",
+        help=f"a run ({', '.join(RUNS)}) or a stage ({', '.join(STAGES)})",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder, empty or new")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU")
     parser.add_argument(
-        "--states", type=Path, help="hidden states from `python -m benchmarks.accuracy --export`"
+        "--states", type=Path, help="hidden states from `python -m benchmarks.studies.accuracy --export`"
     )
     parser.add_argument(
-        "--unsloth-zoo", type=Path, metavar="DIR", help=f"a folder with unsloth-zoo (AGPL-3.0); {ZOO_INSTALL}"
+        "--unsloth-zoo", type=Path, metavar="DIR", help=f"folder with unsloth-zoo (AGPL-3.0); {ZOO_INSTALL}"
     )
     parser.add_argument(
-        "--limit", type=float, default=LIMIT, metavar="S", help=f"of the run (default: {LIMIT:g})"
+        "--limit", type=float, default=LIMIT, metavar="S", help=f"seconds for the run (default: {LIMIT:g})"
     )
     given = parser.parse_args(arguments)
     names = [name for stage in given.stages for name in RUNS.get(stage, (stage,))]
@@ -52,19 +55,22 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"unknown stage {name!r}; available: {', '.join([*RUNS, *STAGES])}")
     if given.states is not None and not given.states.is_file():
         parser.error(
-            f"--states: {given.states} is no file; make it with python -m benchmarks.accuracy --export"
+            f"--states: {given.states} is not a file; "
+            "make it with python -m benchmarks.studies.accuracy --export"
         )
     if given.unsloth_zoo is not None and not (given.unsloth_zoo / ZOO_FILE).is_file():
-        parser.error(f"--unsloth-zoo: {given.unsloth_zoo} holds no {ZOO_FILE}; {ZOO_INSTALL}")
+        parser.error(f"--unsloth-zoo: {given.unsloth_zoo} lacks {ZOO_FILE}; {ZOO_INSTALL}")
     for option, value, stage in (
         ("--states", given.states, "accuracy"), ("--unsloth-zoo", given.unsloth_zoo, "unsloth"),
     ):  # fmt: skip
         if value is not None and stage not in names:
-            parser.error(f"{option} serves the stage {stage}, which this run lacks; add it, or drop {option}")
+            parser.error(
+                f"{option} applies to stage {stage}, which this run lacks; add the stage, or drop {option}"
+            )
     if (given.out / "results.jsonl").exists():
-        parser.error(f"--out: {given.out} holds the results of another run; name another folder")
+        parser.error(f"--out: {given.out} holds the results of another run; give another folder")
     if not given.dry_run and not _gpu():
-        parser.error("there is no CUDA device; pass --dry-run to try the stages on a CPU")
+        parser.error("no CUDA device; pass --dry-run to run the stages on a CPU")
     given.out.mkdir(parents=True, exist_ok=True)
 
     started, failed = time.monotonic(), []
@@ -82,9 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(name: str, given: argparse.Namespace, limit: float) -> str:
-    """Run one stage; return "passed", or why it did not."""
+    """Run one stage. Return "passed", or why it failed."""
     if limit <= 1:
-        return "not started: the run's time is up"
+        return "not started: the time limit of the run is used up"
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     if given.dry_run:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
@@ -97,12 +103,12 @@ def run(name: str, given: argparse.Namespace, limit: float) -> str:
     with (given.out / "log.txt").open("a", encoding="utf-8") as log:
         log.write(f"# {name}\n")
         log.flush()
-        # a group of its own: a kernel that hangs, and what it started, are killed together
+        # in a process group of its own, which is killed as a whole if a kernel hangs
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            return f"ran past its {limit:.0f} s"
+            return f"exceeded its limit of {limit:.0f} s"
         finally:
             _kill(process)
     return "passed" if code == 0 else f"failed with status {code}, see log.txt"
@@ -128,7 +134,7 @@ def _note(out: Path, **record: Any) -> None:
 
 
 def table(out: Path, names: list[str]) -> str:
-    """What was measured, a line each."""
+    """Return the results, one per line."""
     lines = []
     for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)

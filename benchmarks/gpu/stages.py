@@ -1,4 +1,4 @@
-"""The stages themselves; `benchmarks.gpu.plan` says what each of them asks. One process runs one stage."""
+"""The stages that `benchmarks.gpu.runs` lists. A process runs one stage."""
 
 import argparse
 import importlib.metadata
@@ -24,12 +24,14 @@ from benchmarks.interpreted import INTERPRETED, repair  # before anything that i
 import torch
 from torch import Tensor
 
-from benchmarks import accuracy, machine, measure, plans
-from benchmarks.gpu.plan import STAGES as STAGE_SECONDS
-from benchmarks.gpu.plan import ZOO_FILE, ZOO_INSTALL
+from benchmarks import machine, measure
+from benchmarks.gpu import launch_configs
+from benchmarks.gpu.runs import STAGES as STAGE_SECONDS
+from benchmarks.gpu.runs import ZOO_FILE, ZOO_INSTALL
 from benchmarks.measure import CUDA, DEVICE, seconds
 from benchmarks.problems import FROZEN, IGNORED, PROBLEMS, SETTINGS, TINY, Case, Problem, Setting
 from benchmarks.providers import LOGITS_PROVIDERS, PROVIDERS, Loss, MissingError, Provider, Solves, chosen
+from benchmarks.studies import accuracy
 from ual_kernels import (
     CrossEntropyOptions,
     LinearCrossEntropyOptions,
@@ -45,13 +47,13 @@ from ual_kernels._triton.gemm import add_product, product
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 VARIANTS = ("tma", "pointer", "cublas", "exact")
 ROUNDS = 7
-# cycles that a device sleeps before a step is timed, so that launches from Python are not what is measured
+# cycles that the device sleeps before a timed step, so that launches from Python are not measured
 _sleep = [4_000_000]
 STAGES: dict[str, Callable[["Run"], None]] = {}
 
 
 class Run:
-    """Where a stage writes, and on what it runs."""
+    """The options of a stage, and its results."""
 
     def __init__(
         self, name: str, out: Path, dry: bool, states: Path | None, unsloth_zoo: Path | None
@@ -59,7 +61,7 @@ class Run:
         self.name, self.out, self.dry, self.states, self.unsloth_zoo = name, out, dry, states, unsloth_zoo
 
     def emit(self, what: str, **values: Any) -> None:
-        """Write one result, at once."""
+        """Append one result to the results file."""
         with (self.out / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.name, "what": what, **values}) + "\n")
         print(what, values, flush=True)
@@ -75,21 +77,21 @@ class Run:
         return 1 if self.dry else ROUNDS
 
     def passed(self, variants: tuple[str, ...] = VARIANTS) -> list[str]:
-        """The variants that no canary of this run found wrong."""
-        bad = {what.partition(" ")[0] for what in self.wrong_canaries()}
+        """Return the variants that no canary of this run found incorrect."""
+        bad = {what.partition(" ")[0] for what in self.failed_canaries()}
         return [variant for variant in variants if variant not in bad]
 
     @property
     def main_variant(self) -> str:
-        """The fastest variant that passed: what "auto" would choose, unless a canary found it wrong."""
+        """The fastest variant that passed its canaries, or "auto"."""
         return next(iter(self.passed()), "auto")
 
-    def wrong_canaries(self) -> list[str]:
-        """What the canaries of this run found wrong."""
+    def failed_canaries(self) -> list[str]:
+        """Return the names of this run's canaries that failed."""
         path = self.out / "results.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         found = [record for record in map(json.loads, lines) if record["stage"] == "canary"]
-        return [r["what"] for r in found if r["what"] in CANARIES and r["verdict"] != "right"]
+        return [r["what"] for r in found if r["what"] in CANARIES and r["verdict"] != "correct"]
 
 
 def stage(function: Callable[[Run], None]) -> Callable[[Run], None]:
@@ -97,13 +99,13 @@ def stage(function: Callable[[Run], None]) -> Callable[[Run], None]:
     return function
 
 
-# ---- does it run ----
+# ---- do the kernels run ----
 
 
 CANARIES = {
     **{
-        f"{way} {kind}": (way, kind)
-        for way in VARIANTS
+        f"{variant} {kind}": (variant, kind)
+        for variant in VARIANTS
         for kind in ("frozen", "statistics", "trainable", "lora")
     },
     "logits kept": ("", "kept"),
@@ -115,7 +117,7 @@ CANARIES = {
 def canary(run: Run) -> None:
     """Run each kernel once on a tiny input, in a process that may hang or crash."""
     run.emit("machine", machine=machine.describe())
-    # a dry run needs no more than to see that the stage works
+    # two canaries suffice to test this stage
     names = [name for name in CANARIES if not run.dry or name in ("tma frozen", "logits inplace")]
 
     def try_one(name: str) -> str:
@@ -127,29 +129,29 @@ def canary(run: Run) -> None:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return "hangs"
-        return "right" if done.returncode == 0 else (done.stderr.strip() or "died").splitlines()[-1]
+        return "correct" if done.returncode == 0 else (done.stderr.strip() or "crashed").splitlines()[-1]
 
-    # side by side: most of their time is imports and compilation
+    # in parallel: most of their time is imports and compilation
     with ThreadPoolExecutor(1 if run.dry else 9) as pool:
         waiting = {pool.submit(try_one, name): name for name in names}
         for future in as_completed(waiting):
             run.emit(waiting[future], verdict=future.result())
-    if run.wrong_canaries():
-        sys.exit("some kernels are wrong; the stages that follow leave them out")
+    if run.failed_canaries():
+        sys.exit("some kernels are incorrect; later stages skip them")
 
 
 def _one_canary(name: str) -> None:
-    way, kind = CANARIES[name]
+    variant, kind = CANARIES[name]
     problem = Problem("canary", 64, 64, 328) if INTERPRETED else Problem("canary", 300, 256, 1_000)
-    if way:
-        of_states.VARIANT = way  # type: ignore[assignment]
+    if variant:
+        of_states.VARIANT = variant  # type: ignore[assignment]
         setting = BY_NAME.get(kind, FROZEN)
         loss = _with_statistics if kind == "statistics" else _ours
         case = problem.case(setting, DEVICE, torch.bfloat16)
         measure.errors(loss, measure.telling(case))
         taken = _variant(case)
-        if taken != way:
-            sys.exit(f"this card takes {taken} instead")
+        if taken != variant:
+            sys.exit(f"this GPU selects {taken} instead")
     else:
         measure.errors(
             _given_logits(kind == "inplace"), measure.telling(problem.logits(DEVICE, torch.bfloat16))
@@ -157,7 +159,7 @@ def _one_canary(name: str) -> None:
 
 
 def _variant(c: Case) -> str:
-    """The variant that a call takes."""
+    """Return the variant that a call selects."""
     assert c.head is not None
     n = c.smoothing if isinstance(c.smoothing, Tensor) else torch.zeros(len(c.target), device=DEVICE)
     inputs = LinearInputs(c.hidden, c.head, None, None, None, c.target, n, n, None)
@@ -169,11 +171,12 @@ def _ours(c: Case) -> Tensor:
     return _linear(c, None)
 
 
-def _linear(c: Case, live: int | None) -> Tensor:
-    """Ours as `ual` calls it: the collator has counted the loss tokens."""
+def _linear(c: Case, max_loss_tokens: int | None) -> Tensor:
+    """Call ours as `ual` does, whose collator counts the loss tokens."""
     return linear_cross_entropy(
         c.hidden, c.head, c.target, linear_lora=c.lora, label_smoothing=c.smoothing, sample_weight=c.weight,
-        reduction=c.reduction, options=LinearCrossEntropyOptions(max_loss_tokens=live), backend="triton",
+        reduction=c.reduction, backend="triton",
+        options=LinearCrossEntropyOptions(max_loss_tokens=max_loss_tokens),
     )  # fmt: skip
 
 
@@ -181,10 +184,11 @@ def _with_statistics(c: Case) -> Tensor:
     return _linear_with_statistics(c, None)
 
 
-def _linear_with_statistics(c: Case, live: int | None) -> Tensor:
+def _linear_with_statistics(c: Case, max_loss_tokens: int | None) -> Tensor:
     return linear_cross_entropy_with_statistics(
         c.hidden, c.head, c.target, label_smoothing=c.smoothing, sample_weight=c.weight,
-        reduction=c.reduction, options=LinearCrossEntropyOptions(max_loss_tokens=live), backend="triton",
+        reduction=c.reduction, backend="triton",
+        options=LinearCrossEntropyOptions(max_loss_tokens=max_loss_tokens),
     )[0]  # fmt: skip
 
 
@@ -195,12 +199,12 @@ def _given_logits(inplace: bool) -> Callable[[Case], Tensor]:
     )
 
 
-# ---- what bounds it ----
+# ---- lower bounds ----
 
 
 @stage
 def ceilings(run: Run) -> None:
-    """Copies, and products as the losses call them, over the bare ones."""
+    """Time memory copies, bare products, and products as the losses call them."""
     with suppress(FileNotFoundError):
         told = subprocess.run(
             ["nvidia-smi", "-q", "-d", "CLOCK,POWER"], capture_output=True, text=True, check=False
@@ -240,7 +244,7 @@ def ceilings(run: Run) -> None:
 
 
 def _copied(problem: Problem, run: Run) -> float:
-    """Seconds that reading and writing 16-bit logits once takes a plain copy."""
+    """Return the seconds that a memory copy needs to read and write 16-bit logits once."""
     return 4 * problem.rows * problem.vocab * _best(measure.copy(), run) / measure.COPIED
 
 
@@ -249,12 +253,12 @@ def _best(step: Callable[[], Any], run: Run) -> float:
     return min(seconds(step) for _ in range(run.rounds))
 
 
-# ---- is it right ----
+# ---- tests ----
 
 
 @stage
 def tests(run: Run) -> None:
-    """The kernels' tests, without the project's options: another pytest, torch or numpy may stand there."""
+    """Run the kernels' tests, without the project's options: another pytest or torch may be installed."""
     report = run.out / "tests.xml"
     selection = ["tests/kernels/test_linear_triton.py", "tests/kernels/test_cross_entropy.py",
                  "tests/kernels/test_tokens.py", "tests/kernels/test_gpu.py",
@@ -267,10 +271,10 @@ def tests(run: Run) -> None:
         options += ["-n", "12"]
     if _importable("pytest_timeout"):
         options += ["--timeout", "60" if CUDA else "240", "--timeout-method", "thread"]
-    # pytest's settings of the run around this one are its own
+    # the settings of an enclosing pytest do not apply
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     command = [sys.executable, "-W", "ignore", "-m", "pytest", *options, f"--junitxml={report}", *selection]
-    # SIGINT, so that pytest still writes what it has seen
+    # after SIGINT, pytest still writes its report
     process = subprocess.Popen(command, cwd=machine.ROOT, env=environment)
     try:
         status = process.wait(None if run.dry else STAGE_SECONDS["tests"].seconds - 15)
@@ -294,14 +298,14 @@ def _importable(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-# ---- which launch shape ----
+# ---- launch configs ----
 
 
 @stage
 def sweep(run: Run) -> None:
-    """x's GEMM under several plans; given logits under several blocks."""
+    """Time launch configs of the GEMM that makes x, and of the kernel of given logits."""
     for problem in run.problems("llama3", "llama2"):
-        for record in plans.sweep(problem, 1 if run.dry else 5):  # as they are measured
+        for record in launch_configs.sweep(problem, 1 if run.dry else 5):
             run.emit(f"{problem.name} {record.pop('plan')}", **record)
     problem = run.problems("llama3")[0]
     case, copied = problem.logits(DEVICE, torch.bfloat16), _copied(problem, run)
@@ -313,7 +317,7 @@ def sweep(run: Run) -> None:
         try:
             taken = _best(measure.training_step(_given_logits(True), case), run)
             run.emit(f"logits in place {block} {warps} warps", ms=taken * 1e3, of_copy=copied / taken)
-        except Exception as error:  # too many registers for this card, and the like
+        except Exception as error:  # for example, too many registers for this GPU
             run.emit(
                 f"logits in place {block} {warps} warps", raised=f"{type(error).__name__}: {error}"[:200]
             )
@@ -321,18 +325,18 @@ def sweep(run: Run) -> None:
             of_logits.plan = choose
 
 
-# ---- whole steps ----
+# ---- complete steps ----
 
 
 @stage
 def steps(run: Run) -> None:
-    """Every way, on the two hardest shapes; then where one step spends its time."""
+    """Time every variant on the two hardest shapes, and profile one step."""
     for problem in run.problems("llama3", "gemma2"):
         for setting in run.settings("frozen", "trainable", "half-ignored", "none+weights", "lora"):
-            for way in (
+            for variant in (
                 run.passed(("tma", "pointer", "cublas")) if setting == "frozen" else [run.main_variant]
             ):
-                _race(run, problem, BY_NAME[setting], way)
+                _race(run, problem, BY_NAME[setting], variant)
         if not run.dry:  # minutes in the interpreter
             _race(run, problem, FROZEN, run.main_variant, statistics=True)
     problem = run.problems("llama3")[0]
@@ -351,18 +355,18 @@ def steps(run: Run) -> None:
         run.emit("one step: " + event.key[:60], count=event.count, ms=getattr(event, key) / 1e3)
 
 
-def _race(run: Run, problem: Problem, setting: Setting, way: str, *, statistics: bool = False) -> None:
-    of_states.VARIANT = way  # type: ignore[assignment]
+def _race(run: Run, problem: Problem, setting: Setting, variant: str, *, statistics: bool = False) -> None:
+    of_states.VARIANT = variant  # type: ignore[assignment]
     case = problem.case(setting, DEVICE, torch.bfloat16)
-    live = int((case.target != IGNORED).sum())
+    loss_tokens = int((case.target != IGNORED).sum())
     call = _linear_with_statistics if statistics else _linear
-    label = f"{problem.name} {setting.name}{', statistics' if statistics else ''}, {way}"
-    found = _timed(run, lambda c: call(c, live), case, setting)
+    label = f"{problem.name} {setting.name}{', statistics' if statistics else ''}, {variant}"
+    found = _timed(run, lambda c: call(c, loss_tokens), case, setting)
     run.emit(label, **found)
 
 
 def _timed(run: Run, loss: Callable[[Case], Tensor], case: Case, setting: Setting) -> dict[str, float]:
-    """A step over the bare products of the same round: as called, and with launches hidden."""
+    """Time a step relative to the bare products of the same round, as called and by the device alone."""
     step, bare = measure.training_step(loss, case), measure.products(case, setting)
     bare()
     step()
@@ -382,7 +386,7 @@ def _timed(run: Run, loss: Callable[[Case], Tensor], case: Case, setting: Settin
 
 
 def _asleep(step: Callable[[], Any]) -> float:
-    """Seconds of the device alone: it sleeps until the step's launches are queued."""
+    """Return the seconds of the device alone: it sleeps until the step's launches are queued."""
     if not CUDA:
         return seconds(step)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -402,10 +406,10 @@ def _asleep(step: Callable[[], Any]) -> float:
 
 @stage
 def ncu(run: Run) -> None:
-    """NVIDIA's profiler on one slice, where it is installed."""
+    """Profile one slice with NVIDIA's profiler, if it is installed."""
     tool = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
     if tool is None:
-        run.emit("ncu", skipped="it is not installed" if CUDA else "there is no GPU")
+        run.emit("ncu", skipped="not installed" if CUDA else "no GPU")
         return
     sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats")
     for kernel, what in (("_tma_kernel", "one-slice"), ("_forward_kernel", "one-logits")):
@@ -416,7 +420,7 @@ def ncu(run: Run) -> None:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=16, check=False)
         except subprocess.TimeoutExpired:
-            run.emit(f"ncu {kernel}", raised="it ran past 16 s")
+            run.emit(f"ncu {kernel}", raised="exceeded its limit of 16 s")
             continue
         if done.returncode:
             said = (done.stdout + done.stderr).strip().splitlines()
@@ -450,17 +454,17 @@ CHECKED = {
 
 @stage
 def sanitizer(run: Run) -> None:
-    """Races in shared memory, and accesses out of bounds, on few paths: checkers are slow."""
+    """Check a few paths for races in shared memory and accesses out of bounds; checkers are slow."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
-        run.emit("sanitizer", skipped="it is not installed" if CUDA else "there is no GPU")
+        run.emit("sanitizer", skipped="not installed" if CUDA else "no GPU")
         return
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    inner = [sys.executable, "-W", "ignore", "-m", "benchmarks.sanitized"]
+    inner = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.sanitized"]
     planted = subprocess.run(
         [tool, "--tool", "memcheck", "--error-exitcode", "9", *inner, "--planted"], check=False
     )
-    run.emit("memcheck sees a planted error", seen=planted.returncode == 9)
+    run.emit("memcheck finds a planted error", seen=planted.returncode == 9)
     worst = int(planted.returncode != 9)
     for checker, paths in CHECKED.items():
         only = [argument for path in paths for argument in ("--only", path)]
@@ -468,15 +472,15 @@ def sanitizer(run: Run) -> None:
         run.emit(checker, status=done.returncode)
         worst |= done.returncode != 0  # a signal's status is negative
     if worst:
-        sys.exit("a checker found something, or did not see what was planted")
+        sys.exit("a checker reported an error, or missed the planted one")
 
 
-# ---- the record ----
+# ---- figures to publish ----
 
 
 @stage
 def ours(run: Run) -> None:
-    """Every shape and setting, and given logits."""
+    """Time every shape and setting, and given logits."""
     for problem in run.problems("llama3", "gemma2", "qwen2.5", "llama2"):
         for setting in run.settings("frozen", "none+weights", "trainable", "half-ignored", "lora"):
             _race(run, problem, BY_NAME[setting], run.main_variant)
@@ -490,18 +494,18 @@ def ours(run: Run) -> None:
 
 
 def _peer(run: Run, problem: Problem, setting: Setting, provider: Provider, **more: str) -> None:
-    """Time a step of another implementation, if it is right."""
+    """Time a step of another implementation, if it is correct."""
     label = f"{problem.name} {setting.name}: {provider.name}"
     try:
         loss = provider.load()
         small = measure.slice_of(problem).case(setting, DEVICE, torch.bfloat16)
-        measure.errors(loss, provider.ask(measure.telling(small)))
-        case = provider.ask(problem.case(setting, DEVICE, torch.bfloat16))
+        measure.errors(loss, provider.adapt(measure.telling(small)))
+        case = provider.adapt(problem.case(setting, DEVICE, torch.bfloat16))
         found = _timed(run, loss, case, setting)
         run.emit(label, solves=provider.solves.value, **found, **more)
     except (MissingError, measure.WrongError) as error:
         run.emit(label, left_out=str(error), **more)
-    except Exception as error:  # a failing peer must not abort the stage
+    except Exception as error:  # an exception in one provider must not end the stage
         run.emit(label, raised=f"{type(error).__name__}: {error}"[:300], **more)
     if CUDA:
         torch.cuda.empty_cache()
@@ -509,7 +513,7 @@ def _peer(run: Run, problem: Problem, setting: Setting, provider: Provider, **mo
 
 @stage
 def peers(run: Run) -> None:
-    """Others, after a check against float64, on the question that each of them can answer."""
+    """Time other implementations, after a check against float64, on the problem that each of them solves."""
     names = ("naive", "naive, torch.compile", "F.cross_entropy of 16-bit logits", "liger + rank one",
              "liger fused linear", "cut-cross-entropy", "cut-cross-entropy, no filter", "trl chunked",
              "torch chunked")  # fmt: skip
@@ -524,21 +528,21 @@ def peers(run: Run) -> None:
             try:
                 loss = provider.load()
                 small = measure.telling(measure.slice_of(problem).logits(DEVICE, torch.bfloat16))
-                measure.errors(loss, provider.ask(small))
-                taken = _best(measure.training_step(loss, provider.ask(case)), run)
+                measure.errors(loss, provider.adapt(small))
+                taken = _best(measure.training_step(loss, provider.adapt(case)), run)
                 run.emit(label, solves=provider.solves.value, ms=taken * 1e3, of_copy=copied / taken)
             except (MissingError, measure.WrongError) as error:
                 run.emit(label, left_out=str(error))
-            except Exception as error:  # a failing peer must not abort the stage
+            except Exception as error:  # an exception in one provider must not end the stage
                 run.emit(label, raised=f"{type(error).__name__}: {error}"[:300])
 
 
 @stage
 def unsloth(run: Run) -> None:
-    """unsloth-zoo's fused head: no smoothing and one for all tokens, with the head frozen.
+    """Time unsloth-zoo's fused head, frozen, without smoothing and with one smoothing for all tokens.
 
-    The package does not import beside the versions of this project, so its one file is loaded by its path, in
-    the process that this stage is.
+    The package is incompatible with the versions that this project installs. The stage loads its file
+    `fused_linear.py` by its path instead.
     """
     folder = run.unsloth_zoo
     if folder is None:
@@ -561,13 +565,13 @@ def unsloth(run: Run) -> None:
     about = {"version": found.version if found else "unknown", "license": "AGPL-3.0"}
     for problem in run.problems("llama3", "gemma2"):
         for solves in (Solves.NONE, Solves.ONE):
-            provider = Provider(f"unsloth-zoo, {solves.value}", solves, load, "unsloth_zoo", rows=False)
+            provider = Provider(f"unsloth-zoo, {solves.value}", solves, load, "unsloth_zoo", per_token=False)
             _peer(run, problem, FROZEN, provider, **about)
 
 
 @stage
 def training(run: Run) -> None:
-    """A LoRA step of a random Llama, fused and as transformers computes it."""
+    """Time a LoRA step of a random Llama, with transformers' loss and with the fused loss."""
     try:
         from peft import LoraConfig, get_peft_model
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -613,13 +617,13 @@ def training(run: Run) -> None:
         run.emit(f"LoRA step, {name}", ms=taken * 1e3, loss=losses[-1].item(), **peak)
     unfuse(model)
     off = sum(((a - b) ** 2).sum() for a, b in zip(*gradients.values(), strict=True))
-    whole = sum((a**2).sum() for a in gradients["transformers"])
-    run.emit("LoRA gradients apart", relative=float(off / whole) ** 0.5)
+    norm = sum((a**2).sum() for a in gradients["transformers"])
+    run.emit("LoRA gradients apart", relative=float(off / norm) ** 0.5)
 
 
 @stage
 def accuracy_(run: Run) -> None:
-    """dE and dC on the hidden states of a real model."""
+    """Measure errors of dE and dC on hidden states of a real model."""
     if run.states is not None:
         states = accuracy.stored(run.states, 1_024)
     elif run.dry:
@@ -629,18 +633,18 @@ def accuracy_(run: Run) -> None:
         return
     case = accuracy.problem(states)
     truth = measure.exact(case)
-    for way in (*run.passed(), ""):
-        if way:
-            of_states.VARIANT = way  # type: ignore[assignment]
-        name = way or "naive"
-        provider = next(p for p in PROVIDERS if p.name == ("ours, triton fused" if way else "naive"))
-        loss = _ours if way else provider.load()
+    for variant in (*run.passed(), ""):
+        if variant:
+            of_states.VARIANT = variant  # type: ignore[assignment]
+        name = variant or "naive"
+        provider = next(p for p in PROVIDERS if p.name == ("ours, triton fused" if variant else "naive"))
+        loss = _ours if variant else provider.load()
         run.emit(f"accuracy, {name}", **accuracy.measure(provider, loss, case, truth))
 
 
 @stage
 def scaling(run: Run) -> None:
-    """Time a token and peak memory, from one token to many."""
+    """Measure time and peak memory from one token to many."""
     of_states.VARIANT = run.main_variant  # type: ignore[assignment]
     for rows in (16, 48) if run.dry else (1, 256, 4_096, 65_536):
         problem = Problem("scaling", rows, *((64, 320) if run.dry else (4_096, 128_256)))
@@ -650,7 +654,7 @@ def scaling(run: Run) -> None:
 
 
 def main() -> None:
-    """One stage, as `benchmarks.gpu` starts it."""
+    """Run one stage, for `benchmarks.gpu`."""
     parser = argparse.ArgumentParser("python -m benchmarks.gpu.stages")
     inner = {"one-canary": None, "one-slice": _one_slice, "one-logits": _one_logits}
     parser.add_argument("stage", choices=[*STAGES, *inner])

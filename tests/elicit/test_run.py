@@ -267,7 +267,7 @@ def test_ten_thousand_samples_stream_in_bounded_memory(tmp_path: Path) -> None:
     """The benchmark behind the figures of docs/elicitation.md, with fewer samples."""
     found = []
     for count in (1_000, 10_000):
-        command = [sys.executable, "-m", "benchmarks.elicitation_scale", str(tmp_path / str(count))]
+        command = [sys.executable, "-m", "benchmarks.studies.elicitation_scale", str(tmp_path / str(count))]
         done = subprocess.run(
             [*command, "--rows", str(count)],
             env=ENVIRONMENT,
@@ -287,7 +287,7 @@ def test_ten_thousand_samples_stream_in_bounded_memory(tmp_path: Path) -> None:
 
 def test_recorded_answers_become_uncertainties_as_in_the_docs(tmp_path: Path, shared: Path) -> None:
     """The commands behind the figures of docs/elicitation.md, on three questions."""
-    from benchmarks import elicitation
+    from benchmarks.studies import elicitation
 
     elicitation.write_rows(shared / "data", tmp_path, "unused", 5)
     config = tmp_path / "gsm8k.yaml"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.launches import watching
+from benchmarks.gpu.launches import watching
 from tests.kernels.cases import (
     cross_entropy,
     definition,

@@ -1,4 +1,4 @@
-"""Adds providers that are wrong, slow, broken, too large, or not installed."""
+"""Providers that are incorrect, slow, broken, too large, or not installed."""
 
 import time
 
@@ -9,7 +9,7 @@ from benchmarks.problems import Case
 from benchmarks.providers import Loss, MissingError, Provider, Solves, naive
 
 
-def forgets_smoothing(c: Case) -> Tensor:
+def ignores_smoothing(c: Case) -> Tensor:
     return naive(c._replace(smoothing=0.0))
 
 
@@ -35,10 +35,10 @@ def missing() -> Loss:
 
 
 providers.PROVIDERS += (
-    Provider("sleeps", Solves.PER_ROW, lambda: sleeps),
-    Provider("forgets smoothing", Solves.PER_ROW, lambda: forgets_smoothing),
-    Provider("drops a token", Solves.PER_ROW, lambda: drops_a_token),
-    Provider("raises", Solves.PER_ROW, lambda: raises),
-    Provider("too large", Solves.PER_ROW, lambda: too_large),
-    Provider("missing", Solves.PER_ROW, missing),
+    Provider("sleeps", Solves.PER_TOKEN, lambda: sleeps),
+    Provider("ignores smoothing", Solves.PER_TOKEN, lambda: ignores_smoothing),
+    Provider("drops a token", Solves.PER_TOKEN, lambda: drops_a_token),
+    Provider("raises", Solves.PER_TOKEN, lambda: raises),
+    Provider("too large", Solves.PER_TOKEN, lambda: too_large),
+    Provider("missing", Solves.PER_TOKEN, missing),
 )

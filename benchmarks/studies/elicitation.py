@@ -1,10 +1,11 @@
-"""Rows and configurations for the figures of docs/elicitation.md, from the folder of real data sets.
+"""Samples and configurations for the figures of docs/elicitation.md, from real data sets.
 
-    python -m benchmarks.elicitation rows ../shared/data FOLDER --model MODEL [--rows 1000]
-    python -m benchmarks.elicitation answer ../shared/data FOLDER
+    python -m benchmarks.studies.elicitation rows ../shared/data FOLDER --model MODEL [--rows 1000]
+    python -m benchmarks.studies.elicitation answer ../shared/data FOLDER
 
-`rows` writes rows and configurations for TruthfulQA, ChaosNLI and GSM8K. `answer` answers the batch files
-that `ual elicit gsm8k.yaml --export-batch batch` wrote with the recorded answers, as FOLDER/answers.jsonl.
+`rows` writes samples and configurations for TruthfulQA, ChaosNLI and GSM8K. `answer` reads the batch files
+that `ual elicit gsm8k.yaml --export-batch batch` wrote, and writes FOLDER/answers.jsonl with the recorded
+answers.
 """
 
 import argparse
@@ -24,7 +25,7 @@ _ANSWERS = 18  # recorded for all but 18 of 1,319 questions
 
 
 def truthfulqa(data: Path, count: int) -> Iterator[dict[str, Any]]:
-    """Yield a sample of the answers, with their human verdicts."""
+    """Yield a random sample of the answers, with their human verdicts."""
     lines = (data / "truthfulqa" / "finetune_truth.jsonl").read_text().splitlines()
     given = [i for i, line in enumerate(lines) if "\\nA: \\nTrue:" not in line]  # some answers are empty
     for i in sorted(random.Random(0).sample(given, count)):
@@ -66,15 +67,15 @@ def recorded(data: Path) -> Iterator[dict[str, Any]]:
 
 
 def gsm8k(data: Path) -> Iterator[dict[str, Any]]:
-    """Yield the questions that have 18 recorded answers, with their majority, and whether it is right."""
+    """Yield the questions that have 18 recorded answers, with their majority, and whether it is correct."""
     for i, row in enumerate(recorded(data)):
         values = [normalize(sample["answer"]) for sample in row["samples"][:_ANSWERS]]
         if len(values) < _ANSWERS:
             continue
         label = reliability.majority(values)
         if label is not None:
-            right = label == normalize(row["gold"])
-            yield {"id": str(i), "prompt": row["question"], "completion": label, "correct": right}
+            correct = label == normalize(row["gold"])
+            yield {"id": str(i), "prompt": row["question"], "completion": label, "correct": correct}
 
 
 def write_rows(data: Path, folder: Path, model: str, count: int) -> None:
@@ -117,7 +118,7 @@ def write_rows(data: Path, folder: Path, model: str, count: int) -> None:
 
 
 def answer(data: Path, folder: Path) -> None:
-    """Answer each exported request with the recorded answer whose place is its seed."""
+    """Answer each exported request with the recorded answer whose index is its seed."""
     answers = {row["question"]: [sample["answer"] for sample in row["samples"]] for row in recorded(data)}
     with (folder / "answers.jsonl").open("w") as out:
         for path in sorted((folder / "batch").glob("*.jsonl")):

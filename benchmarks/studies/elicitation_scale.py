@@ -1,10 +1,9 @@
-"""What the machinery of `ual elicit` costs per row: throughput, peak memory, size of the cache.
+"""Cost of `ual elicit` per sample without a model: throughput, peak memory, size of the cache.
 
-    python -m benchmarks.elicitation_scale FOLDER [--rows 1000000]
+    python -m benchmarks.studies.elicitation_scale FOLDER [--rows 1000000]
 
-The backend answers at once and in this process, so that what is measured is the rest: reading, hashing,
-the cache, the evidence, the rows written. Prints one line of JSON. A second run of the same folder reads the
-cache.
+The backend answers at once and in this process. What is measured is the rest: reading, hashing, the cache,
+the evidence, and writing samples. Prints one line of JSON. A second run in the same folder reads the cache.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from ual.uncertainty.protocol import Reply, Request
 
 
 class Instant:
-    """Answers at once, and meters as an endpoint does."""
+    """Answers at once, and charges the meter as an endpoint does."""
 
     tasks = frozenset({"generate"})
     identity: Mapping[str, Any] = {"instant": 1}
@@ -37,7 +36,7 @@ class Instant:
         return Reply("0.25", prompt_tokens=used.prompt_tokens, completion_tokens=3)
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 def measure(folder: Path, count: int) -> dict[str, Any]:

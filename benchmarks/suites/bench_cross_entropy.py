@@ -1,4 +1,4 @@
-"""Logits in, loss and their gradient out: everybody beside a plain copy of memory."""
+"""Loss and gradient of given logits, relative to a plain memory copy."""
 
 from functools import lru_cache
 from typing import Any
@@ -44,7 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @lru_cache(maxsize=1)
 def arena(problem: Problem, dtype: str) -> tuple[Case, Step, Step]:
-    """The logits, which everybody shares, a copy of memory and ours."""
+    """Return the logits that all providers share, a step that copies memory, and a step of ours."""
     case = problem.logits(DEVICE, DTYPES[dtype])
     return case, copy(), training_step(OURS.load(), case)
 
@@ -62,14 +62,14 @@ def test_cross_entropy(
     row["setting"] = "logits"
     loss = grid.loaded(provider, form)
     sample = telling(slice_of(problem).logits(DEVICE, DTYPES[dtype]))
-    row["errors"] = errors(loss, grid.asked(provider, sample))
+    row["errors"] = errors(loss, grid.supported(provider, sample))
     if reason := fits(problem, provider):
         raise MemoryError(reason)
     case, plain, ours = arena(problem, dtype)
-    step = training_step(loss, provider.ask(case))
+    step = training_step(loss, provider.adapt(case))
     beside = {"copy": plain} | ({} if provider is OURS else {"ours": ours})
     row["seconds"] = found = race(benchmark, step, beside, form.rounds, form.patience)
-    # read once and written once is the least that a gradient of given logits can cost
+    # the lower bound of memory traffic: each logit is read once, and its gradient written once
     least = 2 * case.hidden.numel() * case.hidden.element_size()
     row["least_bytes"] = least
     row["of_copy"] = ratio(found["it"], found["copy"]) * COPIED / least

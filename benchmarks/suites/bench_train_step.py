@@ -1,10 +1,10 @@
-"""A whole LoRA step of SmolLM2-135M: transformers' own loss against the fused one, in time and memory.
+"""Time and memory of a complete LoRA step of SmolLM2-135M, with transformers' loss and with the fused loss.
 
-    python -m benchmarks.bench_train_step fused bf16      # the memory of one step, in a process of its own
+    python -m benchmarks.suites.bench_train_step fused bf16    # memory of one step, in a process of its own
 
-Forward, backward and optimizer on one batch, with the model that `ual quickstart` trains (V = 49152, D = 576,
-weights dequantised from 4 bits). The head's share is what is left of a step's time when the body's own step,
-with a given gradient, is taken away.
+Forward, backward and optimizer step on one batch, with the model that `ual quickstart` trains (V = 49152, D
+= 576, weights dequantized from 4 bits). The head's share is the part of a step's time that remains after
+subtracting a step of the body alone, with a given gradient.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from benchmarks import grid
-from benchmarks.accuracy import model_folder
 from benchmarks.measure import (
     CLOCK,
     CUDA,
@@ -30,14 +29,15 @@ from benchmarks.measure import (
     ratio,
 )
 from benchmarks.problems import IGNORED
+from benchmarks.studies.accuracy import model_folder
 
-ROWS, LENGTH, LIVE = 4, 256, 0.5
-LOSSES = {"transformers": "s = 0", "fused": "s per row"}
-SLOWER = 1.05  # what the fused step may take on a CPU, of the other's time
+SAMPLES, LENGTH, LOSS_TOKENS = 4, 256, 0.5  # loss tokens: a share of the tokens
+LOSSES = {"transformers": "s = 0", "fused": "s per token"}
+SLOWER = 1.05  # upper bound on the time of the fused step relative to transformers' step, on a CPU
 
 
 class Step:
-    """A model with its adapter, its optimizer and one batch; calling it trains one step."""
+    """A model with adapter, optimizer and one batch. Calling it trains one step."""
 
     def __init__(self, loss: str, dtype: str) -> None:
         from peft import LoraConfig, get_peft_model
@@ -55,23 +55,23 @@ class Step:
         adapter = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         self.model = get_peft_model(base, adapter).train()
         self.optimizer = torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), lr=1e-4)
-        ids = torch.randint(10, self.head.shape[0], (ROWS, LENGTH))
-        labels = ids.masked_fill(torch.rand(ids.shape) >= LIVE, IGNORED)
+        ids = torch.randint(10, self.head.shape[0], (SAMPLES, LENGTH))
+        labels = ids.masked_fill(torch.rand(ids.shape) >= LOSS_TOKENS, IGNORED)
         self.inputs = {"input_ids": ids.to(DEVICE), "labels": labels.to(DEVICE)}
         if loss == "fused":
             self.inputs |= {
-                "label_smoothing": torch.full((ROWS,), 0.1, device=DEVICE),
-                "sample_weight": torch.ones(ROWS, device=DEVICE),
+                "label_smoothing": torch.full((SAMPLES,), 0.1, device=DEVICE),
+                "sample_weight": torch.ones(SAMPLES, device=DEVICE),
                 "max_loss_tokens": int((labels[:, 1:] != IGNORED).sum()),
             }
-        self.upstream = torch.randn(ROWS, LENGTH, self.head.shape[1], dtype=DTYPES[dtype], device=DEVICE)
+        self.upstream = torch.randn(SAMPLES, LENGTH, self.head.shape[1], dtype=DTYPES[dtype], device=DEVICE)
 
     def __call__(self) -> None:
         self.model(**self.inputs).loss.backward()
         self._update()
 
     def body(self) -> None:
-        """The same without head and loss."""
+        """Train one step of the body alone, without head and loss."""
         hidden = self.base.base_model(input_ids=self.inputs["input_ids"]).last_hidden_state
         hidden.backward(self.upstream)
         self._update()
@@ -95,9 +95,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_train_step(benchmark: Any, row: dict[str, Any], form: grid.Form, dtype: str, loss: str) -> None:
     benchmark.group, benchmark.extra_info = f"LoRA step {dtype}", row
     row |= {"problem": "SmolLM2-135M", "setting": "LoRA step", "dtype": dtype, "provider": loss}
-    row |= {"solves": LOSSES[loss], "ours": loss == "fused", "rows": ROWS * LENGTH}
+    row |= {"solves": LOSSES[loss], "ours": loss == "fused", "rows": SAMPLES * LENGTH}
     if form.name == grid.SMOKE.name:
-        pytest.skip("a real model's step takes longer than a smoke run")
+        pytest.skip("a step of a real model takes longer than a smoke run")
     from ual.pipelines.quickstart.model import PACKAGE
 
     try:
@@ -114,16 +114,18 @@ def test_train_step(benchmark: Any, row: dict[str, Any], form: grid.Form, dtype:
     row["head_share"] = max(0.0, 1 - ratio(found["body"], found["it"]))
     row["peak_bytes"] = peak_bytes(both[loss]) if CUDA else elsewhere(__name__, loss, dtype)
     if loss == "fused" and not CUDA:
-        assert row["of_transformers"] <= SLOWER, f"took {row['of_transformers']:.2f} of transformers' time"
+        assert row["of_transformers"] <= SLOWER, (
+            f"fused / transformers is {row['of_transformers']:.2f}; at most {SLOWER} is allowed"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks.bench_train_step", description=__doc__)
+    parser = argparse.ArgumentParser("python -m benchmarks.suites.bench_train_step", description=__doc__)
     parser.add_argument("loss", choices=LOSSES)
     parser.add_argument("dtype", choices=DTYPES)
     given = parser.parse_args()
     step = Step(given.loss, given.dtype)
-    step()  # optimizer states, library code
+    step()  # loads library code and allocates the optimizer states
     gc.collect()
     print(above_resident(step))
 

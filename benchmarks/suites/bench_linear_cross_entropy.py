@@ -1,4 +1,4 @@
-"""Hidden states and a head in, loss and gradients out: everybody beside the bare products."""
+"""Loss and gradients of hidden states and a head, relative to the bare matrix products."""
 
 from functools import lru_cache
 from typing import Any
@@ -27,8 +27,8 @@ from benchmarks.problems import CPU_PROBLEMS, FROZEN, Case, Problem, Setting
 from benchmarks.providers import PROVIDERS, Provider
 
 OURS = next(p for p in PROVIDERS if p.name == ("ours, triton fused" if CUDA else "ours"))
-# Best time of ours over the best of the bare products: 1.6 to 2.3 on two cores, and has to be 1.07 on a GPU;
-# of the naive loss 4.5 and more.
+# Upper bound on the best time of ours over the best time of the bare products. docs/benchmarks.md quotes the
+# committed ratios of ours and of the naive loss.
 GATE = 1.5 if CUDA else 3.0
 
 
@@ -40,7 +40,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ("problem", "setting", "dtype", "provider"),
         [
             pytest.param(p, s, dtype, who, id=f"{p.name}-{s.name}-{dtype}-{who.name}")
-            # what a budget cuts off is the last settings, not the last problems
+            # in this order, --budget drops the last settings, not the last problems
             for dtype in given.dtypes
             for s in grid.settings_of(given, dtype)
             for p in given.problems
@@ -51,9 +51,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @lru_cache(maxsize=1)
 def arena(problem: Problem, setting: Setting, dtype: str) -> tuple[Case, Step, Step]:
-    """The inputs, which everybody shares, the bare products and ours."""
+    """Return the inputs that all providers share, a step of the bare products, and a step of ours."""
     case = problem.case(setting, DEVICE, DTYPES[dtype])
-    return case, products(case, setting), training_step(OURS.load(), OURS.ask(case))
+    return case, products(case, setting), training_step(OURS.load(), OURS.adapt(case))
 
 
 @pytest.mark.benchmark(timer=CLOCK)
@@ -69,17 +69,17 @@ def test_linear_cross_entropy(
     benchmark.group, benchmark.extra_info = f"{problem.name} {setting.name} {dtype}", row
     loss = grid.loaded(provider, form)
     sample = telling(slice_of(problem).case(setting, DEVICE, DTYPES[dtype]))
-    row["errors"] = errors(loss, grid.asked(provider, sample))
+    row["errors"] = errors(loss, grid.supported(provider, sample))
     if reason := fits(problem, provider):
         raise MemoryError(reason)
     case, bare, ours = arena(problem, setting, dtype)
-    step = training_step(loss, provider.ask(case))
+    step = training_step(loss, provider.adapt(case))
     beside = {"products": bare} | ({} if provider is OURS else {"ours": ours})
     row["seconds"] = found = race(benchmark, step, beside, form.rounds, form.patience)
     row["of_products"] = ratio(found["it"], found["products"])
     row["of_ours"] = ratio(found["it"], found.get("ours", found["it"]))
-    live = problem.rows - int(problem.rows * setting.ignored)
-    row["flop"] = 2 * setting.products * live * problem.vocab * problem.features
+    loss_tokens = problem.rows - int(problem.rows * setting.ignored)
+    row["flop"] = 2 * setting.products * loss_tokens * problem.vocab * problem.features
     if CUDA:
         row["peak_bytes"] = peak_bytes(step)
     elif setting == FROZEN and form.name != "smoke":
@@ -88,7 +88,7 @@ def test_linear_cross_entropy(
 
 @pytest.mark.benchmark(timer=CLOCK)
 def test_ours_stays_near_the_bare_products(benchmark: Any, row: dict[str, Any]) -> None:
-    """The gate: a ratio within a run, of the rounds that a shared machine disturbed least."""
+    """The gate: the ratio of the best times of one run, which other load on the machine disturbs least."""
     problem = CPU_PROBLEMS[0]
     benchmark.group, benchmark.extra_info = "gate", row
     row |= {"problem": problem.name, "setting": FROZEN.name, "provider": OURS.name}
@@ -96,4 +96,4 @@ def test_ours_stays_near_the_bare_products(benchmark: Any, row: dict[str, Any]) 
     step = training_step(OURS.load(), case)
     row["seconds"] = found = race(benchmark, step, {"products": products(case, FROZEN)}, 12, 20.0)
     best = min(found["it"]) / min(found["products"])
-    assert best <= GATE, f"ours took {best:.2f} times the bare products, best of each; {GATE} is allowed"
+    assert best <= GATE, f"ours / bare products is {best:.2f}, best of each; at most {GATE} is allowed"

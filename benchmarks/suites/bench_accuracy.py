@@ -1,4 +1,4 @@
-"""How far everybody is from float64, on random numbers and on a real model's hidden states."""
+"""Errors against float64, on random numbers and on hidden states of a real model."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from benchmarks import grid
-from benchmarks.accuracy import (
+from benchmarks.problems import Case, Exact, exact
+from benchmarks.providers import HIGH, PROVIDERS, MissingError, Provider, Solves
+from benchmarks.studies.accuracy import (
     TOKENS,
     NothingToMeasureError,
     States,
@@ -21,8 +23,6 @@ from benchmarks.accuracy import (
     real_states,
     stored,
 )
-from benchmarks.problems import Case, Exact, exact
-from benchmarks.providers import HIGH, PROVIDERS, MissingError, Provider, Solves
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def _as_written() -> Iterator[None]:
-    """Peers' torch.compile would start a C++ compiler for kernels that are interpreted anyway."""
+    """Disable torch.compile, which would start a C++ compiler for kernels that are interpreted anyway."""
     if torch.cuda.is_available():
         yield
         return
@@ -71,18 +71,18 @@ def _states(source: str, path: str | None) -> States:
 
 @lru_cache(maxsize=1)  # a head's gradient in float64 is large
 def _truth(states: States, solves: Solves) -> tuple[Case, Exact]:
-    whole = problem(states)
-    case = whole._replace(smoothing=solves.smoothing(whole.smoothing))
+    complete = problem(states)
+    case = complete._replace(smoothing=solves.smoothing(complete.smoothing))
     return case, exact(case)
 
 
 def test_the_floor(states: States, row: dict[str, Any]) -> None:
-    row |= {"provider": "exact, rounded once", "solves": Solves.PER_ROW.value} | {
+    row |= {"provider": "exact, rounded once", "solves": Solves.PER_TOKEN.value} | {
         "accuracy": floor(problem(states))
     }
 
 
-@pytest.mark.timeout(1800)  # an interpreted kernel takes minutes for a vocabulary of 49152
+@pytest.mark.timeout(1800)  # an interpreted kernel takes minutes at V 49152
 def test_accuracy(states: States, row: dict[str, Any], provider: Provider) -> None:
     row["how"] = provider.how
     try:
@@ -90,5 +90,5 @@ def test_accuracy(states: States, row: dict[str, Any], provider: Provider) -> No
     except MissingError as error:
         pytest.skip(str(error))
     row["accuracy"] = found = measure(provider, loss, *_truth(states, provider.solves))
-    if provider.ours == HIGH and row["problem"] == "real":  # the random ones are few, and not a model's
+    if provider.ours == HIGH and row["problem"] == "real":  # the random inputs are few, and no model's
         assert not missed(found), "; ".join(missed(found))

@@ -1,13 +1,13 @@
-"""The GEMM that makes x under a handful of launch plans, beside cuBLAS: TFLOP/s of E C^T with our epilogue.
+"""TFLOP/s of the GEMM that makes x, E C^T with its epilogue, for several launch configs and for cuBLAS.
 
-    python -m benchmarks.plans                            # on a GPU: D 4096, V 128256 and V 32000, N 8192
-    python -m benchmarks.plans --problem gemma2 --rounds 20
-    python -m benchmarks.plans --problem tiny             # anywhere: does it run
+    python -m benchmarks.gpu.launch_configs                   # on a GPU: D 4096, N 8192, V 128256 and V 32000
+    python -m benchmarks.gpu.launch_configs --problem gemma2 --rounds 20
+    python -m benchmarks.gpu.launch_configs --problem tiny    # on any machine: tests the program
 
-Each plan runs inside the whole training step (frozen head, a smoothing per row), and the time is that of the
-launches that make x alone, by CUDA events around each; the whole step's time stands beside it. A plan counts
-only if the loss and the gradient of the step are those of the "exact" variant, within what rounding the
-exponentials to 16 bits allows. cuBLAS multiplies the same matrices into bfloat16, all at once.
+Each launch config runs in a complete training step (frozen head, smoothing per token). CUDA events around
+the launches that make x measure their time; the time of the step is reported as well. A launch config is
+incorrect if the loss or the gradient of the step differs from the "exact" variant by more than rounding the
+exponentials to 16 bits explains. cuBLAS multiplies the same matrices into bfloat16, in one call.
 """
 
 import argparse
@@ -27,14 +27,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
-from benchmarks.launches import watching
+from benchmarks.gpu.launches import watching
 from benchmarks.measure import CUDA, DEVICE, seconds
 from benchmarks.problems import FROZEN, PROBLEMS, Case, Problem
+from benchmarks.report import failure
 from ual_kernels import linear_cross_entropy
 from ual_kernels._triton import linear_cross_entropy as kernels
 from ual_kernels._triton.linear_cross_entropy import GemmPlan, Platform
 
-# two results that are both at bfloat16's floor, 2.3e-3 from the truth at most
+# two results whose errors are at most the rounding of bfloat16, 2.3e-3 each
 _APART = 5e-3
 # variant, block_m, block_n, block_k, group, num_warps, num_stages, flatten
 SWEEP: tuple[tuple[str, GemmPlan], ...] = (
@@ -57,7 +58,7 @@ TINY_SWEEP: tuple[tuple[str, GemmPlan], ...] = (
 
 @contextmanager
 def planned(plan: GemmPlan) -> Iterator[None]:
-    """While inside, every GEMM that makes x is launched so."""
+    """Within this context, every GEMM that makes x is launched with `plan`."""
     choose = Platform.plan
     Platform.plan = lambda *_: plan  # type: ignore[method-assign]
     try:
@@ -67,7 +68,7 @@ def planned(plan: GemmPlan) -> Iterator[None]:
 
 
 class _Stopwatch:
-    """Seconds between entering and leaving, added up."""
+    """Sums the seconds between entering and leaving `around`."""
 
     def __init__(self) -> None:
         self.pairs: list[tuple[Any, Any]] = []
@@ -109,7 +110,7 @@ def _cublas(case: Case, rounds: int) -> float:
 
 
 def sweep(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
-    """Yield a record for cuBLAS, and one for each plan as soon as it is measured."""
+    """Yield a record for cuBLAS, then one for each launch config when it is measured."""
     case = problem.case(FROZEN, DEVICE, torch.bfloat16)
     flop = 2 * problem.rows * problem.vocab * problem.features
     taken = _cublas(case, rounds)
@@ -125,7 +126,7 @@ def sweep(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
         record: dict[str, Any] = {"plan": f"{variant} {shape}", "ours_now": (variant, plan) == given}
         try:
             record |= _measured(case, variant, plan, rounds, loss, gradient)
-        except Exception as error:  # too much shared memory for this card, and the like
+        except Exception as error:  # for example, too much shared memory for this GPU
             record["raised"] = f"{type(error).__name__}: {error}".partition("\n")[0]
         if "gemm_seconds" in record:
             record["tflops"] = flop / record["gemm_seconds"] / 1e12
@@ -136,48 +137,49 @@ def sweep(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
 def _measured(
     case: Case, variant: str, plan: GemmPlan, rounds: int, loss: Tensor, gradient: Tensor
 ) -> dict[str, Any]:
-    """Seconds of the GEMM and of the whole step, if the step's results are right."""
+    """Return the seconds of the GEMM and of the step, if the results of the step are correct."""
     with planned(plan):
         mine, mine_gradient = step(case, variant)  # compiles
         apart = ((mine_gradient - gradient).norm() / gradient.norm()).item()
         if not (apart <= _APART and abs(mine - loss) <= 1e-4 * abs(loss)):
-            return {"wrong": f"loss {mine.item()} against {loss.item()}, gradients {apart:.1e} apart"}
-        gemm, whole = [], []
+            message = f"loss is {mine.item()}, expected {loss.item()}; gradients differ by {apart:.1e}"
+            return {"wrong": message}
+        gemm, steps = [], []
         for _ in range(rounds):
             watch = _Stopwatch()
             with watching(kernels, f"_{variant}_kernel", watch.around):
-                whole.append(seconds(partial(step, case, variant)))
+                steps.append(seconds(partial(step, case, variant)))
             gemm.append(watch.total())
-    return {"apart": apart, "gemm_seconds": median(gemm), "step_seconds": median(whole)}
+    return {"apart": apart, "gemm_seconds": median(gemm), "step_seconds": median(steps)}
 
 
 def report(found: dict[str, Any]) -> str:
-    """Tables in Markdown, one for each problem."""
-    text = [f"# Plans of the GEMM that makes x, {found['rounds']} rounds"]
+    """Return Markdown tables, one for each problem."""
+    text = [f"# Launch configs of the GEMM that makes x, {found['rounds']} rounds"]
     if INTERPRETED:
-        text.append("Interpreted on a CPU: these times mean nothing.")
+        text.append("Interpreted on a CPU: the times are meaningless.")
     for name, records in found["problems"].items():
         p = PROBLEMS[name]
         text.append(f"## {name}: V {p.vocab}, D {p.features}, N {p.rows}")
         rows = []
         for r in records:
-            told = next((f"{word}: {r[word]}" for word in ("wrong", "raised") if word in r), "")
-            if told:
-                rows.append((r["plan"], *("-",) * 4, told))
+            problem = failure(r)
+            if problem:
+                rows.append((r["plan"], *("-",) * 4, problem))
                 continue
             whole = "-" if r["step_seconds"] is None else f"{r['step_seconds'] * 1e3:.3g}"
             rows.append(
                 (r["plan"], f"{r['gemm_seconds'] * 1e3:.3g}", f"{r['tflops']:.3g}", f"{r['of_cublas']:.2f}",
                  whole, "ours now" if r.get("ours_now") else "")
             )  # fmt: skip
-        text.append(machine.table(("plan", "GEMM ms", "TFLOP/s", "of cuBLAS", "step ms", ""), rows))
+        text.append(machine.table(("launch config", "GEMM ms", "TFLOP/s", "of cuBLAS", "step ms", ""), rows))
     return "\n\n".join([*text, machine.headline(found["machine"])])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns 1 where a plan is wrong."""
+    """Run the command. Return 1 if a launch config is incorrect."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.plans",
+        "python -m benchmarks.gpu.launch_configs",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -185,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--problem", nargs="+", choices=PROBLEMS, default=default)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, metavar="F", help="default: benchmarks/results/<machine>/...")
-    parser.add_argument("--markdown", type=Path, metavar="F", help="likewise")
+    parser.add_argument("--markdown", type=Path, metavar="F", help="default: beside it")
     given = parser.parse_args(arguments)
     if given.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {given.rounds}")
@@ -194,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     found["problems"] = {name: list(sweep(PROBLEMS[name], given.rounds)) for name in given.problem}
     text = report(found)
     print(text)
-    machine.save(found, text, "plans", given.json, given.markdown)
+    machine.save(found, text, "launch_configs", given.json, given.markdown)
     return int(any("wrong" in r for records in found["problems"].values() for r in records))
 
 

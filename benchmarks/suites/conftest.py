@@ -1,4 +1,4 @@
-"""Every test here makes one row; rows go to one JSON file, whatever became of the test."""
+"""Each test produces one row of the results file, whether it passes, fails or is skipped."""
 
 import json
 from collections.abc import Iterator
@@ -14,8 +14,6 @@ import torch
 from benchmarks import grid, machine
 from benchmarks.measure import WrongError
 
-# programs and libraries: nothing in them is a test or a doctest
-collect_ignore_glob = ["[!b]*.py"]
 _FOUND = pytest.StashKey[dict[str, Any]]()
 _DEADLINE = pytest.StashKey[grid.Deadline]()
 _MEMORY_ERRORS = (MemoryError, torch.OutOfMemoryError)
@@ -35,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:  # a peer's warning is no failure of ours
+    for item in items:  # a warning of another implementation is not a failure
         item.add_marker(pytest.mark.filterwarnings("ignore"))
 
 
@@ -51,7 +49,7 @@ def form(request: pytest.FixtureRequest) -> grid.Form:
 
 @pytest.fixture
 def row(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What is found out is put here; `benchmark.extra_info` is the same for suites that take times."""
+    """The row that a test fills in. Suites that measure time use it as `benchmark.extra_info`."""
     return {}
 
 
@@ -74,7 +72,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
 
 
 def _told(call: pytest.CallInfo[Any]) -> dict[str, str]:
-    """What happened to a row that has no numbers."""
+    """Return why a row has no numbers, or nothing if it has."""
     if call.excinfo is None:
         return {}
     error = call.excinfo.value
@@ -97,10 +95,10 @@ def _results(config: pytest.Config) -> Path:
 
 
 def _kept(config: pytest.Config) -> list[dict[str, Any]]:
-    """Rows that are there already.
+    """Return the rows that the results file already holds.
 
     Raises:
-        pytest.UsageError: of another commit or number of threads, which one file cannot mix.
+        pytest.UsageError: they are from another commit or another number of threads.
     """
     path = _results(config)
     if not path.is_file():
@@ -109,12 +107,14 @@ def _kept(config: pytest.Config) -> list[dict[str, Any]]:
     for what in ("commit", "threads"):
         there, here = found["machine"][what], config.stash[_FOUND]["machine"][what]
         if there != here:
-            raise pytest.UsageError(f"--update: {what} of {path} is {there}, here {here}; wanted the same")
+            raise pytest.UsageError(
+                f"--update: {path} has {what} {there}, this run has {here}; write to another file"
+            )
     return list(found["rows"])
 
 
 def _write(config: pytest.Config) -> None:
-    """After every row: a machine that runs out of memory ends the process without asking."""
+    """Write after every row, because running out of memory may kill the process."""
     path = _results(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
@@ -131,9 +131,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("rows")
     for r in bad:
         name = " ".join(str(r[k]) for k in ("suite", "problem", "setting", "provider") if k in r)
-        terminalreporter.line(f"{name}: {'wrong: ' + r['wrong'] if 'wrong' in r else r['raised']}")
+        terminalreporter.line(f"{name}: {'incorrect: ' + r['wrong'] if 'wrong' in r else r['raised']}")
     skipped = sum("skipped" in r for r in rows)
     terminalreporter.line(
-        f"{len(rows) - skipped - len(bad)} measured, {skipped} skipped, {len(bad)} wrong or raised: {path}"
+        f"{len(rows) - skipped - len(bad)} measured, {skipped} skipped, {len(bad)} failed: {path}"
     )
-    terminalreporter.line(f"tables and plots: ual-bench report {path}")
+    terminalreporter.line(f"tables and plots: python -m benchmarks report {path}")

@@ -1,4 +1,4 @@
-"""Time and memory as N, V and D grow, one at a time; the report fits the slopes."""
+"""Time and memory as N, V or D grows; the report fits the slopes."""
 
 from dataclasses import replace
 from typing import Any
@@ -59,7 +59,7 @@ def test_scaling(
     if reason := fits(problem, provider):
         raise MemoryError(reason)
     case = problem.case(FROZEN, DEVICE, DTYPES["bf16"])
-    step = training_step(loss, provider.ask(case))
+    step = training_step(loss, provider.adapt(case))
     row["seconds"] = found = race(
         benchmark, step, {"products": products(case, FROZEN)}, form.rounds, form.patience / 4
     )

@@ -1,4 +1,4 @@
-"""Watch the launches of a jitted kernel: count them, time them, read what they are given."""
+"""Wrap the launches of a jitted kernel, to count them, to time them, or to read their arguments."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -25,7 +25,7 @@ class _Watched:
 
 @contextmanager
 def watching(module: ModuleType, name: str, around: Around) -> Iterator[None]:
-    """While inside, each launch of `module.name` happens inside `around(its arguments by name)`."""
+    """Within this context, each launch of `module.name` runs within `around(its arguments by name)`."""
     kernel = getattr(module, name)
     setattr(module, name, _Watched(kernel, around))
     try:
@@ -35,7 +35,7 @@ def watching(module: ModuleType, name: str, around: Around) -> Iterator[None]:
 
 
 def kernels(module: ModuleType) -> list[str]:
-    """The names of a module's kernels: what is jitted and launched, not what kernels call."""
+    """Return the names of a module's kernels, without jitted functions that only kernels call."""
     return sorted(
         n for n, value in vars(module).items() if n.endswith("_kernel") and hasattr(value, "arg_names")
     )

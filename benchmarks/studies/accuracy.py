@@ -1,19 +1,18 @@
-"""The error of a loss and its gradients against float64, also on a real model's hidden states.
+"""Errors of a loss and its gradients against float64, on hidden states of a real model.
 
-    python -m benchmarks.accuracy --export states.pt.gz          # here, where the model is
-    pytest benchmarks/bench_accuracy.py --states states.pt.gz    # there, where a GPU is and the model is not
+    python -m benchmarks.studies.accuracy --export states.pt.gz         # where the model is
+    pytest benchmarks/suites/bench_accuracy.py --states states.pt.gz    # where a GPU is
 
-Hidden states, head and targets are those of SmolLM2-135M-Instruct (V = 49152, D = 576; weights dequantized
-from 4 bits by `ual.pipelines.quickstart.model`) reading worked answers of GSM8K, in bfloat16. Every provider gets
-these same bfloat16 numbers, so that what is measured is the loss and not the model. Smoothing is uniform in
-[0, 0.2], a value of its own for each row, for those who can; else 0.1 for all rows, or 0. Gradients are of
-the mean.
+Hidden states, head and targets come from SmolLM2-135M-Instruct (V = 49152, D = 576; weights dequantized
+from 4 bits by `ual.pipelines.quickstart.model`) on worked answers of GSM8K, in bfloat16. Every provider gets the same
+bfloat16 inputs, so the errors are those of the loss, not of the model. Smoothing per token is uniform in
+[0, 0.2]. A provider without it gets 0.1 for all tokens, or 0. Gradients are those of the mean.
 
-A gradient in bfloat16 cannot be better than its own rounding: the first row of the table is the exact
-gradient, rounded once. What a provider adds to that shows only before the rounding. Ours can be asked: for
-reduction="none" the operator keeps the gradient in float32, because arbitrary upstream gradients are still to
-be multiplied, and autograd rounds the product. That float32 tensor is read from the operator's output on its
-way out; nothing is computed differently for it.
+The error of a gradient in bfloat16 is at least its rounding error. The first row of the table is the exact
+gradient, rounded once. The error that a provider adds is visible only before rounding. For
+reduction="none", the operator of this project keeps the gradient in float32, because autograd multiplies it
+by the upstream gradient before rounding. `measure` reads that float32 tensor from the operator's outputs
+and changes no computation.
 """
 
 import argparse
@@ -37,11 +36,11 @@ from benchmarks.providers import Loss, Provider
 
 TARGETS = {"loss": 1e-5, "hidden": 2.2e-3, "unrounded": 1.5e-3}
 TOKENS = 128
-_ROWS_OF_AN_ANSWER = 32
+_TOKENS_OF_AN_ANSWER = 32
 
 
 class NothingToMeasureError(Exception):
-    """The model or the text is not here."""
+    """The model or the text is missing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +55,15 @@ class States:
 
 
 def real_states(tokens: int) -> States:
-    """Hidden states before the head, and the tokens that follow, of the answers that a fine-tuning sees.
+    """Return hidden states before the head, and their next tokens, on the answers of GSM8K.
 
     Raises:
-        NothingToMeasureError: the model's package or the text is missing; says which, and how to get it.
+        NothingToMeasureError: the model's package or the text is missing; says how to get it.
     """
     text = machine.ROOT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
     if not text.is_file():
         raise NothingToMeasureError(
-            f"GSM8K is not here: {text} does not exist; give hidden states with --states"
+            f"GSM8K is missing: {text} does not exist; give hidden states with --states"
         )
     folder = model_folder()
 
@@ -86,7 +85,7 @@ def real_states(tokens: int) -> States:
             answer = tokenizer(row["answer"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
             ids = torch.tensor([[*prompt, *answer]])
             states = model.get_decoder()(input_ids=ids).last_hidden_state[0]
-            first, count = len(prompt) - 1, min(left, len(answer), _ROWS_OF_AN_ANSWER)
+            first, count = len(prompt) - 1, min(left, len(answer), _TOKENS_OF_AN_ANSWER)
             hidden.append(states[first : first + count])
             target.append(ids[0, first + 1 : first + 1 + count])
             left -= count
@@ -95,7 +94,7 @@ def real_states(tokens: int) -> States:
 
 
 def model_folder() -> Path:
-    """SmolLM2-135M-Instruct in transformers' format, converted once.
+    """Return the folder of SmolLM2-135M-Instruct in transformers' format, converted on the first call.
 
     Raises:
         NothingToMeasureError: its package is missing or damaged.
@@ -108,12 +107,12 @@ def model_folder() -> Path:
         return prepare(cache_folder(os.environ))
     except UserError as error:
         raise NothingToMeasureError(
-            f"the model is not here: {error}; or give hidden states with --states"
+            f"the model is missing: {error}; or give hidden states with --states"
         ) from error
 
 
 def random_states(tokens: int) -> States:
-    """Small and meaningless: for trying the program."""
+    """Return small random states, for smoke runs."""
     g = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(tokens, 64, generator=g), torch.randn(320, 64, generator=g) * 3 / 8
     target = torch.randint(320, (tokens,), generator=g)
@@ -121,7 +120,7 @@ def random_states(tokens: int) -> States:
 
 
 def measure(provider: Provider, loss: Loss, case: Case, truth: Exact) -> dict[str, Any]:
-    """Errors of one provider, as numbers; None for what it cannot do."""
+    """Return the errors of one provider; None for what it does not support."""
     hidden, head = case.hidden.clone().requires_grad_(), case.head.clone().requires_grad_()
     mean = loss(case._replace(hidden=hidden, head=head))
     dhidden, dhead = torch.autograd.grad(mean, (hidden, head))
@@ -130,26 +129,26 @@ def measure(provider: Provider, loss: Loss, case: Case, truth: Exact) -> dict[st
         "mean_loss": abs(mean.double() - truth.loss).item(),
         "mean_dtype": str(mean.dtype).removeprefix("torch."),
         "hidden": _relative(dhidden, truth.gradients["dE"]),
-        "hidden_p99": _per_row(dhidden, truth.gradients["dE"]).quantile(0.99).item(),
+        "hidden_p99": _per_token(dhidden, truth.gradients["dE"]).quantile(0.99).item(),
         "unrounded": None,
         "head": _relative(dhead, truth.gradients["dC"]),
     }
     del head, dhead
-    by_row = case._replace(reduction="none")
-    if provider.rows:
+    by_token = case._replace(reduction="none")
+    if provider.per_token:
         with torch.no_grad():
-            found["loss"] = (loss(by_row).double() - truth.rows).abs().mean().item()
+            found["loss"] = (loss(by_token).double() - truth.token_losses).abs().mean().item()
     if provider.ours:
-        with _Outputs("ual_kernels::linear_cross_entropy") as seen:
-            loss(by_row._replace(hidden=hidden))
-        kept = seen.last[3]  # dinput
+        with _Outputs("ual_kernels::linear_cross_entropy") as outputs:
+            loss(by_token._replace(hidden=hidden))
+        kept = outputs.last[3]  # dinput
         if kept.dtype == torch.float32:
             found["unrounded"] = _relative(kept / len(kept), truth.gradients["dE"])
     return found
 
 
 class _Outputs(TorchDispatchMode):
-    """Remember what an operator returned last."""
+    """Keeps what an operator returned last."""
 
     def __init__(self, operator: str) -> None:
         super().__init__()
@@ -166,20 +165,20 @@ def _relative(actual: Tensor, truth: Tensor) -> float:
     return ((actual.double() - truth).norm() / truth.norm()).item()
 
 
-def _per_row(actual: Tensor, truth: Tensor) -> Tensor:
+def _per_token(actual: Tensor, truth: Tensor) -> Tensor:
     return (actual.double() - truth).norm(dim=1) / truth.norm(dim=1)
 
 
 def problem(states: States) -> Case:
-    """A smoothing of its own for each row, on the device that is there."""
+    """Return the states as a case with smoothing per token, on the GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     states = states.to(device)
-    per_row = torch.rand(len(states.target), generator=torch.Generator().manual_seed(1)) * 0.2
-    return Case(states.hidden, states.head, states.target, per_row.to(device))
+    smoothing = torch.rand(len(states.target), generator=torch.Generator().manual_seed(1)) * 0.2
+    return Case(states.hidden, states.head, states.target, smoothing.to(device))
 
 
 def floor(case: Case) -> dict[str, Any]:
-    """The errors of the exact gradient, rounded to bfloat16 once."""
+    """Return the errors of the exact gradient, rounded to bfloat16 once."""
     truth = exact(case)
     rounded = truth.gradients["dE"].bfloat16()
     return {
@@ -187,23 +186,23 @@ def floor(case: Case) -> dict[str, Any]:
         "mean_loss": 0.0,
         "mean_dtype": "float64",
         "hidden": _relative(rounded, truth.gradients["dE"]),
-        "hidden_p99": _per_row(rounded, truth.gradients["dE"]).quantile(0.99).item(),
+        "hidden_p99": _per_token(rounded, truth.gradients["dE"]).quantile(0.99).item(),
         "unrounded": 0.0,
         "head": _relative(truth.gradients["dC"].bfloat16(), truth.gradients["dC"]),
     }
 
 
 def missed(found: dict[str, Any]) -> list[str]:
-    """Targets that the errors of ours at precision "high" are over."""
+    """Return the targets that errors exceed; they hold for ours at precision "high"."""
     return [
-        f"{name} {found[name]}, wanted at most {target}"
+        f"{name} is {found[name]}; at most {target} is allowed"
         for name, target in TARGETS.items()
-        if not (found[name] is not None and found[name] <= target)  # NaN misses
+        if not (found[name] is not None and found[name] <= target)  # also for NaN
     ]
 
 
 def stored(path: Path, tokens: int) -> States:
-    """What `--export` wrote."""
+    """Return the states that `--export` wrote."""
     with gzip.open(path) as file:
         found = States(**torch.load(file, weights_only=True))
     return States(found.hidden[:tokens], found.head, found.target[:tokens], found.source)
@@ -211,12 +210,12 @@ def stored(path: Path, tokens: int) -> States:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.accuracy",
+        "python -m benchmarks.studies.accuracy",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--export", type=Path, metavar="F", required=True, help="hidden states for --states")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"how many rows (default: {TOKENS})")
+    parser.add_argument("--export", type=Path, metavar="F", required=True, help="the file to write")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"number of tokens (default: {TOKENS})")
     given = parser.parse_args()
     try:
         states = real_states(given.tokens)

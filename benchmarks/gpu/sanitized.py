@@ -1,11 +1,11 @@
-"""Every path of every Triton kernel once, on small ragged shapes: something for compute-sanitizer to watch.
+"""Run every path of every Triton kernel once, on small ragged shapes, under compute-sanitizer.
 
-    python -m benchmarks.sanitized
-    compute-sanitizer --tool racecheck --error-exitcode 9 python -m benchmarks.sanitized
-    python -m benchmarks.sanitized --names       # the kernels, one a line, for its --kernel-name
-    python -m benchmarks.sanitized --planted     # reads past an allocation: memcheck must say so
+    python -m benchmarks.gpu.sanitized
+    compute-sanitizer --tool racecheck --error-exitcode 9 python -m benchmarks.gpu.sanitized
+    python -m benchmarks.gpu.sanitized --names       # the kernels, one per line, for --kernel-name
+    python -m benchmarks.gpu.sanitized --planted     # reads past an allocation: memcheck must report it
 
-The exit status is 1 where a result is not finite, or a kernel of ours was never launched.
+The exit status is 1 if a result is not finite, or if a kernel of this project was never launched.
 """
 
 import argparse
@@ -23,15 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from benchmarks.launches import kernels, watching
+from benchmarks.gpu.launches import kernels, watching
 from tests.kernels.cases import cross_entropy, linear_cross_entropy
 from ual_kernels._triton import cross_entropy as of_logits
 from ual_kernels._triton import linear_cross_entropy as of_states
 
 MODULES = (of_logits, of_states)
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-# more rows than one tile on a GPU; ragged in rows and columns
-ROWS, VOCAB, FEATURES = (4, 35, 32) if INTERPRETED else (131, 579, 80)
+# on a GPU, more tokens than one tile; ragged in tokens and columns
+TOKENS, VOCAB, FEATURES = (4, 35, 32) if INTERPRETED else (131, 579, 80)
 
 
 @triton.jit
@@ -41,19 +41,19 @@ def _planted(source_ptr, out_ptr):
 
 def drawn(dtype: torch.dtype, features: int = FEATURES) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    target = torch.randint(VOCAB, (ROWS,), device=DEVICE)
+    target = torch.randint(VOCAB, (TOKENS,), device=DEVICE)
     target[1] = -100
     return {
-        "hidden": torch.randn(ROWS, features, device=DEVICE).to(dtype),
+        "hidden": torch.randn(TOKENS, features, device=DEVICE).to(dtype),
         "head": (torch.randn(VOCAB, features, device=DEVICE) * 3 / features**0.5).to(dtype),
-        "logits": (3 * torch.randn(ROWS, VOCAB, device=DEVICE)).to(dtype),
+        "logits": (3 * torch.randn(TOKENS, VOCAB, device=DEVICE)).to(dtype),
         "bias": torch.randn(VOCAB, device=DEVICE).to(dtype),
         "classes": torch.linspace(0.0, 2.0, VOCAB, device=DEVICE),
         "a": torch.randn(4, features, device=DEVICE).to(dtype),
         "b": torch.randn(VOCAB, 4, device=DEVICE).to(dtype),
         "target": target,
-        "smoothing": torch.rand(ROWS, device=DEVICE) * 0.2,
-        "weight": torch.rand(ROWS, device=DEVICE) + 0.5,
+        "smoothing": torch.rand(TOKENS, device=DEVICE) * 0.2,
+        "weight": torch.rand(TOKENS, device=DEVICE) + 0.5,
     }
 
 
@@ -71,7 +71,7 @@ def logits_paths() -> Iterator[tuple[str, Path]]:
             "in place, all": {**every, "weight": t["classes"], "inplace_backward": True},
         }.items():
             if dtype == torch.float16 and "in place" in name:
-                continue  # refused: its range is too small for gradients that wait
+                continue  # not supported: unscaled gradients exceed the range of float16
 
             def path(t: dict[str, Tensor] = t, flags: dict[str, Any] = flags) -> list[Tensor]:
                 leaf = t["logits"].clone().requires_grad_()
@@ -80,7 +80,7 @@ def logits_paths() -> Iterator[tuple[str, Path]]:
                     backend="triton", **flags,
                 )  # fmt: skip
                 loss = loss[0] if isinstance(loss, tuple) else loss
-                # an upstream that is not 1, so that rows in place are scaled
+                # an upstream gradient other than 1, so that gradients in place are scaled
                 return [loss, *torch.autograd.grad(loss, leaf, torch.full_like(loss, 0.5))]
 
             yield f"logits/{dtype}/{name}", path
@@ -91,7 +91,9 @@ def linear_paths() -> Iterator[tuple[str, Path]]:
     t = drawn(bf16)
     bias = {"linear_bias": t["bias"]}
     far = t["bias"].clone()
-    far[t["target"][0]] = -300.0  # out of reach of a constant reference point: the token is computed again
+    far[
+        t["target"][0]
+    ] = -300.0  # below the range of the constant reference point: the token is computed again
     everything = {
         **bias, "weight": t["classes"], "logit_scale": 0.5, "z_loss": 1e-3, "return_statistics": True,
     }  # fmt: skip
@@ -105,12 +107,12 @@ def linear_paths() -> Iterator[tuple[str, Path]]:
         "all, capped": {**everything, "softcap": 20.0},
         "capped, trainable": {"softcap": 20.0, "learn": ("hidden", "head")},
         "far": {"linear_bias": far, "return_statistics": True},
-        "chunks": {"chunk_tokens": ROWS // 2},
-        "rule": {"label_smoothing": lambda facts: 0.1 * facts.log_prob.exp(), **bias},
+        "chunks": {"chunk_tokens": TOKENS // 2},
+        "smoothing_fn": {"label_smoothing": lambda statistics: 0.1 * statistics.log_prob.exp(), **bias},
         "lora": {"lora": True, "learn": ("hidden", "a", "b")},
         "lora, capped": {"lora": True, "learn": ("hidden", "a", "b"), "softcap": 20.0},
         "trained bias": {"bias": True, "learn": ("hidden", "head", "bias")},
-        "count known": {"max_loss_tokens": ROWS - 1},
+        "count known": {"max_loss_tokens": TOKENS - 1},
         "not compacted": {"compact": False},
         "padded": {"vocab_size": VOCAB - 5},
         "fast": {"precision": "fast"},
@@ -118,7 +120,7 @@ def linear_paths() -> Iterator[tuple[str, Path]]:
     for variant in ("tma", "pointer", "cublas", "exact"):
         for name, flags in plans.items():
             yield f"linear/{variant}/{name}", _linear(variant, t, flags)
-        # features that fill whole tiles, and features that the fused GEMM does not take
+        # features that fill complete tiles, and features that the fused GEMM does not support
         yield f"linear/{variant}/even", _linear(variant, drawn(bf16, 128), {})
         yield f"linear/{variant}/odd", _linear(variant, drawn(bf16, 27), {})
     for dtype in (fp16, fp32):
@@ -154,16 +156,16 @@ def _linear(variant: str, t: dict[str, Tensor], flags: dict[str, Any]) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.sanitized",
+        "python -m benchmarks.gpu.sanitized",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--names", action="store_true")
     parser.add_argument("--planted", action="store_true")
     parser.add_argument(
-        "--only", action="append", default=[], metavar="PATH", help="this path alone; repeatable"
+        "--only", action="append", default=[], metavar="PATH", help="run this path alone; repeatable"
     )
     given = parser.parse_args(arguments)
     if given.names:
@@ -171,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if given.planted:
         if INTERPRETED:
-            parser.error("--planted needs a GPU: the interpreter would read another's memory, or die")
+            parser.error("--planted needs a GPU: the interpreter would read foreign memory, or crash")
         _planted[(1,)](torch.zeros(8, device=DEVICE), torch.zeros(8, device=DEVICE))
         torch.cuda.synchronize()
         return 0
@@ -195,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if not all(torch.isfinite(value).all() for value in path()):
                     bad.append(name)
     if given.only and ran != len(given.only):
-        parser.error(f"--only: {len(given.only) - ran} of {given.only} are no paths")
+        parser.error(f"--only: {len(given.only) - ran} of {given.only} are unknown paths")
     silent = [] if given.only else [n for module in MODULES for n in kernels(module) if not launched[n]]
     print(f"{ran} paths; launches: {', '.join(f'{n} {c}' for n, c in sorted(launched.items()))}")
     for name in bad:

@@ -1,0 +1,218 @@
+"""The figures that README.md and docs/ quote, made from committed results.
+
+A page quotes them between two comments:
+
+    <!-- figures: NAME -->
+    <!-- end of figures -->
+
+NAME is a function of this module, marked with `@figure`. `python -m benchmarks report --docs` renews every
+page.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from benchmarks import machine
+from benchmarks.report import (
+    Row,
+    accuracy_table,
+    cell,
+    error_cell,
+    frozen_rows,
+    grouped,
+    load,
+    mib,
+    newest,
+    real_errors,
+    scaling_table,
+    time,
+)
+
+PAGES = ("README.md", "docs/benchmarks.md", "docs/kernels.md")
+_REGION = re.compile(r"<!-- figures: (\w+) -->\n.*?<!-- end of figures -->", re.S)
+
+Link: TypeAlias = Callable[[Path], str]  # a file's path, relative to the page that quotes it
+
+FIGURES: dict[str, Callable[[Link], str]] = {}
+
+
+def figure(function: Callable[[Link], str]) -> Callable[[Link], str]:
+    FIGURES[function.__name__] = function
+    return function
+
+
+def renewed(text: str, page: Path) -> str:
+    """Return a page with its figures made from the committed results.
+
+    Raises:
+        ValueError: the page names an unknown figure, or a region has no end.
+    """
+
+    def link(path: Path) -> str:
+        return os.path.relpath(path, page.parent)
+
+    def region(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in FIGURES:
+            raise ValueError(f"{page}: unknown figures {name!r}; available: {', '.join(FIGURES)}")
+        return f"<!-- figures: {name} -->\n{FIGURES[name](link)}\n<!-- end of figures -->"
+
+    if text.count("<!-- figures:") != len(_REGION.findall(text)):
+        raise ValueError(f"{page}: '<!-- figures: NAME -->' lacks its '<!-- end of figures -->'")
+    return _REGION.sub(region, text)
+
+
+# ---- sources ----
+
+
+def _results(wanted: Callable[[Row], bool]) -> tuple[Path, dict[str, Any]]:
+    """The newest committed results of a CPU with measured rows of one kind."""
+    path = newest(machine.RESULTS, lambda r: wanted(r) and ("seconds" in r or "accuracy" in r), gpu=False)
+    return path, load(path)
+
+
+def _source(path: Path, found: dict[str, Any], link: Link) -> str:
+    about = found["machine"]
+    return (
+        f"[{about['date']}, {about['cpu']['model']}, threads: {about['threads']}, "
+        f"torch {about['versions']['torch']}, commit {about['commit']}]({link(path.with_suffix('.md'))})"
+    )
+
+
+def _frozen(row: Row) -> bool:
+    return bool(frozen_rows([row]))
+
+
+def _real(row: Row) -> bool:
+    return row["suite"] == "accuracy" and row.get("problem") == "real"
+
+
+def _trainable(row: Row) -> bool:
+    return row["suite"] == "linear_cross_entropy" and row.get("setting") == "trainable"
+
+
+def _scaling(row: Row) -> bool:
+    return row["suite"] == "scaling" and row.get("setting") == "rows"
+
+
+def _gate(row: Row) -> bool:
+    return row["test"] == "test_ours_stays_near_the_bare_products"
+
+
+# ---- figures ----
+
+
+@figure
+def summary(link: Link) -> str:
+    """Error, time and memory in three sentences."""
+    _, found = _results(_frozen)
+    errors = real_errors(_results(_real)[1]["rows"])
+    relative = []
+    for _, group in grouped(frozen_rows(found["rows"]), "problem"):
+        ours, naive = (next(r for r in group if r["provider"] == name) for name in ("ours", "naive"))
+        memory = naive["peak_bytes"] // ours["peak_bytes"]
+        relative.append(f"{1 / naive['of_ours']:.2f} and 1/{memory} (V {ours['vocab']})")
+    return (
+        f"On real hidden states in bfloat16, the relative gradient error is {errors['ours']:.1e}.\n"
+        f"The exact gradient, rounded to bfloat16, has an error of {errors['exact, rounded once']:.1e}.\n"
+        f"Implementations that round logits to 16 bits reach {errors['naive']:.1e}.\n"
+        f"On a CPU with {found['machine']['threads']} threads, "
+        f"time and memory relative to the naive loss are\n{', and '.join(relative)}."
+    )
+
+
+@figure
+def comparison(link: Link) -> str:
+    """Time, memory and error of every implementation that runs on a CPU: frozen head, bfloat16."""
+    path, found = _results(_frozen)
+    accuracy_path, accuracy = _results(_real)
+    errors = real_errors(accuracy["rows"])
+    rows = frozen_rows(found["rows"])
+    problems = list(grouped(rows, "problem"))
+    header = ["", "smoothing"]
+    for _, group in problems:
+        header += [f"V {group[0]['vocab']}: time", "MiB"]
+    lines = []
+    for (name,), mine in grouped(sorted(rows, key=time), "provider"):
+        by_problem = {r["problem"]: r for r in mine}
+        line = [f"**{name}**" if mine[0]["ours"] else name, mine[0]["solves"]]
+        for (problem,), _ in problems:
+            r = by_problem.get(problem, {})
+            line += [cell(r.get("of_products"), ".2f"), mib(r)]
+        lines.append((*line, error_cell(errors.get(name))))
+    sizes = "; ".join(f"V {g[0]['vocab']}: N {g[0]['rows']}, D {g[0]['features']}" for _, g in problems)
+    return (
+        machine.table((*header, "dE"), lines)
+        + f"\n\nForward and backward, frozen head, bfloat16 ({sizes}). Time: relative to the two bare matrix "
+        "products of the same rounds. MiB: extra memory of a call. "
+        f"Source: {_source(path, found, link)}. "
+        "dE: relative error of the gradient on SmolLM2's hidden states. "
+        f"Source: {_source(accuracy_path, accuracy, link)}."
+    )
+
+
+@figure
+def accuracy(link: Link) -> str:
+    """Errors on real hidden states."""
+    path, found = _results(_real)
+    rows = [r for r in found["rows"] if _real(r)]
+    return f"{accuracy_table(rows)}\n\nSource: {_source(path, found, link)}."
+
+
+@figure
+def tokens(link: Link) -> str:
+    """Time and memory as the number of tokens grows."""
+    path, found = _results(_scaling)
+    rows = [r for r in found["rows"] if _scaling(r)]
+    r = rows[0]
+    return (
+        f"{scaling_table(rows, 'rows')}\n\nColumns: N. Frozen head, V {r['vocab']}, D {r['features']}. "
+        f"Source: {_source(path, found, link)}."
+    )
+
+
+@figure
+def trained_heads(link: Link) -> str:
+    """Ours beside the naive loss, with a trained head."""
+    path, found = _results(_trainable)
+    lines = []
+    for _, group in grouped((r for r in found["rows"] if _trainable(r)), "problem", "rows"):
+        ours, naive = (next(r for r in group if r["provider"] == name) for name in ("ours", "naive"))
+        lines.append(
+            (*(str(ours[k]) for k in ("vocab", "features", "rows")),
+             *(f"{time(r) * 1e3:.0f}" for r in (ours, naive)), f"{1 / naive['of_ours']:.2f}")
+        )  # fmt: skip
+    header = ("V", "D", "N", "ours, ms", "naive, ms", "ours / naive")
+    return f"{machine.table(header, lines)}\n\nSource: {_source(path, found, link)}."
+
+
+@figure
+def gate(link: Link) -> str:
+    """How far the gate is from ours and from the naive loss."""
+    path, found = _results(_gate)
+    ours = next(r for r in found["rows"] if _gate(r))
+    naive = next(
+        r for r in frozen_rows(found["rows"]) if (r["problem"], r["provider"]) == (ours["problem"], "naive")
+    )
+    best = [f"{min(r['seconds']['it']) / min(r['seconds']['products']):.1f}" for r in (ours, naive)]
+    return (
+        f"In the committed results, this ratio is {best[0]} for ours and {best[1]} for the naive loss. "
+        f"Source: {_source(path, found, link)}."
+    )
+
+
+@figure
+def gradient_filter(link: Link) -> str:
+    """What `gradient_filter` saves and costs."""
+    from benchmarks.studies.gradient_filter import table
+
+    path = max(machine.RESULTS.glob("*/gradient_filter/*.json"))
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return (
+        f"{table(found)}\n\n{found['source']}, N {found['tokens']}, smoothing {found['smoothing']}. "
+        f"Source: {_source(path, found, link)}."
+    )

@@ -1,0 +1,36 @@
+"""The stages, their time limits, and the two runs that they form."""
+
+from dataclasses import dataclass
+
+LIMIT = 340.0  # seconds per run
+ZOO_FILE = "unsloth_zoo/fused_losses/fused_linear.py"
+ZOO_INSTALL = "make one with pip install --no-deps --target DIR unsloth_zoo==2026.10.9"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, which runs in a process of its own."""
+
+    seconds: float  # time limit
+    question: str
+
+
+STAGES = {
+    "canary": Stage(45, "does each kernel run, and is it correct on a tiny input"),
+    "ceilings": Stage(30, "how long do the bare copies and matrix products take"),
+    "tests": Stage(70, "do the kernels' tests pass, compiled"),
+    "sweep": Stage(70, "which launch config is fastest: the GEMM that makes x, and given logits"),
+    "steps": Stage(55, "complete steps relative to the bare products, and a profile of one step"),
+    "ncu": Stage(35, "what limits the GEMM and the kernel of given logits"),
+    "sanitizer": Stage(30, "races in shared memory, accesses out of bounds"),
+    "ours": Stage(60, "time and peak memory of complete steps, for every setting and shape"),
+    "peers": Stage(55, "the same for other implementations, each on the problem that it solves"),
+    "unsloth": Stage(20, "unsloth-zoo's fused head, from the folder that --unsloth-zoo names"),
+    "training": Stage(25, "a LoRA step of a model of 1B parameters, with its own loss and fused"),
+    "accuracy": Stage(15, "errors on real hidden states"),
+    "scaling": Stage(20, "time and memory for few and many tokens"),
+}
+RUNS = {
+    "prove": ("canary", "ceilings", "tests", "sweep", "steps", "ncu", "sanitizer"),
+    "record": ("canary", "ceilings", "ours", "tests", "peers", "unsloth", "training", "accuracy", "scaling"),
+}
