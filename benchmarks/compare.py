@@ -44,7 +44,7 @@ def _measured(row: Row) -> bool:
 
 
 def compare(a: dict[str, Any], b: dict[str, Any], tolerance: float = 0.05) -> Comparison:
-    """Compare the rows that both files have.
+    """Compare the measurements that both files have.
 
     Time is compared as its ratio to the bare products (or to a memory copy) of the same round, so the
     clock rate of the machine cancels. Time has regressed if the complete interval is above 1 + tolerance.

@@ -2,8 +2,8 @@
 
 A page quotes them between two comments:
 
-    <!-- figures: NAME -->
-    <!-- end of figures -->
+    <!-- figures NAME: begin -->
+    <!-- figures NAME: end -->
 
 NAME is a function of this module, marked with `@figure`. `python -m benchmarks report --docs` renews every
 page.
@@ -33,7 +33,7 @@ from benchmarks.report import (
 )
 
 PAGES = ("README.md", "docs/benchmarks.md", "docs/kernels.md")
-_REGION = re.compile(r"<!-- figures: (\w+) -->\n.*?<!-- end of figures -->", re.S)
+_REGION = re.compile(r"<!-- figures (\w+): begin -->\n.*?<!-- figures \1: end -->", re.S)
 
 Link: TypeAlias = Callable[[Path], str]  # a file's path, relative to the page that quotes it
 
@@ -59,10 +59,12 @@ def renewed(text: str, page: Path) -> str:
         name = found[1]
         if name not in FIGURES:
             raise ValueError(f"{page}: unknown figures {name!r}; available: {', '.join(FIGURES)}")
-        return f"<!-- figures: {name} -->\n{FIGURES[name](link)}\n<!-- end of figures -->"
+        return f"<!-- figures {name}: begin -->\n{FIGURES[name](link)}\n<!-- figures {name}: end -->"
 
-    if text.count("<!-- figures:") != len(_REGION.findall(text)):
-        raise ValueError(f"{page}: '<!-- figures: NAME -->' lacks its '<!-- end of figures -->'")
+    if text.count("<!-- figures ") != 2 * len(_REGION.findall(text)):
+        raise ValueError(
+            f"{page}: '<!-- figures NAME: begin -->' and '<!-- figures NAME: end -->' do not match"
+        )
     return _REGION.sub(region, text)
 
 
@@ -70,7 +72,7 @@ def renewed(text: str, page: Path) -> str:
 
 
 def _results(wanted: Callable[[Row], bool]) -> tuple[Path, dict[str, Any]]:
-    """The newest committed results of a CPU with measured rows of one kind."""
+    """Return the newest committed results of a CPU with measurements of one kind."""
     path = newest(machine.RESULTS, lambda r: wanted(r) and ("seconds" in r or "accuracy" in r), gpu=False)
     return path, load(path)
 
@@ -91,10 +93,6 @@ def _real(row: Row) -> bool:
     return row["suite"] == "accuracy" and row.get("problem") == "real"
 
 
-def _trainable(row: Row) -> bool:
-    return row["suite"] == "linear_cross_entropy" and row.get("setting") == "trainable"
-
-
 def _scaling(row: Row) -> bool:
     return row["suite"] == "scaling" and row.get("setting") == "rows"
 
@@ -110,7 +108,7 @@ def _gate(row: Row) -> bool:
 def summary(link: Link) -> str:
     """Error, time and memory in three sentences."""
     _, found = _results(_frozen)
-    errors = real_errors(_results(_real)[1]["rows"])
+    errors = real_errors(found["rows"])
     relative = []
     for _, group in grouped(frozen_rows(found["rows"]), "problem"):
         ours, naive = (next(r for r in group if r["provider"] == name) for name in ("ours", "naive"))
@@ -129,8 +127,7 @@ def summary(link: Link) -> str:
 def comparison(link: Link) -> str:
     """Time, memory and error of every implementation that runs on a CPU: frozen head, bfloat16."""
     path, found = _results(_frozen)
-    accuracy_path, accuracy = _results(_real)
-    errors = real_errors(accuracy["rows"])
+    errors = real_errors(found["rows"])
     rows = frozen_rows(found["rows"])
     problems = list(grouped(rows, "problem"))
     header = ["", "smoothing"]
@@ -149,9 +146,8 @@ def comparison(link: Link) -> str:
         machine.table((*header, "dE"), lines)
         + f"\n\nForward and backward, frozen head, bfloat16 ({sizes}). Time: relative to the two bare matrix "
         "products of the same rounds. MiB: extra memory of a call. "
-        f"Source: {_source(path, found, link)}. "
         "dE: relative error of the gradient on SmolLM2's hidden states. "
-        f"Source: {_source(accuracy_path, accuracy, link)}."
+        f"Source: {_source(path, found, link)}."
     )
 
 
@@ -173,21 +169,6 @@ def tokens(link: Link) -> str:
         f"{scaling_table(rows, 'rows')}\n\nColumns: N. Frozen head, V {r['vocab']}, D {r['features']}. "
         f"Source: {_source(path, found, link)}."
     )
-
-
-@figure
-def trained_heads(link: Link) -> str:
-    """Ours beside the naive loss, with a trained head."""
-    path, found = _results(_trainable)
-    lines = []
-    for _, group in grouped((r for r in found["rows"] if _trainable(r)), "problem", "rows"):
-        ours, naive = (next(r for r in group if r["provider"] == name) for name in ("ours", "naive"))
-        lines.append(
-            (*(str(ours[k]) for k in ("vocab", "features", "rows")),
-             *(f"{time(r) * 1e3:.0f}" for r in (ours, naive)), f"{1 / naive['of_ours']:.2f}")
-        )  # fmt: skip
-    header = ("V", "D", "N", "ours, ms", "naive, ms", "ours / naive")
-    return f"{machine.table(header, lines)}\n\nSource: {_source(path, found, link)}."
 
 
 @figure
@@ -213,6 +194,6 @@ def gradient_filter(link: Link) -> str:
     path = max(machine.RESULTS.glob("*/gradient_filter/*.json"))
     found = json.loads(path.read_text(encoding="utf-8"))
     return (
-        f"{table(found)}\n\n{found['source']}, N {found['tokens']}, smoothing {found['smoothing']}. "
+        f"{table(found)}\n\nN {found['tokens']}, smoothing {found['smoothing']}. "
         f"Source: {_source(path, found, link)}."
     )

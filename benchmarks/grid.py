@@ -66,7 +66,7 @@ def add_options(parser: pytest.Parser) -> None:
         "--results", metavar="F",
         help="a file, or a folder for <machine>/<date>-<commit>.json (default: .benchmarks/results.json)",
     )  # fmt: skip
-    group.addoption("--update", action="store_true", help="keep the other rows of the results file")
+    group.addoption("--update", action="store_true", help="keep the other measurements of the results file")
     group.addoption(
         "--states", metavar="F", help="hidden states from `python -m benchmarks.studies.accuracy --export`"
     )
@@ -158,7 +158,7 @@ class Deadline:
 
 
 def described(**parts: Any) -> dict[str, Any]:
-    """Return the fields of a row that identify it."""
+    """Return the fields that identify a measurement."""
     provider: Provider = parts["provider"]
     row: dict[str, Any] = {
         "provider": provider.name,

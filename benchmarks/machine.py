@@ -111,8 +111,10 @@ def _gpu() -> dict[str, Any] | None:
         return None
     facts = torch.cuda.get_device_properties(0)
     names = ("driver_version", "clocks.current.sm", "clocks.max.sm", "clocks.current.memory", "power.limit")
-    said = _said(("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader")).partition("\n")[0]
-    driver, *clocks = [part.strip() for part in said.split(",")] if said else ["unknown"]
+    output = _output(("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader")).partition(
+        "\n"
+    )[0]
+    driver, *clocks = [part.strip() for part in output.split(",")] if output else ["unknown"]
     return {
         "name": facts.name,
         "memory_gib": round(facts.total_memory / 2**30, 1),
@@ -126,11 +128,11 @@ def _gpu() -> dict[str, Any] | None:
 
 def _commit() -> str:
     """Return COMMIT from the environment (a copied tree has no history), else git's description."""
-    said = _said(("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--match=-"))
-    return os.environ.get("COMMIT") or said or "unknown"
+    output = _output(("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--match=-"))
+    return os.environ.get("COMMIT") or output or "unknown"
 
 
-def _said(command: tuple[str, ...]) -> str:
+def _output(command: tuple[str, ...]) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -60,7 +60,7 @@ def errors(loss: Loss, case: Case) -> dict[str, float]:
         WrongError: an error exceeds what rounding explains.
     """
     truth = exact(case)
-    wanted = case.wanted()
+    wanted = case.differentiable()
     # a loss may overwrite its input, which must not be a leaf then
     value = loss(case._replace(hidden=case.hidden * 1.0) if case.head is None else case)
     gradients = torch.autograd.grad(value, list(wanted.values()), case.upstream)
@@ -95,20 +95,20 @@ def telling(case: Case) -> Case:
 
 def training_step(loss: Loss, case: Case) -> Step:
     """Return a step of forward and backward."""
-    wanted = list(case.wanted().values())
+    wanted = list(case.differentiable().values())
     if case.head is not None:
         return lambda: torch.autograd.grad(loss(case), wanted, case.upstream)
-    anchor = torch.zeros((), device=case.hidden.device, requires_grad=True)
+    leaf = torch.zeros((), device=case.hidden.device, requires_grad=True)
     buffer = case.hidden.detach()
     # the next round reads overwritten numbers, which does not change the time
-    return lambda: loss(case._replace(hidden=_Computed.apply(anchor, buffer))).backward()
+    return lambda: loss(case._replace(hidden=_Computed.apply(leaf, buffer))).backward()
 
 
 class _Computed(torch.autograd.Function):
     """Returns a buffer as a non-leaf, which a loss may overwrite; its gradient is dropped."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, buffer: Tensor) -> Tensor:
+    def forward(ctx: Any, leaf: Tensor, buffer: Tensor) -> Tensor:
         return buffer.view_as(buffer)
 
     @staticmethod

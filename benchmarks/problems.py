@@ -25,7 +25,7 @@ class Case(NamedTuple):
     upstream: Tensor | None = None  # [N] float32, for reduction="none"
     lora: Adapter | None = None  # added to the head
 
-    def wanted(self) -> dict[str, Tensor]:
+    def differentiable(self) -> dict[str, Tensor]:
         """Return the inputs that require a gradient, by the name of the gradient."""
         a, b, _ = self.lora or (None, None, 0)
         named = {"dE" if self.head is not None else "dz": self.hidden, "dC": self.head, "dA": a, "dB": b}
@@ -44,7 +44,7 @@ class Exact(NamedTuple):
 
     token_losses: Tensor  # [N], weighted
     loss: Tensor  # their mean
-    gradients: dict[str, Tensor]  # of the mean, or of sum(upstream * rows)
+    gradients: dict[str, Tensor]  # of the mean, or of sum(upstream * token_losses)
 
 
 def exact(case: Case) -> Exact:
@@ -120,7 +120,7 @@ class Problem:
         n, d = self.rows, self.features
         hidden = normal(n, d, scale=1.0).requires_grad_()
         head = normal(self.vocab, d, scale=3 / math.sqrt(d)).requires_grad_(setting.trainable)
-        case = self._labelled(hidden, setting, g)._replace(head=head)
+        case = self._labeled(hidden, setting, g)._replace(head=head)
         if setting.lora:
             a = normal(LORA_RANK, d, scale=1 / math.sqrt(d)).requires_grad_()
             b = normal(self.vocab, LORA_RANK, scale=0.1).requires_grad_()
@@ -131,9 +131,9 @@ class Problem:
         """Return random logits, without a head."""
         g = torch.Generator(device).manual_seed(0)
         values = torch.empty((self.rows, self.vocab), device=device, dtype=dtype)
-        return self._labelled(values.normal_(std=3, generator=g).requires_grad_(), FROZEN, g)
+        return self._labeled(values.normal_(std=3, generator=g).requires_grad_(), FROZEN, g)
 
-    def _labelled(self, hidden: Tensor, setting: Setting, g: torch.Generator) -> Case:
+    def _labeled(self, hidden: Tensor, setting: Setting, g: torch.Generator) -> Case:
         n, device = self.rows, hidden.device
         target = torch.randint(self.vocab, (n,), device=device, generator=g)
         target[: int(n * setting.ignored)] = IGNORED  # prompts come first

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -30,8 +31,8 @@ def load(path: Path) -> dict[str, Any]:
             f"{path}: not a results file; pass a file that `pytest benchmarks/suites --results FILE` wrote"
         )
     for row in found["rows"]:
-        if "solves" in row:  # as files before 2026-11-26 have it
-            row["solves"] = row["solves"].replace("s per row", "s per token")
+        if "solves" in row:  # files before 2026-11-26 use another word for token
+            row["solves"] = re.sub(r"s per \w+", "s per token", row["solves"])
     return found
 
 
@@ -40,7 +41,7 @@ def newest(folder: Path, wanted: Callable[[Row], bool] = lambda _: True, *, gpu:
 
     Args:
         folder: Holds results, or one folder of results for each machine.
-        wanted: Only files with such a row count.
+        wanted: Only files with such a measurement count.
         gpu: Only files from a machine with a GPU (True) or without one (False) count.
 
     Raises:
@@ -57,16 +58,16 @@ def newest(folder: Path, wanted: Callable[[Row], bool] = lambda _: True, *, gpu:
     return max(times, key=lambda path: times[path])
 
 
-# ---- rows ----
+# ---- measurements ----
 
 
 def failure(row: Row) -> str:
-    """Return why a row has no numbers, or ""."""
+    """Return why a measurement has no numbers, or ""."""
     return next((f"{word}: {row[key]}" for key, word in _FAILURES.items() if key in row), "")
 
 
 def time(row: Row) -> float:
-    """Return the median in seconds; infinity without times, which sorts the row last."""
+    """Return the median in seconds; infinity without times, which sorts the measurement last."""
     return median(row["seconds"]["it"]) if "seconds" in row else math.inf
 
 
@@ -80,7 +81,7 @@ def spread(row: Row) -> float:
 
 
 def grouped(rows: Iterable[Row], *keys: str) -> Iterable[tuple[tuple[Any, ...], list[Row]]]:
-    """Group rows by the values of keys, in order of first occurrence."""
+    """Group measurements by the values of keys, in order of first occurrence."""
 
     def key(row: Row) -> tuple[Any, ...]:
         return tuple(row.get(k) for k in keys)
@@ -325,7 +326,7 @@ def plots(found: dict[str, Any], stem: Path) -> list[Path]:
 
 
 def frozen_rows(rows: list[Row]) -> list[Row]:
-    """Return the measured rows with a frozen head in bfloat16."""
+    """Return the measurements with a frozen head in bfloat16."""
     return [
         r
         for r in rows

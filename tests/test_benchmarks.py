@@ -31,7 +31,7 @@ from tests.kernels.cases import linear_definition
 def test_the_exact_answer_is_the_definition(setting: Setting, device: torch.device) -> None:
     case = TINY.case(setting, device, torch.float64)
     case = case._replace(head=case.head.detach().requires_grad_())
-    wanted = case.wanted()
+    wanted = case.differentiable()
     truth = linear_definition(
         case.hidden, case.target, linear_weight=case.merged().head, label_smoothing=case.smoothing,
         sample_weight=case.weight, reduction=case.reduction,
@@ -188,7 +188,7 @@ def test_every_suite_runs_and_its_report_is_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--problem", "nobody"), "--problem: unknown name 'nobody'; available: gemma2, "),
+        (("--problem", "no-model"), "--problem: unknown name 'no-model'; available: gemma2, "),
         (("--setting", "thawed"), "--setting: unknown name 'thawed'; available: frozen, "),
         (("--provider", "our"), "--provider: unknown provider 'our'; give a name"),
         (("--rounds", "0"), "--rounds must be at least 1, got 0"),
@@ -200,6 +200,12 @@ def test_refuses(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
     assert done.returncode == 4
     assert said in done.stderr
     assert not results.exists()
+
+
+def test_the_full_form_is_the_default(tmp_path: Path) -> None:
+    done, _ = suite(tmp_path, "benchmarks/suites/bench_scaling.py", "--collect-only")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[rows-4096-ours" in done.stdout
 
 
 # ---- report ----
@@ -225,10 +231,11 @@ def test_quoted_figures_are_those_of_the_committed_results(name: str) -> None:
     """`python -m benchmarks report --docs` renews a stale page."""
     page = ROOT / name
     text = page.read_text(encoding="utf-8")
-    assert "<!-- figures: " in text
+    assert "<!-- figures " in text
     assert figures.renewed(text, page) == text
 
 
+@pytest.mark.kills("benchmarks/figures.py", "return _REGION.sub(region, text)", "return text")
 def test_a_stale_figure_is_renewed() -> None:
     page = ROOT / "docs" / "benchmarks.md"
     text = page.read_text(encoding="utf-8")
@@ -240,8 +247,11 @@ def test_a_stale_figure_is_renewed() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- figures: speed -->\n<!-- end of figures -->", "unknown figures 'speed'; available: summary, "),
-        ("<!-- figures: gate -->\n", "lacks its '<!-- end of figures -->'"),
+        (
+            "<!-- figures speed: begin -->\n<!-- figures speed: end -->",
+            "unknown figures 'speed'; available: summary, ",
+        ),
+        ("<!-- figures gate: begin -->\n", "do not match"),
     ],
 )
 def test_invalid_regions_of_figures_are_refused(text: str, message: str) -> None:

@@ -103,7 +103,7 @@ def run(name: str, given: argparse.Namespace, limit: float) -> str:
     with (given.out / "log.txt").open("a", encoding="utf-8") as log:
         log.write(f"# {name}\n")
         log.flush()
-        # in a process group of its own, which is killed as a whole if a kernel hangs
+        # in a process group of its own, which is killed completely if a kernel hangs
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             code = process.wait(limit)

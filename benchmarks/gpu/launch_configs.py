@@ -57,7 +57,7 @@ TINY_SWEEP: tuple[tuple[str, GemmPlan], ...] = (
 
 
 @contextmanager
-def planned(plan: GemmPlan) -> Iterator[None]:
+def launched_with(plan: GemmPlan) -> Iterator[None]:
     """Within this context, every GEMM that makes x is launched with `plan`."""
     choose = Platform.plan
     Platform.plan = lambda *_: plan  # type: ignore[method-assign]
@@ -115,15 +115,21 @@ def sweep(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
     flop = 2 * problem.rows * problem.vocab * problem.features
     taken = _cublas(case, rounds)
     cublas = flop / taken / 1e12
-    yield {"plan": "cuBLAS", "gemm_seconds": taken, "tflops": cublas, "of_cublas": 1.0, "step_seconds": None}
+    yield {
+        "launch_config": "cuBLAS",
+        "gemm_seconds": taken,
+        "tflops": cublas,
+        "of_cublas": 1.0,
+        "step_seconds": None,
+    }
     loss, gradient = step(case, "exact")
     platform = Platform.of(case.hidden)
     now = "tma" if platform.tma else "pointer"
     given = now, platform.plan(now)
-    plans = [given, *(p for p in (SWEEP if CUDA else TINY_SWEEP) if p != given)]
-    for variant, plan in plans:
+    configs = [given, *(p for p in (SWEEP if CUDA else TINY_SWEEP) if p != given)]
+    for variant, plan in configs:
         shape = " ".join(f"{k}={v}" for k, v in plan._asdict().items() if k != "source")
-        record: dict[str, Any] = {"plan": f"{variant} {shape}", "ours_now": (variant, plan) == given}
+        record: dict[str, Any] = {"launch_config": f"{variant} {shape}", "ours_now": (variant, plan) == given}
         try:
             record |= _measured(case, variant, plan, rounds, loss, gradient)
         except Exception as error:  # for example, too much shared memory for this GPU
@@ -138,7 +144,7 @@ def _measured(
     case: Case, variant: str, plan: GemmPlan, rounds: int, loss: Tensor, gradient: Tensor
 ) -> dict[str, Any]:
     """Return the seconds of the GEMM and of the step, if the results of the step are correct."""
-    with planned(plan):
+    with launched_with(plan):
         mine, mine_gradient = step(case, variant)  # compiles
         apart = ((mine_gradient - gradient).norm() / gradient.norm()).item()
         if not (apart <= _APART and abs(mine - loss) <= 1e-4 * abs(loss)):
@@ -163,15 +169,15 @@ def report(found: dict[str, Any]) -> str:
         text.append(f"## {name}: V {p.vocab}, D {p.features}, N {p.rows}")
         rows = []
         for r in records:
-            problem = failure(r)
-            if problem:
-                rows.append((r["plan"], *("-",) * 4, problem))
+            reason = failure(r)
+            if reason:
+                rows.append((r["launch_config"], *("-",) * 4, reason))
                 continue
-            whole = "-" if r["step_seconds"] is None else f"{r['step_seconds'] * 1e3:.3g}"
-            rows.append(
-                (r["plan"], f"{r['gemm_seconds'] * 1e3:.3g}", f"{r['tflops']:.3g}", f"{r['of_cublas']:.2f}",
-                 whole, "ours now" if r.get("ours_now") else "")
-            )  # fmt: skip
+            step_ms = "-" if r["step_seconds"] is None else f"{r['step_seconds'] * 1e3:.3g}"
+            rows.append((
+                r["launch_config"], f"{r['gemm_seconds'] * 1e3:.3g}", f"{r['tflops']:.3g}",
+                f"{r['of_cublas']:.2f}", step_ms, "ours now" if r.get("ours_now") else "",
+            ))  # fmt: skip
         text.append(machine.table(("launch config", "GEMM ms", "TFLOP/s", "of cuBLAS", "step ms", ""), rows))
     return "\n\n".join([*text, machine.headline(found["machine"])])
 

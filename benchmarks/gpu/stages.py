@@ -206,10 +206,10 @@ def _given_logits(inplace: bool) -> Callable[[Case], Tensor]:
 def ceilings(run: Run) -> None:
     """Time memory copies, bare products, and products as the losses call them."""
     with suppress(FileNotFoundError):
-        told = subprocess.run(
+        done = subprocess.run(
             ["nvidia-smi", "-q", "-d", "CLOCK,POWER"], capture_output=True, text=True, check=False
         )
-        run.emit("nvidia-smi", clocks=re.findall(r"(?:Graphics|Memory|Max Limit)\s+: (.*)", told.stdout)[:4])
+        run.emit("nvidia-smi", clocks=re.findall(r"(?:Graphics|Memory|Max Limit)\s+: (.*)", done.stdout)[:4])
     taken = _best(measure.copy(), run)
     run.emit("copy", ms=taken * 1e3, gb_s=measure.COPIED / taken / 1e9)
     for problem in run.problems("llama3", "qwen2.5", "gemma2", "llama2"):
@@ -306,7 +306,7 @@ def sweep(run: Run) -> None:
     """Time launch configs of the GEMM that makes x, and of the kernel of given logits."""
     for problem in run.problems("llama3", "llama2"):
         for record in launch_configs.sweep(problem, 1 if run.dry else 5):
-            run.emit(f"{problem.name} {record.pop('plan')}", **record)
+            run.emit(f"{problem.name} {record.pop('launch_config')}", **record)
     problem = run.problems("llama3")[0]
     case, copied = problem.logits(DEVICE, torch.bfloat16), _copied(problem, run)
     choose = of_logits.plan
@@ -423,8 +423,10 @@ def ncu(run: Run) -> None:
             run.emit(f"ncu {kernel}", raised="exceeded its limit of 16 s")
             continue
         if done.returncode:
-            said = (done.stdout + done.stderr).strip().splitlines()
-            run.emit(f"ncu {kernel}", raised=" ".join([line for line in said if "ERR" in line] or said[-1:]))
+            output = (done.stdout + done.stderr).strip().splitlines()
+            run.emit(
+                f"ncu {kernel}", raised=" ".join([line for line in output if "ERR" in line] or output[-1:])
+            )
             continue
         (run.out / f"ncu-{what}.txt").write_text(done.stdout[-60_000:], encoding="utf-8")
         wanted = "|".join(("Compute .SM. Throughput", "DRAM Throughput", "L2 Hit Rate", "Duration"))

@@ -3,8 +3,8 @@
     python -m benchmarks.studies.accuracy --export states.pt.gz         # where the model is
     pytest benchmarks/suites/bench_accuracy.py --states states.pt.gz    # where a GPU is
 
-Hidden states, head and targets come from SmolLM2-135M-Instruct (V = 49152, D = 576; weights dequantized
-from 4 bits by `ual.pipelines.quickstart.model`) on worked answers of GSM8K, in bfloat16. Every provider gets the same
+Hidden states, head and targets come from SmolLM2-135M-Instruct on answers of GSM8K, in bfloat16 (V = 49152,
+D = 576; weights dequantized from 4 bits by `ual.pipelines.quickstart.model`). Every provider gets the same
 bfloat16 inputs, so the errors are those of the loss, not of the model. Smoothing per token is uniform in
 [0, 0.2]. A provider without it gets 0.1 for all tokens, or 0. Gradients are those of the mean.
 

@@ -21,7 +21,7 @@ from ual.uncertainty.protocol import Reply, Request
 
 
 class Instant:
-    """Answers at once, and charges the meter as an endpoint does."""
+    """Answers at once, and charges the budget as an endpoint does."""
 
     tasks = frozenset({"generate"})
     identity: Mapping[str, Any] = {"instant": 1}

@@ -1,4 +1,4 @@
-"""Each test produces one row of the results file, whether it passes, fails or is skipped."""
+"""Each test adds one measurement to the results file, whether it passes, fails or is skipped."""
 
 import json
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def form(request: pytest.FixtureRequest) -> grid.Form:
 
 @pytest.fixture
 def row(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The row that a test fills in. Suites that measure time use it as `benchmark.extra_info`."""
+    """The measurement that a test fills in. Suites that measure time use it as `benchmark.extra_info`."""
     return {}
 
 
@@ -65,25 +65,25 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
         parts = getattr(item, "callspec", None)
         about = grid.described(**parts.params) if parts and "provider" in parts.params else {}
         found = item.config.stash[_FOUND]
-        new = {"suite": module, "test": item.name} | about | row | _told(call)
+        new = {"suite": module, "test": item.name} | about | row | _outcome(call)
         found["rows"] = [r for r in found["rows"] if (r["suite"], r["test"]) != (module, item.name)] + [new]
         _write(item.config)
     return report
 
 
-def _told(call: pytest.CallInfo[Any]) -> dict[str, str]:
-    """Return why a row has no numbers, or nothing if it has."""
+def _outcome(call: pytest.CallInfo[Any]) -> dict[str, str]:
+    """Return why a measurement has no numbers, or nothing if it has."""
     if call.excinfo is None:
         return {}
     error = call.excinfo.value
     if isinstance(error, pytest.skip.Exception):
         return {"skipped": str(error.msg)}
-    said = str(error).partition("\n")[0]
+    message = str(error).partition("\n")[0]
     if isinstance(error, WrongError):
-        return {"wrong": said}
+        return {"wrong": message}
     if isinstance(error, _MEMORY_ERRORS):
-        return {"raised": f"out of memory: {said}"}
-    return {"raised": f"{type(error).__name__}: {said}"}
+        return {"raised": f"out of memory: {message}"}
+    return {"raised": f"{type(error).__name__}: {message}"}
 
 
 def _results(config: pytest.Config) -> Path:
@@ -95,7 +95,7 @@ def _results(config: pytest.Config) -> Path:
 
 
 def _kept(config: pytest.Config) -> list[dict[str, Any]]:
-    """Return the rows that the results file already holds.
+    """Return the measurements that the results file already holds.
 
     Raises:
         pytest.UsageError: they are from another commit or another number of threads.
@@ -114,7 +114,7 @@ def _kept(config: pytest.Config) -> list[dict[str, Any]]:
 
 
 def _write(config: pytest.Config) -> None:
-    """Write after every row, because running out of memory may kill the process."""
+    """Write after every measurement, because running out of memory may kill the process."""
     path = _results(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
@@ -128,7 +128,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     bad = [r for r in rows if "wrong" in r or "raised" in r]
     path = _results(config)
-    terminalreporter.section("rows")
+    terminalreporter.section("measurements")
     for r in bad:
         name = " ".join(str(r[k]) for k in ("suite", "problem", "setting", "provider") if k in r)
         terminalreporter.line(f"{name}: {'incorrect: ' + r['wrong'] if 'wrong' in r else r['raised']}")
