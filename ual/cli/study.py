@@ -109,6 +109,8 @@ def compare(
 
         result = run(resolved, command=["ual", *sys.argv[1:]], console=err, **common)
         out.print(tables.arms(result.metrics))
+        out.print()
+        out.print(tables.paired(result.paired))
         out.print(f"report   {result.report.resolve()}", highlight=False, soft_wrap=True)
 
 
@@ -133,6 +135,8 @@ def quickstart(
             output, steps=steps, samples=rows, cache=cache_folder(os.environ), command=command, console=err
         )
         out.print(tables.arms(result.metrics))
+        out.print()
+        out.print(tables.paired(result.paired))
         longer = f"name=longer output_dir=runs/longer training.max_steps={10 * steps}"
         out.print(
             f"\n{steps} steps with one seed show that the pipeline works, not which method is better.\n\n"

@@ -19,7 +19,7 @@ def _table(*names: str, left: int = 1) -> Table:
     """Return a table with a header; its first `left` columns hold text, the others numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column, name in enumerate(names):
-        table.add_column(name, justify="left" if column < left else "right")
+        table.add_column(name, justify="left" if column < left else "right", no_wrap=column >= left)
     return table
 
 
@@ -44,6 +44,20 @@ def arms(found: list[dict[str, Any]]) -> RenderableType:
             f"{arm['mean_smoothing']:.3f}",
             _number(arm["train_loss_last"]),
             *(_figures(after) if after else ["not measured", "", "", ""]),
+        )
+    return table
+
+
+def paired(found: list[dict[str, Any]]) -> RenderableType:
+    """The arms' differences from the baseline, with their 95 % intervals over held-out samples."""
+    table = _table("difference", "NLL", "95 %", "accuracy", "95 %", "samples", "seeds")
+    for pair in found:
+        nll, accuracy = pair["nll"], pair["accuracy"]
+        table.add_row(
+            escape(f"{pair['arm']} - {pair['baseline']}"),
+            *(f"{nll['value']:+.4f}", f"{nll['low']:+.4f} to {nll['high']:+.4f}"),
+            *(f"{accuracy['value']:+.4f}", f"{accuracy['low']:+.4f} to {accuracy['high']:+.4f}"),
+            *(str(nll["samples"]), str(nll["seeds"])),
         )
     return table
 

@@ -19,9 +19,13 @@ from ual.report import write as write_report
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The metrics of every run, and the page that compares them."""
+    """The metrics of every run, the arms' paired differences from the baseline, and the page.
+
+    A difference is as `ual.methods.statistics.PairedDifference`, for `nll` and `accuracy`.
+    """
 
     metrics: list[dict[str, Any]]
+    paired: list[dict[str, Any]]
     report: Path
 
 
@@ -74,10 +78,18 @@ def run(
                 )
             done = result.metrics
         metrics.append(done)
-    report = write_report(
-        [Path(cell.config.output_dir) for cell in cells], Path(config.output_dir) / "report.html"
-    )
-    return Comparison(metrics, report)
+    folders = [Path(cell.config.output_dir) for cell in cells]
+    report = write_report(folders, Path(config.output_dir) / "report.html")
+    paired = []
+    if len(folders) > 1:
+        arms = {cell.arm: cell.arm for cell in cells} | {
+            folder.name: cell.arm for folder, cell in zip(folders, cells, strict=True)
+        }
+        figures = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
+        paired = [
+            pair | {side: arms[pair[side][0]] for side in ("arm", "baseline")} for pair in figures["paired"]
+        ]
+    return Comparison(metrics, paired, report)
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
