@@ -69,6 +69,15 @@ def given(folder: Path) -> argparse.Namespace:
     return argparse.Namespace(out=folder, dry_run=True, states=None, unsloth_zoo=None)
 
 
+def ended(process: int) -> bool:
+    """Wait a tenth of a second, since a busy machine takes a moment to kill; tell whether it is dead."""
+    time.sleep(0.1)
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def test_a_stage_that_hangs_is_killed_with_what_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,8 +90,7 @@ def test_a_stage_that_hangs_is_killed_with_what_it_started(
     assert gpu.run("sweep", given(tmp_path), 2.0) == "exceeded its limit of 2 s"
     assert time.monotonic() - before < 20
     child = int((tmp_path / "child").read_text())
-    state = Path(f"/proc/{child}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert any(ended(child) for _ in range(100))
 
 
 @pytest.mark.kills("benchmarks/gpu/__main__.py", "    return int(bool(failed))", "    return 0")
