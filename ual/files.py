@@ -122,7 +122,7 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
         UserError: the file cannot be read.
     """
     try:
-        with cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+        with cast(IO[bytes], gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, line

@@ -161,15 +161,15 @@ class TestRead:
         [
             ("{]\n", "", "not valid JSON"),
             ("[" * 100_000 + "\n", "", "not valid JSON"),
-            ("[1, 2]\n", "", "wanted an object"),
+            ("[1, 2]\n", "", "expected an object"),
             ({"question": "x"}, "", "its fields are: question"),
-            ({"id": "q", "answers": [1, 2]}, "messages", "Field required"),
-            (asked("q", 1, 2, question=" "), "question", 'non-empty string or list of messages, got " "'),
+            ({"id": "q", "answers": [1, 2]}, "messages", "expected a string or a list of messages, got null"),
+            (asked("q", 1, 2, question=" "), "question", "the prompt is empty"),
             ({"messages": [], "answers": [1, 2]}, "messages", "got []"),
             (
                 {"messages": [{"role": "user"}], "answers": [1, 2]},
-                "messages.0.content",
-                "Field required",
+                "messages[0].content",
+                "expected a string, got null",
             ),
             (
                 {"messages": [{"role": "assistant", "content": "x"}], "answers": [1, 2]},
@@ -178,20 +178,20 @@ class TestRead:
             ),
             (
                 {"prompt": [{"role": "robot", "content": "x"}], "answers": [1, 2]},
-                "prompt.0.role",
+                "prompt[0].role",
                 "'user'",
             ),
             (asked("", 1, 2), "id", 'non-empty string or an integer, got ""'),
             (asked(True, 1, 2), "id", "got true"),
-            (asked("q", 1, 2, gold=[1]), "gold", "wanted a string, a number or null, got [1]"),
-            (asked("q", 1, 2, answers="18"), "answers", 'valid list, got "18"'),
-            (asked("q", 1, [2]), "answers.1.value", "got [2]"),
-            (asked("q", 1, {"source": "x"}), "answers.1", 'one of "value"'),
-            (asked("q", 1, {"value": 2, "correct": "yes"}), "answers.1.correct", 'boolean, got "yes"'),
-            (asked("q", 1, {"value": 2, "text": "x", "source": 3}), "answers.1.source", "got 3"),
-            (asked("q", 1, {"text": ["long"] * 99}), "answers.1.text", "..."),
+            (asked("q", 1, 2, gold=[1]), "gold", "expected a string, a number or null, got [1]"),
+            (asked("q", 1, 2, answers="18"), "answers", 'a list, got "18"'),
+            (asked("q", 1, [2]), "answers[1].value", "got [2]"),
+            (asked("q", 1, {"source": "x"}), "answers[1]", 'one of "value"'),
+            (asked("q", 1, {"value": 2, "correct": "yes"}), "answers[1].correct", 'a boolean, got "yes"'),
+            (asked("q", 1, {"value": 2, "text": "x", "source": 3}), "answers[1].source", "got 3"),
+            (asked("q", 1, {"text": ["long"] * 99}), "answers[1].text", "..."),
             ({"question_id": "q", "prompt": "x", "answer": {"a": 1}}, "answer", 'got {"a": 1}'),
-            ({"question_id": "q", "prompt": "x"}, "", "wanted an answer"),
+            ({"question_id": "q", "prompt": "x"}, "", 'expected one of "value"'),
         ],
     )
     def test_bad_records_are_placed(self, jsonl: Writer, record: Any, field: str, words: str) -> None:
@@ -202,7 +202,7 @@ class TestRead:
         assert words in caught.value.problem
 
     def test_too_few_answers(self, jsonl: Writer) -> None:
-        with pytest.raises(UserError, match="line 2: question 'q' has 1 answer; wanted at least two"):
+        with pytest.raises(UserError, match="line 2: question 'q' has 1 answer; expected at least two"):
             read(jsonl(asked("p", 1, 2), asked("q", 1)))
         with pytest.raises(UserError, match="line 1: question 'q' has 0 answers"):
             read(jsonl(asked("q")))
@@ -217,18 +217,18 @@ class TestRead:
             read(jsonl(asked("q", 1, 2), again))
 
     def test_unreadable_files(self, jsonl: Writer, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="cannot read the answers: No such file"):
+        with pytest.raises(UserError, match="cannot read the file: No such file"):
             read(tmp_path / "absent.jsonl")
         with pytest.raises(UserError, match="no question"):
             read(jsonl("\n"))
         plain = tmp_path / "plain.jsonl.gz"
         plain.write_text("{}\n")
-        with pytest.raises(UserError, match="cannot read the answers: Not a gzipped file"):
+        with pytest.raises(UserError, match="cannot read the file: Not a gzipped file"):
             read(plain)
         whole = jsonl(*(asked(f"q{i}", i, 2) for i in range(99)), name="whole.jsonl.gz").read_bytes()
         cut = tmp_path / "cut.jsonl.gz"
         cut.write_bytes(whole[:-20])
-        with pytest.raises(UserError, match="cannot read the answers: Compressed file ended"):
+        with pytest.raises(UserError, match="cannot read the file: Compressed file ended"):
             read(cut)
 
 

@@ -94,7 +94,7 @@ class TestForms:
         with caplog.at_level(logging.INFO):
             (sample,) = load(path)
         assert contents(sample) == expected
-        assert f"1 rows, read as {form} by the columns" in caplog.text
+        assert f"1 samples, read as {form} by the columns" in caplog.text
         assert load(path, format=form) == [sample]
 
     def test_a_form_asked_for_wins_over_the_columns(self, tmp_path):
@@ -207,17 +207,23 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("name", "content", "place", "problem"),
         [
-            ("a.jsonl", b"", "", "no rows"),
-            ("a.jsonl", b"\n\n", "", "no rows"),
+            ("a.jsonl", b"", "", "no samples"),
+            ("a.jsonl", b"\n\n", "", "no samples"),
             ("a.json", b"", ", line 1", "the file is empty"),
-            ("a.json", b"[]", "", "no rows"),
-            ("a.json", b'{"data": []}', "", "want an array of objects, got dict {'data': []}"),
+            ("a.json", b"[]", "", "no samples"),
+            ("a.json", b'{"data": []}', "", 'expected an array of objects, got {"data": []}'),
             ("a.json", b'{"a": 1}\n{"a": 2}\n', ", line 2", "invalid JSON: Extra data, column 1"),
             ("a.json", b'[{"prompt":\n"\xff"}]', ", line 2", "not UTF-8: invalid start byte"),
-            ("a.json", b"[3]", ", index 0", "want an object, got 3"),
+            ("a.json", b"[3]", ", index 0", "expected an object, got 3"),
             ("a.jsonl", b'{"prompt": ', ", line 1", "invalid JSON: Expecting value, column 12"),
-            ("a.jsonl", b'\n{"prompt": "\xff"}', ", line 2", "not UTF-8: invalid start byte at byte 12"),
-            ("a.jsonl", b'"text"', ", line 1", "want an object, got str 'text'"),
+            (
+                "a.jsonl",
+                b'\n{"prompt": "\xff"}',
+                ", line 2",
+                "invalid JSON: 'utf-8' codec can't decode byte 0xff in position 12: ",
+            ),
+            ("a.jsonl", b"[" * 100_000, ", line 1", "invalid JSON: maximum recursion depth"),
+            ("a.jsonl", b'"text"', ", line 1", 'expected an object, got "text"'),
             ("a.jsonl.gz", b"not gzip", "", "cannot read the file: Not a gzipped file (b'no')"),
             (
                 "a.jsonl.gz",
@@ -225,7 +231,7 @@ class TestFiles:
                 "",
                 "cannot read the file: Compressed file ended",
             ),
-            ("a.parquet", b"not parquet", "", "not a parquet file: "),
+            ("a.parquet", b"not parquet", "", "cannot read the parquet file: "),
             ("a.csv", b"prompt,completion", "", "cannot tell how to read a file named 'a.csv'"),
         ],
     )
@@ -241,11 +247,11 @@ class TestRows:
     @pytest.mark.parametrize(
         ("row", "field", "problem"),
         [
-            (GOOD | {"completion": 4}, "completion", "want a string, got 4"),
+            (GOOD | {"completion": 4}, "completion", "expected a string or a list of messages, got 4"),
             (GOOD | {"completion": " \n"}, "completion", "the response is empty"),
             (GOOD | {"prompt": ""}, "prompt", "the prompt is empty"),
             (GOOD | {"completion": "\ud83d"}, "completion", "half of a surrogate pair at character 0"),
-            (GOOD | {"prompt": []}, "prompt", "want a list of messages, got list []"),
+            (GOOD | {"prompt": []}, "prompt", "expected a string or a list of messages, got []"),
             (
                 GOOD | {"completion": CHAT[:1]},
                 "prompt",
@@ -256,22 +262,34 @@ class TestRows:
                 "prompt",
                 "the conversation needs a user turn before its first assistant turn",
             ),
-            (GOOD | {"uncertainty": math.nan}, "uncertainty", "want a finite number, got nan"),
-            (GOOD | {"uncertainty": -math.inf}, "uncertainty", "want a finite number, got -inf"),
-            (GOOD | {"uncertainty": 10**400}, "uncertainty", "want a finite number, got 10000"),
-            (GOOD | {"uncertainty": "0.5"}, "uncertainty", "want a finite number, got str '0.5'"),
-            (GOOD | {"uncertainty": True}, "uncertainty", "want a finite number, got True"),
-            (GOOD | {"label_smoothing": 1.5}, "label_smoothing", "want a finite number in [0, 1], got 1.5"),
-            (GOOD | {"label_smoothing": -0.1}, "label_smoothing", "want a finite number in [0, 1], got -0.1"),
-            (GOOD | {"sample_weight": -1}, "sample_weight", "want a finite number >= 0, got -1"),
-            (GOOD | {"sample_weight": math.nan}, "sample_weight", "want a finite number >= 0, got nan"),
-            (GOOD | {"sample_weight": math.inf}, "sample_weight", "want a finite number >= 0, got inf"),
-            (GOOD | {"id": ""}, "id", "want a non-empty string or an integer, got str ''"),
-            (GOOD | {"id": 1.5}, "id", "want a non-empty string or an integer, got 1.5"),
-            (GOOD | {"id": True}, "id", "want a non-empty string or an integer, got True"),
-            (GOOD | {"source": 3}, "source", "want a string, got 3"),
+            (GOOD | {"uncertainty": math.nan}, "uncertainty", "expected a finite number, got NaN"),
+            (GOOD | {"uncertainty": -math.inf}, "uncertainty", "expected a finite number, got -Infinity"),
+            (GOOD | {"uncertainty": 10**400}, "uncertainty", "expected a finite number, got 10000"),
+            (GOOD | {"uncertainty": "0.5"}, "uncertainty", 'expected a finite number, got "0.5"'),
+            (GOOD | {"uncertainty": True}, "uncertainty", "expected a finite number, got true"),
+            (
+                GOOD | {"label_smoothing": 1.5},
+                "label_smoothing",
+                "expected a finite number in [0, 1], got 1.5",
+            ),
+            (
+                GOOD | {"label_smoothing": -0.1},
+                "label_smoothing",
+                "expected a finite number in [0, 1], got -0.1",
+            ),
+            (GOOD | {"sample_weight": -1}, "sample_weight", "expected a finite number >= 0, got -1"),
+            (GOOD | {"sample_weight": math.nan}, "sample_weight", "expected a finite number >= 0, got NaN"),
+            (
+                GOOD | {"sample_weight": math.inf},
+                "sample_weight",
+                "expected a finite number >= 0, got Infinity",
+            ),
+            (GOOD | {"id": ""}, "id", 'expected a non-empty string or an integer, got ""'),
+            (GOOD | {"id": 1.5}, "id", "expected a non-empty string or an integer, got 1.5"),
+            (GOOD | {"id": True}, "id", "expected a non-empty string or an integer, got true"),
+            (GOOD | {"source": 3}, "source", "expected a string, got 3"),
             (GOOD | {"tools": "[{"}, "tools", "invalid JSON: "),
-            (GOOD | {"tools": ["f"]}, "tools", "want a list of objects, or its JSON, got list ['f']"),
+            (GOOD | {"tools": ["f"]}, "tools", 'expected a list of objects, or its JSON, got ["f"]'),
         ],
     )
     def test_faults_of_a_value(self, tmp_path, row, field, problem):
@@ -280,15 +298,16 @@ class TestRows:
         assert error.place == f'{path}, line 2, field "{field}"'
         assert error.problem.startswith(problem)
         assert error.remedy == (
-            'correct or remove this row; the file is read as "prompt_completion", data.format chooses another'
+            'correct or remove this sample; the file is read as "prompt_completion", '
+            "data.format chooses another"
         )
 
     @pytest.mark.parametrize(
         ("messages", "field", "problem"),
         [
-            ("hi", "messages", "want a list of messages, got str 'hi'"),
-            ([], "messages", "want a list of messages, got list []"),
-            (["hi", "hello"], "messages[0]", 'want {"role": ..., "content": ...}, got str \'hi\''),
+            ("hi", "messages", 'expected a list of messages, got "hi"'),
+            ([], "messages", "expected a list of messages, got []"),
+            (["hi", "hello"], "messages[0]", 'expected {"role": ..., "content": ...}, got "hi"'),
             (CHAT[:1], "messages", "the conversation must end with an assistant turn, it ends with user"),
             (
                 [CHAT[1], *CHAT],
@@ -298,14 +317,18 @@ class TestRows:
             (
                 [{"role": "robot", "content": "x"}],
                 "messages[0].role",
-                "unknown role str 'robot'; valid: system",
+                "expected 'system', 'user', 'assistant', 'tool', 'human' or 'gpt', got \"robot\"",
             ),
-            ([{"content": "x"}], "messages[0].role", "unknown role None; valid: system"),
-            ([CHAT[0], {"from": "bing", "value": "x"}], "messages[1].from", "unknown role str 'bing'"),
+            ([{"content": "x"}], "messages[0].role", "is missing, got content"),
+            (
+                [CHAT[0], {"from": "bing", "value": "x"}],
+                "messages[1].from",
+                "expected 'system', 'user', 'assistant', 'tool', 'human' or 'gpt', got \"bing\"",
+            ),
             (
                 [CHAT[0], {"role": "assistant", "content": None}],
                 "messages[1].content",
-                "want a string, got None",
+                "expected a string, got null",
             ),
             (
                 [CHAT[0], {"role": "assistant", "content": ""}, *CHAT],
@@ -330,23 +353,23 @@ class TestRows:
     @pytest.mark.parametrize(
         ("row", "field", "problem"),
         [
-            ({"instruction": 3, "output": "x"}, "instruction", "want a string, got 3"),
-            ({"instruction": "x", "input": ["y"], "output": "x"}, "input", "want a string, got list ['y']"),
+            ({"instruction": 3, "output": "x"}, "instruction", "expected a string, got 3"),
+            ({"instruction": "x", "input": ["y"], "output": "x"}, "input", 'expected a string, got ["y"]'),
             ({"instruction": "x", "output": ""}, "output", "the response is empty"),
             (
                 {"instruction": "x", "output": "y", "history": "z"},
                 "history",
-                "want a list of [question, answer]",
+                "expected a list of [question, answer]",
             ),
             (
                 {"instruction": "x", "output": "y", "history": [["z"]]},
                 "history[0]",
-                "want a [question, answer]",
+                "expected a [question, answer]",
             ),
             (
                 {"instruction": "x", "output": "y", "history": [["z", None]]},
                 "history[0][1]",
-                "want a string, got None",
+                "expected a string or a list of messages, got null",
             ),
         ],
     )
@@ -361,7 +384,8 @@ class TestRows:
         error = refusal(path)
         assert str(error) == (
             f'{path}, line 2, field "prompt": is missing, got question, answer\n'
-            'correct or remove this row; the file is read as "prompt_completion", data.format chooses another'
+            'correct or remove this sample; the file is read as "prompt_completion", '
+            "data.format chooses another"
         )
 
     def test_no_known_columns(self, tmp_path):
@@ -369,13 +393,13 @@ class TestRows:
         error = refusal(path)
         assert error.place == f"{path}, line 1"
         assert error.problem == (
-            "no columns to make a conversation of: want messages or conversations (messages); "
+            "no columns to make a conversation of: expected messages or conversations (messages); "
             "prompt + completion or question + answer (prompt_completion); instruction + output (alpaca); "
             "got text, messages"
         )
         path = write(tmp_path / "rows.jsonl", [GOOD])
         error = refusal(path, format="alpaca")
-        assert "want instruction + output (alpaca); got prompt, completion" in error.problem
+        assert "expected instruction + output (alpaca); got prompt, completion" in error.problem
         assert "set data.format to auto" in error.remedy
         assert "unknown format 'csv'; valid: auto, messages" in refusal(path, format="csv").problem
 
@@ -392,20 +416,20 @@ class TestRows:
         bad = [json.dumps(GOOD | {"uncertainty": i, "completion": ""}) for i in range(6)]
         path.write_text("\n".join(["{", json.dumps(GOOD), *bad]))
         lines = str(refusal(str(path))).splitlines()
-        assert lines[0] == f"{path}: 7 wrong rows; the first 5:"
+        assert lines[0] == f"{path}: 7 wrong samples; the first 5:"
         assert (
             lines[1] == "  line 1: invalid JSON: Expecting property name enclosed in double quotes, column 2"
         )
         assert lines[2:6] == [f'  line {n}, field "completion": the response is empty' for n in (3, 4, 5, 6)]
-        assert lines[6].startswith("correct or remove these rows")
+        assert lines[6].startswith("correct or remove these samples")
         assert len(lines) == 7
 
     def test_a_file_of_only_broken_lines_claims_no_form(self, tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_text("{\n{\n")
         error = refusal(str(path))
-        assert error.problem.startswith("2 wrong rows:\n  line 1: invalid JSON")
-        assert error.remedy == "correct or remove these rows"
+        assert error.problem.startswith("2 wrong samples:\n  line 1: invalid JSON")
+        assert error.remedy == "correct or remove these samples"
 
     @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=4))
     def test_whatever_stands_in_a_field_is_taken_or_refused(self, tmp_path_factory, value):
@@ -432,7 +456,7 @@ class TestRealData:
     def test_alpaca_names_its_four_empty_responses(self, shared, tmp_path):
         path = shared / "data/alpaca/random_9k.json"
         lines = str(refusal(str(path))).splitlines()
-        assert lines[0] == f"{path}: 4 wrong rows:"
+        assert lines[0] == f"{path}: 4 wrong samples:"
         assert len(lines) == 6
         rows = json.loads(path.read_text())
         for line in lines[1:5]:

@@ -45,12 +45,12 @@ def test_a_wrong_row_is_named_with_its_place(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [*ROWS[:3], ROWS[3] | {"completion": 3}])
     found = stream(str(path))
     assert [next(found)[1].id for _ in range(3)] == ["0", "1", "2"]
-    with pytest.raises(UserError, match=r'line 4, field "completion": want a string'):
+    with pytest.raises(UserError, match=r'line 4, field "completion": expected a string'):
         next(found)
     with pytest.raises(UserError, match="no such file"):
         next(stream(str(tmp_path / "none.jsonl")))
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="no rows"):
+    with pytest.raises(UserError, match="no samples"):
         next(stream(str(tmp_path / "empty.jsonl")))
 
 

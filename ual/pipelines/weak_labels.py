@@ -186,14 +186,14 @@ def _choose(
 
 def _prompt_completion(
     candidate: Candidate,
-) -> tuple[str, str] | tuple[list[dict[str, str]], list[dict[str, str]]]:
+) -> tuple[str, str] | tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return plain strings for a lone user turn, lists of messages for any other conversation."""
     match candidate.prompt:
         case [Message(role="user", content=content)]:
             return content, candidate.answer.text
         case messages:
-            prompt = [{"role": str(message.role), "content": message.content} for message in messages]
-            return prompt, [{"role": "assistant", "content": candidate.answer.text}]
+            response = Message("assistant", candidate.answer.text)
+            return [message.as_dict() for message in messages], [response.as_dict()]
 
 
 _Verdict = tuple[Question, str | None, float, bool]

@@ -1,0 +1,256 @@
+"""What a training sample, and a question with its answers, look like in a file."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from ual.records import Message, Role
+
+_MAX = sys.float_info.max
+
+
+class FieldError(Exception):
+    """The first fault of a record: a field, empty for the record itself, and what is wrong with it."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(problem)
+        self.field, self.problem = field, problem
+
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+def check(kind: type[Record], value: Any, at: str = "") -> Record:
+    """Return the validated record that is found in the field `at`.
+
+    Raises:
+        FieldError: a field is missing or wrong.
+    """
+    try:
+        return kind.model_validate(value, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = at + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"])
+        problem = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        problem = problem.replace("expected a valid", "expected a")
+        if first["type"] == "missing":
+            problem = f"is missing, got {', '.join(first['input']) or 'no fields'}"
+        elif problem.startswith("expected"):
+            problem += f", got {show(first['input'])}"
+        raise FieldError(path.removeprefix("."), problem) from error
+
+
+def show(value: Any) -> str:
+    """Return a value as JSON, at most 60 characters of it."""
+    text = json.dumps(value, ensure_ascii=False, default=repr).encode(errors="backslashreplace").decode()
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a surrogate pair at character {error.start}: not valid Unicode") from error
+    return text
+
+
+def _identifier(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise ValueError("expected a non-empty string or an integer")
+    return str(value)
+
+
+def _scalar(value: Any) -> Any:
+    if not isinstance(value, str | int | float | None):
+        raise ValueError("expected a string, a number or null")
+    return value
+
+
+def _objects(value: Any) -> Any:
+    """Read the JSON of a list too: Arrow wants all objects of a column to have the same keys."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"invalid JSON: {error}") from error
+    if value in (None, "", {}):
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        raise ValueError("expected a list of objects, or its JSON")
+    return _without_nulls(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every object the keys of all others, as null."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _unsupported(value: Any) -> Any:
+    if value not in (None, [], {}, ""):
+        raise ValueError("is not supported, and to leave it out would change what is trained")
+
+
+def _number(interval: str = "", low: float = -_MAX, high: float = _MAX) -> BeforeValidator:
+    def number(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ValueError(f"expected a finite number{interval}")
+        return float(value)
+
+    return BeforeValidator(number)
+
+
+_ROLES: dict[str, Role] = {role: role for role in get_args(Role)} | {"human": "user", "gpt": "assistant"}
+_RoleName = Literal["system", "user", "assistant", "tool", "human", "gpt"]
+Text = Annotated[str, AfterValidator(_unicode)]
+Identifier = Annotated[Text, BeforeValidator(_identifier)]
+Scalar = Annotated[Any, BeforeValidator(_scalar)]
+Objects = Annotated[list[dict[str, Any]], BeforeValidator(_objects)]
+Unsupported = Annotated[None, BeforeValidator(_unsupported)]
+
+
+class Turn(BaseModel):
+    """A message of a conversation, also under ShareGPT's names."""
+
+    role: _RoleName = Field(validation_alias=AliasChoices("role", "from"))
+    content: Text | None = Field(None, validation_alias=AliasChoices("content", "value"))
+    tool_calls: Objects = []
+    name: Text | None = None
+    tool_call_id: Text | None = None
+    function_call: Unsupported = None
+    reasoning_content: Unsupported = None
+    weight: Unsupported = None
+
+
+class SampleRecord(BaseModel):
+    """What a sample may have beside its conversation."""
+
+    id: Identifier | None = None
+    source: Text | None = None
+    uncertainty: Annotated[float, _number()] | None = None
+    label_smoothing: Annotated[float, _number(" in [0, 1]", 0, 1)] | None = None
+    sample_weight: Annotated[float, _number(" >= 0", 0)] | None = None
+    tools: Objects = []
+
+
+class AlpacaRecord(BaseModel):
+    """The prompt of a sample in the form of Alpaca; the input follows the instruction after an empty line."""
+
+    instruction: Text
+    input: Text | None = None
+
+
+class AnswerRecord(BaseModel):
+    """An answer: the value is compared, the text is trained on."""
+
+    value: Scalar = None
+    answer: Scalar = None
+    text: Text | None = None
+    source: Text | None = None
+    correct: bool | None = None
+
+    @model_validator(mode="after")
+    def _answered(self) -> Self:
+        if not {"value", "answer", "text"} & self.model_fields_set:
+            raise ValueError('expected one of "value", "answer" and "text"')
+        return self
+
+
+class QuestionRecord(BaseModel):
+    """A question, and its answers unless each has a record of its own. Its prompt is read by `turns`."""
+
+    id: Identifier | None = Field(None, validation_alias=AliasChoices("question_id", "id"))
+    answers: list[
+        Annotated[AnswerRecord, BeforeValidator(lambda a: a if isinstance(a, Mapping) else {"value": a})]
+    ] = Field([], validation_alias=AliasChoices("answers", "samples"))
+    gold: Scalar = None
+    source: Text | None = None
+    subject: str | None = None
+
+
+def turns(value: Any, field: str, role: Role | None = None) -> list[Message]:
+    """Return the messages of a list, or the one of a string if it is known which `role` says it.
+
+    Raises:
+        FieldError: a message is wrong, or a prompt or a response is empty.
+    """
+    if role and isinstance(value, str):
+        return [_message({"role": role, "content": value}, field, content=field)]
+    if not isinstance(value, list) or not value:
+        raise FieldError(
+            field, f"expected a {'string or a ' if role else ''}list of messages, got {show(value)}"
+        )
+    return [_message(item, f"{field}[{i}]") for i, item in enumerate(value)]
+
+
+def _message(value: Any, field: str, content: str = "") -> Message:
+    if not isinstance(value, Mapping):
+        raise FieldError(field, f'expected {{"role": ..., "content": ...}}, got {show(value)}')
+    try:
+        turn = check(Turn, value, field)
+    except FieldError as fault:
+        raise FieldError(content or fault.field, fault.problem) from fault
+    content = content or f"{field}.{'value' if 'from' in value and 'role' not in value else 'content'}"
+    role = _ROLES[turn.role]
+    text, calls = turn.content or "", tuple(turn.tool_calls)
+    if calls and role != "assistant":
+        raise FieldError(f"{field}.tool_calls", f"only the assistant calls tools, got the role {role!r}")
+    if turn.content is None and not calls:
+        raise FieldError(content, "expected a string, got null")
+    if role in ("user", "assistant") and not (text.strip() or calls):
+        raise FieldError(content, f"the {'prompt' if role == 'user' else 'response'} is empty")
+    return Message(role, text, calls, turn.name or "", turn.tool_call_id or "")
+
+
+def conversation(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Message, ...]:
+    """Return the messages of a sample.
+
+    Args:
+        row: the sample as it is written.
+        columns: one that holds all messages, or one for the prompt and one for the response.
+
+    Raises:
+        FieldError: a message is wrong, or the order of the roles is.
+    """
+    for column in columns:
+        if row.get(column) is None:
+            raise FieldError(column, f"is missing, got {', '.join(row) or 'no columns'}")
+    first, *last = columns
+    if first == "instruction":
+        said = _alpaca(row)
+    else:
+        said = turns(row[first], first, "user" if last else None)
+    for column in last:
+        said += turns(row[column], column, "assistant")
+    roles = [message.role for message in said]
+    if roles[-1] != "assistant":
+        raise FieldError(first, f"the conversation must end with an assistant turn, it ends with {roles[-1]}")
+    if "user" not in roles[: roles.index("assistant")]:
+        raise FieldError(first, "the conversation needs a user turn before its first assistant turn")
+    return tuple(said)
+
+
+def _alpaca(row: Mapping[str, Any]) -> list[Message]:
+    said: list[Message] = []
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise FieldError("history", f"expected a list of [question, answer] pairs, got {show(history)}")
+    for i, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise FieldError(f"history[{i}]", f"expected a [question, answer] pair, got {show(pair)}")
+        said += turns(pair[0], f"history[{i}][0]", "user") + turns(pair[1], f"history[{i}][1]", "assistant")
+    given = check(AlpacaRecord, row)
+    extra = given.input or ""
+    return said + turns(given.instruction + f"\n\n{extra}" * bool(extra.strip()), "instruction", "user")
