@@ -18,7 +18,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from ual.errors import UserError
-from ual.train.publish import publish
+from ual.report.publish import publish
 for _ in range(2):
     try:
         print(publish(Path(sys.argv[1]), "me/name", private=True))

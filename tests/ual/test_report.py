@@ -381,7 +381,7 @@ def test_comparison(compared: tuple[list[Path], Page]) -> None:
     assert len(list((arms[0].parent / "comparison-plots").glob("*.png"))) == 4
     assert len(page.blocks("td", "span")) == 5  # one best for each metric
     assert "loss.kind sft uniform ual" in page.text
-    assert "Difference from sft per loss token, on the same held-out samples" in page.text
+    assert "Difference from sft per token of the same held-out samples" in page.text
     assert "ual +0.2000 +0.2000 to +0.2000 0 of 1 +0.00 +0.00 to +0.00 0 of 1 20 1" in page.text
     assert "not the randomness of training" in page.text
     assert [a["href"] for a in page.all("a")] == ["sft/report.html"]
@@ -459,11 +459,11 @@ def test_seeds_of_an_arm_are_paired_with_the_baseline(tmp_path: Path) -> None:
 def test_runs_without_samples_in_common_are_not_paired(tmp_path: Path) -> None:
     folders = [build(tmp_path / "sft", "sft"), build(tmp_path / "ual")]
     (folders[1] / "held_out.jsonl").unlink()
-    assert findings.paired([read(folder) for folder in folders]) is None
+    assert findings.comparisons([read(folder) for folder in folders]) == []
     (folders[1] / "held_out.jsonl").write_text(
         '{"id": "held-0", "tokens": 30, "nll": 1, "accuracy": 1}\n{"id"\n'
     )
-    assert findings.paired([read(folder) for folder in folders]) is None
+    assert findings.comparisons([read(folder) for folder in folders]) == []
 
 
 def test_arms_that_are_not_matched_are_named(tmp_path: Path) -> None:

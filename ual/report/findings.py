@@ -83,17 +83,10 @@ def arms(runs: Sequence[Run]) -> Table | None:
     if base is not None:
         cells = [Cell(metric.show(number(base, metric.key))) for metric in METRICS]
         rows.append((Cell("before training", note="the base model"), *cells))
-    best = {
-        metric.key: _best(metric, [number(run.after or {}, metric.key) for run in measured])
-        for metric in METRICS
-    }
+    best = {metric.key: _best(metric, measured) if len(measured) > 1 else "" for metric in METRICS}
     for run in runs:
-        cells = []
-        for metric in METRICS:
-            value, reference = number(run.after or {}, metric.key), number(baseline, metric.key)
-            note, meaning = metric.change(value, None if run is runs[0] else reference)
-            is_best = len(measured) > 1 and value is not None and metric.show(value) == best[metric.key]
-            cells.append(Cell(metric.show(value), note=note, meaning=meaning, best=is_best))
+        after, reference = run.after or {}, {} if run is runs[0] else baseline
+        cells = [_cell(metric, after, reference, best=best[metric.key]) for metric in METRICS]
         rows.append((Cell(run.name, note=_arm_note(run, runs)), *cells))
     return Table(
         caption=f"Token level, on {_held_out(measured[0].after or {})}; "
@@ -140,11 +133,8 @@ def by_source(runs: Sequence[Run]) -> Table | None:
             shown = after or ({} if several else before)
             if not shown:
                 continue
-            cells = []
-            for metric in SOURCE_METRICS:
-                value, other = number(shown, metric.key), number(reference, metric.key)
-                note, meaning = metric.change(value, None if shown is reference else other)
-                cells.append(Cell(metric.show(value), note=note, meaning=meaning))
+            other = {} if shown is reference else reference
+            cells = [_cell(metric, shown, other) for metric in SOURCE_METRICS]
             size = Cell(f"{number(shown, 'rows') or 0:,.0f}"), Cell(f"{number(shown, 'tokens') or 0:,.0f}")
             arm = [Cell(run.name)] if several else []
             rows.append((Cell(source or "(unnamed)"), *arm, *size, *cells))
@@ -191,43 +181,42 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
         if len(tokens) < 2:
             continue
         names = [tuple(members[seed].name for seed in seeds) for members in (arm, baseline)]
-        differences = []
-        for metric in (NLL, ACCURACY):
-            of_arm, of_baseline = (
-                [[getattr(side[name], metric.key) for name in tokens] for side in members]
-                for members in measured
+        differences = [
+            paired_difference(
+                [[getattr(side[name], metric.key) for name in tokens] for side in measured[0]],
+                [[getattr(side[name], metric.key) for name in tokens] for side in measured[1]],
+                list(tokens.values()),
+                higher_is_better=metric.higher_is_better,
             )
-            better = metric.higher_is_better
-            size = list(tokens.values())
-            differences.append(paired_difference(of_arm, of_baseline, size, higher_is_better=better))
+            for metric in (NLL, ACCURACY)
+        ]
         found.append(Comparison(names[0], names[1], *differences))
     return found
 
 
-def paired(runs: Sequence[Run]) -> Table | None:
-    """Return each arm's difference from the first run's arm, or None where no samples are shared."""
+def paired(compared: Sequence[Comparison]) -> Table | None:
+    """Return a table of the comparisons, or None without any."""
+    if not compared:
+        return None
     rows = []
-    for found in comparisons(runs):
+    for found in compared:
         cells = []
         for metric, of in ((NLL, found.nll), (ACCURACY, found.accuracy)):
             value, low, high = (_signed(metric, x) for x in (of.value, of.low, of.high))
             cells += [Cell(value, note=f"{low} to {high}"), Cell(f"{of.better} of {of.seeds}")]
         size = Cell(f"{found.nll.samples:,}"), Cell(f"{found.nll.seeds:,}")
         rows.append((Cell(", ".join(found.arm)), *cells, *size))
-    if not rows:
-        return None
-    baseline = ", ".join(run.name for run in _arms(runs)[0].values())
-    headings = [
-        (NLL.name, _direction(NLL)),
-        ("Better in", "seeds"),
-        ("Accuracy, points", _direction(ACCURACY)),
-    ]
+    better = Column("Better in", "seeds")
+    nll, accuracy = Column("NLL", _direction(NLL)), Column("Accuracy, points", _direction(ACCURACY))
     return Table(
-        caption=f"Difference from {baseline} per loss token, on the same held-out samples. Small: "
-        "95 % interval. It covers the choice of held-out samples, not the randomness of training.",
+        caption=f"Difference from {', '.join(compared[0].baseline)} per token of the same held-out samples. "
+        "Small: 95 % interval. It covers the choice of held-out samples, not the randomness of training.",
         columns=(
             Column("Arm", numeric=False),
-            *(Column(*heading) for heading in (*headings, headings[1])),
+            nll,
+            better,
+            accuracy,
+            better,
             Column("Samples"),
             Column("Seeds"),
         ),
@@ -362,9 +351,16 @@ def _shared_start(runs: Sequence[Run]) -> Mapping[str, Any] | None:
     return starts[0] if len(shown) == 1 else None
 
 
-def _best(metric: Metric, values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
+def _best(metric: Metric, runs: Sequence[Run]) -> str:
+    known = [value for run in runs if (value := number(run.after or {}, metric.key)) is not None]
     return metric.show(max(known) if metric.higher_is_better else min(known))
+
+
+def _cell(metric: Metric, figures: Mapping[str, Any], reference: Mapping[str, Any], best: str = "") -> Cell:
+    value = number(figures, metric.key)
+    note, meaning = metric.change(value, number(reference, metric.key))
+    shown = metric.show(value)
+    return Cell(shown, note, meaning, best=value is not None and shown == best)
 
 
 def _signed(metric: Metric, value: float) -> str:

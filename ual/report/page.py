@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,31 +16,11 @@ from ual.report import findings
 from ual.report.findings import ABSENT, METRICS, duration
 from ual.report.html import render
 from ual.report.pictures import pictures
+from ual.runs.folder import File
 from ual.runs.read import Row, Run, number, read, section, text
 
 _TAIL = 3  # samples shown from each end of the uncertainties
 _TEXT_SHOWN = 700  # characters of a prompt or response on a page
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One training sample, shortened for reading."""
-
-    source: str
-    facts: tuple[tuple[str, str], ...]
-    prompt: str
-    response: str
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a run came from, and how to reproduce it."""
-
-    name: str
-    commands: str
-    config: str
-    environment: tuple[tuple[str, str], ...]
-    page: str
 
 
 def write(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
@@ -66,24 +46,26 @@ def write(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
     with writing("the report", paths[0]):
         runs = _with_unique_names([read(path) for path in paths])
         if len(runs) == 1:
-            page = output or paths[0] / "report.html"
+            page = output or paths[0] / File.REPORT
             plot_folder = paths[0] / "plots"
         else:
             page = output or paths[0].parent / "comparison.html"
             plot_folder = page.with_name(f"{page.stem}-plots")
-            write_json(page.with_suffix(".json"), _summary(runs))
-        write_text(page, _page(runs, page, plot_folder))
+        compared = findings.comparisons(runs)
+        write_text(page, _page(runs, compared, page, plot_folder))
+        if len(runs) > 1:
+            write_json(page.with_suffix(".json"), _summary(runs, compared))
     return page
 
 
-def _page(runs: Sequence[Run], page: Path, plot_folder: Path) -> str:
+def _page(runs: Sequence[Run], compared: Sequence[findings.Comparison], page: Path, plot_folder: Path) -> str:
     single = runs[0] if len(runs) == 1 else None
     if single:
         tables = [findings.before_and_after(single)]
     else:
         tables = [
             findings.arms(runs),
-            findings.paired(runs),
+            findings.paired(compared),
             findings.training(runs),
             findings.differing_settings(runs),
         ]
@@ -156,52 +138,54 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "Mean smoothing", ABSENT if smoothing is None else f"{smoothing:.3f}"
 
 
-def _tails(runs: Sequence[Run]) -> list[tuple[str, list[Example]]]:
+def _tails(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return the most certain and the most uncertain samples of the first run that has uncertainties."""
     for run in runs:
         known = [(row.uncertainty, i, row) for i, row in enumerate(run.rows) if row.uncertainty is not None]
-        if len(known) < 2:
-            continue
-        ordered = [row for _, _, row in sorted(known, key=lambda entry: entry[:2])]
-        count = min(_TAIL, len(ordered) // 2)
-        return [
-            ("Most certain", [_example(run, row) for row in ordered[:count]]),
-            ("Most uncertain", [_example(run, row) for row in reversed(ordered[-count:])]),
-        ]
+        if len(known) > 1:
+            ordered = [row for *_, row in sorted(known, key=lambda entry: entry[:2])]
+            count = min(_TAIL, len(ordered) // 2)
+            certain, uncertain = ordered[:count], reversed(ordered[-count:])
+            return [
+                ("Most certain", [_example(run, row) for row in certain]),
+                ("Most uncertain", [_example(run, row) for row in uncertain]),
+            ]
     return []
 
 
-def _example(run: Run, row: Row) -> Example:
+def _example(run: Run, row: Row) -> dict[str, Any]:
+    """Return a training sample, shortened for reading."""
     sample = run.sample(row)
-    shown = (
-        ("uncertainty u", number(sample, "uncertainty")),
-        ("scaled", number(sample, "scaled_uncertainty")),
-        ("smoothing s", number(sample, "label_smoothing")),
-        ("weight w", number(sample, "sample_weight")),
-    )
+    shown = {
+        "uncertainty u": "uncertainty",
+        "scaled": "scaled_uncertainty",
+        "smoothing s": "label_smoothing",
+        "weight w": "sample_weight",
+    }
+    values = [(name, number(sample, key)) for name, key in shown.items()]
     prompt, response = text(sample, "prompt").strip(), text(sample, "response").strip()
     if len(prompt) > _TEXT_SHOWN:
         prompt = f"[{len(prompt) - _TEXT_SHOWN:,} characters before] …" + prompt[-_TEXT_SHOWN:]
     if len(response) > _TEXT_SHOWN:
         response = response[:_TEXT_SHOWN] + f"… [{len(response) - _TEXT_SHOWN:,} characters more]"
-    return Example(
-        source=row.source,
-        facts=tuple((name, f"{round(value, 6):.3g}") for name, value in shown if value is not None),
-        prompt=prompt,
-        response=response,
-    )
+    return {
+        "source": row.source,
+        "values": [(name, f"{round(value, 6):.3g}") for name, value in values if value is not None],
+        "prompt": prompt,
+        "response": response,
+    }
 
 
-def _origin(run: Run, page: Path, *, linked: bool) -> Origin:
-    linkable = linked and (run.path / "report.html").is_file()
-    relative = os.path.relpath(run.path / "report.html", page.parent) if linkable else ""
-    return Origin(
-        name=run.name,
-        commands="\n".join(_commands(run)),
-        config=run.config_text,
-        environment=tuple(_environment(run)),
-        page=quote(relative),
-    )
+def _origin(run: Run, page: Path, *, linked: bool) -> dict[str, Any]:
+    """Return where a run came from, and how to reproduce it."""
+    own = run.path / File.REPORT
+    return {
+        "name": run.name,
+        "commands": "\n".join(_commands(run)),
+        "config": run.config_text,
+        "environment": [(name, value) for name, value in _environment(run) if value],
+        "page": quote(os.path.relpath(own, page.parent)) if linked and own.is_file() else "",
+    }
 
 
 def _commands(run: Run) -> Iterator[str]:
@@ -225,13 +209,11 @@ def _environment(run: Run) -> Iterator[tuple[str, str]]:
         f"{memory:g} GiB" if memory else "",
         text(machine, "gpu") or ("no GPU" if machine else ""),
     ]
+    versions = section(recorded, "versions").items()
     yield "Started", text(recorded, "created")
     yield "Machine", ", ".join(part for part in parts if part)
     yield "Python", text(recorded, "python")
-    yield (
-        "Packages",
-        ", ".join(f"{name} {version}" for name, version in section(recorded, "versions").items()),
-    )
+    yield "Packages", ", ".join(f"{name} {version}" for name, version in versions)
     yield "Commit", text(recorded, "git_commit")
     yield "Seed", str(recorded.get("seed", ""))
     yield "Model", text(section(recorded, "model"), "path")
@@ -239,7 +221,7 @@ def _environment(run: Run) -> Iterator[tuple[str, str]]:
         yield f"SHA-256 of {path}", str(digest)
 
 
-def _summary(runs: Sequence[Run]) -> dict[str, Any]:
+def _summary(runs: Sequence[Run], compared: Sequence[findings.Comparison]) -> dict[str, Any]:
     """Return the figures of a comparison as JSON data; what is not known is null."""
     keys = ("trained_rows", "trained_tokens", "mean_smoothing", "train_loss_first", "train_loss_last")
     return {
@@ -263,7 +245,7 @@ def _summary(runs: Sequence[Run]) -> dict[str, Any]:
             }
             for run in runs
         ],
-        "paired": [asdict(comparison) for comparison in findings.comparisons(runs)],
+        "paired": [asdict(comparison) for comparison in compared],
     }
 
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from ual.evaluate import ReliabilityBin
 from ual.report import plots
 from ual.report.html import Picture
 from ual.runs.read import Run, number
@@ -68,24 +69,22 @@ def _plain_loss(runs: Sequence[Run]) -> _Drawn | None:
 
 
 def _loss_by_source(runs: Sequence[Run]) -> _Drawn | None:
-    if not (curves := _group_curves(runs, "nll/source/")):
-        return None
-    return _Drawn(
-        plots.loss_curves(curves, title=_fell_most(curves, "source"), quantity=_NLL),
-        f"Line chart of plain training loss by source: {', '.join(curves)}.",
-        "Without smoothing, by the samples' source.",
-    )
+    return _by_group(_group_curves(runs, "nll/source/"), "source", "by the samples' source")
 
 
 def _loss_by_uncertainty(runs: Sequence[Run]) -> _Drawn | None:
-    curves = _group_curves(runs, "nll/uncertainty/")
+    curves = sorted(_group_curves(runs, "nll/uncertainty/").items())
+    words = "by quarters of the samples' uncertainty; quarter 1 is the most certain"
+    return _by_group({f"quarter {name[1:]}": points for name, points in curves}, "uncertainty", words)
+
+
+def _by_group(curves: Curves, what: str, words: str) -> _Drawn | None:
     if not curves:
         return None
-    quarters = {f"quarter {name[1:]}": points for name, points in sorted(curves.items())}
     return _Drawn(
-        plots.loss_curves(quarters, title=_fell_most(quarters, "uncertainty"), quantity=_NLL),
-        f"Line chart of plain training loss by uncertainty: {', '.join(quarters)}.",
-        "Without smoothing, by quarters of the samples' uncertainty. Quarter 1 is the most certain.",
+        plots.loss_curves(curves, title=_fell_most(curves, what), quantity=_NLL),
+        f"Line chart of plain training loss by {what}: {', '.join(curves)}.",
+        f"Without smoothing, {words}.",
     )
 
 
@@ -197,13 +196,14 @@ def _smoothing(runs: Sequence[Run]) -> _Drawn | str:
     )
 
 
-def _bins(evaluation: Mapping[str, Any] | None) -> list[plots.Bin]:
+def _bins(evaluation: Mapping[str, Any] | None) -> list[ReliabilityBin]:
     bins = (evaluation or {}).get("bins")
-    keys = ("confidence", "accuracy", "count")
     return [
-        plots.Bin(confidence=b["confidence"], accuracy=b["accuracy"], count=b["count"])
-        for b in (bins if isinstance(bins, list) else [])
-        if isinstance(b, Mapping) and all(number(b, key) is not None for key in keys) and b["count"] > 0
+        cast(ReliabilityBin, bin)
+        for bin in (bins if isinstance(bins, list) else [])
+        if isinstance(bin, dict)
+        and all(number(bin, key) is not None for key in ("confidence", "accuracy", "count"))
+        and bin["count"] > 0
     ]
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -23,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
+from ual.evaluate import ReliabilityBin
 from ual.files import aside
 
 INK, MUTED, GRID, BACKGROUND = "#1b2027", "#5a6472", "#e3e7ec", "#ffffff"
@@ -64,14 +65,6 @@ _styled = mpl.rc_context(_STYLE)
 _LONGEST_LABEL = 22
 _RASTER_ABOVE = 2000
 _FEWEST_KEPT = 0.05
-
-
-class Bin(TypedDict):
-    """One bin of a reliability diagram, as `ual.evaluate.reliability_bins` returns it."""
-
-    confidence: float
-    accuracy: float
-    count: int
 
 
 @_styled
@@ -202,7 +195,7 @@ def coverage_curves(arms: Mapping[str, Sequence[tuple[float, float]]]) -> Figure
 
 @_styled
 def reliability_diagram(
-    arms: Mapping[str, Sequence[Bin]],
+    arms: Mapping[str, Sequence[ReliabilityBin]],
     *,
     unit: str = "tokens",
     confidence: str = "confidence (top-1 probability)",
