@@ -216,7 +216,7 @@ def _read(
     *,
     most_faults: int | None,
 ) -> Iterator[tuple[Mapping[str, Any], Sample]]:
-    """Yield valid samples. After all of them, or after so many faults, raise an error that shows the faults."""
+    """Yield valid samples; at the end, or after `most_faults`, raise an error that shows the faults."""
     form, count = "", 0
     columns: tuple[str, ...] = ()
     faults: list[tuple[str, FieldError]] = []
