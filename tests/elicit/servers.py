@@ -55,6 +55,11 @@ async def well(asked: Asked, send: Send) -> None:
     await send(response(completion()))
 
 
+async def uncounted(asked: Asked, send: Send) -> None:
+    """Replies without token counts."""
+    await send(response(completion(usage=None)))
+
+
 async def storm(asked: Asked, send: Send) -> None:
     """Refuses the first three requests, and says when to retry."""
     if asked.number <= 3:
@@ -154,8 +159,8 @@ async def hang(asked: Asked, send: Send) -> None:
 BEHAVIORS: dict[str, Behavior] = {
     f.__name__: f
     for f in (
-        well, storm, patient, broken, drip, endless, bomb, endless_error, away, prose, schema, reset, flaky,
-        refuses_key, echo, echo_error, slow, hang,
+        well, uncounted, storm, patient, broken, drip, endless, bomb, endless_error, away, prose, schema, reset,
+        flaky, refuses_key, echo, echo_error, slow, hang,
     )
 }  # fmt: skip
 

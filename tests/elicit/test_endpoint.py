@@ -206,6 +206,16 @@ def test_the_budget_is_never_exceeded(server: Server) -> None:
 
 
 @pytest.mark.kills(
+    "ual/uncertainty/backends/endpoint.py", "if not reply.prompt_tokens:  # the", "if False:  # the"
+)
+def test_a_server_that_counts_no_tokens_is_charged_the_maximum(server: Server) -> None:
+    budget = Budget()
+    (reply,) = ask(server.url("uncounted"), budget=budget)
+    assert (reply.prompt_tokens, reply.completion_tokens) == (QUESTION.size, QUESTION.max_tokens)
+    assert budget.spent == Spent(1, QUESTION.size, QUESTION.max_tokens)
+
+
+@pytest.mark.kills(
     "ual/uncertainty/backends/endpoint.py", "for name in set(request.headers) - _HEADERS:", "for name in ():"
 )
 @pytest.mark.kills(

@@ -93,8 +93,12 @@ class Endpoint:
                 used = most  # what was sent without an answer may still be charged
                 try:
                     reply = await self._attempt(body)
+                    if not reply.prompt_tokens:  # the server does not count tokens: assume the maximum
+                        reply = replace(
+                            reply, prompt_tokens=request.size, completion_tokens=request.max_tokens
+                        )
                     used = Spent(1, reply.prompt_tokens, reply.completion_tokens)
-                    return reply if reply.prompt_tokens else _sized(reply, request)
+                    return reply
                 except _AttemptError as error:
                     if error.answered:
                         used = Spent(1)
@@ -343,11 +347,6 @@ class _Usage(_Wire):
 class _Completion(_Wire):
     choices: Annotated[list[_Choice], Field(min_length=1)]
     usage: _Usage | None = None
-
-
-def _sized(reply: Reply, request: Request) -> Reply:
-    """Return the reply with the maximum token counts, for a server that does not count tokens."""
-    return replace(reply, prompt_tokens=request.size, completion_tokens=request.max_tokens)
 
 
 def _limiter(per_minute: float | None, *, seconds_at_once: float) -> AsyncLimiter | None:
