@@ -1,6 +1,7 @@
 """The floors hold, imports stay cold, and the public face is what it was."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,26 @@ def test_the_floors() -> None:
     command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_module_is_drawn_in_its_package() -> None:
+    """DESIGN.md's drawing of the floors names every module, in its package."""
+    drawing = (ROOT / "DESIGN.md").read_text(encoding="utf-8").split("```")[1]
+    lines = drawing.split("------")[0].splitlines()
+    package, drawn = "", dict[str, set[str]]()
+    for line in lines:
+        if found := re.match(r"\d+ +(\w+)(/?) ", line):
+            package = found[1]
+        inner = re.match(r" {17}(estimators|backends|quickstart)/ ", line)
+        names = re.findall(r"(?<![\w>-])[a-z_0-9]+(?![\w/-])", line[17:])
+        drawn.setdefault(package, set()).update(names if not inner else [*names, inner[1]])
+    for module in (ROOT / "ual").rglob("*.py"):
+        relative = module.relative_to(ROOT / "ual")
+        if relative.name.startswith("__"):
+            continue
+        place = relative.parts[0].removesuffix(".py")
+        assert place in drawn, f"{place} is not drawn"
+        assert len(relative.parts) == 1 or relative.stem in drawn[place], f"{relative} is not drawn"
 
 
 @pytest.mark.parametrize("package", ["ual", "ual_kernels"])

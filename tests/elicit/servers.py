@@ -159,8 +159,8 @@ async def hang(asked: Asked, send: Send) -> None:
 BEHAVIORS: dict[str, Behavior] = {
     f.__name__: f
     for f in (
-        well, uncounted, storm, patient, broken, drip, endless, bomb, endless_error, away, prose, schema, reset,
-        flaky, refuses_key, echo, echo_error, slow, hang,
+        well, uncounted, storm, patient, broken, drip, endless, bomb, endless_error, away, prose, schema,
+        reset, flaky, refuses_key, echo, echo_error, slow, hang,
     )
 }  # fmt: skip
 
