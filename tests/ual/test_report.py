@@ -329,10 +329,16 @@ def said(*folders: Path) -> str:
     return " ".join(findings.cautions([read(folder) for folder in folders]))
 
 
+@pytest.mark.kills(
+    "ual/report/findings.py", "for seed in shared] or [list(runs)]", "for seed in ()] or [list(runs)]"
+)
 def test_large_runs_of_three_seeds_are_not_called_small(tmp_path: Path) -> None:
+    def tokens(seed: int) -> Callable[[dict[str, Any]], None]:  # packing and batches depend on the seed
+        return lambda files: files["metrics.json"].update(trained_tokens=7200 + seed)
+
     words = said(
         *(
-            build(tmp_path / f"{kind}-{seed}", kind, seed=seed, steps=300, held_out=400)
+            build(tmp_path / f"{kind}-{seed}", kind, seed=seed, steps=300, held_out=400, change=tokens(seed))
             for kind in ("uniform", "ual")
             for seed in (1, 2, 3)
         )

@@ -1,7 +1,7 @@
 """What the page says of runs: tables of their metrics and differences, and what limits conclusions."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -283,24 +283,29 @@ def _too_small(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _unmatched(runs: Sequence[Run]) -> Iterator[str]:
-    """Name what must be equal between arms and is not."""
-    if len(runs) == 1:
+    """Name what must be equal between arms, seed by seed, and is not."""
+    arms = _arms(runs)
+    if len(arms) == 1:
         return
-    facts = {
-        "training samples": [_count(run.metrics, "trained_rows") for run in runs],
-        "loss tokens": [_count(run.metrics, "trained_tokens") for run in runs],
-        "steps": [f"{run.steps:,}" if run.steps is not None else None for run in runs],
-        "held-out tokens": [_count(run.after or {}, "tokens") for run in runs],
-        "base models": [text(section(run.environment, "model"), "path") or None for run in runs],
+    shared = sorted(set.intersection(*map(set, arms)))
+    groups = [[arm[seed] for arm in arms] for seed in shared] or [list(runs)]
+    figures: dict[str, Callable[[Run], str | None]] = {
+        "training samples": lambda run: _count(run.metrics, "trained_rows"),
+        "loss tokens": lambda run: _count(run.metrics, "trained_tokens"),
+        "steps": lambda run: None if run.steps is None else f"{run.steps:,}",
+        "held-out tokens": lambda run: _count(run.after or {}, "tokens"),
+        "base models": lambda run: text(section(run.environment, "model"), "path") or None,
     }
-    for what, values in facts.items():
-        known = list(dict.fromkeys(v for v in values if v is not None))
-        if len(known) > 1:
-            yield f"The arms are not matched: {what} differ ({', '.join(known)})."
+    for what, figure in figures.items():
+        for group in groups:
+            known = list(dict.fromkeys(value for run in group if (value := figure(run)) is not None))
+            if len(known) > 1:
+                yield f"The arms are not matched: {what} differ ({', '.join(known)})."
+                break
     hashes = {tuple(sorted(map(str, section(run.environment, "data_sha256").values()))) for run in runs}
     if len(hashes - {()}) > 1:
         yield "The arms are not matched: their data files have different hashes."
-    if len({frozenset(arm) for arm in _arms(runs)}) > 1:
+    if len({frozenset(arm) for arm in arms}) > 1:
         yield "The arms are not matched: they were trained with different seeds."
     unmeasured = [run.name for run in runs if run.after is None]
     if unmeasured:
