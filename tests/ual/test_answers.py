@@ -162,7 +162,7 @@ class TestRead:
             ("{]\n", "", "not valid JSON"),
             ("[" * 100_000 + "\n", "", "not valid JSON"),
             ("[1, 2]\n", "", "expected an object"),
-            ({"question": "x"}, "", "its fields are: question"),
+            ({"question": "x"}, "", "got the fields question"),
             ({"id": "q", "answers": [1, 2]}, "messages", "expected a string or a list of messages, got null"),
             (asked("q", 1, 2, question=" "), "question", "the prompt is empty"),
             ({"messages": [], "answers": [1, 2]}, "messages", "got []"),
@@ -202,9 +202,9 @@ class TestRead:
         assert words in caught.value.problem
 
     def test_too_few_answers(self, jsonl: Writer) -> None:
-        with pytest.raises(UserError, match="line 2: question 'q' has 1 answer; expected at least two"):
+        with pytest.raises(UserError, match="line 2: expected at least two answers to question 'q', got 1"):
             read(jsonl(asked("p", 1, 2), asked("q", 1)))
-        with pytest.raises(UserError, match="line 1: question 'q' has 0 answers"):
+        with pytest.raises(UserError, match="line 1: expected at least two answers to question 'q', got 0"):
             read(jsonl(asked("q")))
 
     @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ class TestRead:
     def test_unreadable_files(self, jsonl: Writer, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot read the file: No such file"):
             read(tmp_path / "absent.jsonl")
-        with pytest.raises(UserError, match="no question"):
+        with pytest.raises(UserError, match="no questions"):
             read(jsonl("\n"))
         plain = tmp_path / "plain.jsonl.gz"
         plain.write_text("{}\n")
@@ -252,7 +252,7 @@ class TestProcess:
         ]
         assert [r["prompt"] for r in rows] == [f"what is {id}?" for id in "abcd"]
         assert [round(r["uncertainty"], 3) for r in rows] == [0, 0.5, 0.95, 1.609]
-        assert summary.row_accuracy == 0.5
+        assert summary.sample_accuracy == 0.5
         assert summary.dropped == Group(0, None, None, None, None, None)
 
     def test_filter_keeps_the_certain_half(self, jsonl: Writer) -> None:
@@ -262,8 +262,8 @@ class TestProcess:
             ("b", "2", 1.0),
         ]
         assert (summary.questions, summary.answers, summary.answers_per_question) == (4, 20, (5, 5))
-        assert (summary.unparsed, summary.unlabelled, summary.uncertain, summary.rows) == (0, 0, 2, 2)
-        assert summary.row_accuracy == summary.kept.label_accuracy == 1
+        assert (summary.unparsed, summary.unlabeled, summary.uncertain, summary.samples) == (0, 0, 2, 2)
+        assert summary.sample_accuracy == summary.kept.label_accuracy == 1
         assert summary.dropped.label_accuracy == 0
         assert summary.kept.answer_accuracy == pytest.approx(0.9)
         assert summary.dropped.answer_accuracy == pytest.approx(0.2)
@@ -293,7 +293,7 @@ class TestProcess:
         assert [r["completion"] for r in rows] == ["1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11"]
         weights = [1, 0.953, 0.047, 0.787, 0.107, 0.107, *[0.2] * 5]
         assert [r["sample_weight"] for r in rows] == pytest.approx(weights, abs=0.0005)
-        assert summary.row_accuracy == pytest.approx((1 + 0.953 + 0.107 + 0.2) / 4, abs=0.0005)
+        assert summary.sample_accuracy == pytest.approx((1 + 0.953 + 0.107 + 0.2) / 4, abs=0.0005)
         assert len({r["uncertainty"] for r in by_question(rows)["d"]}) == 1
 
     def test_rule_value_and_temperature_arrive(self, jsonl: Writer) -> None:
@@ -325,14 +325,14 @@ class TestProcess:
         assert [(r["id"], r["completion"]) for r in rows] == [("q#1", "1"), ("q#2", "2")]
         assert [r["sample_weight"] for r in rows] == pytest.approx([0.787 / 0.894, 0.107 / 0.894], abs=0.001)
         assert rows[0]["uncertainty"] == pytest.approx(0.950, abs=0.0005)
-        assert (summary.unparsed, summary.unlabelled, summary.uncertain) == (6, 2, 0)
-        assert process(path, method="majority")[1].unlabelled == 2
+        assert (summary.unparsed, summary.unlabeled, summary.uncertain) == (6, 2, 0)
+        assert process(path, method="majority")[1].unlabeled == 2
 
     def test_drop_question_drops_it_before_the_median_is_taken(self, jsonl: Writer) -> None:
         path = jsonl(*QUESTIONS, asked("e", 1, 1, 1, 1, None), asked("f", 1, 1, 1, 1, None))
         rows, summary = process(path, unparsed="drop_question")
         assert [r["id"] for r in rows] == ["a", "b"]
-        assert (summary.unlabelled, summary.uncertain) == (2, 2)
+        assert (summary.unlabeled, summary.uncertain) == (2, 2)
         assert len(process(path, unparsed="class")[0]) == 4
 
     def test_the_authors_arms_have_a_row_per_answer(self, jsonl: Writer) -> None:
@@ -415,7 +415,7 @@ class TestWrite:
 
     def test_a_folder_that_cannot_be_made_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("in the way")
-        with pytest.raises(UserError, match=r"file.out\.jsonl: cannot write the rows"):
+        with pytest.raises(UserError, match=r"file: cannot write the samples"):
             write([{"id": "q"}], tmp_path / "file" / "out.jsonl")
 
     def test_a_full_disk_leaves_the_old_file_whole(self, tmp_path: Path) -> None:
@@ -424,7 +424,7 @@ class TestWrite:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
         try:
-            with pytest.raises(UserError, match="cannot write the rows"):
+            with pytest.raises(UserError, match="cannot write the samples"):
                 write(({"id": "x" * 100} for _ in range(1000)), path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -520,13 +520,13 @@ class TestGsm8k:
         _, everything = process(gsm8k_answers, method="majority", unparsed=unparsed)
         rows, summary = process(gsm8k_answers, method="filter", unparsed=unparsed)
         kept, dropped = summary.kept, summary.dropped
-        assert everything.row_accuracy is not None
+        assert everything.sample_accuracy is not None
         assert kept.label_accuracy is not None
         assert dropped.label_accuracy is not None
-        assert kept.label_accuracy > everything.row_accuracy > dropped.label_accuracy
-        assert summary.row_accuracy == pytest.approx(kept.label_accuracy)
-        assert len(rows) >= (1319 - summary.unlabelled) / 2
-        assert summary.unlabelled == (0 if unparsed == "class" else 188)
+        assert kept.label_accuracy > everything.sample_accuracy > dropped.label_accuracy
+        assert summary.sample_accuracy == pytest.approx(kept.label_accuracy)
+        assert len(rows) >= (1319 - summary.unlabeled) / 2
+        assert summary.unlabeled == (0 if unparsed == "class" else 188)
 
     def test_a_stricter_threshold_keeps_fewer_and_better_labels(self, gsm8k_answers: Path) -> None:
         kept = [process(gsm8k_answers, rule="quantile", value=q)[1].kept for q in (0.25, 0.5, 1.0)]

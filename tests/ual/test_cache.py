@@ -1,4 +1,4 @@
-"""Tokenized samples from disk are those that would be made now, or they are made now."""
+"""Tokenized samples from the cache are those that rendering gives now."""
 
 import copy
 import resource
@@ -18,7 +18,7 @@ from ual.records import Message, Sample
 
 
 def chat(i: int, question: str = "What is it?", answer: str = "It is.") -> Sample:
-    return Sample(f"row {i}", (Message("user", question), Message("assistant", f"{answer} {i}")))
+    return Sample(f"sample {i}", (Message("user", question), Message("assistant", f"{answer} {i}")))
 
 
 SAMPLES = [chat(i, answer="It is. " * i) for i in range(1, 9)]
@@ -90,7 +90,7 @@ def test_whatever_changes_the_tokens_is_in_the_key(tokenizer: Any, tmp_path: Pat
         SAMPLES[::-1],
         [chat(0), *SAMPLES[1:]],
         [Sample("other", SAMPLES[0].messages), *SAMPLES[1:]],
-        [Sample("row 1", (Message("system", "x"), *SAMPLES[0].messages)), *SAMPLES[1:]],
+        [Sample("sample 1", (Message("system", "x"), *SAMPLES[0].messages)), *SAMPLES[1:]],
     ):
         assert not from_cache(renderer(tokenizer), samples, tmp_path)
     # what only the loss sees is not

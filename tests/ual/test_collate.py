@@ -1,4 +1,4 @@
-"""Batches: padding, and the weight of a row."""
+"""Batches: padding, and the weight of a sample."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rows in: every form, every fault with its file, line and field, and the held-out share."""
+"""Reading samples: every form, every fault with its file, line and field, and the held-out share."""
 
 import gzip
 import json
@@ -138,7 +138,7 @@ class TestFiles:
             "jsonl": ["line 1", "line 3"],
             "jsonl.gz": ["line 1", "line 3"],
             "json": ["index 0", "index 1"],
-            "parquet": ["row 0", "row 1"],
+            "parquet": ["sample 0", "sample 1"],
         }
         for suffix, places in kinds.items():
             path = str(tmp_path / f"rows.{suffix}")
@@ -160,24 +160,24 @@ class TestFiles:
         folder.mkdir()
         write(folder / "train.jsonl", [GOOD, GOOD])
         write(folder / "test.jsonl", [GOOD | {"completion": ""}])
-        assert [s.place for s in load(str(folder))] == [f"{folder}, row 0", f"{folder}, row 1"]
-        assert refusal(str(folder), split="test").place == f'{folder}, row 0, field "completion"'
+        assert [s.place for s in load(str(folder))] == [f"{folder}, sample 0", f"{folder}, sample 1"]
+        assert refusal(str(folder), split="test").place == f'{folder}, sample 0, field "completion"'
         (folder / "README.md").write_text(
             "---\nconfigs:\n- config_name: one\n  data_files: train.jsonl\n- config_name: two\n"
             "  data_files: test.jsonl\n---\n"
         )
         assert len(load(f"{folder}:one")) == 2
-        assert refusal(f"{folder}:two").place == f'{folder}:two, row 0, field "completion"'
+        assert refusal(f"{folder}:two").place == f'{folder}:two, sample 0, field "completion"'
         error = refusal(f"{folder}:one", split="dev")
         assert "datasets cannot read this folder" in error.problem
         assert "dev" in error.problem
 
     def test_a_name_that_is_neither_file_nor_data_set(self, monkeypatch):
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        error = refusal("nobody/no-such-set:main")
-        assert error.place == "nobody/no-such-set:main"
+        error = refusal("no-one/no-such-set:main")
+        assert error.place == "no-one/no-such-set:main"
         assert "As a file: no such file." in error.problem
-        assert "As a hub data set, split 'train': ConnectionError: Couldn't reach 'nobody/no-such-set'" in (
+        assert "As a hub data set, split 'train': ConnectionError: Couldn't reach 'no-one/no-such-set'" in (
             error.problem
         )
         assert ".jsonl" in error.remedy
@@ -191,7 +191,7 @@ class TestFiles:
         assert module in error.problem
         assert "pip install" in error.remedy
 
-    def test_a_missing_file_and_its_neighbours(self, tmp_path, monkeypatch):
+    def test_a_missing_file_and_its_neighbors(self, tmp_path, monkeypatch):
         write(tmp_path / "train.jsonl", [GOOD])
         (tmp_path / "notes.txt").touch()
         error = refusal(str(tmp_path / "trian.jsonl"))

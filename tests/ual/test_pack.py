@@ -1,4 +1,4 @@
-"""Packing: rows in one sequence are what they are alone, in loss and gradient, under every attention."""
+"""Packing: samples in one sequence have the loss and gradients that they have alone, with every attention."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +39,7 @@ def rows() -> list[dict[str, Any]]:
     made = []
     for i, n in enumerate(LENGTHS):
         ids = torch.randint(3, 61, (n,), generator=generator).tolist()
-        # the first token is labelled too: alone it is never predicted, so beside another row it must not be
+        # the first token has a label too: it is never predicted, neither alone nor beside another sample
         labels = [token if j % 3 != 1 else -100 for j, token in enumerate(ids)]
         made.append(
             {"input_ids": ids, "labels": labels, "label_smoothing": 0.3 * i / 6, "sample_weight": 0.5 + i / 4}
@@ -91,7 +91,9 @@ def test_a_packed_batch_holds_the_same_rows(average: Any, padding_free: bool) ->
     starts = (batch["position_ids"] == 0).flatten().nonzero().flatten().tolist()
     found = []
     for start in starts:
-        if padding_free or batch["input_ids"].flatten()[start] != 0:  # 0 pads, and is no token of these rows
+        if (
+            padding_free or batch["input_ids"].flatten()[start] != 0
+        ):  # 0 pads, and is no token of these samples
             found.append(start)
     assert len(found) == len(order)
     for start, row, one in zip(found, order, alone, strict=True):
@@ -146,7 +148,7 @@ FAMILIES = {
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_is_unpacked(family: str, attention: str) -> None:
-    """Losses and gradients of LoRA and of all weights, with smoothing and weight of every row.
+    """Losses and gradients of LoRA and of all weights, with the smoothing and weight of every sample.
 
     In float64, where roundings cannot hide anything; in float32 the packed loss is as near to that as the
     unpacked one is: both are sums of the same terms in another order, so within four times, plus one rounding
@@ -166,7 +168,7 @@ def test_packed_is_unpacked(family: str, attention: str) -> None:
         together = loss_and_gradients(model, [PackedCollator(0, 8)(packed(features))])
         results[dtype] = one_by_one, together
     truth, packed_truth = results[torch.float64]
-    # some thousand terms; and transformers' eager attention takes its softmax in float32 whatever comes
+    # some thousand terms; and transformers' eager attention takes its softmax in float32 with any input
     digits = 2**10 * torch.finfo(torch.float64).eps
     if attention == "eager":
         digits += 4 * torch.finfo(torch.float32).eps
@@ -199,7 +201,7 @@ def test_attention_that_isolates_is_taken(attention: str, dtype: torch.dtype) ->
 
 
 def leaking(model: PreTrainedModel) -> None:
-    """Attention over everything before, whoever's row it is."""
+    """Attention over all earlier tokens, of any sample."""
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
         groups = q.shape[1] // k.shape[1]

@@ -50,7 +50,7 @@ def test_rows_of_both_sources_are_mixed(files: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_prompt_is_on_both_sides(seed: int, tmp_path: Path) -> None:
-    # as many rows as there are, so that every open-ended row takes part
+    # as many samples as there are, so that every open-ended sample is used
     with pytest.raises(UserError, match="train_rows") as caught:
         data.write(tmp_path, train_rows=100_000, eval_rows=2, seed=seed)
     most_train = int(caught.value.problem.split("[2, ")[1].split("]")[0])

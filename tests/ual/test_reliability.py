@@ -106,7 +106,7 @@ class TestKeep:
         assert kept.sum() >= math.floor(high * (len(h) - 1)) + 1
 
     @given(entropies, st.sampled_from([("median", None), ("quantile", 0.3), ("absolute", 1.0)]), st.randoms())
-    def test_unlabelled_questions_change_nothing(self, h: list[float], rule: Any, random: Any) -> None:
+    def test_unlabeled_questions_change_nothing(self, h: list[float], rule: Any, random: Any) -> None:
         kept = reliability.keep(h, *rule)
         with_gaps = list(zip(h, kept, strict=True)) + [(NAN, False)] * 5
         random.shuffle(with_gaps)

@@ -33,7 +33,7 @@ def stories_tokenizer(stories: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def trimming(smollm2: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The same tokenizer, but one that leaves white space out of its offsets, as GPT-2's and RoBERTa's do."""
+    """The same tokenizer, but its offsets omit white space, as those of GPT-2 and RoBERTa do."""
     tokenizer = copy.deepcopy(smollm2)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     return tokenizer
@@ -61,7 +61,7 @@ def plain(rendered: TokenizedSample) -> tuple[list[int], list[int]]:
 
 
 def trained_runs(tokenizer: PreTrainedTokenizerBase, rendered: TokenizedSample) -> list[str]:
-    """The text of each run of consecutive trained tokens."""
+    """The text of each run of consecutive tokens with a label."""
     runs: list[list[int]] = []
     previous = -100
     for token, label in zip(rendered.input_ids, rendered.labels, strict=True):
@@ -363,7 +363,7 @@ class TestTemplates:
     def test_a_template_that_marks_nothing(self, smollm2, tmp_path):
         marks = "{% if 'never' in m.content %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}"
         path = template(tmp_path, f"{{% for m in messages %}}{{{{ m.content }}}}{marks}{{% endfor %}}")
-        with pytest.raises(UserError, match="yields no assistant tokens") as caught:
+        with pytest.raises(UserError, match="renders no assistant tokens") as caught:
             Renderer(smollm2, chat_template=path).render(chat("q", "a"))
         assert caught.value.place == "rows.jsonl, line 3"
 
@@ -372,7 +372,7 @@ class TestTemplates:
             tmp_path,
             "{% for m in messages %}{{ m.content if m.role == 'user' else '' }}{% endfor %}",
         )
-        with pytest.raises(UserError, match="leaves out the assistant's text"):
+        with pytest.raises(UserError, match="does not show the assistant's text"):
             Renderer(smollm2, chat_template=path)
 
     def test_a_template_that_refuses_a_conversation(self, smollm2, tmp_path):
@@ -394,7 +394,7 @@ class TestTemplates:
         assert caught.value.remedy == "valid: chatml, plain, or the path of a Jinja file"
 
     def test_a_tokenizer_without_a_template(self, stories_tokenizer):
-        with pytest.raises(UserError, match="no chat template of its own\nvalid: chatml, plain"):
+        with pytest.raises(UserError, match="the tokenizer has no chat template\nvalid: chatml, plain"):
             Renderer(stories_tokenizer)
 
     def test_a_tokenizer_without_eos(self, stories_tokenizer):
@@ -404,7 +404,7 @@ class TestTemplates:
             Renderer(tokenizer, chat_template="plain")
 
     def test_a_tokenizer_without_offsets(self):
-        with pytest.raises(UserError, match="ByT5Tokenizer cannot tell the characters of its tokens"):
+        with pytest.raises(UserError, match="ByT5Tokenizer does not know the characters of its tokens"):
             Renderer(ByT5Tokenizer(), chat_template="plain")
 
     @pytest.mark.parametrize("name", ["plain", "chatml"])
@@ -442,7 +442,7 @@ class TestLength:
         with pytest.raises(UserError) as caught:
             Renderer(smollm2, max_length=n - 1, **limit).render(self.SAMPLE)
         assert str(caught.value) == (
-            f"rows.jsonl, line 3: {n} tokens, data.max_length is {n - 1}\n"
+            f"rows.jsonl, line 3: the sample has {n} tokens, data.max_length is {n - 1}\n"
             "raise data.max_length to at most 8192, the model's context, "
             'or set data.overlong to "truncate" or "drop"'
         )
@@ -483,7 +483,7 @@ class TestLength:
         knowing.model_max_length = 300
         assert Renderer(knowing).max_length == 300
         for tokenizer, context in ((knowing, None), (smollm2, 300)):
-            with pytest.raises(UserError, match=r"301 is beyond the model's context of 300 tokens"):
+            with pytest.raises(UserError, match=r"301 exceeds the model's context of 300 tokens"):
                 Renderer(tokenizer, max_length=301, context_length=context)
 
     def test_the_first_token_is_never_live(self):

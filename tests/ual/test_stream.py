@@ -1,4 +1,4 @@
-"""Streamed rows are the rows of the file: checked first, then each once an epoch, in an order of its own."""
+"""Streamed samples are those of the file: checked first, then each once per epoch, in the epoch's order."""
 
 import gzip
 import json
@@ -73,7 +73,7 @@ def streamed(settings: configuration.RunConfig, tiny: Path) -> rows.TrainingSet:
 
 
 def test_smoothing_by_rank_needs_the_first_pass(settings: configuration.RunConfig, tiny: Path) -> None:
-    """Every row has the smoothing that it has when all are in memory, whatever order it is read in."""
+    """Every sample has the smoothing that it has if all are in memory, in any order of reading."""
     found = streamed(settings, tiny)
     expected = {
         s.sample.id: s.label_smoothing
@@ -102,7 +102,9 @@ def test_smoothing_by_rank_needs_the_first_pass(settings: configuration.RunConfi
 @pytest.mark.kills(
     "ual/data/streaming.py", "default_rng([self._seed, self._epoch])", "default_rng(self._seed)"
 )
-@pytest.mark.kills("ual/data/streaming.py", "islice(rows, self._buffer)", "islice(rows, self._buffer - 1)")
+@pytest.mark.kills(
+    "ual/data/streaming.py", "islice(samples, self._buffer)", "islice(samples, self._buffer - 1)"
+)
 def test_an_epochs_order_is_its_own_and_always_the_same(
     settings: configuration.RunConfig, tiny: Path
 ) -> None:
@@ -113,14 +115,14 @@ def test_an_epochs_order_is_its_own_and_always_the_same(
         orders.append([row["id"] for row in found])
     assert orders[0] == orders[2] != orders[1]
     assert orders[0] != sorted(orders[0], key=int)
-    # shuffled within blocks of 8 rows, so that no more is ever in memory
+    # shuffled within blocks of 8 samples, so that no more is ever in memory
     assert all(int(i) // 8 == place // 8 for place, i in enumerate(orders[0]))
 
 
 @pytest.mark.kills("ual/data/streaming.py", "        if count != len(self._smoothing):", "        if False:")
 @pytest.mark.parametrize(
     ("lines", "message"),
-    [(29, "30, now fewer"), (31, "30, now more"), (None, "no such file")],
+    [(29, "expected 30 samples, got fewer"), (31, "expected 30 samples, got more"), (None, "no such file")],
     ids=["shorter", "longer", "gone"],
 )
 def test_a_file_that_changes_under_a_run_stops_it(
@@ -168,9 +170,9 @@ def test_a_streamed_and_packed_run_resumes_as_if_nothing_had_happened(tmp_path: 
     ("overrides", "message"),
     [
         (["training.max_steps=-1"], "set training.max_steps"),
-        (["data.overlong=refuse"], "finds a long row too late"),
-        (["data.eval_fraction=0.1"], "name held-out rows in data.eval"),
-        (["uncertainty=white_box"], "bring their uncertainty as a column"),
+        (["data.overlong=refuse"], "cannot refuse a long sample in time"),
+        (["data.eval_fraction=0.1"], "name held-out samples in data.eval"),
+        (["uncertainty=white_box"], "add a column of uncertainties"),
         (["training.dataloader_num_workers=2"], "reads in one process"),
     ],
 )

@@ -96,7 +96,7 @@ def test_a_template_that_leaves_tools_out_is_refused(
     template: str, field: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     (first, _) = load(str(as_jsonl(tmp_path)))
-    with pytest.raises(UserError, match=f"leaves out the row's {field}"):
+    with pytest.raises(UserError, match=f"does not show the sample's {field}"):
         renderer(tokenizer, tmp_path, template).render(first)
 
 

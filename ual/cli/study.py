@@ -53,7 +53,7 @@ def reliability(
         )
         reading.write(rows, output)
         out.print(tables.levels(summary))
-        out.print(f"{summary.rows} samples of {summary.questions} questions in {output}", highlight=False)
+        out.print(f"{summary.samples} samples of {summary.questions} questions in {output}", highlight=False)
 
 
 _COMPARE_EXAMPLE = """\b

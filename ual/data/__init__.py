@@ -1,7 +1,6 @@
-"""Rows to batches: load and validate, hold out, render through a chat template, pack, collate.
+"""From files to batches: load and validate, hold out, render with a chat template, pack, collate.
 
-`import ual.data` needs no torch; what does (`Collator`, `PackedCollator`, `Stream`) is imported when first
-asked for.
+`import ual.data` does not import torch. `Collator`, `PackedCollator` and `Stream` do, at their first use.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Rows by source and by uncertainty, so that training can be watched for each of them."""
+"""Groups of samples by source and by uncertainty, each with training metrics of its own."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _MOST_SOURCES = 8
 
 
 class Groups(NamedTuple):
-    """`names` of all groups, and for each row the indices of its source and its quantile, -1 for none."""
+    """The `names` of all groups, and each sample's indices of its source and its quantile; -1 is none."""
 
     names: tuple[str, ...]
     of_samples: NDArray[np.int64]  # [n, 2]
@@ -24,8 +24,8 @@ def assign(sources: Sequence[str], uncertainty: ArrayLike) -> Groups:
     """Name groups ``source/<name>`` and ``uncertainty/q1`` (the most certain quarter) to ``q4``.
 
     Args:
-        sources: [n]; beyond the eight largest they share ``source/(others)``, and a single one is no group.
-        uncertainty: [n], NaN where missing; equal values share a quarter.
+        sources: [n]; all but the eight largest share ``source/(others)``. A single source is not a group.
+        uncertainty: [n], NaN if missing; equal values share a quarter.
 
     >>> groups = assign(["a", "b", "a", "a"], [0.1, 0.2, 0.3, float("nan")])
     >>> groups.names[:3], groups.of_samples.tolist()

@@ -1,4 +1,4 @@
-"""Read samples from a file or from a hub data set. An error names the place of every wrong sample."""
+"""Read samples from a file or a hub data set. Errors name the place and the field of wrong samples."""
 
 import difflib
 import gzip
@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,63 +32,63 @@ _SHOWN = 5
 
 
 def load(path_or_name: str, *, format: Format = "auto", split: str = "train") -> list[Sample]:
-    """Read and validate every row.
+    """Read and validate all samples.
 
     Args:
         path_or_name: a ``.jsonl``, ``.json`` (one array) or ``.parquet`` file, the first two also with
-            ``.gz``; else a folder or a hub name that `datasets.load_dataset` understands, where
-            ``name:config`` chooses one of its configurations.
-        format: how a row becomes a conversation. ``auto`` decides by the columns of the first row and
-            logs its choice; every row must then fit.
+            ``.gz``. Otherwise a folder or a hub name that `datasets.load_dataset` accepts; ``name:config``
+            selects one of its configurations.
+        format: how columns become a conversation. ``auto`` decides by the columns of the first sample and
+            logs its choice; all samples must have these columns.
 
             ``messages``: `messages` or `conversations`, a list of ``{"role", "content"}`` or
-            ``{"from", "value"}``; roles are system, user, assistant and tool, and ShareGPT's human and gpt.
+            ``{"from", "value"}``. Roles are system, user, assistant and tool, and ShareGPT's human and gpt.
             ``prompt_completion``: `prompt` and `completion`, or `question` and `answer`; each a string or
             a list of messages.
-            ``alpaca``: `instruction`, `output` and optionally `input`, which follows the instruction after
+            ``alpaca``: `instruction`, `output`, and optionally `input`, which follows the instruction after
             an empty line, and `history`, a list of earlier ``[question, answer]`` pairs.
-        split: which split of a folder or hub data set; a file has only one.
+        split: of a folder or a hub data set; a file has only one.
 
     Returns:
-        One sample per row, in order. The optional columns `id`, `source`, `uncertainty` (finite),
-        `label_smoothing` (in [0, 1]), `sample_weight` (finite, >= 0) and `tools` (JSON schemas, a list or its
-        JSON) are taken over, null meaning absent; further columns are ignored. Messages may have
-        `tool_calls`, `name` and `tool_call_id`. A row without `id` gets a hash of its conversation, the
-        second of two equal rows with ``-2`` behind it. Places count lines from 1 in JSONL, array indices and
-        parquet or hub rows from 0.
+        The samples in order. Optional columns are `id`, `source`, `uncertainty` (finite), `label_smoothing`
+        (in [0, 1]), `sample_weight` (finite, >= 0) and `tools` (a list of JSON schemas, or its JSON). Null
+        means absent, and other columns are ignored. Messages may have `tool_calls`, `name` and
+        `tool_call_id`. The id of a sample without `id` is a hash of its conversation; the second of two equal
+        samples gets ``-2`` appended. Places count the lines of JSONL from 1, and all else from 0.
 
     Raises:
-        UserError: nothing could be read, or rows are wrong: the first five are named with their line and
-            field. A conversation must have non-empty user and assistant turns, a user turn before the
-            first assistant turn, and an assistant turn at its end.
+        UserError: nothing can be read, or samples are wrong; the first five are listed with their place and
+            field. A conversation has non-empty user and assistant turns, a user turn before its first
+            assistant turn, and an assistant turn at its end.
     """
-    return [s for _, s in _read(path_or_name, _rows(path_or_name, split), format, {}, {}, most_faults=None)]
+    written = _written(path_or_name, split)
+    return [sample for _, sample in _read(path_or_name, written, format, {}, {})]
 
 
 def stream(
     path_or_name: str, *, format: Format = "auto", split: str = "train"
 ) -> Iterator[tuple[Mapping[str, Any], Sample]]:
-    """Yield every row as it was written, with its sample, in order.
+    """Yield every sample as it is written and as it is validated, in order.
 
-    As `load`, in bounded memory: ``.jsonl`` is read line by line, parquet in batches, hub data sets as they
-    stream, and the ids that were seen are on disk. A ``.json`` array is read whole.
+    As `load`, in bounded memory: ``.jsonl`` is read line by line, parquet in batches, and hub data sets are
+    streamed. Known ids are on disk. A ``.json`` array is read at once.
 
     Raises:
-        UserError: see `load`; at the first wrong row.
+        UserError: as `load`; at the first wrong sample.
     """
-    rows = _rows(path_or_name, split, streaming=True)
-    return _read(path_or_name, rows, format, _OnDisk(), _OnDisk(), most_faults=1)
+    written = _written(path_or_name, split, streaming=True)
+    return _read(path_or_name, written, format, _OnDisk(), _OnDisk(), most_faults=1)
 
 
-def _rows(name: str, split: str, *, streaming: bool = False) -> Iterator[tuple[str, Any]]:
-    """Yield every sample as it was written, and where it is."""
+def _written(name: str, split: str, *, streaming: bool = False) -> Iterator[tuple[str, Any]]:
+    """Return the place of every sample, and the sample as it is written: its line of JSONL, or an object."""
     path = Path(name).expanduser()
     repository, _, config = (name, "", "") if path.is_dir() else name.partition(":")
     folder = Path(repository).expanduser()
     is_folder = repository != "" and folder.is_dir()
     if is_folder or not (path.exists() or _names_a_file(name)):
         repository = str(folder) if is_folder else repository
-        return _hub_rows(name, repository, config or None, split, is_folder=is_folder, streaming=streaming)
+        return _hub(name, repository, config or None, split, is_folder=is_folder, streaming=streaming)
     if not path.exists():
         raise UserError("no such file", place=str(path), remedy=_suggest(path))
     lower = path.name.lower()
@@ -96,7 +97,7 @@ def _rows(name: str, split: str, *, streaming: bool = False) -> Iterator[tuple[s
     if lower.endswith((".json", ".json.gz")):
         return ((f"index {i}", item) for i, item in enumerate(_json_array(path)))
     if lower.endswith(".parquet"):
-        return _parquet_rows(path)
+        return _parquet(path)
     raise UserError(
         f"cannot tell how to read a file named {path.name!r}",
         place=str(path),
@@ -142,7 +143,7 @@ def _json_array(path: Path) -> list[Any]:
     return found
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow as pa  # type: ignore[import-untyped]
         from pyarrow import parquet
@@ -152,13 +153,13 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         ) from error
     try:
         batches = parquet.ParquetFile(path).iter_batches(1024)
-        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from ((f"row {i}", row) for i, row in enumerate(rows))
+        samples = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from ((f"sample {i}", sample) for i, sample in enumerate(samples))
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"cannot read the parquet file: {error}", place=str(path)) from error
 
 
-def _hub_rows(
+def _hub(
     place: str, name: str, config: str | None, split: str, *, is_folder: bool, streaming: bool
 ) -> Iterator[tuple[str, Any]]:
     try:
@@ -181,11 +182,11 @@ def _hub_rows(
             place=place,
             remedy=f"give a path that ends in {', '.join(_SUFFIXES)}, or check the name and the network",
         ) from error
-    return ((f"row {i}", row) for i, row in enumerate(dataset))
+    return ((f"sample {i}", sample) for i, sample in enumerate(dataset))
 
 
 class _OnDisk:
-    """A dictionary of strings in a temporary file that nobody else sees; what is not there is None."""
+    """A dictionary in a temporary file without a name; the value of an unknown key is None."""
 
     def __init__(self) -> None:
         self._db = sqlite3.connect("", isolation_level=None)
@@ -209,18 +210,17 @@ _Strings = dict[str, Any] | _OnDisk
 
 def _read(
     name: str,
-    rows: Iterable[tuple[str, Any]],
+    written: Iterable[tuple[str, Any]],
     format: Format,
     places: _Strings,
     copies: _Strings,
-    *,
-    most_faults: int | None,
+    most_faults: float = math.inf,
 ) -> Iterator[tuple[Mapping[str, Any], Sample]]:
-    """Yield valid samples; at the end, or after `most_faults`, raise an error that shows the faults."""
+    """Yield valid samples; after the last one, or after so many faults, raise an error with the faults."""
     form, count = "", 0
     columns: tuple[str, ...] = ()
     faults: list[tuple[str, FieldError]] = []
-    for where, raw in rows:
+    for where, raw in written:
         try:
             row = _mapping(raw)
             if not form:

@@ -1,14 +1,14 @@
-"""Several answers per question, read from JSONL in either of two forms.
+"""Several answers per question, read from JSONL in one of two forms.
 
-Answers are grouped by their question's id, never by position:
+Answers are grouped by their question's id, never by their position:
 
     one question per line   {"id"?, "question" | "prompt" | "messages", "answers" | "samples": [...], "gold"?,
-                            "source"?, "subject"?}, each answer a string, a number, null (it could not be
-                            parsed) or {"value" | "answer" | "text", "source"?, "correct"?}: the value is what
-                            is compared, the text what is trained on
-    one answer per line     "question_id", the other fields of a question and those of one answer; rewordings
-                            of a question share its id, and each answer is trained on with the wording it
-                            answered
+                            "source"?, "subject"?}. An answer is a string, a number, null (not parsed) or
+                            {"value" | "answer" | "text", "source"?, "correct"?}. Values are compared, texts
+                            are trained on.
+    one answer per line     "question_id", the other fields of a question, and those of one answer.
+                            Paraphrases of a question share its id, and an answer is trained on with the
+                            wording that it answers.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _VALUES = ("value", "answer", "text")
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An answer, the wording of the question that it answers, and whether it is right, if known."""
+    """An answer, the wording of the question that it answers, and whether it is right (None: unknown)."""
 
     answer: Answer
     prompt: tuple[Message, ...]
@@ -46,7 +46,7 @@ class Question:
 
     @property
     def values(self) -> list[str | None]:
-        """The normalized answers, None where unparsed."""
+        """The normalized answers; None is an answer that was not parsed."""
         return [candidate.answer.value for candidate in self.candidates]
 
     def first(self, value: str | None) -> Candidate:
@@ -55,11 +55,11 @@ class Question:
 
 
 def read(path: str | Path) -> list[Question]:
-    """Read the questions of a file in either form, in order of first appearance.
+    """Return the questions of a file in either form, in order of first appearance.
 
     Raises:
-        UserError: the file cannot be read, a line is not valid, an id is used twice, or a question has fewer
-            than two answers; it names the file, the line and the field.
+        UserError: the file cannot be read, a line is invalid, an id is used twice, or a question has fewer
+            than two answers. The error names the file, the line and the field.
     """
     path = Path(path)
     questions: dict[str, Question] = {}
@@ -76,23 +76,23 @@ def read(path: str | Path) -> list[Question]:
         else:
             raise UserError(f"{question.id!r} is already the id of {earlier.place}", place=question.place)
     if not questions:
-        raise UserError("there is no question in the file", place=str(path))
+        raise UserError("the file has no questions", place=str(path))
     for question in questions.values():
         if (count := len(question.candidates)) < 2:
             raise UserError(
-                f"question {question.id!r} has {count} answer{'s' * (count != 1)}; expected at least two",
+                f"expected at least two answers to question {question.id!r}, got {count}",
                 place=question.place,
-                remedy="ask again, in another wording or at a temperature above 0, or remove the question",
+                remedy="ask again with a paraphrase or at a temperature above 0, or remove the question",
             )
     return list(questions.values())
 
 
 def _question(record: Mapping[str, Any], number: int, place: str) -> tuple[Question, bool]:
-    """Return the question of one line, and whether the line is one answer of possibly several."""
+    """Return the question of one line, and whether the line holds a single answer."""
     single = not {"answers", "samples"} & record.keys()
     if single and "question_id" not in record:
         raise UserError(
-            f"neither a question nor an answer; its fields are: {', '.join(record)}",
+            f"expected a question or an answer, got the fields {', '.join(record)}",
             place=place,
             remedy='a question has "answers" or "samples", a single answer has "question_id"',
         )

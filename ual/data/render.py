@@ -1,13 +1,13 @@
-"""Conversations to tokens, and to the labels of exactly those that the assistant wrote.
+"""Render conversations to tokens, with labels for exactly the tokens that the assistant wrote.
 
-A conversation is rendered to text, the text tokenized once, and a token is trained when its characters belong
-to an assistant turn. Which characters those are comes from one of two sources:
+A conversation is rendered to text, and the text is tokenized once. A token has a label if its characters
+belong to an assistant turn. One of two sources says which characters those are:
 
-- the template's own ``{% generation %}`` blocks, where it has them;
-- else prefixes. With P_k the rendering of the messages before turn k and its generation prompt, and T_k that
-  of the messages through turn k, the turn is T_k without P_k: what the model itself must write when it is
-  prompted by this template, up to and including its end-of-turn marker. That holds only while P_k, and T_k up
-  to the marker, are prefixes of the whole; a template for which they are not is refused.
+- the ``{% generation %}`` blocks of the template, if it has any;
+- otherwise prefixes. P_k is the rendering of the messages before turn k and of its generation prompt. T_k is
+  the rendering of the messages through turn k. The turn is T_k without P_k: what the model must write after
+  this prompt, through its end-of-turn marker. P_k, and T_k through the marker, must be prefixes of the
+  complete text; other templates are refused.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ _BUILT_IN = {
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
-    # The space after "Assistant:" is the response's, since tokenizers join it to the word that follows.
+    # The space after "Assistant:" belongs to the response, since tokenizers join it to the next word.
     "plain": (
         "{% for message in messages %}"
         "{{ message.role.capitalize() + ':' }}"
@@ -61,7 +61,7 @@ _Span = tuple[int, int]  # characters [start, end)
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSample:
-    """A rendered sample; `labels` are `input_ids` with -100 outside the assistant's tokens."""
+    """A rendered sample: `labels` are `input_ids`, with -100 for all tokens but the assistant's."""
 
     id: str
     input_ids: NDArray[np.int32]
@@ -75,36 +75,36 @@ class TokenizedSample:
 
 
 class Renderer:
-    """Render samples through one chat template.
+    """Renders samples with one chat template.
 
-    Every assistant turn is trained, with its end-of-turn marker. The last turn ends with the tokenizer's EOS,
-    which is trained and appended where the template has none there. White space that a template writes after
-    the end of the last turn is left out: nothing after it could learn from it.
+    Every assistant turn is trained, with its end-of-turn marker. The last turn ends with the tokenizer's EOS.
+    EOS is trained, and is appended if the template does not write it. White space after the end of the last
+    turn is dropped, since no later token could learn from it.
 
-    A token that holds characters on both sides of a turn's border is the assistant's where it holds more of
-    the turn than white space; so the response's first word is trained after a prompt that ends with a space.
+    A token that crosses the boundary of a turn belongs to the assistant if it holds more of the turn than
+    white space. So the first word of a response is trained if the prompt ends with a space.
 
     Args:
         tokenizer: a fast one, which knows the characters of each token.
-        chat_template: None for the tokenizer's own; ``chatml``; ``plain``, which is ``User: ...``,
-            ``Assistant: ...`` and EOS, for base models; or the path of a Jinja file. The built-in ones begin
-            with BOS where the tokenizer adds one itself.
-        max_length: tokens a sample may have; None for min(context, 2048).
-        context_length: tokens the model can see; None for what the tokenizer says, if anything.
-        overlong: ``refuse``; ``truncate`` to the first `max_length` tokens, without EOS, and drop the sample
-            if none of those is the assistant's; or ``drop``.
+        chat_template: None for the tokenizer's own; ``chatml``; ``plain`` for base models, which is
+            ``User: ...``, ``Assistant: ...`` and EOS; or the path of a Jinja file. The built-in templates
+            begin with BOS if the tokenizer adds one itself.
+        max_length: the most tokens of a sample; None for min(context, 2048).
+        context_length: of the model, in tokens; None for the tokenizer's, if it has one.
+        overlong: ``refuse``; ``truncate`` to the first `max_length` tokens, without EOS, or drop the sample
+            if none of them is the assistant's; or ``drop``.
         system_prompt: the system turn of conversations that have none.
-        train_on: ``all`` assistant turns, or only the ``last`` one (of a template with ``{% generation %}``,
-            its last block).
+        train_on: ``all`` assistant turns, or only the ``last`` one. Of a template with ``{% generation %}``,
+            the last turn is its last block.
 
     Attributes:
-        max_length: the limit in force.
-        fingerprint: a hash of all that decides which tokens a conversation becomes, but the conversation.
-        counts: how many samples were "rendered" (whole), "truncated" and "dropped" so far.
+        max_length: the limit in use.
+        fingerprint: a hash of everything but the conversation that decides its tokens.
+        counts: the number of samples that were "rendered" (completely), "truncated" and "dropped" so far.
 
     Raises:
         UserError: the tokenizer has no offsets, no EOS or no template; the template is unknown or broken;
-            `max_length` is beyond the context.
+            `max_length` exceeds the context.
     """
 
     def __init__(
@@ -120,13 +120,13 @@ class Renderer:
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
-                f"{type(tokenizer).__name__} cannot tell the characters of its tokens",
+                f"{type(tokenizer).__name__} does not know the characters of its tokens",
                 place="model.tokenizer",
                 remedy="name a model whose folder has a tokenizer.json",
             )
         if tokenizer.eos_token_id is None:
             raise UserError(
-                "the tokenizer has no EOS token, so a model could not learn to stop",
+                "the tokenizer has no EOS token, so a model cannot learn to stop",
                 place="model.tokenizer",
                 remedy='set "eos_token" in its tokenizer_config.json',
             )
@@ -155,11 +155,11 @@ class Renderer:
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
     def render(self, sample: Sample) -> TokenizedSample | None:
-        """Return the sample's tokens and labels, or None where it was dropped for its length.
+        """Return the sample's tokens and labels, or None if it is dropped for its length.
 
         Raises:
-            UserError: the template refuses the conversation, does not say exactly which characters are the
-                assistant's, or yields none; or the sample is too long and is to be refused.
+            UserError: the template refuses the conversation, does not show exactly which characters are the
+                assistant's, or renders none of them; or the sample is too long, and `overlong` is "refuse".
         """
         text, spans = self._turns(self._with_system(sample))
         if self._train_on == "last":
@@ -173,9 +173,9 @@ class Renderer:
         ]
         if not any(trained for _, trained in tokens):
             raise UserError(
-                f"{self._place} yields no assistant tokens, so there is nothing to train",
+                f"{self._place} renders no assistant tokens, so there is nothing to train",
                 place=sample.place,
-                remedy="give data.chat_template one that renders the assistant's turns",
+                remedy="set data.chat_template to a template that renders the assistant's turns",
             )
         eos = self._tokenizer.eos_token_id
         if tokens[-1][0] == eos:
@@ -193,7 +193,7 @@ class Renderer:
         )
 
     def render_prompt(self, sample: Sample) -> str:
-        """Return the text that prompts the final response, through the generation prompt."""
+        """Return the text before the final response, with its generation prompt."""
         sample = self._with_system(sample)
         return self._text(sample.prompt, sample, generation_prompt=True)
 
@@ -212,7 +212,7 @@ class Renderer:
             room = "" if context is None else f" to at most {context}, the model's context"
             longer = "" if self.max_length == context else f"raise data.max_length{room}, or "
             raise UserError(
-                f"{n} tokens, data.max_length is {self.max_length}",
+                f"the sample has {n} tokens, data.max_length is {self.max_length}",
                 place=sample.place,
                 remedy=f'{longer}set data.overlong to "truncate" or "drop"',
             )
@@ -231,7 +231,7 @@ class Renderer:
         return text, spans if self._marks_turns else list(self._prefix_spans(sample, text))
 
     def _check_tools(self, sample: Sample, text: str) -> None:
-        """Refuse a template that leaves out what the row brings: the prompt would be another."""
+        """Refuse a template that does not show the sample's tools: the prompt would be another one."""
         bare = tuple(replace(message, tool_calls=()) for message in sample.messages)
         for field, there, messages, tools in (
             ("tools", bool(sample.tools), sample.messages, ()),
@@ -239,9 +239,9 @@ class Renderer:
         ):
             if there and self._render(messages, sample.place, tools)[0] == text:
                 raise UserError(
-                    f"{self._place} leaves out the row's {field}",
+                    f"{self._place} does not show the sample's {field}",
                     place=sample.place,
-                    remedy=f"give data.chat_template one that shows {field}, or remove them from the rows",
+                    remedy=f"set data.chat_template to one that shows {field}, or remove the {field}",
                 )
 
     def _prefix_spans(self, sample: Sample, text: str) -> Iterator[_Span]:
@@ -252,13 +252,13 @@ class Renderer:
             through = self._text(sample.messages[: k + 1], sample)
             body = through.removesuffix(self._closing)
             if not (through.endswith(self._closing) and text.startswith(body) and body.startswith(before)):
-                raise self._inexact(sample, k, "renders the turn differently once other turns surround it")
+                raise self._inexact(sample, k, "renders the turn differently if other turns surround it")
             if _squeeze(message.content) not in _squeeze(body[len(before) :]):
                 raise self._inexact(sample, k, "changes its text")
             yield len(before), len(body) + len(self._closing_within(text[len(body) :]))
 
     def _closing_within(self, rest: str) -> str:
-        """Return as much of the end-of-turn marker as `rest` begins with, in whole added tokens.
+        """Return the part of the end-of-turn marker that `rest` begins with, in complete added tokens.
 
         A template may write more at the end of the conversation than between turns.
         """
@@ -276,19 +276,19 @@ class Renderer:
             f"{self._place} does not show which tokens are assistant turn {k} (counted from 0): it {why}",
             place=sample.place,
             remedy='set data.chat_template to "chatml" or to a Jinja file with {% generation %} around the '
-            "assistant's text, or make a row of each assistant turn",
+            "assistant's text, or make a sample of each assistant turn",
         )
 
     def _probe(self) -> str:
-        """Render a short conversation, to fail early, and return what follows its last response."""
+        """Render a short conversation, to fail early, and return the text after its last response."""
         turns = (Message("user", "question"), Message("assistant", _PROBE))
         probe = Sample("", turns)
         self._text(turns[:1], probe, generation_prompt=True)
         _, found, closing = self._text(turns, probe).rpartition(_PROBE)
         if not found:
             raise UserError(
-                f"{self._place} leaves out the assistant's text",
-                remedy="give data.chat_template one that renders the assistant's turns",
+                f"{self._place} does not show the assistant's text",
+                remedy="set data.chat_template to a template that renders the assistant's turns",
             )
         return closing
 
@@ -306,9 +306,9 @@ class Renderer:
     ) -> tuple[str, list[_Span]]:
         from jinja2 import TemplateError
 
-        # What apply_chat_template renders with. Its own mask (return_assistant_tokens_mask) goes by the first
-        # token of a span's first and last character: it loses half an emoji at the end, and the whole span
-        # where the first character has no token. Seen with transformers 5.23.
+        # apply_chat_template renders with this function. Its own mask (return_assistant_tokens_mask) looks up
+        # the tokens of a span's first and last characters. It loses half an emoji at the end of a span, and
+        # the complete span if its first character has no token (transformers 5.23).
         from transformers.utils import chat_template_utils
 
         render: Any = chat_template_utils.render_jinja_template  # annotated -> str, returns a pair of lists
@@ -333,7 +333,7 @@ def _resolve(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) ->
             return tokenizer.get_chat_template()
         except ValueError as error:
             raise UserError(
-                "the tokenizer has no chat template of its own", place="data.chat_template", remedy=valid
+                "the tokenizer has no chat template", place="data.chat_template", remedy=valid
             ) from error
     if chat_template in _BUILT_IN:
         adds_bos = tokenizer.bos_token_id in tokenizer("").input_ids
@@ -342,7 +342,7 @@ def _resolve(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) ->
         return Path(chat_template).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"unknown chat template {chat_template!r}, and as a file: {error}",
+            f"unknown chat template {chat_template!r}; as a file: {error}",
             place="data.chat_template",
             remedy=valid,
         ) from error
@@ -360,7 +360,7 @@ def _max_length(max_length: int | None, context_length: int | None) -> int:
         return min(context_length or _DEFAULT_LENGTH, _DEFAULT_LENGTH)
     if context_length is not None and max_length > context_length:
         raise UserError(
-            f"{max_length} is beyond the model's context of {context_length} tokens",
+            f"{max_length} exceeds the model's context of {context_length} tokens",
             place="data.max_length",
             remedy=f"set it to at most {context_length}",
         )
@@ -370,7 +370,7 @@ def _max_length(max_length: int | None, context_length: int | None) -> int:
 def _belongs(text: str, offset: _Span, spans: Sequence[_Span]) -> bool:
     start, end = offset
     for a, b in spans:
-        if start == end:  # a byte-level tokenizer that trims offsets reports white space as empty, at its end
+        if start == end:  # white space, of a byte-level tokenizer that trims offsets
             inside = a < end <= b
         else:
             inside = (a <= start and end <= b) or bool(text[max(start, a) : min(end, b)].strip())

@@ -78,7 +78,7 @@ def _scalar(value: Any) -> Any:
 
 
 def _objects(value: Any) -> Any:
-    """Read the JSON of a list too: Arrow wants all objects of a column to have the same keys."""
+    """Accept the JSON of a list too, since Arrow needs equal keys in all objects of a column."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
@@ -100,7 +100,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _unsupported(value: Any) -> Any:
     if value not in (None, [], {}, ""):
-        raise ValueError("is not supported, and to leave it out would change what is trained")
+        raise ValueError("is not supported; without it, the model would be trained on something else")
 
 
 def _number(interval: str = "", low: float = -_MAX, high: float = _MAX) -> BeforeValidator:
@@ -214,26 +214,26 @@ def _message(value: Any, field: str, content: str = "") -> Message:
     return Message(role, text, calls, turn.name or "", turn.tool_call_id or "")
 
 
-def conversation(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Message, ...]:
+def conversation(written: Mapping[str, Any], columns: Sequence[str]) -> tuple[Message, ...]:
     """Return the messages of a sample.
 
     Args:
-        row: the sample as it is written.
+        written: the sample as it is written.
         columns: one that holds all messages, or one for the prompt and one for the response.
 
     Raises:
         FieldError: a message is wrong, or the order of the roles is.
     """
     for column in columns:
-        if row.get(column) is None:
-            raise FieldError(column, f"is missing, got {', '.join(row) or 'no columns'}")
+        if written.get(column) is None:
+            raise FieldError(column, f"is missing, got {', '.join(written) or 'no columns'}")
     first, *last = columns
     if first == "instruction":
-        said = _alpaca(row)
+        said = _alpaca(written)
     else:
-        said = turns(row[first], first, "user" if last else None)
+        said = turns(written[first], first, "user" if last else None)
     for column in last:
-        said += turns(row[column], column, "assistant")
+        said += turns(written[column], column, "assistant")
     roles = [message.role for message in said]
     if roles[-1] != "assistant":
         raise FieldError(first, f"the conversation must end with an assistant turn, it ends with {roles[-1]}")
@@ -242,15 +242,15 @@ def conversation(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Messag
     return tuple(said)
 
 
-def _alpaca(row: Mapping[str, Any]) -> list[Message]:
+def _alpaca(written: Mapping[str, Any]) -> list[Message]:
     said: list[Message] = []
-    history = row.get("history") or []
+    history = written.get("history") or []
     if not isinstance(history, list):
         raise FieldError("history", f"expected a list of [question, answer] pairs, got {show(history)}")
     for i, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             raise FieldError(f"history[{i}]", f"expected a [question, answer] pair, got {show(pair)}")
         said += turns(pair[0], f"history[{i}][0]", "user") + turns(pair[1], f"history[{i}][1]", "assistant")
-    given = check(AlpacaRecord, row)
+    given = check(AlpacaRecord, written)
     extra = given.input or ""
     return said + turns(given.instruction + f"\n\n{extra}" * bool(extra.strip()), "instruction", "user")

@@ -1,4 +1,4 @@
-"""A held-out share of the rows, fixed by what the rows say."""
+"""A held-out share of the samples that depends on their prompts alone."""
 
 import hashlib
 import json
@@ -11,19 +11,20 @@ from ual.records import Sample
 
 
 def hold_out(samples: Sequence[Sample], eval_fraction: float) -> tuple[list[Sample], list[Sample]]:
-    """Split into training and held-out rows, each in its original order.
+    """Return training samples and held-out samples, both in their original order.
 
-    Rows are grouped by their prompt and the groups ordered by its hash; groups are held out from the
-    front until round(eval_fraction * rows) rows are, and at least one. So the split depends neither on the
-    order of the rows nor on a seed, no prompt is on both sides, and more rows move few old ones.
+    Samples with equal prompts form a group, and groups are ordered by a hash of the prompt. The first groups
+    are held out, until they have round(eval_fraction * n) samples, and at least one. So the split depends
+    neither on the order of samples nor on a seed. No prompt is on both sides, and few samples change sides if
+    others are added.
 
     Args:
-        samples: the rows.
+        samples: [n].
         eval_fraction: in [0, 1); 0 holds out nothing.
 
     Raises:
         ValueError: `eval_fraction` is outside [0, 1).
-        UserError: all rows share one prompt.
+        UserError: all samples have the same prompt.
     """
     if not 0 <= eval_fraction < 1:
         raise ValueError(f"eval_fraction must be in [0, 1), got {eval_fraction}")
@@ -33,13 +34,13 @@ def hold_out(samples: Sequence[Sample], eval_fraction: float) -> tuple[list[Samp
     sizes = Counter(keys)
     if len(sizes) < 2:
         raise UserError(
-            f"cannot hold out rows: {len(samples)} rows have {len(sizes)} different prompt(s)",
+            f"cannot hold out samples: {len(samples)} samples have {len(sizes)} different prompt(s)",
             remedy="set data.eval to a file, or data.eval_fraction to 0",
         )
     wanted = max(1, round(eval_fraction * len(samples)))
     held: set[str] = set()
     count = 0
-    for key in sorted(sizes)[:-1]:  # the last group stays, so that something is left to train on
+    for key in sorted(sizes)[:-1]:  # the last group is always trained
         if count >= wanted:
             break
         held.add(key)

@@ -1,4 +1,4 @@
-"""Data larger than memory: rows are read, rendered and batched as they are trained."""
+"""Data larger than memory: samples are read, rendered and packed while they are trained."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -16,18 +16,20 @@ from ual.records import Sample
 
 
 class Survey(NamedTuple):
-    """What a first pass over the rows keeps of each: about 40 bytes, whatever its length."""
+    """What a first pass over the data keeps of each sample: about 40 bytes."""
 
-    uncertainty: NDArray[np.float64]  # [n], NaN where missing
-    label_smoothing: NDArray[np.float64]  # [n], NaN where the row has none of its own
-    sources: list[str]  # [n], each name in memory once
+    uncertainty: NDArray[np.float64]  # [n], NaN if missing
+    label_smoothing: NDArray[np.float64]  # [n], NaN if the sample has none of its own
+    sources: list[str]  # [n], one string object per name
 
 
 def survey(samples: Iterable[Sample], advance: Callable[[int], None] = lambda _: None) -> Survey:
-    """Read every row once: a wrong one is found before training, and scales by rank need all uncertainties.
+    """Read every sample once.
+
+    A wrong sample is found before training, and scales by rank need all uncertainties.
 
     Raises:
-        UserError: a row is wrong.
+        UserError: a sample is wrong.
     """
     numbers: list[tuple[float, float]] = []
     sources: list[str] = []
@@ -41,16 +43,17 @@ def survey(samples: Iterable[Sample], advance: Callable[[int], None] = lambda _:
 
 
 class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """Features of rows that are read again in every epoch, shuffled within blocks of consecutive rows.
+    """Features of samples that are read in every epoch, and shuffled within blocks of consecutive samples.
 
     Args:
-        samples: starts reading anew, in the order of the `Survey`.
-        renderer: makes tokens; rows that it drops are passed over.
-        label_smoothing: [n], by the row's place in that order; NaN leaves the row out.
-        groups: as the survey's rows have them.
-        buffer: rows of a block.
-        seed: of the shuffling; an epoch's order depends on nothing else, so a resumed run finds it again.
-        pack_length: tokens of a packed sequence; None leaves rows by themselves.
+        samples: starts a new pass, in the order of the `Survey`.
+        renderer: samples that it drops are skipped.
+        label_smoothing: [n], in that order; NaN drops the sample.
+        groups: in that order.
+        buffer: samples of a block.
+        seed: of the shuffling. An epoch's order depends on the seed and the epoch alone, so a resumed run has
+            the same order.
+        pack_length: tokens of a packed sequence; None does not pack.
     """
 
     def __init__(
@@ -70,42 +73,42 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order; trainers call it."""
+        """Select the epoch whose order is used; trainers call it."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         random = np.random.default_rng([self._seed, self._epoch])
-        rows = self._rows()
-        while block := list(islice(rows, self._buffer)):
+        samples = self._features()
+        while block := list(islice(samples, self._buffer)):
             if self._pack_length is None:
                 yield from (block[i] for i in random.permutation(len(block)))
             else:
-                packs = pack([len(row["input_ids"]) for row in block], self._pack_length)
+                packs = pack([len(sample["input_ids"]) for sample in block], self._pack_length)
                 for i in random.permutation(len(packs)):
                     yield {"rows": [block[j] for j in packs[i]]}
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _features(self) -> Iterator[dict[str, Any]]:
         count = 0
         for count, sample in enumerate(self._samples(), start=1):
             if count > len(self._smoothing):
                 break
             i = count - 1
-            if np.isnan(self._smoothing[i]) or (row := self._renderer.render(sample)) is None:
+            if np.isnan(self._smoothing[i]) or (rendered := self._renderer.render(sample)) is None:
                 continue
             yield {
                 "id": sample.id,
-                "input_ids": row.input_ids,
-                "labels": row.labels,
+                "input_ids": rendered.input_ids,
+                "labels": rendered.labels,
                 "label_smoothing": float(self._smoothing[i]),
                 "sample_weight": sample.sample_weight,
                 "groups": self._groups.of_samples[i].tolist(),
             }
         if count != len(self._smoothing):
-            more_or_less = "more" if count > len(self._smoothing) else "fewer"
+            found = "more" if count > len(self._smoothing) else "fewer"
             raise UserError(
-                f"the rows changed while they were trained: {len(self._smoothing)}, now {more_or_less}",
+                f"the data changed during training: expected {len(self._smoothing)} samples, got {found}",
                 place="configuration, data.train",
-                remedy="restore the file, then pass --resume to go on from the last checkpoint",
+                remedy="restore the file, then continue from the last checkpoint with --resume",
             )
 
 

@@ -1,15 +1,14 @@
-"""Several answers per question in, weighted training rows out: the first half of weak-to-strong alignment.
+"""Weighted training samples from several answers per question: the first half of weak-to-strong alignment.
 
-`process` reads a file of answers (see `ual.data.questions`) and returns rows in prompt-completion form, which
-`ual train` reads:
+`process` reads a file of answers (see `ual.data.questions`) and returns samples in prompt-completion form,
+which `ual train` reads:
 
     {"id", "prompt", "completion", "uncertainty", "sample_weight", "source"}
 
-where `uncertainty` is the entropy of the question's answers in nats. The weights of a question sum to 1
-whatever the method, so that arms differ in their labels, not in the scale of their loss.
+`uncertainty` is the entropy of the question's answers in nats. With every method, the weights of a question
+sum to 1, so that arms differ in their labels and not in the scale of their loss.
 """
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any, Literal, get_args
 from ual.config.base import nearest
 from ual.data.questions import Candidate, Question, read
 from ual.errors import UserError
-from ual.files import aside
+from ual.files import write_jsonl, writing
 from ual.methods import reliability
 from ual.records import Message
 
@@ -32,10 +31,10 @@ Method = Literal["filter", "reweight", "majority"]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Means over a group of questions; None where there is nothing, or no gold answer, to take a mean over.
+    """Means over a group of questions. None: the group is empty, or has no gold answers.
 
-    `answer_accuracy` is the mean share of right answers, a measure of how easy the questions are;
-    `label_accuracy` is that of the majority's answer. Lengths are in characters.
+    `answer_accuracy` is the mean share of right answers, which says how easy the questions are.
+    `label_accuracy` is the accuracy of the majority's answers. Lengths are in characters.
     """
 
     questions: int
@@ -58,23 +57,23 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What came in, what was dropped and why, and how the dropped questions differ from the kept ones.
+    """What was read, what was dropped and why, and how dropped questions differ from kept questions.
 
-    Filters on consistency throw away hard questions, so compare `kept` with `dropped`, and see `subjects`,
-    which counts (kept, dropped) questions. `levels` is the histogram of entropy with the accuracy over it.
-    `unlabelled` questions have no majority to train on, or an unparsed answer under "drop_question";
-    `uncertain` ones were filtered out. `row_accuracy` is the share of the rows' weight that lies on right
-    answers, None where none is known.
+    Filters on consistency drop hard questions, so compare `kept` with `dropped`, and see `subjects`, which
+    counts (kept, dropped) questions. `levels` is the histogram of entropy, with accuracies. `unlabeled`
+    questions have no majority to train on, or an unparsed answer under "drop_question". `uncertain` questions
+    are filtered out. `sample_accuracy` is the share of the samples' weight on right answers; None if no gold
+    answer is known.
     """
 
     questions: int
     answers: int
     unparsed: int
     answers_per_question: tuple[int, int]
-    unlabelled: int
+    unlabeled: int
     uncertain: int
-    rows: int
-    row_accuracy: float | None
+    samples: int
+    sample_accuracy: float | None
     kept: Group
     dropped: Group
     levels: tuple[Level, ...]
@@ -91,27 +90,27 @@ def process(
     unparsed: reliability.Unparsed = "class",
     every_answer: bool = False,
 ) -> tuple[list[dict[str, Any]], Summary]:
-    """Turn a file of answers into training rows.
+    """Turn a file of answers into training samples.
 
     Args:
         path: see the module.
-        method: "majority" gives one row per question, labelled with its most frequent answer; "filter" gives
-            those of them that `reliability.keep` keeps; "reweight" gives the questions of "majority" one row
-            per distinct parsed answer, weighted by `reliability.answer_weights`.
+        method: "majority" makes one sample of each question, labeled with its most frequent answer. "filter"
+            selects from these samples with `reliability.keep`. "reweight" makes one sample of each distinct
+            parsed answer, weighted by `reliability.answer_weights`.
         rule, value: the filter's threshold.
         temperature: of the weights.
-        unparsed: what an answer that could not be parsed means, see `ual.methods.reliability`. It is never
-            trained on; a question whose majority it is gives no row.
-        every_answer: the authors' arms instead, for comparison: one row per parsed answer, repetitions
-            included, with weight 1 or, under "reweight", that of its value. Arms then differ in size and in
-            the scale of their loss.
+        unparsed: the meaning of an answer that could not be parsed, see `ual.methods.reliability`. Such an
+            answer is never trained on. If it is the majority, the question makes no sample.
+        every_answer: the arms of the paper's authors, for comparison: one sample per parsed answer, with
+            repetitions. Its weight is 1 or, under "reweight", the weight of its value. The arms differ in
+            size and in the scale of their loss.
 
     Returns:
-        The rows in the order of the questions, and their summary. The completion of a row that stands for
-        several equal answers is the text of the first.
+        The samples in the order of the questions, and their summary. The completion for several equal answers
+        is the text of the first.
 
     Raises:
-        UserError: see `read` and `ual.methods.reliability`; also if no question is left.
+        UserError: as `read` and `ual.methods.reliability`, or no question is left.
     """
     if method not in get_args(Method):
         raise UserError(f"unknown method {method!r}; {nearest(method, get_args(Method))}")
@@ -125,13 +124,13 @@ def process(
     if method == "filter":
         kept = [bool(keep) for keep in reliability.keep(entropies, rule, value)]
 
-    rows: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
     trained: list[tuple[Candidate, float]] = []
     for question, label, entropy, keep in zip(questions, labels, entropies, kept, strict=True):
         chosen = _choose(question, label, method, temperature, every_answer) if keep else []
         for k, (candidate, weight) in enumerate(chosen, start=1):
             prompt, completion = _prompt_completion(candidate)
-            rows.append(
+            samples.append(
                 {
                     "id": question.id if len(chosen) == 1 else f"{question.id}#{k}",
                     "prompt": prompt,
@@ -143,29 +142,24 @@ def process(
             )
         trained += chosen
     summary = _summarize(questions, labels, entropies, kept, trained)
-    if not rows:
+    if not samples:
         raise UserError(
-            f"no question is left: of {summary.questions}, {summary.unlabelled} have no usable majority and "
+            f"no question is left: of {summary.questions}, {summary.unlabeled} have no usable majority and "
             f"{summary.uncertain} are above the threshold",
             place=str(path),
             remedy='raise the threshold, or set unparsed to "class"',
         )
-    return rows, summary
+    return samples, summary
 
 
-def write(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
-    """Write rows as JSONL; the file is whole or, where that fails, what it was before.
+def write(samples: Iterable[Mapping[str, Any]], path: str | Path) -> None:
+    """Write samples as JSONL. After an error, the file is what it was before.
 
     Raises:
-        UserError: the folder is missing, the disk is full, or the like.
+        UserError: the file cannot be written.
     """
-    path = Path(path)
-    try:
-        # A lone surrogate, which JSON may hold but UTF-8 may not, is escaped, and so reads back as it was.
-        with aside(path) as scratch, scratch.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    except OSError as error:
-        raise UserError(f"cannot write the rows: {error.strerror}", place=str(path)) from error
+    with writing("the samples", Path(path)):
+        write_jsonl(Path(path), samples)
 
 
 def _choose(
@@ -207,9 +201,9 @@ def _summarize(
     trained: Sequence[tuple[Candidate, float]],
 ) -> Summary:
     verdicts: list[_Verdict] = list(zip(questions, labels, entropies, kept, strict=True))
-    labelled = [verdict for verdict in verdicts if not math.isnan(verdict[2])]
+    labeled = [verdict for verdict in verdicts if not math.isnan(verdict[2])]
     by_level: dict[int, list[_Verdict]] = defaultdict(list)
-    for level, verdict in zip(reliability.levels([v[2] for v in labelled]), labelled, strict=True):
+    for level, verdict in zip(reliability.levels([v[2] for v in labeled]), labeled, strict=True):
         by_level[int(level)].append(verdict)
     sizes = [len(question.candidates) for question in questions]
     subjects = Counter((question.subject, keep) for question, _, _, keep in verdicts if question.subject)
@@ -219,10 +213,10 @@ def _summarize(
         answers=sum(sizes),
         unparsed=sum(question.values.count(None) for question in questions),
         answers_per_question=(min(sizes), max(sizes)),
-        unlabelled=len(questions) - len(labelled),
-        uncertain=len(labelled) - sum(kept),
-        rows=len(trained),
-        row_accuracy=sum(c * w for c, w in judged) / sum(w for _, w in judged) if judged else None,
+        unlabeled=len(questions) - len(labeled),
+        uncertain=len(labeled) - sum(kept),
+        samples=len(trained),
+        sample_accuracy=sum(c * w for c, w in judged) / sum(w for _, w in judged) if judged else None,
         kept=_group([verdict for verdict in verdicts if verdict[3]]),
         dropped=_group([verdict for verdict in verdicts if not verdict[3]]),
         levels=tuple(

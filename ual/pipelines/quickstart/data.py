@@ -1,7 +1,7 @@
 """A small mixed data set: tasks with one right answer beside prompts with several good ones.
 
-It is the mixed scenario of arXiv 2406.04854 in miniature: low-entropy rows from reasoning-gym and
-high-entropy rows from ``open_ended.jsonl``, whose prompts and responses were written for this project.
+It is the mixed scenario of arXiv 2406.04854 in miniature: low-entropy samples from reasoning-gym, and
+high-entropy samples from ``open_ended.jsonl``, whose prompts and responses were written for this project.
 """
 
 import importlib.resources
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from ual.errors import UserError
-from ual.files import aside
+from ual.files import write_jsonl, writing
 
-Row = dict[str, Any]
+Sample = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A generator of reasoning-gym, its options, and how an assistant words the answer.
+    """A generator of reasoning-gym, its options, and a template for the assistant's reply.
 
-    `reply` is filled from the item's metadata and from `answer`.
+    `reply` is filled in from the item's metadata and from `answer`.
     """
 
     generator: str
@@ -32,7 +32,7 @@ class Task:
 
 
 _WEEKDAYS = ["weekday_offset", "weekday_of_date", "weekday_of_date_from_first_date", "is_leap_year"]
-# Small enough that a model of 135M parameters gets some of them right.
+# Small numbers: a model of 135M parameters solves some of these tasks.
 TASKS = (
     Task("chain_sum", "{expression} = {answer}", {"max_terms": 3, "max_digits": 2}),
     Task("products", "{expression} = {answer}", {"max_digits": 2}),
@@ -57,31 +57,33 @@ TASKS = (
     Task("calendar_arithmetic", options={"tasks": _WEEKDAYS}),
     Task("syllogism"),
 )
-_HELD_OUT = 5  # one open-ended prompt in so many is for evaluation only
+_HELD_OUT = 5  # one in five open-ended prompts is for evaluation only
 
 
 def write(folder: Path, *, train_rows: int = 288, eval_rows: int = 96, seed: int = 0) -> tuple[Path, Path]:
     """Write ``train.jsonl`` and ``eval.jsonl`` and return their paths.
 
-    Half of either file's rows have the source ``open-ended``, half ``reasoning``. No prompt is in both
-    files, and which prompts are held out depends on `seed` alone. A row has `id`, `source` and
-    `messages`, and no uncertainty: that is for an estimator to find. Equal arguments give equal bytes.
+    Half of the samples of each file have the source ``open-ended``, half ``reasoning``. No prompt is in both
+    files, and the held-out prompts depend on `seed` alone. A sample has `id`, `source` and `messages`; its
+    uncertainty is left to an estimator. Equal arguments give equal bytes.
 
     Raises:
-        UserError: reasoning-gym is not installed, there are not enough open-ended rows, or `folder`
+        UserError: reasoning-gym is not installed, there are not enough open-ended samples, or `folder`
             cannot be written.
     """
     rng = random.Random(seed)  # noqa: S311
     open_eval, open_train = _open_ended(rng)
     reasoning = _reasoning(seed)
     eval_path, train_path = folder / "eval.jsonl", folder / "train.jsonl"
-    for path, count, open_rows in ((eval_path, eval_rows, open_eval), (train_path, train_rows, open_train)):
-        if not 2 <= count <= 2 * len(open_rows):
-            raise UserError(f"{path.stem}_rows must be in [2, {2 * len(open_rows)}], got {count}")
+    sides = ((eval_path, eval_rows, open_eval), (train_path, train_rows, open_train))
+    for path, count, open_samples in sides:
+        if not 2 <= count <= 2 * len(open_samples):
+            raise UserError(f"{path.stem}_rows must be in [2, {2 * len(open_samples)}], got {count}")
         half = count // 2
-        rows = open_rows[:half] + list(itertools.islice(reasoning, count - half))
-        rng.shuffle(rows)
-        _write(path, rows)
+        samples = open_samples[:half] + list(itertools.islice(reasoning, count - half))
+        rng.shuffle(samples)
+        with writing("the data", path):
+            write_jsonl(path, samples)
     return train_path, eval_path
 
 
@@ -93,7 +95,7 @@ def open_ended() -> list[tuple[str, list[str]]]:
 
 
 def dataset(task: Task, seed: int) -> Any:
-    """Return the reasoning-gym data set behind the rows ``{task.generator}-{index}`` of `seed`.
+    """Return the reasoning-gym data set whose items are the samples ``{task.generator}-{index}`` of `seed`.
 
     Raises:
         UserError: reasoning-gym is not installed.
@@ -105,27 +107,27 @@ def dataset(task: Task, seed: int) -> Any:
             'the tasks come from the package "reasoning-gym", which is not installed',
             remedy="pip install reasoning-gym",
         ) from error
-    # reasoning-gym seeds item i with seed + i, so neighbouring seeds are sent far apart.
+    # reasoning-gym seeds item i with seed + i, so consecutive seeds are mapped far apart.
     start = random.Random(seed).getrandbits(48)  # noqa: S311
     return reasoning_gym.create_dataset(task.generator, seed=start, size=1_000_000, **task.options)
 
 
-def _open_ended(rng: random.Random) -> tuple[list[Row], list[Row]]:
-    """Return the rows of the held-out prompts and of the others, each in random order."""
+def _open_ended(rng: random.Random) -> tuple[list[Sample], list[Sample]]:
+    """Return the samples of held-out prompts and those of other prompts, both in random order."""
     prompts = list(enumerate(open_ended()))
     rng.shuffle(prompts)
-    sides: tuple[list[Row], list[Row]] = [], []
+    sides: tuple[list[Sample], list[Sample]] = [], []
     for place, (number, (prompt, responses)) in enumerate(prompts):
         for letter, response in zip("abcde", responses, strict=False):
-            row = _row(f"open-ended-{number + 1:03d}{letter}", "open-ended", prompt, response)
-            sides[place % _HELD_OUT > 0].append(row)
-    for rows in sides:
-        rng.shuffle(rows)
+            sample = _sample(f"open-ended-{number + 1:03d}{letter}", "open-ended", prompt, response)
+            sides[place % _HELD_OUT > 0].append(sample)
+    for side in sides:
+        rng.shuffle(side)
     return sides
 
 
-def _reasoning(seed: int) -> Iterator[Row]:
-    """Yield rows of all tasks in turn, never the same question twice."""
+def _reasoning(seed: int) -> Iterator[Sample]:
+    """Yield samples of all tasks in turn, never the same question twice."""
     datasets = [dataset(task, seed) for task in TASKS]
     seen = set()
     for index in itertools.count():
@@ -134,18 +136,9 @@ def _reasoning(seed: int) -> Iterator[Row]:
             if item["question"] not in seen:
                 seen.add(item["question"])
                 reply = task.reply.format(**{**item["metadata"], "answer": item["answer"]})
-                yield _row(f"{task.generator}-{index}", "reasoning", item["question"].strip(), reply)
+                yield _sample(f"{task.generator}-{index}", "reasoning", item["question"].strip(), reply)
 
 
-def _row(id: str, source: str, prompt: str, response: str) -> Row:
+def _sample(id: str, source: str, prompt: str, response: str) -> Sample:
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     return {"id": id, "source": source, "messages": messages}
-
-
-def _write(path: Path, rows: list[Row]) -> None:
-    """Write the rows as JSONL; the file appears whole or not at all."""
-    try:
-        with aside(path) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    except OSError as error:
-        raise UserError(f"cannot write the data: {error.strerror}", place=str(path)) from error
