@@ -1,4 +1,4 @@
-"""Fused cross entropy with a label smoothing and a weight of its own for every sample or token."""
+"""Fused cross entropy with a separate label smoothing and weight for every sample or token."""
 
 from ual_kernels._types import IGNORE_INDEX as IGNORE_INDEX
 from ual_kernels._types import UnsupportedError as UnsupportedError

@@ -1,4 +1,4 @@
-"""Check the arguments of the public losses, and bring them into the form of the operators."""
+"""Check the arguments of the public losses and convert them to the operators' arguments."""
 
 import math
 import os
@@ -16,12 +16,12 @@ from ual_kernels.statistics import TokenFn
 
 Options = TypeVar("Options", CrossEntropyOptions, LinearCrossEntropyOptions)
 
-# Triton reads this when it decorates a kernel, so once, at import; so do we.
+# Triton reads this variable once, when it decorates a kernel at import.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 class LossArguments(NamedTuple):
-    """The keywords that both losses share, as the caller gives them."""
+    """The keywords that both losses share, unchecked."""
 
     label_smoothing: float | Tensor | TokenFn
     sample_weight: Tensor | TokenFn | None
@@ -35,7 +35,7 @@ class LossArguments(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The same, checked: one number for each of N tokens, contiguous, in the accumulator's dtype."""
+    """The checked arguments: one value for each of N tokens, contiguous, in the accumulator's dtype."""
 
     target: Tensor  # [N]
     smoothing: Tensor  # [N]
@@ -44,7 +44,7 @@ class Operands(NamedTuple):
     token_fns: TokenFns | None
 
     def resolve(self, statistics: Tensor, ignore_index: int) -> "Operands":
-        """Replace the functions of the statistics [7, N] by the numbers that they return."""
+        """Replace the functions of the statistics [7, N] by the values that they return."""
         assert self.token_fns is not None
         selected = self.target != ignore_index
         smoothing, weight = self.token_fns(statistics)
@@ -66,18 +66,18 @@ def prepare(
     *,
     statistics: bool,
 ) -> Operands:
-    """Check the shared keywords and spread them over the tokens.
+    """Check the shared keywords and broadcast them to one value per token.
 
     Args:
         tokens: [N, ...] logits or hidden states, for their dtype and device.
-        shape: what `target` must have.
+        shape: the expected shape of `target`.
         target: class indices.
         arguments: the shared keywords.
-        shards: how many classes there are, and which of them `arguments.weight` covers.
-        statistics: whether statistics are wanted, for which tokens of weight 0 have to be computed.
+        shards: the number of classes, and the classes that `arguments.weight` covers.
+        statistics: whether statistics are requested. Zero-weight tokens are then computed too.
 
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: an argument has the wrong shape, dtype, device or value.
     """
     acc = accumulator(tokens)
     _check_target(target, shape, tokens)
@@ -105,7 +105,7 @@ def prepare(
     smoothing = nan_outside(_per_token("label_smoothing", smoothing, target, acc), limit)
 
     ignore_index = arguments.ignore_index
-    labels = target.reshape(-1).contiguous()  # reshape keeps the stride of a strided vector
+    labels = target.reshape(-1).contiguous()  # reshape does not copy a strided vector
     scale = None
     if weight is not None:
         if not isinstance(weight, Tensor):
@@ -113,13 +113,13 @@ def prepare(
         scale = _per_token("sample_weight", weight, target, acc)
         scale = torch.where(scale >= 0, scale, torch.nan)
         if not (scale.requires_grad or statistics):
-            # a token of weight 0 has no loss and no gradient: drop it before the GEMM
+            # a zero-weight token has no loss and no gradient: it is dropped before the GEMM
             labels = torch.where(scale == 0, ignore_index, labels)
     selected = labels != ignore_index
     token_scale = torch.where(selected, torch.ones_like(smoothing) if scale is None else scale, 0.0)
     if arguments.reduction == "mean":
         divisor = _divisor(arguments.num_items, token_scale, labels, class_weight, shards)
-        # masked once more: where every token is ignored, num_items may be a tensor of 0
+        # masked again: num_items may be a tensor of 0 if every token is ignored
         token_scale = torch.where(selected, token_scale / divisor, 0.0)
     token_fns = None
     if smoothing_fn is not None or weight_fn is not None:
@@ -140,7 +140,9 @@ def _check_numbers(arguments: LossArguments) -> None:
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
     if arguments.num_items is not None and reduction != "mean":
-        raise ValueError(f'num_items is the divisor of reduction="mean", got reduction={reduction!r}')
+        raise ValueError(
+            f'num_items is the divisor of reduction="mean", got reduction={reduction!r}; remove one of them'
+        )
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
     if not -math.inf < arguments.logit_scale < math.inf:
@@ -153,7 +155,7 @@ def _class_weight(weight: Tensor | None, size: int, tokens: Tensor, acc: torch.d
     if weight is None:
         return None
     if weight.shape != (size,):
-        raise ValueError(f"weight must be [{size}], one number per class, got {list(weight.shape)}")
+        raise ValueError(f"weight must be [{size}], one value per class, got {list(weight.shape)}")
     if weight.requires_grad:
         raise ValueError("weight is not differentiable; pass weight.detach()")
     check_device("weight", weight, tokens)
@@ -161,7 +163,7 @@ def _class_weight(weight: Tensor | None, size: int, tokens: Tensor, acc: torch.d
 
 
 def _per_token(name: str, value: Tensor, target: Tensor, acc: torch.dtype) -> Tensor:
-    """Spread a number per leading index of `target` over the rest of it: [N] in the accumulator's dtype."""
+    """Broadcast one value per leading index of `target`: [N] in the accumulator's dtype."""
     if value.shape != target.shape[: value.ndim]:
         leading = [list(target.shape[:k]) for k in range(target.ndim + 1)]
         raise ValueError(
@@ -183,22 +185,22 @@ def _divisor(
 ) -> Tensor | float:
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
-            raise ValueError(f"num_items must hold one number, got shape {list(num_items.shape)}")
+            raise ValueError(f"num_items must have one element, got shape {list(num_items.shape)}")
         return num_items.reshape(()).to(token_scale)
     if num_items is not None:
         if not num_items > 0:
             raise ValueError(f"num_items must be positive, got {num_items}")
         return float(num_items)
     if class_weight is not None:
-        # a label out of range counts as the nearest class: its own loss is NaN whatever it counts
+        # a label out of range is clamped to the nearest class; the token's own loss is NaN anyway
         column, held = shards.place(labels.clamp(0, shards.vocab - 1))
         token_scale = token_scale * shards.sum(torch.where(held, class_weight[column.long()], 0.0))
-    total = token_scale.nansum()  # a negative weight, NaN by now, must not reach the other tokens
+    total = token_scale.nansum()  # negative weights are NaN here and must not affect other tokens
     return torch.where(total == 0, 1.0, total)
 
 
 class Lora(NamedTuple):
-    """An unmerged adapter of the head, checked."""
+    """A checked LoRA adapter of the head, unmerged."""
 
     a: Tensor | None  # [r, D]
     b: Tensor | None  # [V, r]
@@ -206,7 +208,7 @@ class Lora(NamedTuple):
 
 
 def lora(linear_lora: tuple[Tensor, Tensor, float] | None, input: Tensor, linear_weight: Tensor) -> Lora:
-    """Check (A, B, scale)."""
+    """Return the checked (A, B, scale)."""
     if linear_lora is None:
         return Lora(None, None, 1.0)
     if not (isinstance(linear_lora, tuple) and len(linear_lora) == 3):
@@ -227,7 +229,7 @@ def lora(linear_lora: tuple[Tensor, Tensor, float] | None, input: Tensor, linear
 
 
 class Linear(NamedTuple):
-    """Hidden states and head, checked, and cast where autocast says so."""
+    """Checked hidden states and head, cast if autocast is enabled."""
 
     input: Tensor  # [..., D]
     weight: Tensor  # [V, D]
@@ -235,10 +237,9 @@ class Linear(NamedTuple):
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Linear:
-    """Check hidden states and head against each other.
+    """Return the checked hidden states and head.
 
-    Under autocast they are cast as `torch.nn.functional.linear` casts them: by value, with gradients in the
-    given dtypes.
+    Under autocast they are cast as in `torch.nn.functional.linear`; gradients have the original dtypes.
     """
     if weight.ndim != 2 or weight.shape[0] == 0:
         raise ValueError(f"linear_weight must be [V, D] with V >= 1, got {list(weight.shape)}")
@@ -254,8 +255,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Linear:
     check_floating("input", input)
     if weight.dtype != input.dtype:
         raise ValueError(
-            f"linear_weight must be {input.dtype} like input, got {weight.dtype}; cast one of them, or run "
-            "under torch.autocast"
+            f"linear_weight must be {input.dtype} like input, got {weight.dtype}; cast one of them or use "
+            "torch.autocast"
         )
     if bias is not None:
         if bias.shape != weight.shape[:1]:
@@ -266,44 +267,46 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 def check_options(options: Options | None, kind: type[Options]) -> Options:
-    """The options, or the defaults; raise if they are another function's."""
+    """Return the options or the defaults; raise if they are not of this kind."""
     if options is not None and not isinstance(options, kind):
         raise ValueError(f"options must be {kind.__name__} or None, got {type(options).__name__}")
     return options or kind()
 
 
 def check_logits(input: Tensor) -> None:
-    """Raise unless input is [..., V], V >= 1."""
+    """Raise unless input is [..., V] with V >= 1."""
     if input.ndim < 1 or input.shape[-1] == 0:
         raise ValueError(f"input must be [..., V] with V >= 1, got {list(input.shape)}")
     check_floating("input", input)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Raise unless the dtype is one of the four that are supported."""
+    """Raise unless the dtype is one of the four supported dtypes."""
     if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise ValueError(f"{name} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
-    """Raise unless both tensors are on one device."""
+    """Raise unless both tensors are on the same device."""
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
 
 
 def check_inplace(input: Tensor, backend: Backend) -> None:
-    """Raise if the logits must not, or cannot, be overwritten."""
+    """Raise if the logits cannot be overwritten."""
     if backend == "reference":
-        raise UnsupportedError('backend="reference" has no inplace_backward; use "torch"')
+        raise UnsupportedError('backend="reference" does not support inplace_backward; use backend="torch"')
     if torch.compiler.is_compiling():
-        raise UnsupportedError("inplace_backward does not run under torch.compile")
+        raise UnsupportedError(
+            "inplace_backward is not supported under torch.compile; set inplace_backward=False"
+        )
     owner = input if input._base is None else input._base
     if owner.requires_grad and owner.is_leaf:
         raise ValueError("inplace_backward would overwrite a leaf that requires grad; pass a computed tensor")
     if input.dtype == torch.float16:
         raise ValueError(
-            "inplace_backward cannot keep float16 gradients: divided by the number of tokens they underflow "
-            "before a loss scaler's factor arrives; use bfloat16 or float32"
+            "inplace_backward does not support float16: gradients divided by the number of tokens underflow "
+            "before the loss scale is applied; use bfloat16 or float32"
         )
     if not input.is_contiguous():
         raise ValueError(
@@ -312,13 +315,13 @@ def check_inplace(input: Tensor, backend: Backend) -> None:
 
 
 def choose_backend(backend: Backend, input: Tensor, *, fused: Backend) -> Backend:
-    """Resolve "auto" (`fused` on CUDA, PyTorch elsewhere); keep a name, or refuse it."""
+    """Resolve "auto" (`fused` on CUDA, "torch" elsewhere); raise if a named backend cannot run."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
     if backend == "auto":
         return fused if input.is_cuda else "torch"
     if backend == "triton" and not (input.is_cuda or _INTERPRETING):
         raise UnsupportedError(
-            f'backend="triton" needs CUDA tensors, got one on {input.device}; use "auto" or "torch"'
+            f'backend="triton" needs CUDA tensors, got one on {input.device}; use backend="auto" or "torch"'
         )
     return backend

@@ -1,4 +1,4 @@
-"""Passes over matrices as large as the head, without allocating another matrix of that size."""
+"""Passes over matrices of the head's size that allocate no second matrix of that size."""
 
 from collections.abc import Callable
 
@@ -9,11 +9,11 @@ from ual_kernels._operands import accumulator
 
 
 def column_mean(matrix: Tensor, class_weight: Tensor | None, vocab: int) -> Tensor:
-    """Sum over v of c_v C_v / V, [D]: the weighted mean, where the matrix holds all V classes."""
+    """Sum over v of c_v C_v / V, [D]. It is the weighted mean if the matrix holds all V classes."""
     acc = accumulator(matrix)
     if class_weight is not None:
         total = _sum_blocks(matrix, acc, lambda block, part: class_weight[part] @ block)
-    elif matrix.is_cpu:  # which would widen all of a 16-bit matrix first
+    elif matrix.is_cpu:  # a CPU converts the complete 16-bit matrix to float32 before it sums
         total = _sum_blocks(matrix, acc, lambda block, part: block.sum(0))
     else:
         total = matrix.sum(0, dtype=acc)
@@ -21,11 +21,11 @@ def column_mean(matrix: Tensor, class_weight: Tensor | None, vocab: int) -> Tens
 
 
 def _sum_blocks(matrix: Tensor, acc: torch.dtype, of: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """Sum over widened blocks that fit a cache; a widened copy of the head may not fit into memory."""
+    """Sum over float32 blocks that fit the cache; a float32 copy of the head may not fit into memory."""
     size = max(1, (1 << 19) // max(matrix.shape[1], 1))
     parts = [slice(start, start + size) for start in range(0, len(matrix), size)]
     widens = matrix.dtype != acc
-    # one buffer: fresh pages cost a CPU more than the numbers in them
+    # one buffer: on a CPU, new memory pages cost more than the arithmetic on them
     buffer = matrix.new_empty((min(size, len(matrix)) if widens else 0, matrix.shape[1]), dtype=acc)
 
     def widened(block: Tensor) -> Tensor:
@@ -35,9 +35,9 @@ def _sum_blocks(matrix: Tensor, acc: torch.dtype, of: Callable[[Tensor, slice], 
 
 
 def add_by_label(out: Tensor, label: Tensor, values: Tensor) -> None:
-    """out[label] += values, in the same order on every run."""
+    """Add values to out[label], in the same order in every run."""
     if out.is_cuda:
-        out.index_put_((label,), values, accumulate=True)  # sorts by label, where index_add_ races
+        out.index_put_((label,), values, accumulate=True)  # sorts by label; index_add_ would race
     else:
         out.index_add_(0, label, values)
 
@@ -45,7 +45,7 @@ def add_by_label(out: Tensor, label: Tensor, values: Tensor) -> None:
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient times a scalar, in `dtype`."""
     out = torch.empty_like(gradient, dtype=dtype)
-    # where the output has another dtype, a CPU first computes the whole product in the input's
+    # if the output has another dtype, a CPU first computes the complete product in the input's dtype
     parts = 32 if gradient.is_cpu and dtype != gradient.dtype else 1
     for block, product in zip(gradient.chunk(parts), out.chunk(parts), strict=True):
         torch.mul(block, factor, out=product)

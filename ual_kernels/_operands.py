@@ -1,7 +1,7 @@
 """The operators' arguments and results as typed records, in the order of the operators' schemas.
 
 N tokens, V classes, D features, rank r. ACC is the accumulator's dtype: float32, or float64 for float64
-input. A record's fields are the schema: `schema` writes the one from the other.
+input. `schema` generates an operator's schema from the fields of the records.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ual_kernels.statistics import LINEAR_STATISTICS, LOGITS_STATISTICS
 
-ALL_TOKENS = (
-    -1
-)  # max_loss_tokens: the number of loss tokens is not known on the host and is read from the device
+ALL_TOKENS = -1
+"""Value of `max_loss_tokens` if the number of loss tokens is read from the device."""
 
 
 class LogitsInputs(NamedTuple):
@@ -38,10 +37,10 @@ class LogitsSpec(NamedTuple):
 
 
 class LogitsOutputs(NamedTuple):
-    """Results of `cross_entropy`; ignored tokens are 0, NaN in the statistics."""
+    """Results of `cross_entropy`. Ignored tokens are 0, and NaN in the statistics."""
 
-    loss: Tensor  # [N] ACC, of a sample weight of 1
-    state: Tensor  # [4, N] ACC: maximum, log-sum, coefficient of p, dloss/ds
+    loss: Tensor  # [N] ACC, for a sample weight of 1
+    state: Tensor  # [4, N] ACC: reference point, log-sum, coefficient of p, dloss/ds
     statistics: Tensor  # [7, N or 0] ACC
 
     @classmethod
@@ -77,7 +76,7 @@ class LinearInputs(NamedTuple):
 class LinearSpec(NamedTuple):
     """Scalars of `linear_cross_entropy`.
 
-    `per_token` says that upstream gradients may differ between tokens. Then `dinput` is kept in ACC, and
+    `per_token` is True if upstream gradients may differ between tokens. `dinput` then has dtype ACC, and
     `head_grad`, `bias_grad` and `lora_grad` must be False: backward calls the operator again with the
     upstream gradient in `token_scale`.
     """
@@ -95,7 +94,7 @@ class LinearSpec(NamedTuple):
     lora_grad: bool
     per_token: bool
     max_loss_tokens: int  # or ALL_TOKENS
-    chunk_tokens: int  # 0 is the backend's choice
+    chunk_tokens: int  # 0: the backend chooses
     precision: str
     backend: str
 
@@ -106,13 +105,13 @@ class LinearSpec(NamedTuple):
 
 
 class LinearOutputs(NamedTuple):
-    """Results of `linear_cross_entropy`; gradients that are not requested have no elements."""
+    """Results of `linear_cross_entropy`. Gradients that are not requested have no elements."""
 
     loss: Tensor  # [N] ACC, times token_scale
-    state: Tensor  # [2, N] ACC: loss of a token_scale of 1, and its derivative by the smoothing
+    state: Tensor  # [2, N] ACC: loss for a token_scale of 1, and its derivative by the smoothing
     statistics: Tensor  # [8, N or 0] ACC
     dinput: Tensor  # [N, D], times token_scale
-    dlinear_weight: Tensor  # [V, D] ACC, summed over tokens, as are the following
+    dlinear_weight: Tensor  # [V, D] ACC; this and the following are sums over tokens
     dlinear_bias: Tensor  # [V] ACC
     dlora_a: Tensor  # [r, D] ACC
     dlora_b: Tensor  # [V, r] ACC
@@ -140,23 +139,23 @@ class LinearOutputs(NamedTuple):
         )
 
     def fill_ignored(self) -> None:
-        """Give every token the results of an ignored one, and set all summed gradients but the head's to 0.
-
-        The head's gradient is as large as the head; a body starts it where it adds to it first.
-        """
+        """Give every token the results of an ignored token, and call `zero_summed`."""
         for tensor in (self.loss, self.state, self.dinput):
             tensor.zero_()
         fill_ignored(self.statistics)
         self.zero_summed()
 
     def zero_summed(self) -> None:
-        """Set the gradients that are sums over tokens to 0, but the head's."""
+        """Set the gradients that are sums over tokens to 0, except the head's.
+
+        The head's gradient is as large as the head; the first chunk of tokens initializes it.
+        """
         for tensor in (self.dlinear_bias, self.dlora_a, self.dlora_b):
             tensor.zero_()
 
 
 def fill_ignored(statistics: Tensor) -> None:
-    """Statistics [fields, N] of ignored tokens: NaN, and 0 for `correct`."""
+    """Fill statistics [fields, N] with those of ignored tokens: NaN, and 0 for `correct`."""
     statistics.fill_(torch.nan)
     statistics[6] = 0.0
 
@@ -167,10 +166,10 @@ def accumulator(tensor: Tensor) -> torch.dtype:
 
 
 def stored_dtype(dtype: torch.dtype, per_token: bool) -> torch.dtype:
-    """The dtype in which forward keeps the gradient of the hidden states.
+    """The dtype in which forward stores the gradient of the hidden states.
 
-    bfloat16 has the range of float32, so a gradient that is later multiplied by a constant can be kept in it.
-    float16 has not: 1 / tokens underflows before a loss scaler's factor arrives. Upstream gradients that
+    bfloat16 has the range of float32, so a gradient that backward multiplies by a constant can be stored in
+    bfloat16. In float16, 1 / tokens underflows before the loss scale is applied. Upstream gradients that
     differ between tokens would round a second time.
     """
     return dtype if dtype == torch.bfloat16 and not per_token else torch.promote_types(dtype, torch.float32)
@@ -187,10 +186,10 @@ _SCHEMA_TYPES = {
 
 
 def schema(arguments: Sequence[Any], results: str, *, mutated: str = "") -> str:
-    """Write an operator's schema.
+    """Return an operator's schema.
 
     Args:
-        arguments: records, whose fields are arguments in their order, or names of further tensors.
+        arguments: records, whose fields become arguments in order, or names of additional tensors.
         results: the schema's part after the arrow.
         mutated: the argument that the operator overwrites.
     """
@@ -203,5 +202,5 @@ def schema(arguments: Sequence[Any], results: str, *, mutated: str = "") -> str:
 
 
 def tensors(record: type) -> str:
-    """The schema of a record of tensors as results."""
+    """Return the results part of a schema for a record of tensors."""
     return f"({', '.join(['Tensor'] * len(record.__annotations__))})"

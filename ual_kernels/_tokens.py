@@ -1,4 +1,4 @@
-"""What every backend does per token: select loss tokens, the algebra of loss and gradient, statistics.
+"""Per-token operations of every backend: selection of loss tokens, terms of loss and gradient, statistics.
 
 For a token with logits z, target y, smoothing s and class weights c (1 without them), with p = softmax(z),
 
@@ -9,9 +9,9 @@ For a token with logits z, target y, smoothing s and class weights c (1 without 
     dz_v    = K p_v - (1 - s) c_y [v = y] - s c_v / V
     dloss/ds = (mean(c) - c_y) nll - t
 
-A body that leaves the target's column out of p, so that 1 is never subtracted from a rounded probability,
-has (U - K (1 - p_y)) - s c_y / V in that column instead, where U = s mean(c) + 2 z_loss lse.
-`_triton/math.py` holds the same algebra for kernels; one test holds both against `reference`.
+An implementation may exclude the target's column from p, so that 1 is never subtracted from a rounded
+probability. In that column dz is then (U - K (1 - p_y)) - s c_y / V, with U = s mean(c) + 2 z_loss lse.
+`_triton/math.py` has the same terms for kernels; a test compares both with `reference`.
 """
 
 from typing import NamedTuple
@@ -24,14 +24,14 @@ from ual_kernels.statistics import TokenFn, TokenStatistics
 
 
 class LossTokens(NamedTuple):
-    """The tokens that a linear loss computes, in their order."""
+    """The tokens that a linear loss computes, in order."""
 
     indices: Tensor  # [M], into the N tokens
-    selected: Tensor | None  # [M] bool where ignored tokens may be among them; None if none is
-    complete: Tensor | None  # bool: no loss token was left out; None if none can be
+    selected: Tensor | None  # [M] bool; None if no ignored token is among them
+    complete: Tensor | None  # bool: every loss token is among them; None if that is certain
 
-    def keep(self, tensor: Tensor, chunk: slice | None = None) -> Tensor:
-        """Zero the entries of ignored tokens; the last dimension of `tensor` is that of the tokens."""
+    def zero_ignored(self, tensor: Tensor, chunk: slice | None = None) -> Tensor:
+        """Return `tensor` [..., M] with zeros for ignored tokens."""
         if self.selected is None:
             return tensor
         selected = self.selected if chunk is None else self.selected[chunk]
@@ -44,8 +44,8 @@ def select_loss_tokens(target: Tensor, ignore_index: int, max_loss_tokens: int) 
     Args:
         target: [N].
         ignore_index: the target of ignored tokens.
-        max_loss_tokens: how many to select, loss tokens first; ALL_TOKENS reads the number from the device,
-            which waits for it.
+        max_loss_tokens: the number of tokens to select, loss tokens first. ALL_TOKENS selects all loss
+            tokens, which synchronizes with the device.
     """
     selected = target != ignore_index
     if max_loss_tokens == ALL_TOKENS:
@@ -57,9 +57,9 @@ def select_loss_tokens(target: Tensor, ignore_index: int, max_loss_tokens: int) 
 
 
 def mark_missed(tokens: LossTokens, target: Tensor, ignore_index: int, *results: Tensor) -> None:
-    """Write NaN to the loss tokens that `max_loss_tokens` left out; the selected ones hold it already.
+    """Write NaN to the loss tokens that `max_loss_tokens` excluded; the selected tokens are NaN already.
 
-    The first dimension of a result is that of the tokens, or it has no elements.
+    Each of `results` is [N, ...] or has no elements.
     """
     if tokens.complete is not None:
         missed = (target != ignore_index) & ~tokens.complete
@@ -69,7 +69,7 @@ def mark_missed(tokens: LossTokens, target: Tensor, ignore_index: int, *results:
 
 
 class Labels(NamedTuple):
-    """Targets that are safe to index with, and what they were."""
+    """Targets as indices that are always in range, with masks."""
 
     column: Tensor  # [M] int64, in [0, V) for every token
     selected: Tensor  # [M] bool, not ignored
@@ -82,14 +82,14 @@ class Labels(NamedTuple):
 
 
 def labels(target: Tensor, vocab: int, ignore_index: int) -> Labels:
-    """Split targets [M] into columns and their validity."""
+    """Split targets [M] into columns and masks."""
     selected = target != ignore_index
     valid = (target >= 0) & (target < vocab)
     return Labels(torch.where(selected & valid, target, 0).long(), selected, valid)
 
 
 class TokenTerms(NamedTuple):
-    """The algebra at the head of this module, [M] each."""
+    """The terms in the docstring of this module, [M] each."""
 
     loss: Tensor
     k: Tensor  # K, the coefficient of p in dz
@@ -106,9 +106,9 @@ def token_terms(
     c_mean: Tensor | float,
     z_loss: float,
 ) -> TokenTerms:
-    """Compute the loss of a sample weight of 1 and the coefficients of its gradient."""
+    """Compute the loss for a sample weight of 1 and the coefficients of its gradient."""
     k = (1 - s) * c_y + s * c_mean
-    # a token without smoothing must not use the mean logit: it may be -inf, and 0 inf is nan
+    # without smoothing the smoothing term must not be used: it may be infinite, and 0 * inf is NaN
     loss = k * nll - torch.where(s == 0, 0.0, s * smoothing_term)
     uniform = s * c_mean
     if z_loss:
@@ -153,17 +153,17 @@ def token_statistics(
 
 
 class TokenFns(NamedTuple):
-    """The caller's functions of the statistics."""
+    """The user's functions of the statistics."""
 
     smoothing_fn: TokenFn | None
     weight_fn: TokenFn | None
-    limit: float  # of smoothing
+    limit: float  # the largest valid smoothing
 
     def __call__(self, statistics: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Smoothing and weight [M] from statistics [7, M], None for what no function sets.
+        """Return smoothing and weight [M] for statistics [7, M]; None without a function.
 
         Raises:
-            ValueError: a function returns something other than one floating-point number per token.
+            ValueError: a function does not return one floating-point value per token.
         """
         s = _call("label_smoothing", self.smoothing_fn, statistics)
         w = _call("sample_weight", self.weight_fn, statistics)
@@ -174,12 +174,12 @@ class TokenFns(NamedTuple):
 
 
 def smoothing_limit(vocab: int, dtype: torch.dtype) -> float:
-    """The largest smoothing, V / (V - 1), at which the target has probability zero; rounding included."""
+    """The largest valid smoothing, V / (V - 1) plus rounding: there the target has probability zero."""
     return vocab / (vocab - 1) * (1 + 4 * torch.finfo(dtype).eps) if vocab > 1 else 1.0
 
 
 def nan_outside(smoothing: Tensor, limit: float) -> Tensor:
-    """Smoothing, NaN where it is outside [0, limit]."""
+    """Return the smoothing, NaN where it is outside [0, limit]."""
     return torch.where((smoothing >= 0) & (smoothing <= limit), smoothing, torch.nan)
 
 
@@ -190,7 +190,7 @@ def _call(name: str, function: TokenFn | None, statistics: Tensor) -> Tensor | N
     if not (isinstance(value, Tensor) and value.is_floating_point() and value.shape == statistics.shape[1:]):
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
-            f"{name}(statistics) must return a floating-point tensor [{statistics.shape[1]}], one number per "
+            f"{name}(statistics) must return a floating-point tensor [{statistics.shape[1]}], one value per "
             f"token like the fields of its argument, got {got}"
         )
     return value.detach().to(statistics.dtype)

@@ -1,4 +1,4 @@
-"""Names that every module of the package shares: constants, literals, one error type."""
+"""Constants, literal types and the error type that all modules of the package share."""
 
 from typing import Final, Literal
 
@@ -10,4 +10,4 @@ Precision = Literal["high", "fast"]
 
 
 class UnsupportedError(RuntimeError):
-    """What was requested by name cannot run on these tensors. Nothing else was run in its place."""
+    """A backend or option that was requested explicitly is not supported for these tensors."""

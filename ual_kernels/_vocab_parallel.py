@@ -1,12 +1,12 @@
-"""Vocab-parallel shards: what the ranks of a process group exchange for each token.
+"""Vocab-parallel shards: the reductions over the ranks of a process group.
 
-Each rank holds consecutive rows of the lm_head, in the order of the ranks, and all hidden states and targets.
-With m_r the maximum of rank r and S_r its sum of exp(z - m_r), per token
+Each rank holds consecutive rows of the lm_head, in rank order, and all hidden states and targets. With m_r
+the maximum of rank r and S_r its sum of exp(z - m_r), per token
 
     m = max_r m_r        S = sum_r S_r exp(m_r - m)        z_y, mean(c z) = sums over ranks
 
-The gradient of the hidden states is the sum over ranks of what each rank's rows of the head contribute. A
-chunk of M tokens therefore costs a few all-reduces of [M] and one of [M, D].
+The gradient of the hidden states is the sum over ranks of the contributions of each rank's rows of the head.
+A chunk of M tokens costs a few all-reduces of [M] and one of [M, D].
 """
 
 from typing import NamedTuple
@@ -17,14 +17,14 @@ from torch import distributed as dist
 
 
 class Place(NamedTuple):
-    """The column of each label within this shard."""
+    """The column of each label in this shard."""
 
-    column: Tensor  # [M], 0 where another shard holds the label
-    held: Tensor  # [M] bool
+    column: Tensor  # [M], 0 if another shard has the label
+    held: Tensor  # [M] bool, whether this shard has the label
 
 
 class Shards:
-    """A single shard: this process holds all classes, and nothing is exchanged."""
+    """A single shard: this process has all classes, and no communication is needed."""
 
     start = 0
     alone = True
@@ -37,7 +37,7 @@ class Shards:
         return tensor
 
     def sum_input_grad(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks a gradient of the hidden states, if the caller wants it summed."""
+        """Sum a gradient of the hidden states over ranks, unless reduce_input_grad=False."""
         return tensor
 
     def maximum(self, tensor: Tensor) -> Tensor:
@@ -49,15 +49,15 @@ class Shards:
         return second
 
     def place(self, label: Tensor) -> "Place":
-        """Find labels [M] of the complete vocabulary in this shard."""
+        """Return the columns in this shard of labels [M] of the complete vocabulary."""
         held = (label >= self.start) & (label < self.start + self.size)
         return Place(torch.where(held, label - self.start, 0), held)
 
 
 class ProcessGroupShards(Shards):
-    """Classes [start, start + size) of `vocab` are here, the others on the other ranks.
+    """A shard with classes [start, start + size) of `vocab`; other ranks have the other classes.
 
-    Construction reads the sizes of all shards: the one host synchronization of a sharded loss.
+    The constructor gathers the sizes of all shards, the only host synchronization of a sharded loss.
     """
 
     alone = False

@@ -1,10 +1,10 @@
-"""Compile every shipped kernel for GPUs that are not here, and report what each one costs.
+"""Compile every kernel for a list of GPUs and report registers, spills and instructions.
 
     python -m ual_kernels.aot [sm_80 sm_90 sm_100 gfx942] [--only '*/forward/*/bf16/*'] [--json]
 
-One line for each specialisation and target; the exit status is 1 where registers spill. Neither a GPU nor a
-CUDA toolkit is needed, only the assemblers and disassemblers inside the Triton wheel. Time is not measured,
-and the registers of one kernel differ between Triton releases.
+The report has one line per specialization and target. The exit status is 1 if registers spill. The command
+needs no GPU and no CUDA toolkit; it uses the assemblers and disassemblers in the Triton wheel. It does not
+measure time. The number of registers of a kernel depends on the Triton release.
 """
 
 import argparse
@@ -27,39 +27,37 @@ ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
-class Specialisation:
-    """One kernel as the JIT would compile it for one kind of call."""
+class Specialization:
+    """One kernel as the JIT compiles it for one kind of call."""
 
     name: str  # source/kernel/flags/dtype/V
     kernel: Any
-    arguments: Mapping[str, Any]  # a string is a type, "*bf16:16" divisible by 16; the rest are constants
+    arguments: Mapping[str, Any]  # strings are types, "*bf16:16" is divisible by 16; others are constants
     options: Mapping[str, Any]
-    targets: str = ""  # what the names of its targets begin with
+    targets: str = ""  # prefix of the names of its targets
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the machine code of one specialisation asks of one GPU."""
+    """Resources and instructions of the machine code of one specialization on one GPU."""
 
     name: str
     target: str
     warps: int
-    registers: int  # a thread; vector registers on AMD
-    spill_bytes: (
-        int  # a thread: stack and local memory; scratch and 4 for every spilled scalar register on AMD
-    )
-    shared_bytes: int  # a block
-    loads: dict[str, int]  # instructions that read global memory, by bits a thread; "tma" moves whole tiles
+    registers: int  # per thread; on AMD vector registers
+    spill_bytes: int  # per thread: stack and local memory; on AMD scratch, and 4 per spilled scalar register
+    shared_bytes: int  # per block
+    loads: dict[str, int]  # instructions that read global memory, by bits per thread; "tma" loads a tile
     stores: dict[str, int]
     tensor_core: dict[str, int]  # HMMA, HGMMA (wgmma), UTCHMMA (tcgen05), MFMA
-    serialised: int  # products that the next one of a loop waits for; wgmma alone
-    conversions: int  # F2F: between floating-point types in the pipe of the exponentials; NVIDIA alone
-    exponentials: int  # MUFU; NVIDIA alone
-    exchanges: int  # between threads, inside loops that store to global memory; NVIDIA alone
+    serialized: int  # products for which the next product of a loop waits; wgmma only
+    conversions: int  # F2F: between floating-point types, in the pipe of the exponentials; NVIDIA only
+    exponentials: int  # MUFU; NVIDIA only
+    exchanges: int  # between threads, inside loops that store to global memory; NVIDIA only
 
 
-def cross_entropy() -> Iterator[Specialisation]:
-    """Every plan that differs in launch shape or in what is known of V, under each set of flags."""
+def cross_entropy() -> Iterator[Specialization]:
+    """Yield every launch config and divisibility of V, with each set of flags."""
     import triton.language as tl
 
     from ual_kernels._triton import cross_entropy as source
@@ -72,50 +70,52 @@ def cross_entropy() -> Iterator[Specialisation]:
     for dtype, itemsize in ITEMSIZES.items():
         sizes: dict[tuple[Any, bool], int] = {}
         for vocab in VOCABULARIES:
-            sizes.setdefault((source.plan(vocab, itemsize), vocab % 16 == 0), vocab)
+            sizes.setdefault((source.launch_config(vocab, itemsize), vocab % 16 == 0), vocab)
         for (_, aligned), vocab in sizes.items():
             for kernel, every in understood.items():
                 name = kernel.__name__.strip("_").removesuffix("_kernel")
                 for label, flags in {"all": every, **{f: (f,) for f in every}, "plain": ()}.items():
                     if label == "all" and not every:
                         continue
-                    plan = source.plan(vocab, itemsize, heavy="weighted" in flags or "statistics" in flags)
-                    row, size = f"*{dtype}:16", "i32:16" if aligned else "i32"
+                    config = source.launch_config(
+                        vocab, itemsize, heavy="weighted" in flags or "statistics" in flags
+                    )
+                    pointer, size = f"*{dtype}:16", "i32:16" if aligned else "i32"
                     known = {
-                        **dict.fromkeys(("logits_ptr", "dlogits_ptr", "buffer_ptr"), row),
+                        **dict.fromkeys(("logits_ptr", "dlogits_ptr", "buffer_ptr"), pointer),
                         **dict.fromkeys(("stride_n", "V"), size),
                         "target_ptr": "*i64:16",
                         "token_scale_ptr": "*fp32:16" if "inplace" in flags else None,
                         "class_weight_ptr": "*fp32:16" if "weighted" in flags else None,
                         "ACC": tl.float32,
-                        "ANCHORED": itemsize == 2,
+                        "FIXED_REFERENCE": itemsize == 2,
                         "WEIGHTED": "weighted" in flags,
                         "STATISTICS": "statistics" in flags,
                         "INPLACE": "inplace" in flags,
                         "SOFTCAP": 30.0 if "capped" in flags else 0.0,
                         "LOGIT_SCALE": 0.5 if "capped" in flags else 1.0,
                         "Z_LOSS": 1e-4 if "capped" in flags else 0.0,
-                        "BLOCK_V": plan.block_v,
+                        "BLOCK_V": config.block_v,
                     }
-                    yield Specialisation(
+                    yield Specialization(
                         f"cross_entropy/{name}/{label}/{dtype}/{vocab}",
                         kernel,
                         {
                             n: known.get(n, "*fp32:16" if n.endswith("_ptr") else "i32")
                             for n in kernel.arg_names
                         },
-                        {"num_warps": plan.num_warps, "enable_fp_fusion": True},
+                        {"num_warps": config.num_warps, "enable_fp_fusion": True},
                     )
 
 
-def linear_cross_entropy() -> Iterator[Specialisation]:
-    """Each plan of the GEMM that makes x, ragged features and vocabularies too; the kernels beside it."""
+def linear_cross_entropy() -> Iterator[Specialization]:
+    """Yield each launch config of the GEMM that computes x, and the other kernels of the linear loss."""
     yield from _gemms()
     yield from _beside_gemms()
 
 
 def _known(kernel: Any, dtype: str, **given: Any) -> dict[str, Any]:
-    """Arguments of a kernel of the linear loss, as the usual call has them but for `given`."""
+    """Return the arguments of a kernel of the linear loss in a typical call, updated by `given`."""
     usual = {
         **dict.fromkeys(("e_ptr", "head_ptr", "x_ptr", "matrix_ptr", "hidden_ptr"), f"*{dtype}:16"),
         **dict.fromkeys(("target_ptr", "index_ptr", "order_ptr"), "*i64:16"),
@@ -133,7 +133,7 @@ def _known(kernel: Any, dtype: str, **given: Any) -> dict[str, Any]:
     return {n: usual.get(n, "*fp32:16" if n.endswith("_ptr") else "i32") for n in kernel.arg_names}
 
 
-def _gemms() -> Iterator[Specialisation]:
+def _gemms() -> Iterator[Specialization]:
     from ual_kernels._triton import linear_cross_entropy as source
 
     kinds: dict[str, dict[str, Any]] = {
@@ -153,33 +153,33 @@ def _gemms() -> Iterator[Specialisation]:
     for (architecture, variant), (label, flags), (vocab, shape) in product(
         ways, kinds.items(), shapes.items()
     ):
-        plan = source.Platform(architecture, 132).plan(variant, "STATISTICS" in flags)
-        a, b = (f"tensordesc<bf16[{rows}, {plan.block_k}]>" for rows in (plan.block_m, plan.block_n))
+        config = source.Platform(architecture, 132).launch_config(variant, "STATISTICS" in flags)
+        a, b = (f"tensordesc<bf16[{size}, {config.block_k}]>" for size in (config.block_m, config.block_n))
         given = {
             "e_desc": a,
             "head_desc": b,
-            "x_desc": f"tensordesc<bf16[{plan.block_m}, {plan.block_n // 2}]>",
-            "FLATTEN": plan.flatten and "RANKED" not in flags,
-            "BLOCK_M": plan.block_m,
-            "BLOCK_N": plan.block_n,
-            "BLOCK_K": plan.block_k,
-            "GROUP": plan.group,
+            "x_desc": f"tensordesc<bf16[{config.block_m}, {config.block_n // 2}]>",
+            "FLATTEN": config.flatten and "RANKED" not in flags,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "GROUP": config.group,
             **flags,
             **shape,
         }
         if "RANKED" in flags:
             given |= {"u_desc": a, "b_desc": b, "u_ptr": "*bf16:16", "b_ptr": "*bf16:16"}
         kernel = source._tma_kernel if variant == "tma" else source._pointer_kernel
-        yield Specialisation(
+        yield Specialization(
             f"linear_cross_entropy/{variant}/{label}/bf16/{vocab}",
             kernel,
             _known(kernel, "bf16", **given),
-            {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True},
+            {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True},
             "gfx" if architecture == "hip" else architecture,
         )
 
 
-def _beside_gemms() -> Iterator[Specialisation]:
+def _beside_gemms() -> Iterator[Specialization]:
     from ual_kernels._triton import linear_cross_entropy as source
 
     every = {"BIASED": True, "WEIGHTED": True, "STATISTICS": True, "Z_LOSS": 1e-4}
@@ -188,21 +188,21 @@ def _beside_gemms() -> Iterator[Specialisation]:
     again = {"GIVEN": False, "BLOCK_V": 64, "BLOCK_D": 128, "logits_ptr": None}
     lora = {"RANKED": True, "R": "i32:16"}
     prepare = {"BIASED": True, "COUNTED": True, "complete_ptr": "*i1", "BLOCK_D": 1_024, **lora}
-    rows = {"STATISTICS": True, "BIASED": True, "BLOCK_V": 4_096}
+    exponentials = {"STATISTICS": True, "BIASED": True, "BLOCK_V": 4_096}
     far = {"STATISTICS": True, "BIASED": True, "BLOCK_M": 128, "BLOCK_V": 64, "BLOCK_D": 128}
     finish = {**every, "SOFTCAP": 30.0, "REWEIGHTED": True, "weight_ptr": "*fp32:16", "BLOCK": 128}
     halves, wide = ("bf16", "fp16"), ("bf16", "fp16", "fp32")
     beside: list[tuple[str, Any, tuple[str, ...], dict[str, Any], int]] = [
         ("prepare/all", source._prepare_kernel, wide, prepare, 4),
         ("join/all", source._join_kernel, ("bf16",), {"STATISTICS": True, "BLOCK_M": 32, "BLOCK_T": 32}, 4),
-        ("rows/plain", source._anchored_rows_kernel, ("bf16",), {"BLOCK_V": 4_096}, 8),
-        ("rows/all", source._anchored_rows_kernel, ("bf16",), rows, 8),
+        ("exponentials/plain", source._exponentials_kernel, ("bf16",), {"BLOCK_V": 4_096}, 8),
+        ("exponentials/all", source._exponentials_kernel, ("bf16",), exponentials, 8),
         ("own_maximum/plain", source._own_maximum_kernel, wide, given, 8),
         ("own_maximum/all", source._own_maximum_kernel, wide, {**given, **every}, 8),
         ("own_maximum/capped", source._own_maximum_kernel, ("bf16", "fp32"), {**given, **capped}, 8),
         ("own_maximum/again", source._own_maximum_kernel, ("bf16",), {**again, **lora, **every}, 8),
         ("far/all", source._far_tokens_kernel, ("bf16",), far, 8),
-        ("bend/all", source._bend_kernel, ("bf16", "fp32"), {**capped, "BLOCK_V": 4_096}, 8),
+        ("softcap/all", source._softcap_gradient_kernel, ("bf16", "fp32"), {**capped, "BLOCK_V": 4_096}, 8),
         ("finish/all", source._finish_kernel, ("bf16",), finish, 4),
         ("gradient/plain", source._input_gradient_kernel, wide, {"BLOCK_D": 1_024}, 4),
         ("targets/plain", source._add_targets_kernel, ("bf16",), {"BLOCK_T": 16, "BLOCK_D": 256}, 4),
@@ -211,7 +211,7 @@ def _beside_gemms() -> Iterator[Specialisation]:
     ]  # fmt: skip
     for name, kernel, dtypes, flags, warps in beside:
         for dtype in dtypes:
-            yield Specialisation(
+            yield Specialization(
                 f"linear_cross_entropy/{name}/{dtype}/128256",
                 kernel,
                 _known(kernel, dtype, **{"dinput_ptr": f"*{dtype}:16", **flags}),
@@ -219,12 +219,12 @@ def _beside_gemms() -> Iterator[Specialisation]:
             )
 
 
-# a kernel file joins by adding the generator of its specialisations
-SOURCES: tuple[Callable[[], Iterator[Specialisation]], ...] = (cross_entropy, linear_cross_entropy)
+# generators of specializations, one per file of kernels
+SOURCES: tuple[Callable[[], Iterator[Specialization]], ...] = (cross_entropy, linear_cross_entropy)
 
 
-def compile_for(target: str, given: Specialisation) -> Report:
-    """Compile for a target by name; Triton's own errors pass through."""
+def compile_for(target: str, given: Specialization) -> Report:
+    """Compile for a target by name; errors of Triton are not caught."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -262,7 +262,7 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
         bits = re.search(r"\.[US]?(8|16|64|128|256)(?=\.|$)", operation)
         return "tma" if operation.startswith("U") else bits[1] if bits else "32"
 
-    # products, and how many of them a wait leaves unfinished
+    # P is a product, a digit is a wait that allows as many unfinished products
     order = "".join(
         line[-1] if line.startswith("W") else "P"
         for line in re.findall(r"\bHGMMA\b|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d", dump)
@@ -273,7 +273,7 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
         "loads": _count(operations, r"LDG|UTMALDG|UBLKCP", width),
         "stores": _count(operations, r"STG|UTMASTG", width),
         "tensor_core": _count(operations, r"\w+MMA\b", lambda operation: operation.partition(".")[0]),
-        "serialised": order.count("P0P"),
+        "serialized": order.count("P0P"),
         "conversions": sum(o.startswith("F2F.") for o in operations),
         "exponentials": sum(o.startswith("MUFU") for o in operations),
         "exchanges": _exchanges_where_stored(dump),
@@ -281,9 +281,9 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
 
 
 def _exchanges_where_stored(dump: str) -> int:
-    """Shared memory and barriers inside loops that store to global memory.
+    """Count shared-memory instructions and barriers inside loops that store to global memory.
 
-    Where there are none, each thread stores what it has loaded itself, and storing in place is safe.
+    If there are none, each thread stores only to addresses that it has loaded, and storing in place is safe.
     """
     lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", dump, re.M)
     found = 0
@@ -302,7 +302,7 @@ def _read_amdgcn(assembly: str) -> dict[str, Any]:
     operations = re.findall(r"^\t([a-z]\w+)", assembly, re.M)
 
     def width(operation: str) -> str:
-        if bits := re.search(r"_[bui](\d+)$", operation):  # from gfx11 on
+        if bits := re.search(r"_[bui](\d+)$", operation):  # gfx11 and later
             return bits[1]
         words = re.search(r"dword(?:x(\d))?", operation)
         return str(32 * int(words[1] or 1)) if words else "16" if "short" in operation else "8"
@@ -313,7 +313,7 @@ def _read_amdgcn(assembly: str) -> dict[str, Any]:
         "loads": _count(operations, r"(global|buffer|flat)_load", width),
         "stores": _count(operations, r"(global|buffer|flat)_store", width),
         "tensor_core": _count(operations, r"v_s?w?mf?ma", lambda operation: operation.split("_")[1].upper()),
-        "serialised": 0,
+        "serialized": 0,
         "conversions": 0,
         "exponentials": 0,
         "exchanges": 0,
@@ -325,31 +325,33 @@ def _count(operations: list[str], wanted: str, kind: Callable[[str], str]) -> di
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns 1 where something spills."""
+    """Run the command; return 1 if a kernel spills registers."""
     parser = argparse.ArgumentParser(
         "python -m ual_kernels.aot", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"default: {' '.join(TARGETS)}")
     parser.add_argument(
-        "--only", action="append", metavar="PATTERN", help="shell pattern of names; repeatable"
+        "--only", action="append", metavar="PATTERN", help="shell pattern of kernel names; repeatable"
     )
-    parser.add_argument("--json", action="store_true", help="one object a line instead of a table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     given = parser.parse_args(arguments)
     targets = given.targets or TARGETS
     for target in targets:
         if not re.fullmatch(r"sm_\d+|gfx\w+", target):
-            parser.error(f"TARGET: wanted a name like {', '.join(TARGETS)}, got {target!r}")
+            parser.error(f"TARGET must be a name like {', '.join(TARGETS)}, got {target!r}")
 
     from triton import knobs
 
     if knobs.runtime.interpret:
         parser.error(
-            "TRITON_INTERPRET is set, and an interpreted kernel cannot be compiled; unset it, run again"
+            "TRITON_INTERPRET is set, but interpreted kernels cannot be compiled; unset it and run again"
         )
-    every = [specialisation for source in SOURCES for specialisation in source()]
+    every = [specialization for source in SOURCES for specialization in source()]
     chosen = [s for s in every if any(fnmatchcase(s.name, pattern) for pattern in given.only or "*")]
     if not chosen:
-        parser.error(f"--only: no name matches {' '.join(given.only)}; names look like {every[0].name}")
+        parser.error(
+            f"no kernel name matches --only {' '.join(given.only)}; example of a name: {every[0].name}"
+        )
 
     names = max(len(s.name) for s in chosen)
     columns = f"{{:{names}}}  {{:6}}  {{:>5}}  {{:>4}}  {{:>5}}  {{:>6}}  {{:30}}  {{:22}}  {{:11}}  "
@@ -360,15 +362,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(columns.format(*header))  # noqa: T201
     spilled = compiled = 0
     for target in targets:
-        for specialisation in (s for s in chosen if target.startswith(s.targets)):
+        for specialization in (s for s in chosen if target.startswith(s.targets)):
             compiled += 1
-            report = asdict(compile_for(target, specialisation))
+            report = asdict(compile_for(target, specialization))
             spilled += report["spill_bytes"] > 0
             cells = (re.sub(r"[{},']", "", str(value)).replace(": ", ":") for value in report.values())
             line = json.dumps(report) if given.json else columns.format(*cells).rstrip()
             print(line, flush=True)  # noqa: T201
     if spilled:
-        sys.stderr.write(f"{spilled} of {compiled} spill\n")
+        sys.stderr.write(f"{spilled} of {compiled} kernels spill registers\n")
     return int(spilled > 0)
 
 

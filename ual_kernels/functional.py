@@ -1,4 +1,4 @@
-"""The public losses: check the arguments, choose a backend, reduce."""
+"""The public losses: they check arguments, choose a backend and reduce."""
 
 import torch
 from torch import Tensor
@@ -29,48 +29,48 @@ def cross_entropy(
     options: CrossEntropyOptions | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Cross entropy of given logits in which every sample, or token, has its own label smoothing and weight.
+    """Cross entropy of given logits with a separate label smoothing and weight per sample or token.
 
-    With float `label_smoothing` it is `torch.nn.functional.cross_entropy` for class indices, except that the
-    classes are always the *last* dimension and that the loss is at least float32. Per token, with
-    q = (1 - s) onehot(target) + s / V:  loss = -sum_v q_v log softmax(z)_v
-    (uncertainty-aware learning, arXiv 2406.04854; s / V on every class is PyTorch's convention, and
-    `losses.others` converts from Megatron's). Gradients flow to `input`, `label_smoothing` and
-    `sample_weight`.
+    With a float `label_smoothing` it equals `torch.nn.functional.cross_entropy` for class indices, except
+    that the classes are always the *last* dimension and that the loss is at least float32. Per token, with
+    q = (1 - s) onehot(target) + s / V:  loss = -sum_v q_v log softmax(z)_v. Gradients flow to `input`,
+    `label_smoothing` and `sample_weight`.
+
+    A target outside [0, V), a smoothing out of range or a negative weight *in a tensor* makes the loss of its
+    token NaN. Other tokens are unaffected. An exception would need a device synchronization.
 
     Args:
         input: [..., V] logits; bfloat16, float16, float32 or float64.
         target: [...] int32 or int64 in [0, V), or `ignore_index`.
-        label_smoothing: a float in [0, 1], or a tensor shaped like any leading part of `target` ([B] is one
-            value per sample, [B, T] one per token), spread over the rest; or a function of the token's own
+        label_smoothing: a float in [0, 1], or a floating-point tensor shaped like leading dimensions of
+            `target`, which is broadcast ([B]: per sample, [B, T]: per token), or a function of the
             `TokenStatistics` (see `ual_kernels.losses`), for which the logits are read once more. Values up
             to V / (V - 1), where the target has probability zero, are accepted.
-        sample_weight: a tensor >= 0, shaped likewise, or such a function; multiplies each token's loss. None
-            is 1.
+        sample_weight: factor of each token's loss: a tensor >= 0 shaped like leading dimensions of `target`,
+            a function of the `TokenStatistics`, or None for 1.
         weight: [V] class weights, as in PyTorch; not differentiable.
-        ignore_index: tokens with this target have no loss, no gradient and no share in any divisor.
-        reduction: "none" ([...]), "sum", or "mean": divided by the sum over non-ignored tokens of
-            `sample_weight` (times `weight[target]`, as PyTorch does). A weight that is a function does not
-            count there: losses that are defined by one divide by the number of tokens.
-        num_items: replaces that divisor under "mean", as transformers passes `num_items_in_batch`; > 0.
-        softcap: logits become softcap * tanh(logits / softcap), after `logit_scale`; > 0 (Gemma).
-        logit_scale: multiplies the logits first (Cohere; 1 / logits_scaling of Granite).
-        z_loss: adds z_loss * lse(z)^2 to each token's loss (PaLM), >= 0.
-        options: how to compute, see `CrossEntropyOptions`.
-        backend: "auto" is Triton for CUDA tensors and PyTorch elsewhere. "triton", "torch" or "reference" is
-            used or refused, never replaced.
+        ignore_index: tokens with this target have no loss and no gradient and are not counted in divisors.
+        reduction: "none" ([...]), "sum" or "mean". "mean" divides by the sum over non-ignored tokens of
+            `sample_weight` times `weight[target]`. In this sum a function as `sample_weight` counts as 1.
+        num_items: > 0, replaces the divisor of "mean", like `num_items_in_batch` of transformers.
+        softcap: > 0; logits become softcap * tanh(logits / softcap), after `logit_scale` (Gemma).
+        logit_scale: factor of the logits, applied first (Cohere; 1 / logits_scaling of Granite).
+        z_loss: >= 0; adds z_loss * lse(z)^2 to each token's loss (PaLM).
+        options: speed and memory, see `CrossEntropyOptions`.
+        backend: "auto" is "triton" for CUDA tensors and "torch" for others. A backend that is named and
+            cannot run raises; it is never replaced.
 
     Returns:
-        The loss, float32 (float64 for float64 input): a scalar, or [...] under "none"; 0 with a connected
-        graph when every token is ignored.
+        The loss, float32 (float64 for float64 input): a scalar, or [...] for "none". If every token is
+        ignored, it is 0 with a connected graph.
 
     Raises:
-        ValueError: shapes, dtypes, devices, names or floats that do not fit the above.
-        UnsupportedError: what was requested by name cannot run here; `inplace_backward` or a `process_group`
-            under torch.compile.
+        ValueError: an argument has the wrong shape, dtype, device or value.
+        UnsupportedError: the backend or an option is not supported here, e.g. `inplace_backward` or
+            `process_group` under torch.compile.
 
-    A target outside [0, V), a smoothing out of range or a negative weight *in a tensor* makes its own token's
-    loss NaN and leaves the rest right: finding it here would stall the device.
+    Source: uncertainty-aware learning, arXiv 2406.04854. PyTorch's convention puts s / V on every class;
+    `losses.others` converts from Megatron-LM's convention.
 
     >>> import torch
     >>> logits, target = torch.zeros(2, 3, 4), torch.tensor([[1, 2, -100], [0, 3, 3]])
@@ -79,16 +79,9 @@ def cross_entropy(
     1.3863
     """
     arguments = LossArguments(
-        label_smoothing,
-        sample_weight,
-        weight,
-        ignore_index,
-        reduction,
-        num_items,
-        softcap,
-        logit_scale,
+        label_smoothing, sample_weight, weight, ignore_index, reduction, num_items, softcap, logit_scale,
         z_loss,
-    )
+    )  # fmt: skip
     return _of_logits(input, target, arguments, options, backend, statistics=False)[0]
 
 
@@ -108,7 +101,7 @@ def cross_entropy_with_statistics(
     options: CrossEntropyOptions | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, TokenStatistics]:
-    """`cross_entropy`, and the `TokenStatistics` of the same pass, detached, shaped like `target`.
+    """`cross_entropy` and the `TokenStatistics` of the same pass, detached, shaped like `target`.
 
     Arguments and errors are those of `cross_entropy`.
 
@@ -118,16 +111,9 @@ def cross_entropy_with_statistics(
     tensor([1.3863, 1.3863,    nan])
     """
     arguments = LossArguments(
-        label_smoothing,
-        sample_weight,
-        weight,
-        ignore_index,
-        reduction,
-        num_items,
-        softcap,
-        logit_scale,
+        label_smoothing, sample_weight, weight, ignore_index, reduction, num_items, softcap, logit_scale,
         z_loss,
-    )
+    )  # fmt: skip
     loss, packed = _of_logits(input, target, arguments, options, backend, statistics=True)
     return loss, TokenStatistics.unpack(packed, target.shape)
 
@@ -153,34 +139,34 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`cross_entropy(input @ linear_weight.T + linear_bias, target)` without materializing the logits.
 
-    Ignored tokens are dropped before the first GEMM. Gradients are computed in forward, chunk by chunk; none
-    is computed for a head with `requires_grad=False`. Logits stay in the accumulator's dtype. Drop-in for
-    `torch.nn.functional.linear_cross_entropy` (PyTorch 2.13) with smoothing per sample or per token. A padded
-    vocabulary is a slice of the head: pass `linear_weight[:vocab_size]`.
+    Ignored tokens are dropped before the first GEMM. Gradients are computed in forward, chunk by chunk. No
+    gradient is computed for a head with `requires_grad=False`. Logits have the accumulator's dtype. It is a
+    drop-in replacement of `torch.nn.functional.linear_cross_entropy` (PyTorch 2.13) with smoothing per sample
+    or token. For a padded vocabulary, pass `linear_weight[:vocab_size]`.
 
     Args:
         input: [..., D] hidden states; bfloat16, float16, float32 or float64.
-        linear_weight: [V, D], the lm_head, of the same dtype (under autocast both are cast).
-        target: [...] as in `cross_entropy`. A value that makes a token's loss NaN there makes the whole
-            gradient of a trained head NaN here, because that is a sum over tokens.
+        linear_weight: [V, D] lm_head, same dtype as `input` (under autocast both are cast).
+        target: [...] as in `cross_entropy`. A value that makes a token's loss NaN makes the complete gradient
+            of a trained head NaN, because this gradient is a sum over tokens.
         linear_bias: [V] or None.
-        linear_lora: (A [r, D], B [V, r], scale) of a LoRA adapter on the head, in any floating dtype: the
-            logits are E C^T + scale (E A^T) B^T, never merged, with gradients for A and B.
-        label_smoothing, sample_weight: as in `cross_entropy`. A function is called on the device, once for
-            each chunk of tokens after its pass over the vocabulary, and must treat each token by itself.
+        linear_lora: (A [r, D], B [V, r], scale) of a LoRA adapter of the head, in any floating-point dtype.
+            The logits are E C^T + scale (E A^T) B^T, never merged; A and B get gradients.
+        label_smoothing, sample_weight: as in `cross_entropy`. A function is called on the device, once per
+            chunk of tokens after its pass over the vocabulary, and must treat tokens independently.
         weight, ignore_index, reduction, num_items, softcap, logit_scale, z_loss: as in `cross_entropy`.
-        options: how to compute, see `LinearCrossEntropyOptions`.
-        backend: "auto" is "torch" on every device. "triton" has no float64, `gradient_filter` or
-            `process_group`. "torch", "triton" or "reference" is used or refused, never replaced.
+        options: speed and memory, see `LinearCrossEntropyOptions`.
+        backend: "auto" is "torch" on every device. "triton" does not support float64, `gradient_filter` and
+            `process_group`. A backend that is named and cannot run raises; it is never replaced.
 
     Returns:
-        As `cross_entropy`. Gradients flow to `input`, `linear_weight`, `linear_bias`, A, B, and to
-        `label_smoothing` and `sample_weight` that are tensors.
+        As `cross_entropy`. Gradients flow to `input`, `linear_weight`, `linear_bias`, A and B, and to
+        `label_smoothing` and `sample_weight` if they are tensors.
 
     Raises:
-        ValueError: shapes, dtypes, devices, names or floats that do not fit.
-        UnsupportedError: what is requested by name cannot run here; a function as `label_smoothing` or
-            `sample_weight`, or a `process_group`, under torch.compile.
+        ValueError: an argument has the wrong shape, dtype, device or value.
+        UnsupportedError: the backend or an option is not supported here, e.g. a function as `label_smoothing`
+            or `sample_weight`, or a `process_group`, under torch.compile.
 
     >>> import torch
     >>> hidden, head = torch.zeros(2, 3, 8), torch.zeros(4, 8)
@@ -189,16 +175,9 @@ def linear_cross_entropy(
     1.3863
     """
     arguments = LossArguments(
-        label_smoothing,
-        sample_weight,
-        weight,
-        ignore_index,
-        reduction,
-        num_items,
-        softcap,
-        logit_scale,
+        label_smoothing, sample_weight, weight, ignore_index, reduction, num_items, softcap, logit_scale,
         z_loss,
-    )
+    )  # fmt: skip
     head = linear_weight, linear_bias, linear_lora
     return _of_linear(input, *head, target, arguments, options, backend, statistics=False)[0]
 
@@ -222,21 +201,14 @@ def linear_cross_entropy_with_statistics(
     options: LinearCrossEntropyOptions | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, TokenStatistics]:
-    """`linear_cross_entropy`, and the `TokenStatistics` of the same pass, detached, shaped like `target`.
+    """`linear_cross_entropy` and the `TokenStatistics` of the same pass, detached, shaped like `target`.
 
     Arguments and errors are those of `linear_cross_entropy`.
     """
     arguments = LossArguments(
-        label_smoothing,
-        sample_weight,
-        weight,
-        ignore_index,
-        reduction,
-        num_items,
-        softcap,
-        logit_scale,
+        label_smoothing, sample_weight, weight, ignore_index, reduction, num_items, softcap, logit_scale,
         z_loss,
-    )
+    )  # fmt: skip
     head = linear_weight, linear_bias, linear_lora
     loss, packed = _of_linear(input, *head, target, arguments, options, backend, statistics=True)
     return loss, TokenStatistics.unpack(packed, target.shape)
@@ -251,7 +223,7 @@ def _of_logits(
     *,
     statistics: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The reduced loss, and packed statistics [7, N] ([7, 0] unless wanted)."""
+    """Return the reduced loss and packed statistics, [7, N] if requested, else [7, 0]."""
     options = _arguments.check_options(options, CrossEntropyOptions)
     _arguments.check_logits(input)
     grouped = options.process_group is not None
@@ -259,7 +231,9 @@ def _of_logits(
     if grouped and backend != "torch":
         raise UnsupportedError(f'process_group needs backend="torch", got {backend!r}')
     if grouped and torch.compiler.is_compiling():
-        raise UnsupportedError("a process_group cannot be compiled; call cross_entropy outside torch.compile")
+        raise UnsupportedError(
+            "process_group is not supported under torch.compile; call cross_entropy outside torch.compile"
+        )
     if options.inplace_backward:
         _arguments.check_inplace(input, backend)
     logits = input.reshape(-1, input.shape[-1])
@@ -283,8 +257,8 @@ def _of_logits(
 
     if operands.token_fns is not None:
         with torch.no_grad():
-            seen = ops.cross_entropy(inputs(), spec._replace(statistics=True), shards).statistics
-        operands = operands.resolve(seen, arguments.ignore_index)
+            packed = ops.cross_entropy(inputs(), spec._replace(statistics=True), shards).statistics
+        operands = operands.resolve(packed, arguments.ignore_index)
     if options.inplace_backward and torch.is_grad_enabled() and input.requires_grad:
         loss, packed = ops.cross_entropy_inplace(inputs(), operands.token_scale, spec, shards)
     else:
@@ -305,11 +279,12 @@ def _of_linear(
     *,
     statistics: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The reduced loss, and packed statistics [8, N] ([7, N] of the reference; no columns unless wanted)."""
+    """Return the reduced loss and packed statistics, [8, N] ([7, N] for the reference) if requested."""
     options = _arguments.check_options(options, LinearCrossEntropyOptions)
     input, linear_weight, linear_bias = _arguments.linear(input, linear_weight, linear_bias)
     lora = _arguments.lora(linear_lora, input, linear_weight)
-    backend = _arguments.choose_backend(backend, input, fused="torch")  # until Triton's is measured on a GPU
+    # "auto" does not choose Triton until its speed is measured on a GPU
+    backend = _arguments.choose_backend(backend, input, fused="torch")
     _check_supported(input, arguments, options, backend)
     hidden = input.reshape(input.shape[:-1].numel(), input.shape[-1])
     shards = _shards(
@@ -381,23 +356,30 @@ def _shards(
 def _check_supported(
     input: Tensor, arguments: LossArguments, options: LinearCrossEntropyOptions, backend: Backend
 ) -> None:
-    """Refuse what this backend does not have, by name."""
+    """Raise if the backend does not support an argument or option."""
     grouped, filtered = options.process_group is not None, bool(options.gradient_filter)
     by_statistics = callable(arguments.label_smoothing) or callable(arguments.sample_weight)
     if (grouped or by_statistics) and backend != "reference" and torch.compiler.is_compiling():
         raise UnsupportedError(
-            "neither a function of the statistics nor a process_group can be compiled; call "
-            "linear_cross_entropy outside torch.compile, or pass tensors made from the statistics of "
+            "functions of the statistics and process_group are not supported under torch.compile; call "
+            "linear_cross_entropy outside torch.compile, or pass tensors computed from the statistics of "
             "linear_cross_entropy_with_statistics"
         )
     if grouped and (backend != "torch" or filtered):
-        raise UnsupportedError('process_group needs backend="torch", without gradient_filter')
+        raise UnsupportedError(
+            f'process_group needs backend="torch" and gradient_filter=0.0, got backend={backend!r} and '
+            f"gradient_filter={options.gradient_filter}"
+        )
     if backend == "reference" and (filtered or options.precision == "fast"):
-        raise UnsupportedError('backend="reference" is exact: no gradient_filter, no precision="fast"')
+        raise UnsupportedError(
+            'backend="reference" does not support gradient_filter and precision="fast"; use backend="torch"'
+        )
     if backend == "triton" and input.dtype == torch.float64:
-        raise UnsupportedError('backend="triton" of linear_cross_entropy has no float64; use "torch"')
+        raise UnsupportedError(
+            'backend="triton" of linear_cross_entropy does not support float64; use backend="torch"'
+        )
     if backend == "triton" and filtered:
-        raise UnsupportedError('backend="triton" has no gradient_filter; use "torch"')
+        raise UnsupportedError('backend="triton" does not support gradient_filter; use backend="torch"')
 
 
 def _most_tokens(options: LinearCrossEntropyOptions, tokens: int) -> int:
@@ -413,7 +395,7 @@ def _trained(*tensors: Tensor | None) -> bool:
 def _by_definition(
     logits: Tensor, operands: Operands, arguments: LossArguments, shape: torch.Size, *, statistics: bool
 ) -> tuple[Tensor, Tensor]:
-    """backend="reference"."""
+    """Return loss and packed statistics of backend="reference"."""
     logits = logits.to(operands.smoothing.dtype)
     packed = logits.new_empty((7, 0))
     if statistics or operands.token_fns is not None:

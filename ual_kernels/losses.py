@@ -1,4 +1,6 @@
-"""Losses of the literature as keyword options: `linear_cross_entropy(hidden, head, target, **losses.dft())`.
+"""Losses from the literature as keyword arguments of the loss functions.
+
+    linear_cross_entropy(hidden, head, target, **losses.dft())
 
 With p = softmax(z) of the final logits, target y and H = -sum_v p_v log p_v, per token:
 
@@ -9,9 +11,9 @@ With p = softmax(z) of the final logits, target y and H = -sum_v p_v log p_v, pe
     mile            -(sigma + H)^gamma log p_y                              H without gradient
     gem             sum_v q_v log p_v - log p_y,  q = softmax(z / beta)     q without gradient
 
-The result of a preset is passed to either loss function, or to the constructors of `ual_kernels.modules` if
-it holds no tensor. A preset that smooths can be combined with one that weights. Under reduction="mean" all
-but `weighted` divide by the number of non-ignored tokens, or by `num_items`.
+The result of a preset can be passed to both loss functions, and to the constructors of `ual_kernels.modules`
+if it contains no tensor. A preset that smooths can be combined with a preset that weights. With
+reduction="mean" all presets except `weighted` divide by the number of non-ignored tokens or by `num_items`.
 """
 
 import math
@@ -28,19 +30,19 @@ S = TypeVar("S", float, Tensor, float | Tensor)
 
 
 class Smoothing(TypedDict, Generic[T]):
-    """Options of a loss whose targets are smoothed."""
+    """Keyword arguments of a loss with smoothed targets."""
 
     label_smoothing: T
 
 
 class Weighting(TypedDict, Generic[T]):
-    """Options of a loss whose tokens are weighted."""
+    """Keyword arguments of a loss with weighted tokens."""
 
     sample_weight: T
 
 
 class Matching(TypedDict):
-    """Options of a loss of tempered logits."""
+    """Keyword arguments of a loss with tempered logits."""
 
     sample_weight: TokenFn
     logit_scale: float
@@ -48,14 +50,15 @@ class Matching(TypedDict):
 
 
 def ual(smoothing: Tensor) -> Smoothing[Tensor]:
-    """Uncertainty-aware learning: every sample has its own label smoothing (arXiv 2406.04854).
+    """Uncertainty-aware learning: a separate label smoothing per sample (arXiv 2406.04854).
 
-    The smoothing s grows with the sample's uncertainty, which a more capable LLM supplies; `ual.smoothing`
-    makes the one from the other. The gradients:  dz = p - (1 - s) onehot(y) - s / V,  ds = z_y - mean(z).
+    The smoothing s increases with the sample's uncertainty, which a more capable LLM estimates.
+    `ual.smoothing` computes smoothing from uncertainty. The gradients are
+    dz = p - (1 - s) onehot(y) - s / V and ds = z_y - mean(z).
 
     Args:
-        smoothing: shaped like a leading part of `target` ([B]: one number per sample), in [0, 1]; a number
-            outside makes its own rows NaN.
+        smoothing: in [0, 1], shaped like leading dimensions of `target` ([B]: one value per sample). A value
+            out of range makes the loss of its tokens NaN.
 
     >>> import torch
     >>> from ual_kernels import cross_entropy
@@ -67,19 +70,19 @@ def ual(smoothing: Tensor) -> Smoothing[Tensor]:
 
 
 def uniform(smoothing: float) -> Smoothing[float]:
-    """Label smoothing, the same for all samples (arXiv 1512.00567): the baseline of `ual`.
+    """Label smoothing, the same for all samples, the baseline of `ual` (arXiv 1512.00567).
 
     Args:
         smoothing: in [0, 1].
 
     Raises:
-        ValueError: `smoothing` is outside.
+        ValueError: `smoothing` is outside [0, 1].
 
     >>> uniform(0.1)
     {'label_smoothing': 0.1}
     """
     if not 0 <= smoothing <= 1:
-        raise ValueError(f"uniform's smoothing must be in [0, 1], got {smoothing}; 0.1 is customary")
+        raise ValueError(f"uniform's smoothing must be in [0, 1], got {smoothing}; a common value is 0.1")
     return {"label_smoothing": smoothing}
 
 
@@ -92,15 +95,15 @@ def others(smoothing: S, vocab_size: int) -> S: ...
 
 
 def others(smoothing: float | Tensor | TokenFn, vocab_size: int) -> float | Tensor | TokenFn:
-    """Convert a smoothing that is spread over the V - 1 other classes (Megatron-LM, fairseq) to ours.
+    """Convert a smoothing over the V - 1 other classes (Megatron-LM, fairseq) to PyTorch's convention.
 
-    (1 - s) on the target and s / (V - 1) on every other class is the distribution of s' = s V / (V - 1) in
-    PyTorch's convention, (1 - s') onehot(y) + s' / V.
+    (1 - s) on the target and s / (V - 1) on every other class is the distribution
+    (1 - s') onehot(y) + s' / V of PyTorch's convention with s' = s V / (V - 1).
 
     Args:
-        smoothing: a float or tensor in [0, 1], or a function of the statistics; 16-bit tensors become
-            float32.
-        vocab_size: V, of all shards together; with V = 1 there are no other classes, and the result is 0.
+        smoothing: a float or tensor in [0, 1], or a function of the statistics. 16-bit tensors are converted
+            to float32.
+        vocab_size: V, the sum over all shards. For V = 1 there are no other classes and the result is 0.
 
     Returns:
         s', in [0, V / (V - 1)], for `label_smoothing`.
@@ -127,14 +130,15 @@ def others(smoothing: float | Tensor | TokenFn, vocab_size: int) -> float | Tens
 
 
 def weighted(weight: Tensor) -> Weighting[Tensor]:
-    """Negative log likelihood with a weight for every sample or token.
+    """Negative log likelihood with a weight per sample or token.
 
-    With the reliabilities of weak labels it is the re-weighting of arXiv 2406.19032. Under reduction="mean"
-    the sum is divided by the sum of weights over non-ignored tokens, so that their scale does not matter;
-    `num_items` divides by the number of tokens instead.
+    With the reliabilities of weak labels as weights it is the re-weighting of arXiv 2406.19032. With
+    reduction="mean" the sum is divided by the sum of weights over non-ignored tokens, so the scale of the
+    weights does not matter. `num_items` divides by a number of tokens instead.
 
     Args:
-        weight: shaped like a leading part of `target`, >= 0; a negative number makes its own rows NaN.
+        weight: >= 0, shaped like leading dimensions of `target`. A negative value makes the loss of its
+            tokens NaN.
 
     >>> import torch
     >>> from ual_kernels import cross_entropy
@@ -148,8 +152,8 @@ def weighted(weight: Tensor) -> Weighting[Tensor]:
 def dft() -> Weighting[TokenFn]:
     """Dynamic fine-tuning: w = p_y without its gradient, in [0, 1] (arXiv 2508.05629).
 
-    The gradient of a token is p_y (p - onehot(y)) = -dp_y / dz: this is policy gradient with the target as
-    the only action that is rewarded. Tokens the model finds unlikely hardly count.
+    The gradient of a token is p_y (p - onehot(y)) = -dp_y / dz, the policy gradient if only the target is
+    rewarded. Tokens to which the model assigns a low probability have a small weight.
 
     >>> import torch
     >>> from ual_kernels import cross_entropy
@@ -162,20 +166,20 @@ def dft() -> Weighting[TokenFn]:
 def eaft(top_k: int = 20, alpha: float = 1.0) -> Weighting[TokenFn]:
     """Entropy-adaptive fine-tuning: w = (H / ln top_k)^alpha without its gradient (arXiv 2601.02151).
 
-    Tokens of which the model is certain hardly count, whether it is right or wrong: the opposite of `ual`,
-    which takes the pressure from the uncertain. The paper approximates H by the entropy H_k of the `top_k`
-    largest logits, renormalised, so that its w <= 1. Ours is the entropy over the whole vocabulary, which the
-    same pass yields, in [0, ln V]: w may exceed 1, up to (ln V / ln top_k)^alpha, 3.98 for V = 151,936. With
-    mass m outside the top, H - H_k = h(m) + m (H_rest - H_k), where h(m) = -m ln m - (1 - m) ln(1 - m):
-    no difference for m = 0, at most 0.06 in w for m = 0.01. (The published code divides by 3.0, which is
-    ln 20 but for 0.14 %.)
+    Tokens with a confident prediction, correct or not, have a small weight. `ual` does the opposite: it
+    smooths uncertain samples. The paper approximates H by the entropy H_k of the `top_k` largest logits,
+    renormalized, so its w <= 1. This implementation uses the entropy over the complete vocabulary, in
+    [0, ln V], which the same pass computes. Here w can reach (ln V / ln top_k)^alpha, 3.98 for V = 151,936.
+    With mass m outside the top k, H - H_k = h(m) + m (H_rest - H_k), where
+    h(m) = -m ln m - (1 - m) ln(1 - m). The difference is 0 for m = 0 and at most 0.06 in w for m = 0.01. The
+    published code divides by 3.0, which differs from ln 20 by 0.14 %.
 
     Args:
         top_k: >= 2, the number of classes whose uniform distribution has weight 1.
         alpha: >= 0; 0 is plain cross entropy.
 
     Raises:
-        ValueError: `top_k` or `alpha` is outside.
+        ValueError: `top_k` or `alpha` is out of range.
 
     >>> import torch
     >>> from ual_kernels import cross_entropy
@@ -183,53 +187,53 @@ def eaft(top_k: int = 20, alpha: float = 1.0) -> Weighting[TokenFn]:
     2.9957
     """
     if not 2 <= top_k < math.inf:
-        raise ValueError(f"eaft's top_k must be an integer >= 2, got {top_k}; the paper takes 20")
+        raise ValueError(f"eaft's top_k must be an integer >= 2, got {top_k}; the paper uses 20")
     if not 0 <= alpha < math.inf:
-        raise ValueError(f"eaft's alpha must be a number >= 0, got {alpha}; the paper takes 1.0")
+        raise ValueError(f"eaft's alpha must be a number >= 0, got {alpha}; the paper uses 1.0")
     return {"sample_weight": EntropyPower(shift=0.0, unit=math.log(top_k), power=alpha)}
 
 
 def mile(gamma: float = 1.0, sigma: float = 1.0) -> Weighting[TokenFn]:
-    """MiLe loss: w = (sigma + H)^gamma without its gradient, over the whole vocabulary (arXiv 2310.19531).
+    """MiLe loss: w = (sigma + H)^gamma without its gradient, over the complete vocabulary (arXiv 2310.19531).
 
-    Difficult tokens, those with many likely successors, count more. The paper also divides by the mean of w
-    over the batch's tokens, so that the loss keeps the scale of plain cross entropy. No token knows that mean
-    while it is weighted: divide by it afterwards, as the example does (ignored tokens are NaN there).
+    Tokens with many likely continuations have a larger weight. The paper also divides by the mean of w over
+    the tokens of the batch, so that the loss has the scale of plain cross entropy. A function of the
+    statistics cannot compute this mean; divide the loss by it, as in the example (ignored tokens are NaN).
 
     Args:
-        gamma: finite; 0 is plain cross entropy, below 0 easy tokens count more.
-        sigma: > 0, what keeps tokens of no entropy in the loss.
+        gamma: finite; 0 is plain cross entropy, a negative value gives easy tokens a larger weight.
+        sigma: > 0, the weight of tokens with zero entropy for gamma = 1.
 
     Raises:
-        ValueError: `gamma` or `sigma` is outside.
+        ValueError: `gamma` or `sigma` is out of range.
 
     >>> import torch
     >>> from ual_kernels import cross_entropy_with_statistics
     >>> logits, target, options = torch.zeros(3, 4), torch.tensor([1, 2, -100]), mile()
     >>> loss, statistics = cross_entropy_with_statistics(logits, target, **options)
     >>> loss = loss / options["sample_weight"](statistics).nanmean()
-    >>> round(loss.item(), 4)  # log 4: equal weights are no weights
+    >>> round(loss.item(), 4)  # log 4: all weights are equal
     1.3863
     """
     if not -math.inf < gamma < math.inf:
-        raise ValueError(f"mile's gamma must be finite, got {gamma}; the paper takes 1.0")
+        raise ValueError(f"mile's gamma must be finite, got {gamma}; the paper uses 1.0")
     if not 0 < sigma < math.inf:
-        raise ValueError(f"mile's sigma must be a positive number, got {sigma}; the paper takes 1.0")
+        raise ValueError(f"mile's sigma must be a positive number, got {sigma}; the paper uses 1.0")
     return {"sample_weight": EntropyPower(shift=sigma, unit=1.0, power=gamma)}
 
 
 def gem(beta: float = 0.7, *, logit_scale: float = 1.0, softcap: float | None = None) -> Matching:
-    """GEM with linear h: sum_v q_v log p_v - log p_y, q = softmax(z / beta) without gradient (2408.16673).
+    """GEM with linear h: sum_v q_v log p_v - log p_y, q = softmax(z / beta) without gradient.
 
-    Its gradient is dz = q - onehot(y), for the normalisers of log p cancel: that of beta CE(z / beta), which
-    is what these options compute. The value is the paper's plus beta H(q). The statistics are then those of
-    q, so their `entropy` is H(q), and the example gives the paper's value. A `z_loss` beside it
-    would be that of z / beta, times beta.
+    Its gradient is dz = q - onehot(y), because the normalizers of log p cancel. This is the gradient of
+    beta CE(z / beta), which these arguments compute. The value is the paper's plus beta H(q). The statistics
+    are those of q, so their `entropy` is H(q); the example computes the paper's value. An additional `z_loss`
+    is that of z / beta, times beta. (arXiv 2408.16673)
 
     Args:
-        beta: > 0; the paper's, below 1, keep the model from becoming more certain than the data ask.
-        logit_scale, softcap: the model's own, as in `cross_entropy`; they are part of what is returned,
-            because the softcap acts on the scaled logits.
+        beta: > 0; the values below 1 of the paper reduce overconfidence.
+        logit_scale, softcap: the model's values, as in `cross_entropy`. The result contains both, because the
+            softcap acts on the scaled logits.
 
     Raises:
         ValueError: `beta` is not a positive number.
@@ -242,7 +246,7 @@ def gem(beta: float = 0.7, *, logit_scale: float = 1.0, softcap: float | None = 
     0.7267
     """
     if not 0 < beta < math.inf:
-        raise ValueError(f"gem's beta must be a positive number, got {beta}; the paper takes 0.7")
+        raise ValueError(f"gem's beta must be a positive number, got {beta}; the paper uses 0.7")
     return {
         "sample_weight": Constant(beta),
         "logit_scale": logit_scale / beta,
@@ -267,14 +271,14 @@ class EntropyPower:
     power: float
 
     def __call__(self, statistics: TokenStatistics) -> Tensor:
-        # H of a certain token may round to just below 0, whose roots and weights are NaN
+        # H of a confident prediction may round to a negative value, whose root is NaN
         weight: Tensor = (self.shift + statistics.entropy.clamp(min=0.0) / self.unit) ** self.power
         return weight
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """A multiple of another function."""
+    """Another function times a factor."""
 
     function: TokenFn
     factor: float
@@ -285,7 +289,7 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Constant:
-    """The same for every token."""
+    """The same value for every token."""
 
     value: float
 

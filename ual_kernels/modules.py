@@ -1,4 +1,4 @@
-"""The losses as `nn.Module`: constant keywords in the constructor, tensors in `forward`.
+"""The losses as `nn.Module`: constants are arguments of the constructor, tensors of `forward`.
 
 >>> import torch
 >>> from ual_kernels import losses
@@ -52,7 +52,7 @@ class _Loss(nn.Module, Generic[Options]):
         self.backend: Backend = backend
 
     def _keywords(self, **given: Any) -> dict[str, Any]:
-        """The constructor's keywords, with those replaced that the call gives."""
+        """Return the constructor's keywords, replaced by those of the call that are not None."""
         own = {name: getattr(self, name) for name in inspect.signature(_Loss).parameters}
         return own | {name: value for name, value in given.items() if value is not None}
 
@@ -63,17 +63,17 @@ class _Loss(nn.Module, Generic[Options]):
             if isinstance(value, Tensor):
                 shown.append(f"{name}={list(value.shape)}")
             elif value != parameter.default:
-                # the repr of a plain function is an address
+                # the repr of a plain function contains an address
                 shown.append(f"{name}={getattr(value, '__qualname__', repr(value))}")
         return ", ".join(shown)
 
 
 class CrossEntropyLoss(_Loss[CrossEntropyOptions]):
-    """`ual_kernels.cross_entropy`; drop-in for `torch.nn.CrossEntropyLoss`, with the classes last.
+    """`ual_kernels.cross_entropy`; drop-in for `torch.nn.CrossEntropyLoss` with the classes last.
 
-    The keywords are that function's, which checks them when it is called. `label_smoothing` and
-    `sample_weight` are constants or functions of the statistics here, tensors in `forward`. The state dict
-    holds `weight`, if given.
+    The keywords are those of the function, which checks them when it is called. In the constructor
+    `label_smoothing` and `sample_weight` are constants or functions of the statistics; tensors are passed to
+    `forward`. The state dict contains `weight`, if given.
     """
 
     def forward(
@@ -98,11 +98,11 @@ class CrossEntropyLoss(_Loss[CrossEntropyOptions]):
 
 
 class LinearCrossEntropyLoss(_Loss[LinearCrossEntropyOptions]):
-    """`ual_kernels.linear_cross_entropy`; the head is an argument of `forward`, since a model owns its own.
+    """`ual_kernels.linear_cross_entropy`; the head belongs to the model and is an argument of `forward`.
 
-    The keywords are that function's, which checks them when it is called. `label_smoothing` and
-    `sample_weight` are constants or functions of the statistics here, tensors in `forward`. The state dict
-    holds `weight`, if given.
+    The keywords are those of the function, which checks them when it is called. In the constructor
+    `label_smoothing` and `sample_weight` are constants or functions of the statistics; tensors are passed to
+    `forward`. The state dict contains `weight`, if given.
     """
 
     def forward(

@@ -1,14 +1,14 @@
-"""Operator contracts: schema, fake, autograd. Torch only; Triton is imported when an operator needs it.
+"""The operators: schemas, fake implementations, autograd. Triton is imported when an operator needs it.
 
-Four operators in the namespace `ual_kernels`; `_operands` has their arguments and results as records.
+There are four operators in the namespace `ual_kernels`; `_operands` defines their arguments and results.
 
-cross_entropy, cross_entropy_backward   logits are given and saved; backward reads them again
-cross_entropy_inplace                   logits are given and become their own gradient
-linear_cross_entropy                    logits never exist; gradients are computed in forward
+cross_entropy, cross_entropy_backward   logits are saved; backward reads them again
+cross_entropy_inplace                   the gradient overwrites the logits
+linear_cross_entropy                    logits are not materialized; gradients are computed in forward
 
-The loss of the linear operator is `token_scale * (loss of a weight of 1)`. A token's scale holds its sample
-weight and the reduction's divisor, so that gradients computed in forward are final. In the usual case the
-upstream gradient is 1.
+The loss of the linear operator is `token_scale * (loss for a weight of 1)`. The scale of a token contains its
+sample weight and the reduction's divisor, so gradients computed in forward are final if the upstream gradient
+is 1, the usual case.
 """
 
 import importlib
@@ -35,24 +35,25 @@ from ual_kernels._tokens import TokenFns
 from ual_kernels._types import UnsupportedError
 from ual_kernels._vocab_parallel import Shards
 
-_LOGITS, _LINEAR = len(LogitsInputs._fields), len(LinearInputs._fields)  # how many arguments are tensors
+_LOGITS, _LINEAR = len(LogitsInputs._fields), len(LinearInputs._fields)  # numbers of tensor arguments
 
 
 def _body(backend: str, operator: str) -> Any:
-    """The module that computes an operator; Triton's are imported here and nowhere sooner."""
+    """Import and return the module that computes an operator."""
     try:
         return importlib.import_module(f"ual_kernels._{backend}.{operator}")
     except ModuleNotFoundError as error:
         raise UnsupportedError(
-            'the Triton kernels need the package triton: pip install triton, or backend="torch"'
+            'backend="triton" needs the package triton, which is not installed: pip install triton, or use '
+            'backend="torch"'
         ) from error
 
 
 @contextmanager
 def _as_called(tensor: Tensor) -> Iterator[None]:
-    """The context of a body: the tensor's device, since Triton launches on the current one; no autocast.
+    """Make the tensor's device current, because Triton launches on the current device; disable autocast.
 
-    Autocast was applied before an operator was called. Inside, it would round what must stay exact.
+    Autocast is applied before an operator is called. Inside, it would round the accumulator's values.
     """
     device = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
     with torch.autocast(tensor.device.type, enabled=False), device:
@@ -63,7 +64,7 @@ class _Once(torch.autograd.Function):
     """Identity whose backward raises. Without it, double backward would treat the gradients as constants."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, dummy: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
         return gradients
 
     @staticmethod
@@ -74,18 +75,18 @@ class _Once(torch.autograd.Function):
 
 
 def _once(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    if not torch.is_grad_enabled():  # as it is in every backward but one with create_graph
+    if not torch.is_grad_enabled():  # backward without create_graph
         return gradients
-    anchor = torch.zeros((), requires_grad=True)
-    given = iter(_Once.apply(anchor, *(g for g in gradients if g is not None)))  # type: ignore[no-untyped-call]
+    dummy = torch.zeros((), requires_grad=True)
+    given = iter(_Once.apply(dummy, *(g for g in gradients if g is not None)))  # type: ignore[no-untyped-call]
     return tuple(None if g is None else next(given) for g in gradients)
 
 
-# ---- logits in ----
+# ---- cross entropy of given logits ----
 
 
 def cross_entropy(inputs: LogitsInputs, spec: LogitsSpec, shards: Shards) -> LogitsOutputs:
-    """Loss of a sample weight of 1, differentiable by logits and smoothing."""
+    """Loss for a sample weight of 1, differentiable by logits and smoothing."""
     if shards.alone:
         return LogitsOutputs(*cross_entropy_op(*inputs, *spec))
     return LogitsOutputs(*_CrossEntropySharded.apply(*inputs, *spec, shards))  # type: ignore[no-untyped-call]
@@ -94,7 +95,7 @@ def cross_entropy(inputs: LogitsInputs, spec: LogitsSpec, shards: Shards) -> Log
 def cross_entropy_inplace(
     inputs: LogitsInputs, token_scale: Tensor, spec: LogitsSpec, shards: Shards
 ) -> tuple[Tensor, Tensor]:
-    """Loss times `token_scale`, and statistics; the logits become their gradient."""
+    """Loss times `token_scale`, and statistics; the gradient overwrites the logits."""
     loss, statistics = _CrossEntropyInplace.apply(  # type: ignore[no-untyped-call]
         inputs.logits, inputs.smoothing, token_scale, inputs.target, inputs.class_weight, spec, shards
     )
@@ -123,7 +124,7 @@ def _(*values: Any) -> tuple[Tensor, ...]:
     schema=schema(["dloss", "state", LogitsInputs, LogitsSpec], "Tensor"),
 )
 def cross_entropy_backward_op(dloss: Tensor, state: Tensor, *values: Any) -> Tensor:
-    """dlogits [N, V], contiguous, from dloss [N] of any stride."""
+    """Return dlogits [N, V], contiguous, for dloss [N] of any stride."""
     inputs, spec = LogitsInputs(*values[:_LOGITS]), LogitsSpec(*values[_LOGITS:])
     return _logits_gradient(dloss, state, inputs, spec)
 
@@ -158,7 +159,7 @@ def _backward_logits(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
     if wants.logits and ctx.shards is None:
         gradients[0] = cross_entropy_backward_op(dloss, state, *inputs, *ctx.spec)
     elif wants.logits:
-        with torch.no_grad():  # as an operator would have it
+        with torch.no_grad():  # as in an operator
             gradients[0] = _logits_gradient(dloss, state, LogitsInputs(*inputs), ctx.spec, ctx.shards)
     if wants.smoothing:
         gradients[2] = dloss * state[3]
@@ -169,7 +170,7 @@ cross_entropy_op.register_autograd(_backward_logits, setup_context=_save_logits)
 
 
 class _CrossEntropySharded(torch.autograd.Function):
-    """`cross_entropy` of vocab-parallel shards, which no schema can hold; they are the last value."""
+    """`cross_entropy` with vocab-parallel shards as the last argument; a schema cannot contain them."""
 
     @staticmethod
     def forward(*values: Any) -> tuple[Tensor, ...]:
@@ -193,7 +194,7 @@ class _CrossEntropySharded(torch.autograd.Function):
     schema=schema([LogitsInputs, "token_scale", LogitsSpec], tensors(LogitsOutputs), mutated="logits"),
 )
 def cross_entropy_inplace_op(*values: Any) -> tuple[Tensor, ...]:
-    """As `cross_entropy`; the gradient, times `token_scale`, overwrites the logits."""
+    """`cross_entropy` that overwrites the logits with the gradient times `token_scale`."""
     inputs, token_scale = LogitsInputs(*values[:_LOGITS]), values[_LOGITS]
     spec = LogitsSpec(*values[_LOGITS + 1 :])
     with _as_called(inputs.logits):
@@ -206,7 +207,7 @@ def _(*values: Any) -> tuple[Tensor, ...]:
 
 
 class _CrossEntropyInplace(torch.autograd.Function):
-    """Scaled loss [N] and statistics; from forward on, the buffer of `logits` is the gradient."""
+    """Scaled loss [N] and statistics; forward overwrites the buffer of `logits` with the gradient."""
 
     @staticmethod
     def forward(
@@ -219,7 +220,7 @@ class _CrossEntropyInplace(torch.autograd.Function):
         spec: LogitsSpec,
         shards: Shards,
     ) -> tuple[Tensor, Tensor]:
-        # shares the version counter of the logits: an operation that saved them gets autograd's error
+        # it shares the version counter of the logits, so autograd raises if an operation has saved them
         buffer = logits.detach()
         inputs = LogitsInputs(buffer, target, smoothing, class_weight)
         if shards.alone:
@@ -242,8 +243,8 @@ class _CrossEntropyInplace(torch.autograd.Function):
             return None, None, None, *others
         if ctx.buffer is None:
             raise RuntimeError(
-                "backward ran a second time through cross_entropy with inplace_backward=True: the first call "
-                "returned the logits' buffer as their gradient; use retain_graph without inplace_backward"
+                "backward ran a second time through cross_entropy with inplace_backward=True, which supports "
+                "one backward; set inplace_backward=False"
             )
         loss, state, token_scale = ctx.saved_tensors
         with _as_called(dloss):
@@ -252,7 +253,7 @@ class _CrossEntropyInplace(torch.autograd.Function):
         return _once(dlogits, dloss * token_scale * state[3], dloss * loss, *others)
 
 
-# ---- hidden states and head in ----
+# ---- cross entropy of hidden states and head ----
 
 
 def linear_cross_entropy(
@@ -261,7 +262,7 @@ def linear_cross_entropy(
     """Loss, gradients and statistics in one pass over chunks of tokens."""
     if token_fns is None and shards.alone:
         return LinearOutputs(*linear_cross_entropy_op(*inputs, *spec))
-    # no schema can hold functions of the statistics or a process group
+    # a schema cannot contain functions of the statistics or a process group
     return LinearOutputs(
         *_LinearCrossEntropyDirect.apply(*inputs, *spec, token_fns, shards)  # type: ignore[no-untyped-call]
     )
@@ -295,7 +296,7 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.set_materialize_grads(False)
     ctx.spec, ctx.direct = LinearSpec(*inputs[_LINEAR:]), None
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in given[:5]]
-    # a head's gradient is a sum over tokens: it waits until each token's upstream gradient is known
+    # a head's gradient is a sum over tokens and needs the upstream gradient of each token
     ctx.again = ctx.spec.per_token and any(ctx.needs_input_grad[1:5])
     extra = given if ctx.again else ()
     ctx.save_for_backward(outputs.state, given.token_scale, *outputs[3:], *extra)
@@ -320,14 +321,14 @@ def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
         if ctx.direct is None:
             gradients = list(linear_cross_entropy_op(*inputs, *spec)[3:])
         else:
-            with torch.no_grad():  # as an operator would have it
+            with torch.no_grad():  # as in an operator
                 gradients = list(_compute_linear(inputs, spec, *ctx.direct)[3:])
         upstream = torch.ones_like(dloss)
     dinput = None
-    if wants.input:  # in one pass: no float32 [N, D] on the way
+    if wants.input:  # in one pass, without a float32 [N, D]
         dinput = torch.empty_like(gradients[0], dtype=ctx.dtypes[0])
         torch.mul(gradients[0], upstream[:, None], out=dinput)
-    # gradients that are sums over tokens exist only where all tokens share one upstream value
+    # gradients that are sums over tokens exist only if all tokens have the same upstream value
     scalar = upstream[:1].sum()
     summed = [
         scaled(gradient, scalar, dtype) if wanted else None
@@ -343,7 +344,7 @@ linear_cross_entropy_op.register_autograd(_backward_linear, setup_context=_save_
 
 
 class _LinearCrossEntropyDirect(torch.autograd.Function):
-    """`linear_cross_entropy` without an operator; the last two values are `token_fns` and `shards`."""
+    """`linear_cross_entropy` without an operator; the last two arguments are `token_fns` and `shards`."""
 
     @staticmethod
     def forward(*values: Any) -> tuple[Tensor, ...]:

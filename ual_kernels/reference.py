@@ -1,11 +1,11 @@
-"""The oracle: the loss as its definition reads, in eager PyTorch, in the dtype it is given.
+"""The reference implementation: the definition of the loss in eager PyTorch, in the dtype of its input.
 
     z    = softcap tanh(logit_scale x / softcap)           (z = logit_scale x without a softcap)
     q    = (1 - s) onehot(y) + s / V
     loss = - sum_v c_v q_v log softmax(z)_v  +  z_loss lse(z)^2
 
-s is one number per row; c are class weights (1 without them). It allocates [N, V] several times and is
-right; every other backend is measured against it in float64. Differentiable twice.
+s is one value per token; c are class weights (1 without them). It allocates [N, V] several times. Every other
+backend is compared with it in float64. It is twice differentiable.
 """
 
 import torch
@@ -25,7 +25,7 @@ def cross_entropy(
     logit_scale: float = 1.0,
     z_loss: float = 0.0,
 ) -> Tensor:  # [N]
-    """Per-token loss: 0 where ignored, whatever the logits; NaN where target or smoothing is out of range."""
+    """Per-token loss: 0 if ignored, even if logits are NaN; NaN if the target is out of range."""
     vocab = input.shape[-1]
     selected = target != ignore_index
     valid = (target >= 0) & (target < vocab)
@@ -38,7 +38,7 @@ def cross_entropy(
     else:
         nll = nll * weight.to(nll.dtype)[y.squeeze(-1)]
         uniform = -(log_p * weight.to(nll.dtype)).mean(dim=-1)
-    # a logit of -inf makes `uniform` infinite, which a row that does not smooth must not see (0 inf = nan)
+    # a logit of -inf makes `uniform` infinite; tokens without smoothing must not use it (0 * inf is NaN)
     uniform = torch.where((label_smoothing == 0) & uniform.isinf(), 0.0, uniform)
     loss = (1 - label_smoothing) * nll + label_smoothing * uniform
     if z_loss:
@@ -55,7 +55,7 @@ def statistics(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:  # [7, N], the fields of TokenStatistics
-    """Per-token statistics by their definitions; NaN where ignored (0 in the last row)."""
+    """Per-token statistics by their definitions; ignored tokens are NaN, and 0 in `correct`."""
     with torch.no_grad():
         vocab = input.shape[-1]
         selected = (target != ignore_index) & (target >= 0) & (target < vocab)
@@ -64,7 +64,7 @@ def statistics(
         log_p = torch.log_softmax(z, dim=-1)
         z_y = z.gather(-1, y).squeeze(-1)
         top = z.topk(min(2, vocab), dim=-1).values
-        rows = torch.stack(
+        packed = torch.stack(
             [
                 torch.logsumexp(z, dim=-1),
                 log_p.gather(-1, y).squeeze(-1),
@@ -75,11 +75,11 @@ def statistics(
                 (z_y >= top[:, 0]).to(z.dtype),
             ]
         )
-        ignored = rows.new_tensor([torch.nan] * 6 + [0.0])[:, None]
-        return torch.where(selected, rows, ignored)
+        ignored = packed.new_tensor([torch.nan] * 6 + [0.0])[:, None]
+        return torch.where(selected, packed, ignored)
 
 
 def final_logits(input: Tensor, *, softcap: float | None = None, logit_scale: float = 1.0) -> Tensor:
-    """Raw logits, scaled, then capped: softcap * tanh(logit_scale * x / softcap)."""
+    """Scale and cap raw logits: softcap * tanh(logit_scale * x / softcap)."""
     z = input * logit_scale if logit_scale != 1.0 else input
     return z if softcap is None else softcap * torch.tanh(z / softcap)

@@ -1,4 +1,4 @@
-"""Per-token statistics of one pass over the vocabulary."""
+"""Per-token statistics that one pass over the vocabulary computes."""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 LINEAR_STATISTICS = 8  # the fields of TokenStatistics
-LOGITS_STATISTICS = 7  # all but dropped_mass: given logits, nothing is dropped
+LOGITS_STATISTICS = 7  # without dropped_mass: `cross_entropy` has no gradient_filter
 
 
 class TokenStatistics(NamedTuple):
-    """Statistics of softmax(z) for each token, detached; z are the logits after `logit_scale` and `softcap`.
+    """Detached statistics of softmax(z) for each token; z are the logits after `logit_scale` and `softcap`.
 
-    Every field has the target's shape and the accumulator's dtype (float32; float64 for float64 input),
-    except `correct`. Ignored tokens hold NaN, and False in `correct`.
+    Every field has the shape of `target`. The dtype is the accumulator's (float32; float64 for float64
+    input), and bool for `correct`. Ignored tokens are NaN, and False in `correct`.
     """
 
     lse: Tensor
@@ -30,13 +30,13 @@ class TokenStatistics(NamedTuple):
     mean_logit: Tensor
     """The mean of z over the vocabulary."""
     correct: Tensor
-    """bool: no logit exceeds the target's."""
+    """Whether no logit exceeds the target's."""
     dropped_mass: Tensor
-    """Probability whose gradient `gradient_filter` spread evenly over its tile, in [0, 1]; 0 without it."""
+    """Probability, in [0, 1], whose gradient `gradient_filter` spread evenly over its tile; 0 without it."""
 
     @classmethod
     def unpack(cls, packed: Tensor, shape: tuple[int, ...]) -> "TokenStatistics":
-        """Make the named view of an operator's output, [8, N] or, without dropped mass, [7, N]."""
+        """Convert an operator's output, [8, N] or [7, N] without dropped mass, to fields of a shape."""
         fields = [field.reshape(shape) for field in packed.unbind(0)]
         if len(fields) == LOGITS_STATISTICS:
             fields.append(torch.zeros_like(fields[0]).masked_fill(fields[0].isnan(), torch.nan))
@@ -44,7 +44,7 @@ class TokenStatistics(NamedTuple):
 
 
 TokenFn: TypeAlias = Callable[[TokenStatistics], Tensor]
-"""A number for each token from its own statistics: fields [M] of some tokens in, [M] out.
+"""A function that computes a value per token, [M], from the statistics of M tokens, whose fields are [M].
 
-Where ignored tokens are among them (`cross_entropy`, compact=False), what it returns for those is not used.
+Ignored tokens may be among them (`cross_entropy`, compact=False); their values are not used.
 """

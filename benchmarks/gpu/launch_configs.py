@@ -33,38 +33,38 @@ from benchmarks.problems import FROZEN, PROBLEMS, Case, Problem
 from benchmarks.report import failure
 from ual_kernels import linear_cross_entropy
 from ual_kernels._triton import linear_cross_entropy as kernels
-from ual_kernels._triton.linear_cross_entropy import GemmPlan, Platform
+from ual_kernels._triton.linear_cross_entropy import GemmLaunchConfig, Platform
 
 # two results whose errors are at most the rounding of bfloat16, 2.3e-3 each
 _APART = 5e-3
 # variant, block_m, block_n, block_k, group, num_warps, num_stages, flatten
-SWEEP: tuple[tuple[str, GemmPlan], ...] = (
-    ("tma", GemmPlan(128, 256, 64, 8, 8, 4, True)),
-    ("tma", GemmPlan(128, 256, 64, 16, 8, 4, True)),
-    ("tma", GemmPlan(128, 256, 64, 32, 8, 4, True)),
-    ("tma", GemmPlan(128, 256, 64, 8, 8, 4, False)),
-    ("tma", GemmPlan(128, 256, 64, 16, 8, 4, False)),
-    ("tma", GemmPlan(256, 128, 64, 8, 8, 4, True)),
-    ("tma", GemmPlan(128, 256, 128, 8, 8, 2, True)),
-    ("tma", GemmPlan(128, 128, 64, 8, 4, 3, True)),
-    ("pointer", GemmPlan(128, 256, 64, 8, 8, 3)),
-    ("pointer", GemmPlan(128, 128, 64, 8, 8, 3)),
+SWEEP: tuple[tuple[str, GemmLaunchConfig], ...] = (
+    ("tma", GemmLaunchConfig(128, 256, 64, 8, 8, 4, True)),
+    ("tma", GemmLaunchConfig(128, 256, 64, 16, 8, 4, True)),
+    ("tma", GemmLaunchConfig(128, 256, 64, 32, 8, 4, True)),
+    ("tma", GemmLaunchConfig(128, 256, 64, 8, 8, 4, False)),
+    ("tma", GemmLaunchConfig(128, 256, 64, 16, 8, 4, False)),
+    ("tma", GemmLaunchConfig(256, 128, 64, 8, 8, 4, True)),
+    ("tma", GemmLaunchConfig(128, 256, 128, 8, 8, 2, True)),
+    ("tma", GemmLaunchConfig(128, 128, 64, 8, 4, 3, True)),
+    ("pointer", GemmLaunchConfig(128, 256, 64, 8, 8, 3)),
+    ("pointer", GemmLaunchConfig(128, 128, 64, 8, 8, 3)),
 )
-TINY_SWEEP: tuple[tuple[str, GemmPlan], ...] = (
-    ("tma", GemmPlan(16, 64, 32, 2, 4, 1, True)),
-    ("pointer", GemmPlan(16, 128, 32, 2, 4, 1)),
+TINY_SWEEP: tuple[tuple[str, GemmLaunchConfig], ...] = (
+    ("tma", GemmLaunchConfig(16, 64, 32, 2, 4, 1, True)),
+    ("pointer", GemmLaunchConfig(16, 128, 32, 2, 4, 1)),
 )
 
 
 @contextmanager
-def launched_with(plan: GemmPlan) -> Iterator[None]:
+def launched_with(plan: GemmLaunchConfig) -> Iterator[None]:
     """Within this context, every GEMM that makes x is launched with `plan`."""
-    choose = Platform.plan
-    Platform.plan = lambda *_: plan  # type: ignore[method-assign]
+    choose = Platform.launch_config
+    Platform.launch_config = lambda *_: plan  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Platform.plan = choose  # type: ignore[method-assign]
+        Platform.launch_config = choose  # type: ignore[method-assign]
 
 
 class _Stopwatch:
@@ -125,7 +125,7 @@ def sweep(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
     loss, gradient = step(case, "exact")
     platform = Platform.of(case.hidden)
     now = "tma" if platform.tma else "pointer"
-    given = now, platform.plan(now)
+    given = now, platform.launch_config(now)
     configs = [given, *(p for p in (SWEEP if CUDA else TINY_SWEEP) if p != given)]
     for variant, plan in configs:
         shape = " ".join(f"{k}={v}" for k, v in plan._asdict().items() if k != "source")
@@ -141,7 +141,7 @@ def sweep(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def _measured(
-    case: Case, variant: str, plan: GemmPlan, rounds: int, loss: Tensor, gradient: Tensor
+    case: Case, variant: str, plan: GemmLaunchConfig, rounds: int, loss: Tensor, gradient: Tensor
 ) -> dict[str, Any]:
     """Return the seconds of the GEMM and of the step, if the results of the step are correct."""
     with launched_with(plan):

@@ -309,11 +309,11 @@ def sweep(run: Run) -> None:
             run.emit(f"{problem.name} {record.pop('launch_config')}", **record)
     problem = run.problems("llama3")[0]
     case, copied = problem.logits(DEVICE, torch.bfloat16), _copied(problem, run)
-    choose = of_logits.plan
+    choose = of_logits.launch_config
     for block, warps in ((16_384, 32), (8_192, 16), (16_384, 16), (8_192, 32), (4_096, 8), (32_768, 32)):
         if block > problem.vocab:
             continue
-        of_logits.plan = lambda *_, shape=(block, warps), **__: of_logits.Plan(*shape)
+        of_logits.launch_config = lambda *_, shape=(block, warps), **__: of_logits.LaunchConfig(*shape)
         try:
             taken = _best(measure.training_step(_given_logits(True), case), run)
             run.emit(f"logits in place {block} {warps} warps", ms=taken * 1e3, of_copy=copied / taken)
@@ -322,7 +322,7 @@ def sweep(run: Run) -> None:
                 f"logits in place {block} {warps} warps", raised=f"{type(error).__name__}: {error}"[:200]
             )
         finally:
-            of_logits.plan = choose
+            of_logits.launch_config = choose
 
 
 # ---- complete steps ----

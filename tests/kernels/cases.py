@@ -1,17 +1,17 @@
-"""The loss by its definition, inputs to try it on, and how far from it a backend may be.
+"""The definition of the loss, test inputs, and the accuracy that a backend must reach.
 
-Two rules decide, and neither holds a number that was tuned:
+There are two accuracy criteria. Neither contains a tuned number.
 
-1. Against eager. The error against float64, on the same (already rounded) inputs, is at most twice that of
-   `definition` in the accumulator's dtype, plus four roundings of the largest value in the dtype returned (a
-   gradient by a number per row is a product of four: upstream, weight, divisor, derivative).
-2. At the floor. Rounding to nearest moves a number in [2^e, 2^(e+1)) by a uniform error of at most
-   eps 2^e / 2, hence by eps 2^e / sqrt(12) in the mean square: a rounded tensor is off by at most
-   eps / sqrt(12) in the Frobenius norm (bfloat16: 2.26e-3; 1.66e-3 when its mantissas are spread as those of
-   normal numbers, since few are near 1). What is returned in 16 bits must be no further off than that
-   *altogether*: whatever the arithmetic inside adds has to fit into the gap between 1.66e-3 and 2.26e-3.
-   Twice the error of logits in bfloat16 would let 2e-2 pass. A vector, dominated by a few numbers, has no
-   such mean: there each number is within one unit in its last place.
+1. As accurate as eager. The error against float64, on the same rounded inputs, is at most twice the error of
+   `definition` in the accumulator's dtype plus four roundings of the largest value in the returned dtype. (A
+   gradient by a per-token argument is a product of four: upstream, weight, divisor, derivative.)
+2. At the floor. Rounding to nearest changes a number in [2^e, 2^(e+1)) by a uniformly distributed error of at
+   most eps 2^e / 2, whose root mean square is eps 2^e / sqrt(12). The relative error of a rounded tensor in
+   the Frobenius norm is therefore at most eps / sqrt(12). For bfloat16 this bound is 2.26e-3, and 1.66e-3 is
+   typical for normally distributed values. The *total* error of a 16-bit result must not exceed the bound, so
+   all other errors must fit into the difference. A bound of twice the error of bfloat16 logits would allow
+   2e-2. In a vector few values may dominate the norm. There each value must be within one unit in the last
+   place.
 """
 
 import math
@@ -46,32 +46,32 @@ def definition(
     z_loss: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """H(q, softmax(z)) with q written out, for legal arguments; nothing here is shared with the package."""
+    """H(q, softmax(z)) with explicit q, for valid arguments. It shares no code with the package."""
 
     def per_token(value: float | Tensor) -> Tensor:
         value = torch.as_tensor(value, device=target.device).to(dtype)
         return value.reshape(value.shape + (1,) * (target.ndim - value.ndim)).expand(target.shape)
 
-    live = target != ignore_index
-    z = input.to(dtype)[live] * logit_scale
+    selected = target != ignore_index
+    z = input.to(dtype)[selected] * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    y, vocab = target[live].long(), z.shape[-1]
-    s = per_token(label_smoothing)[live][:, None]
-    w = per_token(1.0 if sample_weight is None else sample_weight)[live]
+    y, vocab = target[selected].long(), z.shape[-1]
+    s = per_token(label_smoothing)[selected][:, None]
+    w = per_token(1.0 if sample_weight is None else sample_weight)[selected]
     c = z.new_ones(vocab) if weight is None else weight.to(dtype)
     hit = torch.nn.functional.one_hot(y, vocab).to(dtype)
     spread = torch.full_like(hit, 1 / vocab) if smoothing_over == "all" else (1 - hit) / max(vocab - 1, 1)
     q = (1 - s) * hit + s * spread
     loss = w * (-(c * q * torch.log_softmax(z, -1)).sum(-1) + z_loss * torch.logsumexp(z, -1) ** 2)
     if reduction == "none":
-        return z.new_zeros(target.shape).masked_scatter(live, loss)
-    if reduction == "sum" or not live.any():
+        return z.new_zeros(target.shape).masked_scatter(selected, loss)
+    if reduction == "sum" or not selected.any():
         return loss.sum()
     return loss.sum() / ((w * c[y]).sum() if num_items is None else torch.as_tensor(num_items).to(dtype))
 
 
-# ---- the losses with flat keywords: grids combine the options' fields with the other keywords ----
+# ---- the losses with the fields of options as keywords ----
 
 
 LOGITS_FIELDS = tuple(field.name for field in fields(CrossEntropyOptions))
@@ -79,9 +79,9 @@ LINEAR_FIELDS = tuple(field.name for field in fields(LinearCrossEntropyOptions))
 
 
 def cross_entropy(input: Tensor, target: Tensor, *, return_statistics: bool = False, **keywords: Any) -> Any:
-    """`ual_kernels.cross_entropy`, with the fields of its options as keywords.
+    """`ual_kernels.cross_entropy` with the fields of its options as keywords.
 
-    `return_statistics` chooses `cross_entropy_with_statistics`; `smoothing_over` converts by `losses.others`.
+    `return_statistics` calls `cross_entropy_with_statistics`. `smoothing_over` converts by `losses.others`.
     """
     nested = _nested(keywords, LOGITS_FIELDS, CrossEntropyOptions, input.shape[-1])
     if return_statistics:
@@ -99,9 +99,9 @@ def linear_cross_entropy(
     classes: int | None = None,
     **keywords: Any,
 ) -> Any:
-    """`ual_kernels.linear_cross_entropy`, likewise.
+    """`ual_kernels.linear_cross_entropy` with the fields of its options as keywords.
 
-    `vocab_size` slices a padded head; `classes` counts those of all shards.
+    `vocab_size` slices a padded head. `classes` is the number of classes of all shards.
     """
     if vocab_size is not None:
         linear_weight = linear_weight[:vocab_size]
@@ -125,7 +125,7 @@ def _nested(
     return nested | ({"options": options(**chosen)} if chosen else {})
 
 
-# One flag at a time, then all that go together. `weight` is filled in by `options`, which knows V.
+# One flag at a time, then all compatible flags. `options` sets `weight`, which depends on V.
 OPTIONS: dict[str, dict[str, Any]] = {
     "mean": {},
     "sum": {"reduction": "sum"},
@@ -143,7 +143,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def options(name: str, vocab: int, device: torch.device) -> dict[str, Any]:
-    """The flags of a name, ready to pass."""
+    """Return the keywords of OPTIONS by name."""
     chosen = dict(OPTIONS[name])
     if "weight" in chosen:
         chosen["weight"] = torch.linspace(0.0, 2.0, vocab, device=device)
@@ -151,27 +151,27 @@ def options(name: str, vocab: int, device: torch.device) -> dict[str, Any]:
 
 
 def logits_case(
-    rows: int, vocab: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0
+    tokens: int, vocab: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Leaves to differentiate (input, label_smoothing, sample_weight) and targets, the second row ignored."""
+    """Leaves (input, label_smoothing, sample_weight) and targets; the second token is ignored."""
     acc = torch.promote_types(dtype, torch.float32)
-    target = torch.randint(vocab, (rows,), device=device)
+    target = torch.randint(vocab, (tokens,), device=device)
     target[1:2] = -100
     leaves = {
-        "input": (torch.randn(rows, vocab, device=device, dtype=torch.float64) * scale).to(dtype),
-        "label_smoothing": torch.rand(rows, device=device, dtype=acc),
-        "sample_weight": torch.rand(rows, device=device, dtype=acc) + 0.5,
+        "input": (torch.randn(tokens, vocab, device=device, dtype=torch.float64) * scale).to(dtype),
+        "label_smoothing": torch.rand(tokens, device=device, dtype=acc),
+        "sample_weight": torch.rand(tokens, device=device, dtype=acc) + 0.5,
     }
     return {name: leaf.requires_grad_() for name, leaf in leaves.items()}, target
 
 
 def linear_case(
-    rows: int, vocab: int, features: int, dtype: torch.dtype, device: torch.device
+    tokens: int, vocab: int, features: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Leaves as above, with hidden states and a head whose logits have a standard deviation of about 3."""
-    leaves, target = logits_case(rows, vocab, dtype, device)
+    """Leaves with hidden states and a head whose logits have a standard deviation of about 3."""
+    leaves, target = logits_case(tokens, vocab, dtype, device)
     wide = {"device": device, "dtype": torch.float64}
-    leaves["input"] = torch.randn(rows, features, **wide).to(dtype)
+    leaves["input"] = torch.randn(tokens, features, **wide).to(dtype)
     leaves["linear_weight"] = (torch.randn(vocab, features, **wide) * 3 / math.sqrt(features)).to(dtype)
     leaves["linear_bias"] = torch.randn(vocab, **wide).to(dtype)
     return {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}, target
@@ -186,7 +186,7 @@ def linear_definition(
     dtype: torch.dtype = torch.float64,
     **rest: Any,
 ) -> Tensor:
-    """`definition` of the product."""
+    """`definition` of the logits of hidden states and head."""
     bias = None if linear_bias is None else linear_bias.to(dtype)
     logits = torch.nn.functional.linear(input.to(dtype), linear_weight.to(dtype), bias)
     return definition(logits, target, dtype=dtype, **rest)
@@ -196,7 +196,7 @@ ADAPTER_SCALE = 0.75
 
 
 def frozen(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same leaves with a head that is not trained."""
+    """Return the leaves with a head that is not trained."""
     head = ("linear_weight", "linear_bias")
     return {name: leaf.detach().requires_grad_(name not in head) for name, leaf in leaves.items()}
 
@@ -204,7 +204,7 @@ def frozen(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 def with_adapter(
     leaves: dict[str, Tensor], rank: int = 3, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The same leaves beside a LoRA adapter A [r, D], B [V, r] of the head, whose logits are as large."""
+    """Add a LoRA adapter A [r, D], B [V, r] of the head, whose logits are as large as the head's."""
     head = leaves["linear_weight"]
     wide = {"device": head.device, "dtype": torch.float64}
     a = torch.randn(rank, head.shape[1], **wide) / math.sqrt(head.shape[1])
@@ -213,14 +213,14 @@ def with_adapter(
 
 
 def frozen_with_adapter(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """LoRA's usual case."""
+    """Return the leaves with a frozen head and an adapter, the usual case of LoRA."""
     return with_adapter(frozen(leaves))
 
 
 def adapted(
     loss: Callable[..., Any], lora_a: Tensor | None = None, lora_b: Tensor | None = None, **rest: Any
 ) -> Any:
-    """A linear loss of the package, of leaves that may include an adapter."""
+    """Call a linear loss of the package with leaves that may include an adapter."""
     adapter = None if lora_a is None or lora_b is None else (lora_a, lora_b, ADAPTER_SCALE)
     return loss(**rest, linear_lora=adapter)
 
@@ -232,7 +232,7 @@ def merged_definition(
     dtype: torch.dtype = torch.float64,
     **rest: Any,
 ) -> Tensor:
-    """`linear_definition` of the head with the adapter in it."""
+    """`linear_definition` of the head merged with the adapter."""
     if lora_a is not None and lora_b is not None:
         linear_weight = linear_weight.to(dtype) + ADAPTER_SCALE * lora_b.to(dtype) @ lora_a.to(dtype)
     return linear_definition(linear_weight=linear_weight, dtype=dtype, **rest)
@@ -241,7 +241,7 @@ def merged_definition(
 def measure(
     loss: Callable[..., Tensor], leaves: dict[str, Tensor], target: Tensor, **chosen: Any
 ) -> dict[str, Tensor]:
-    """The loss, and its gradient by every leaf that requires one, for an upstream that is not 1."""
+    """Return the loss and the gradients of all leaves that require one, for an upstream gradient != 1."""
     leaves = {name: leaf.detach().requires_grad_(leaf.requires_grad) for name, leaf in leaves.items()}
     value = loss(target=target, **leaves, **chosen)
     upstream = torch.linspace(0.5, 2.0, value.numel(), device=value.device).reshape(value.shape).to(value)
@@ -251,14 +251,14 @@ def measure(
 
 
 def as_float64(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same numbers, wider."""
+    """Convert the leaves to float64."""
     return {name: leaf.detach().double().requires_grad_(leaf.requires_grad) for name, leaf in leaves.items()}
 
 
 def assert_as_accurate_as_eager(
     actual: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]
 ) -> None:
-    """Rule 1. In float64 eager is the measuring stick itself, and 64 roundings stand for its error."""
+    """Criterion 1. In float64, eager is the exact result, and 64 roundings are allowed."""
     for name, truth in exact.items():
         ours, theirs = actual[name], eager[name]
         assert ours.dtype == theirs.dtype, f"{name}: {ours.dtype} instead of {theirs.dtype}"
@@ -266,22 +266,22 @@ def assert_as_accurate_as_eager(
         rounding = torch.finfo(ours.dtype).eps * (truth.abs().max().item() if truth.numel() else 0.0)
         budget = 2 * _worst(theirs, truth) + (64 if ours.dtype == torch.float64 else 4) * rounding
         error = _worst(ours, truth)
-        assert error <= budget, f"{name}: error {error:.3e} over budget {budget:.3e}"
+        assert error <= budget, f"{name}: error {error:.3e} exceeds {budget:.3e}"
 
 
 def assert_at_the_floor(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Rule 2 for what is returned in 16 bits; float32 sums of exact products are good to 64 roundings."""
+    """Criterion 2 for 16-bit results; for float32 results, 64 roundings are allowed."""
     for name, truth in exact.items():
         ours, eps = actual[name], torch.finfo(actual[name].dtype).eps
         errors = (ours.double() - truth).abs()
         if ours.dtype in HALVES and ours.ndim == 1:
             unit = eps * truth.abs().clamp(min=torch.finfo(ours.dtype).smallest_normal)
             cancelled = 64 * torch.finfo(torch.float32).eps * truth.abs().max()
-            assert (errors <= unit + cancelled).all(), f"{name}: more than a unit in the last place off"
+            assert (errors <= unit + cancelled).all(), f"{name}: error above one unit in the last place"
             continue
         budget = eps / math.sqrt(12) if ours.dtype in HALVES else 64 * eps
         error = (errors.norm() / truth.norm()).item()
-        assert error <= budget, f"{name}: relative error {error:.3e} over the floor {budget:.3e}"
+        assert error <= budget, f"{name}: relative error {error:.3e} exceeds the floor {budget:.3e}"
 
 
 def _worst(a: Tensor, truth: Tensor) -> float:
@@ -289,5 +289,5 @@ def _worst(a: Tensor, truth: Tensor) -> float:
 
 
 def names(dtypes: list[torch.dtype]) -> list[Any]:
-    """Dtypes as parameters with readable names."""
+    """Return dtypes as parameters with readable names."""
     return [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in dtypes]

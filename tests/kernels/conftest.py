@@ -1,4 +1,4 @@
-"""The heap is poisoned, and the interpreter rounds."""
+"""Fill new memory with NaN and repair Triton's interpreter."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 from tests.conftest import GPU
 
 if GPU:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required for a deterministic cuBLAS
 else:
     from tests.kernels.interpreter import repair
 
@@ -17,10 +17,10 @@ else:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_allocations() -> Iterator[None]:
-    """Fresh memory starts as NaN (the largest integer, for integers), and an operation that races raises.
+def nan_filled_allocations() -> Iterator[None]:
+    """Fill new memory with NaN (integers: with the largest value), and raise on nondeterministic operations.
 
-    So an output that nobody wrote cannot look right, and "same inputs, same bits" is tested everywhere.
+    An output that was not written fails the tests. Equal inputs give equal bits in every test.
     """
     torch.use_deterministic_algorithms(True)
     yield

@@ -1,12 +1,12 @@
-"""Two repairs of Triton's interpreter (3.6 to 3.9 at least): of a number, and of its speed.
+"""Two repairs of Triton's interpreter (at least 3.6 to 3.9): rounding to bfloat16 and speed.
 
-float32 becomes bfloat16 by rounding to nearest even, as on a GPU. The interpreter cuts the low bits off, so
-that half of all stored gradients are one unit in the last place away from what a GPU stores, and no budget
-that is tight enough to catch a bug holds. Our kernels widen right after each load and narrow only in a store,
-so nothing else of its bfloat16 is needed.
+With the repair, float32 is rounded to the nearest even bfloat16, as on a GPU. The interpreter truncates, so
+half of all stored gradients differ from a GPU's by one unit in the last place, which exceeds the accuracy
+criteria of the tests. The kernels convert to float32 after each load and to bfloat16 only in stores, so they
+need no other bfloat16 arithmetic.
 
-And it exchanges the members of `triton.language` at every call of a device function, `tl.sum` among them,
-though they have been exchanged when the launch began: half of a small kernel's time.
+The interpreter also replaces the members of `triton.language` at every call of a device function, including
+`tl.sum`, although it has replaced them at the launch. This takes half of the time of a small kernel.
 """
 
 from functools import cache
@@ -21,9 +21,9 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorH
 
 @cache
 def repair() -> None:
-    """Make both repairs for the rest of the process."""
+    """Apply both repairs for the rest of the process."""
     _round_to_nearest_even()
-    _exchange_once_a_launch()
+    _replace_once_per_launch()
 
 
 def _round_to_nearest_even() -> None:
@@ -33,24 +33,24 @@ def _round_to_nearest_even() -> None:
         if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
             return cast(self, source, to)
         rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
-        # the interpreter keeps a bfloat16 as its bits
+        # the interpreter represents a bfloat16 by its bits
         return TensorHandle(rounded.view(torch.uint16).numpy().reshape(source.data.shape), tl.bfloat16)
 
     InterpreterBuilder.cast_impl = cast_impl
 
 
-def _exchange_once_a_launch() -> None:
-    launch, exchange = GridExecutor.__call__, interpreter._patch_lang
-    done: set[int] = set()  # modules, by their globals: what is exchanged depends on nothing else
+def _replace_once_per_launch() -> None:
+    launch, replace = GridExecutor.__call__, interpreter._patch_lang
+    done: set[int] = set()  # ids of modules' globals, which determine what is replaced
 
-    def launch_afresh(self: GridExecutor, *args: Any, **options: Any) -> None:
-        done.clear()  # a launch puts the members back when it ends
+    def launch_and_reset(self: GridExecutor, *args: Any, **options: Any) -> None:
+        done.clear()  # a launch restores the members at its end
         launch(self, *args, **options)
 
-    def exchange_once(fn: Any) -> Any:
+    def replace_once(fn: Any) -> Any:
         if id(fn.__globals__) in done:
             return interpreter._LangPatchScope()
         done.add(id(fn.__globals__))
-        return exchange(fn)
+        return replace(fn)
 
-    GridExecutor.__call__, interpreter._patch_lang = launch_afresh, exchange_once
+    GridExecutor.__call__, interpreter._patch_lang = launch_and_reset, replace_once

@@ -1,4 +1,4 @@
-"""What the assemblers say of the kernels we ship; the command `ual_kernels.aot` says it of every plan."""
+"""Machine code of a selection of kernels; the command `ual_kernels.aot` reports all launch configs."""
 
 import json
 import os
@@ -15,24 +15,24 @@ from ual_kernels import aot
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 SELECTED = (
     "*/forward/all/*/32000",  # the most registers, in every dtype
-    "*/forward/weighted/bf16/1000",  # nothing divides by 16: no vector loads, other register counts
+    "*/forward/weighted/bf16/1000",  # not a multiple of 16: no vector loads, other register counts
     "*/forward/all/fp32/1000",
-    "*/plain/bf16/32000",  # the usual call
+    "*/plain/bf16/32000",  # a typical call
     "*/forward/inplace/bf16/32000",
     "linear*/pointer/*/128256",
     "linear*/tma/*/128256",
     "linear*/tma/frozen/*/50257",
     "linear*/own_maximum/all/*",
     "linear*/own_maximum/again/*",
-    "linear*/rows/all/*",
+    "linear*/exponentials/all/*",
     "linear*/far/*",
 )
-# a second release of Triton, whose machine code differs; CI installs it into a folder of its own
+# the folder of another Triton release, whose machine code differs; CI installs it
 OTHER = os.environ.get("UAL_OTHER_TRITON", "")
 
 
 def compiling(*arguments: str, release: str = "") -> subprocess.CompletedProcess[str]:
-    """A fresh process, since the interpreter has replaced the compiler's own library here."""
+    """Run a new process, because the interpreter has replaced the compiler's library in this process."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     if release:
         environment["PYTHONPATH"] = release
@@ -60,33 +60,33 @@ def test_nothing_spills(dtype: str, target: str) -> None:
     assert [r for r in found if r["spill_bytes"]] == []
 
 
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes a block may have
-EXPONENTIALS = 2 * 132 + 16  # 128 a thread, in the two epilogues of a flattened loop, and a few beside them
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # available bytes per block
+EXPONENTIALS = 2 * 132 + 16  # 128 per thread in each of the two epilogues of a flattened loop, and a few more
 
 
 def assert_a_gemm_is_fast(report: dict[str, Any]) -> None:
-    """What the machine code of a GEMM must show on any card: nothing of it needs a clock."""
+    """Check properties of a GEMM's machine code that determine its speed."""
     instructions = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
     assert report["spill_bytes"] == 0, report
     assert report["tensor_core"].keys() == {instructions[report["target"]]}, report
     assert report["shared_bytes"] <= SHARED[report["target"]], report
-    assert report["serialised"] == 0, report  # or ptxas waits after each product: two to three times slower
+    assert report["serialized"] == 0, report  # a wait after each product costs a factor of two to three
     assert report["conversions"] == 0, report
     assert report["exponentials"] <= EXPONENTIALS, report
     writes = "/loss/" not in report["name"]
     if "/tma/" in report["name"]:
         assert report["loads"]["tma"] >= 2, report
-        if "biased" not in report["name"]:  # whose bias comes in vectors
-            assert "128" not in report["loads"], report  # operands come by descriptors alone
+        if "biased" not in report["name"]:  # the bias is loaded in vectors
+            assert "128" not in report["loads"], report  # operands are loaded only by descriptors
         assert report["stores"].get("tma", 0) >= writes, report
     elif writes:
-        assert "128" in report["stores"], report  # x leaves in whole vectors
+        assert "128" in report["stores"], report  # x is stored in complete vectors
         assert "16" not in report["stores"], report
 
 
 @pytest.mark.kills(
     "ual_kernels/_triton/linear_cross_entropy.py",
-    "        # two halves, so that the registers of one epilogue serve both; the split moves nothing\n",
+    "        # two halves, so that both epilogues use the same registers; the split moves no data\n",
     "        if tl.max((y >= column).to(tl.int32), axis=0) > 0:\n"
     "            here = y[:, None] == column + tl.arange(0, BLOCK_N)[None, :]\n"
     "            acc = tl.where(here, float('-inf'), acc)\n",
@@ -98,8 +98,8 @@ def assert_a_gemm_is_fast(report: dict[str, Any]) -> None:
 )
 @pytest.mark.kills(
     "ual_kernels/_triton/linear_cross_entropy.py",
-    '("sm_90", "tma"): GemmPlan(128, 256, 64, 8, 8, 4, flatten=True)',
-    '("sm_90", "tma"): GemmPlan(128, 256, 64, 8, 4, 4, flatten=True)',
+    '("sm_90", "tma"): GemmLaunchConfig(128, 256, 64, 8, 8, 4, flatten=True)',
+    '("sm_90", "tma"): GemmLaunchConfig(128, 256, 64, 8, 4, 4, flatten=True)',
 )
 @pytest.mark.parametrize("label", ["frozen", "statistics", "loss", "biased", "lora", "lora-statistics"])
 @pytest.mark.parametrize("variant", ["tma", "pointer"])
@@ -110,7 +110,7 @@ def test_the_machine_code_of_a_gemm(variant: str, label: str) -> None:
         assert_a_gemm_is_fast(report)
 
 
-@pytest.mark.skipif(not OTHER, reason="UAL_OTHER_TRITON names no folder with another release of Triton")
+@pytest.mark.skipif(not OTHER, reason="needs UAL_OTHER_TRITON, the folder of another Triton release")
 def test_the_machine_code_of_another_release() -> None:
     patterns = only(["linear*/tma/*/128256", "*/forward/inplace/bf16/32000"])
     done = compiling("-m", "ual_kernels.aot", "sm_90", "--json", *patterns, release=OTHER)
@@ -135,8 +135,8 @@ def test_the_machine_code_of_another_release() -> None:
     "            dx = _dlogits(x, k, log_sum, coefficient, c, scale, ACC, SOFTCAP, LOGIT_SCALE)\n"
     "            tl.debug_barrier()\n            tl.store(out_ptr + start",
 )
-def test_each_thread_stores_in_place_what_it_has_read() -> None:
-    """No exchange between threads in the loops that store the gradient over the logits."""
+def test_each_thread_stores_only_what_it_has_loaded() -> None:
+    """Loops that overwrite logits with the gradient do not exchange data between threads."""
     found = [r for r in reports() if "/forward/inplace/bf16/32000" in r["name"]]
     assert {r["target"] for r in found} == {*NVIDIA}
     for report in found:
@@ -148,15 +148,15 @@ def test_whole_blocks_move_in_128_bits() -> None:
     kernels = {r["name"].split("/")[1] for r in found}
     assert kernels == {"forward", "backward", "scale_tokens"}
     for report in found:
-        # 16 columns a thread: 32 bytes
+        # 16 columns per thread are 32 bytes
         assert report["loads"]["128"] >= 2, report
-        if report["stores"].keys() != {"32"}:  # a forward that keeps its logits stores four numbers a token
+        if report["stores"].keys() != {"32"}:  # forward without INPLACE stores only four numbers per token
             assert report["stores"]["128"] >= 2, report
-        # scalars only: labels, and what is known of a token
+        # scalars: labels and other per-token inputs
         assert sum(n for bits, n in report["loads"].items() if bits != "128") <= 8, report
 
 
-def test_a_spill_is_seen_and_fails_the_command() -> None:
+def test_a_spill_is_reported_and_fails_the_command() -> None:
     starved = """
 import sys
 from dataclasses import replace
@@ -172,7 +172,7 @@ sys.exit(aot.main(["sm_90", "--json", "--only", "*/forward/all/bf16/32000"]))
 """
     done = compiling("-c", starved)
     assert done.returncode == 1
-    assert "1 of 1 spill" in done.stderr
+    assert "1 of 1 kernels spill registers" in done.stderr
     (report,) = map(json.loads, done.stdout.splitlines())
     assert report["registers"] == 24
     assert report["spill_bytes"] > 0
@@ -193,7 +193,7 @@ def test_the_table_of_an_amd_card() -> None:
     ("arguments", "said"),
     [
         ([], "TRITON_INTERPRET is set"),
-        (["sm90"], "TARGET: wanted a name like sm_80, sm_90, sm_100, gfx942, got 'sm90'"),
+        (["sm90"], "TARGET must be a name like sm_80, sm_90, sm_100, gfx942, got 'sm90'"),
     ],
 )
 def test_refuses(
@@ -205,9 +205,8 @@ def test_refuses(
     assert said in capsys.readouterr().err
 
 
-def test_refuses_a_pattern_that_matches_nothing() -> None:
+def test_a_pattern_that_matches_nothing_is_an_error() -> None:
     done = compiling("-m", "ual_kernels.aot", *only(["forward"]))
     assert done.returncode == 2
-    assert (
-        "--only: no name matches forward; names look like cross_entropy/forward/all/bf16/1000" in done.stderr
-    )
+    said = "no kernel name matches --only forward; example of a name: cross_entropy/forward/all/bf16/1000"
+    assert said in done.stderr

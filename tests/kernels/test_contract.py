@@ -1,4 +1,4 @@
-"""What the operators promise PyTorch: schema, fake, autograd, full graphs, checkpointing."""
+"""Schemas, fake implementations and autograd of the operators; torch.compile and checkpointing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,6 @@ from ual_kernels._operands import (
     LogitsSpec,
 )
 
-# what every test here needs of a loss: its name, its cases, and its flags
 LOSSES = [
     pytest.param(cross_entropy, "torch", id="logits-torch"),
     pytest.param(cross_entropy, "triton", id="logits-triton"),
@@ -41,29 +40,29 @@ every_loss = pytest.mark.parametrize(
 
 def case(
     loss: Callable[..., Any],
-    rows: int,
+    tokens: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     vocab: int = 29,
 ) -> tuple[dict[str, Tensor], Tensor]:
     if loss is linear_cross_entropy:
-        return linear_case(rows, vocab, 8, dtype, device)
-    return logits_case(rows, vocab, dtype, device)
+        return linear_case(tokens, vocab, 8, dtype, device)
+    return logits_case(tokens, vocab, dtype, device)
 
 
 # ---- opcheck ----
 
-# opcheck compares outputs for equality, so nothing here may be NaN: every row is live
+# opcheck compares outputs for equality, so no output may be NaN: no token is ignored
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("tokens", [0, 3])
 @pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck_logits(
-    backend: str, statistics: bool, rows: int, dtype: torch.dtype, device: torch.device
+    backend: str, statistics: bool, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    leaves, target = logits_case(rows, 13, dtype, device)
+    leaves, target = logits_case(tokens, 13, dtype, device)
     logits, smoothing, scale = leaves.values()
     weight = torch.rand(13, device=device, dtype=scale.dtype)
     flags = (-100, 5.0, 1.5, 1e-3)
@@ -78,13 +77,13 @@ def test_opcheck_logits(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rows", [0, 3])
-@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("tokens", [0, 3])
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_opcheck_linear(
-    biased: bool, per_row: bool, rows: int, dtype: torch.dtype, device: torch.device
+    biased: bool, per_token: bool, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    leaves, target = linear_case(rows, 13, 4, dtype, device)
+    leaves, target = linear_case(tokens, 13, 4, dtype, device)
     inputs = LinearInputs(
         leaves["input"],
         leaves["linear_weight"],
@@ -95,7 +94,7 @@ def test_opcheck_linear(
         leaves["sample_weight"],
         None,
     )
-    gradients = (not per_row, not per_row, *(biased and not per_row,) * 2, per_row)
+    gradients = (not per_token, not per_token, *(biased and not per_token,) * 2, per_token)
     spec = LinearSpec(-100, 0.0, 1.0, 0.5, 1e-3, 0.0, True, *gradients, ALL_TOKENS, 2, "high", "torch")
     torch.library.opcheck(ops.linear_cross_entropy_op, (*inputs, *spec))
 
@@ -116,7 +115,7 @@ def test_gradcheck(flags: str, loss: Callable[..., Tensor], backend: str, device
     )
 
 
-# ---- compilers and memory savers ----
+# ---- torch.compile and activation checkpointing ----
 
 
 @every_loss
@@ -127,8 +126,8 @@ def test_compiles_without_a_graph_break(
     torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     chosen = options(flags, 29, device)
-    for rows in (3, 6):
-        leaves, target = case(loss, rows, device)
+    for tokens in (3, 6):
+        leaves, target = case(loss, tokens, device)
         plain, traced = (measure(f, leaves, target, **chosen, backend=backend) for f in (loss, compiled))
         for name in plain:
             assert torch.equal(plain[name], traced[name]), name
@@ -142,7 +141,7 @@ def test_compiles_without_a_graph_break(
 @pytest.mark.parametrize(
     "how", [{"compact": False}, {"max_loss_tokens": 5}, {"vocab_size": 23}, {"precision": "fast"}]
 )
-def test_options_of_the_head_compile_too(how: dict[str, Any], backend: str, device: torch.device) -> None:
+def test_options_of_the_head_compile(how: dict[str, Any], backend: str, device: torch.device) -> None:
     torch.compiler.reset()
     lora = torch.randn(2, 8, device=device), torch.randn(29, 2, device=device)
 
@@ -164,7 +163,7 @@ def test_in_place_is_refused_under_a_compiler(device: torch.device) -> None:
         return cross_entropy(logits * 1.0, target, inplace_backward=True)
 
     leaves, target = logits_case(3, 29, torch.float32, device)
-    with pytest.raises(Exception, match=r"does not run under torch\.compile"):
+    with pytest.raises(Exception, match=r"is not supported under torch\.compile"):
         torch.compile(step, fullgraph=True, backend="eager")(leaves["input"], target)
 
 
@@ -215,7 +214,7 @@ def test_under_activation_checkpointing(
 def test_bodies_run_on_the_device_of_their_tensors(
     loss: Callable[..., Any], backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton launches on the current device, which need not be the tensors': both passes enter it."""
+    """Forward and backward make the tensors' device current; Triton launches on the current device."""
     entered: list[Tensor] = []
     guard = torch.cuda.device_of
 

@@ -1,4 +1,4 @@
-"""cross_entropy against its definition: values, gradients, shapes, edges, refusals."""
+"""cross_entropy against its definition: values, gradients, shapes, edge cases, errors."""
 
 import math
 from pathlib import Path
@@ -93,12 +93,12 @@ def test_every_flag(flags: str, dtype: torch.dtype, backend: str, device: torch.
     "ual_kernels/reference.py", "softcap * torch.tanh(z / softcap)", "softcap * torch.tanh(input / softcap)"
 )
 @pytest.mark.parametrize("flags", OPTIONS)
-def test_the_oracle(flags: str, device: torch.device) -> None:
+def test_the_reference_equals_the_definition(flags: str, device: torch.device) -> None:
     leaves, target = logits_case(6, 101, torch.float64, device, scale=2.0)
     judge(leaves, target, options(flags, 101, device), backend="reference")
 
 
-# Two lanes; odd and below a block; a whole block and a block and one, in float32 and in bfloat16.
+# two classes; odd and below a block; a complete block, and a block plus one, in float32 and in bfloat16
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
     "            term += tl.sum(tl.where(inside, z - z_y, 0.0)",
@@ -114,7 +114,7 @@ def test_every_width(vocab: int, dtype: torch.dtype, backend: str, device: torch
 
 @fused
 def test_one_class(backend: str, device: torch.device) -> None:
-    """Nothing to learn but the z-loss; p - q cancels to a rounding of 1."""
+    """Only the z-loss has a gradient; p - q cancels to a rounding of 1."""
     leaves, target = logits_case(3, 1, torch.float64, device)
     ours, exact = (
         measure(loss, leaves, target, reduction="none", z_loss=1e-2, **how)
@@ -129,7 +129,7 @@ def test_one_class(backend: str, device: torch.device) -> None:
 )
 @fused
 def test_the_maximum_may_come_late_or_early(backend: str, device: torch.device) -> None:
-    """In the first block, the last, or both: the running sums are rescaled when it moves."""
+    """In the first block, the last or both: the running sums are rescaled when the maximum changes."""
     leaves, target = logits_case(4, 4_100, torch.float32, device)
     with torch.no_grad():
         peaks = torch.tensor([8.0, 8.0, 7.0, 8.0], device=device)
@@ -156,7 +156,7 @@ def test_tiny_and_huge_logits(scale: float, backend: str, device: torch.device) 
 )
 @fused
 def test_logits_far_from_zero(backend: str, device: torch.device) -> None:
-    """Near 300 float32 has steps of 3e-5: so much would every probability lose to a stored log-sum-exp."""
+    """Near 300 float32 has steps of 3e-5, the relative error of a probability from a stored log-sum-exp."""
     leaves, target = logits_case(6, 5, torch.float32, device)
     with torch.no_grad():
         leaves["input"] += 300
@@ -164,13 +164,13 @@ def test_logits_far_from_zero(backend: str, device: torch.device) -> None:
 
 
 @fused
-def test_more_rows_than_a_chunk(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_chunks(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ual_kernels._torch.cross_entropy._CHUNK_ELEMENTS", {device.type: 3 * 17})
     leaves, target = logits_case(11, 17, torch.float32, device)
     judge(leaves, target, options("all", 17, device), backend=backend)
     stats = cross_entropy(leaves["input"], target, return_statistics=True, backend=backend)[1]
-    whole = cross_entropy(leaves["input"], target, return_statistics=True, backend="reference")[1]
-    torch.testing.assert_close(stats, whole, equal_nan=True)
+    expected = cross_entropy(leaves["input"], target, return_statistics=True, backend="reference")[1]
+    torch.testing.assert_close(stats, expected, equal_nan=True)
 
 
 @pytest.mark.kills(
@@ -200,7 +200,7 @@ def test_the_gradient_in_place(flags: str, dtype: torch.dtype, backend: str, dev
         before = logits.data_ptr(), logits.detach().clone()
         value = cross_entropy(logits, inplace_backward=True, backend=backend, **rest)
         assert logits.data_ptr() == before[0]
-        assert not torch.equal(logits.detach(), before[1]), "the logits are still there"
+        assert not torch.equal(logits.detach(), before[1]), "the logits are not overwritten"
         return value
 
     chosen = options(flags, 101, device)
@@ -252,19 +252,23 @@ def test_statistics(flags: str, dtype: torch.dtype, backend: str, device: torch.
         correct=z_y == first,
         dropped_mass=torch.zeros_like(z_y),
     )
-    live = target != -100
+    selected = target != -100
     acc = torch.promote_types(dtype, torch.float32)
     for name, ours, truth in zip(stats._fields, stats, exact, strict=True):
         assert not ours.requires_grad
         assert ours.shape == target.shape
         if name == "correct":
-            assert torch.equal(ours, truth & live)
+            assert torch.equal(ours, truth & selected)
             continue
         assert ours.dtype == acc
-        assert ours[~live].isnan().all()
+        assert ours[~selected].isnan().all()
         eps = torch.finfo(acc).eps
         torch.testing.assert_close(
-            ours[live].double(), truth[live], rtol=32 * eps, atol=32 * eps, msg=lambda m, n=name: f"{n}: {m}"
+            ours[selected].double(),
+            truth[selected],
+            rtol=32 * eps,
+            atol=32 * eps,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -276,7 +280,7 @@ def test_statistics(flags: str, dtype: torch.dtype, backend: str, device: torch.
 @backends
 @pytest.mark.parametrize("twin", [7, 4_098])
 def test_statistics_of_a_tie(twin: int, backend: str, device: torch.device) -> None:
-    """Two largest logits, in one block or in two."""
+    """Two equal largest logits, in one block or in two."""
     logits = torch.randn(1, 4_100, device=device)
     logits[0, [3, twin]] = 9.0
     for label in (3, twin):
@@ -302,7 +306,7 @@ def test_statistics_of_one_class(backend: str, device: torch.device) -> None:
 )
 @backends
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 3, 2)])
-def test_numbers_per_leading_index_are_spread_over_the_rest(
+def test_values_per_leading_index_are_broadcast(
     shape: tuple[int, ...], backend: str, device: torch.device
 ) -> None:
     vocab = 9
@@ -326,7 +330,7 @@ def test_numbers_per_leading_index_are_spread_over_the_rest(
 @backends
 @pytest.mark.parametrize("uniform", [0, 0.1, 1.0])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_equals_pytorch_where_pytorch_can(
+def test_equals_pytorch_for_one_smoothing(
     weighted: bool, uniform: float, backend: str, device: torch.device
 ) -> None:
     leaves, target = logits_case(9, 37, torch.float64, device)
@@ -352,7 +356,7 @@ def test_int32_labels(backend: str, device: torch.device) -> None:
 @pytest.mark.kills("ual_kernels/_arguments.py", "weight.to(acc).contiguous()", "weight.to(acc)")
 @backends
 def test_any_strides(backend: str, device: torch.device) -> None:
-    """Every argument as a view into something wider whose other elements are poison."""
+    """Every argument is a view into a larger tensor whose other elements are invalid."""
 
     def inside(packed: Tensor) -> Tensor:
         nowhere = torch.nan if packed.is_floating_point() else 10**9
@@ -381,8 +385,8 @@ def test_any_strides(backend: str, device: torch.device) -> None:
     "ual_kernels/_triton/cross_entropy.py", "dlogits_ptr + token * V", "dlogits_ptr + token * stride_n"
 )
 @fused
-def test_a_row_stride_reads_and_writes_only_its_view(backend: str, device: torch.device) -> None:
-    """Rows inside a NaN-filled buffer: an overrun would read NaN, an overwrite would erase it."""
+def test_a_strided_view_is_read_and_written_within_its_bounds(backend: str, device: torch.device) -> None:
+    """The logits are a view into a NaN-filled buffer, so accesses outside of the view are visible."""
     buffer = torch.full((4, 64), torch.nan, device=device)
     view = buffer[:, 5:42]
     view.copy_(torch.randn_like(view))
@@ -409,10 +413,10 @@ def test_a_row_stride_reads_and_writes_only_its_view(backend: str, device: torch
 )
 @fused
 def test_offsets_past_two_to_the_31(backend: str, device: torch.device, tmp_path: Path) -> None:
-    """Three rows so far apart that 32 bits cannot address the third."""
+    """Three tokens with a stride for which the third has an offset above 2^31."""
     stride, vocab = 2**30 + 8, 33
     packed = torch.randn(3, vocab).bfloat16()
-    # a sparse file: the 4 GiB between the rows take no room
+    # a sparse file: the 4 GiB between the tokens are not stored
     far = torch.from_file(str(tmp_path / "far"), shared=True, size=2 * stride + vocab, dtype=packed.dtype)
     view = far.as_strided((3, vocab), (stride, 1)).copy_(packed).to(device)
     (spread,), (plain,) = (
@@ -423,10 +427,10 @@ def test_offsets_past_two_to_the_31(backend: str, device: torch.device, tmp_path
 
 
 @pytest.mark.gpu
-def test_as_many_logits_as_that(device: torch.device) -> None:
-    rows, vocab = 16_500, 131_072
-    logits = torch.randn(1, vocab, device=device, dtype=torch.bfloat16).repeat(rows, 1).requires_grad_()
-    target = torch.arange(rows, device=device)
+def test_more_than_two_to_the_31_logits(device: torch.device) -> None:
+    tokens, vocab = 16_500, 131_072
+    logits = torch.randn(1, vocab, device=device, dtype=torch.bfloat16).repeat(tokens, 1).requires_grad_()
+    target = torch.arange(tokens, device=device)
     last = logits.detach()[-1:].clone().requires_grad_()
     (many,) = torch.autograd.grad(cross_entropy(logits, target, reduction="sum"), logits)
     (one,) = torch.autograd.grad(cross_entropy(last, target[-1:], reduction="sum"), last)
@@ -434,7 +438,7 @@ def test_as_many_logits_as_that(device: torch.device) -> None:
 
 
 @fused
-def test_rows_that_share_memory(backend: str, device: torch.device) -> None:
+def test_logits_that_share_memory(backend: str, device: torch.device) -> None:
     one = torch.randn(1, 21, device=device)
     target = torch.tensor([1, 2, 20], device=device)
     shared, own = (one.expand(3, -1), one.expand(3, -1).contiguous())
@@ -459,7 +463,7 @@ def test_an_upstream_of_stride_zero(backend: str, device: torch.device) -> None:
 )
 @fused
 def test_the_operator_takes_any_upstream(backend: str, device: torch.device) -> None:
-    """The public function multiplies by the rows' scales, which makes its upstream dense."""
+    """The operator itself, because the public function makes the upstream gradient dense."""
     leaves, target = logits_case(5, 19, torch.float32, device)
     flags = -100, 0.0, 1.0, 0.0
     inputs = LogitsInputs(leaves["input"], target, leaves["label_smoothing"], None)
@@ -476,7 +480,7 @@ def test_the_operator_takes_any_upstream(backend: str, device: torch.device) -> 
 
 @backends
 def test_autocast_changes_nothing(backend: str, device: torch.device) -> None:
-    """Class weights make a matrix product inside, which autocast would round."""
+    """Class weights need a matrix product, which autocast would round."""
     leaves, target = logits_case(6, 65, torch.float32, device, scale=5.0)
     flags = options("classes", 65, device)
     plain = measure(cross_entropy, leaves, target, **flags, backend=backend)
@@ -495,12 +499,12 @@ def test_one_gradient_alone(wanted: str, backend: str, device: torch.device) -> 
     judge(leaves, target, {"reduction": "none"}, backend=backend)
 
 
-# ---- edges ----
+# ---- edge cases ----
 
 
 @backends
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_no_rows(reduction: str, backend: str, device: torch.device) -> None:
+def test_an_empty_batch(reduction: str, backend: str, device: torch.device) -> None:
     logits = torch.zeros(0, 5, device=device, requires_grad=True)
     target = torch.zeros(0, dtype=torch.long, device=device)
     loss, stats = cross_entropy(logits, target, reduction=reduction, return_statistics=True, backend=backend)
@@ -512,7 +516,7 @@ def test_no_rows(reduction: str, backend: str, device: torch.device) -> None:
 
 @backends
 @pytest.mark.parametrize("num_items", [None, 3, torch.tensor(0.0)])
-def test_all_rows_ignored_is_zero_with_a_connected_graph(
+def test_all_ignored_is_zero_with_a_connected_graph(
     num_items: int | Tensor | None, backend: str, device: torch.device
 ) -> None:
     leaves, target = logits_case(3, 17, torch.float32, device)
@@ -537,9 +541,7 @@ def test_all_rows_ignored_is_zero_with_a_connected_graph(
 @pytest.mark.kills("ual_kernels/reference.py", "input.where(selected[:, None], 0.0)", "input")
 @backends
 @pytest.mark.parametrize("nothing", [torch.nan, torch.inf, -torch.inf])
-def test_what_an_ignored_row_holds_does_not_matter(
-    nothing: float, backend: str, device: torch.device
-) -> None:
+def test_inputs_of_an_ignored_token_are_not_used(nothing: float, backend: str, device: torch.device) -> None:
     leaves, target = logits_case(4, 17, torch.float32, device)
     clean = measure(cross_entropy, leaves, target, backend=backend)
     with torch.no_grad():
@@ -552,7 +554,7 @@ def test_what_an_ignored_row_holds_does_not_matter(
 
 
 @fused
-def test_what_an_ignored_row_holds_does_not_matter_in_place(backend: str, device: torch.device) -> None:
+def test_inputs_of_an_ignored_token_are_not_used_in_place(backend: str, device: torch.device) -> None:
     leaf = torch.randn(3, 17, device=device, requires_grad=True)
     logits = leaf * torch.tensor([[1.0], [torch.nan], [1.0]], device=device)
     target = torch.tensor([1, -100, 3], device=device)
@@ -564,7 +566,7 @@ def test_what_an_ignored_row_holds_does_not_matter_in_place(backend: str, device
 
 @backends
 def test_another_ignore_index(backend: str, device: torch.device) -> None:
-    """One that is a legal class: padding often is."""
+    """An ignore_index that is a class, as padding often is."""
     leaves, target = logits_case(6, 17, torch.float64, device)
     target[:3] = 0
     target[3:] = torch.tensor([5, 7, 16])
@@ -575,23 +577,23 @@ def test_another_ignore_index(backend: str, device: torch.device) -> None:
     "ual_kernels/_arguments.py", "labels = torch.where(scale == 0, ignore_index, labels)", "pass"
 )
 @backends
-def test_a_row_of_weight_zero_counts_for_nothing(backend: str, device: torch.device) -> None:
-    """Not even if it holds NaN: a filter that weighs rows by 0 drops them."""
+def test_a_zero_weight_token_is_dropped(backend: str, device: torch.device) -> None:
+    """Also if its inputs are NaN."""
     leaves, target = logits_case(4, 17, torch.float32, device)
     leaves["sample_weight"] = torch.tensor([1.0, 1.0, 0.0, 2.0], device=device)
     with torch.no_grad():
         leaves["input"][2] = torch.nan
     measured = measure(cross_entropy, leaves, target, backend=backend)
-    kept = [0, 1, 3]
+    selected = [0, 1, 3]
     alone = measure(
         cross_entropy,
-        {name: leaf.detach()[kept].requires_grad_(leaf.requires_grad) for name, leaf in leaves.items()},
-        target[kept],
+        {name: leaf.detach()[selected].requires_grad_(leaf.requires_grad) for name, leaf in leaves.items()},
+        target[selected],
         backend=backend,
     )
     assert not measured["input"][2].any()
     assert torch.equal(measured["loss"], alone["loss"])
-    assert torch.equal(measured["input"][kept], alone["input"])
+    assert torch.equal(measured["input"][selected], alone["input"])
 
 
 @pytest.mark.kills("ual_kernels/_arguments.py", "return torch.where(total == 0, 1.0, total)", "return total")
@@ -602,7 +604,7 @@ def test_all_weights_zero_is_zero(backend: str, device: torch.device) -> None:
     measured = measure(cross_entropy, leaves, target, backend=backend)
     assert measured["loss"].item() == 0
     assert not measured["input"].any()
-    # nor when the weights are learnt, and their rows cannot be dropped
+    # trained weights have a gradient, so their tokens cannot be dropped
     leaves["sample_weight"].requires_grad_()
     measured = measure(cross_entropy, leaves, target, backend=backend)
     assert measured["loss"].item() == 0
@@ -628,8 +630,8 @@ def test_all_weights_zero_is_zero(backend: str, device: torch.device) -> None:
     "uniform",
 )
 @backends
-def test_forbidden_classes_cost_nothing_without_smoothing(backend: str, device: torch.device) -> None:
-    """Logits of -inf are how constrained decoding says no; the first block here has nothing else."""
+def test_masked_classes_without_smoothing(backend: str, device: torch.device) -> None:
+    """Constrained decoding masks classes by logits of -inf; here the complete first block is masked."""
     vocab = 4_100
     logits = torch.randn(4, vocab, device=device)
     target = torch.randint(4_097, vocab, (4,), device=device)
@@ -648,7 +650,7 @@ def test_forbidden_classes_cost_nothing_without_smoothing(backend: str, device: 
     )
     torch.testing.assert_close(dlogits[:, 4_096:], dshort)
     assert not dlogits[:, :4_096].any()
-    # probability is owed to a class that has none
+    # with smoothing, a masked class has a positive target probability and an infinite loss
     smoothed = cross_entropy(logits, target, label_smoothing=0.1, reduction="none", backend=backend)
     assert (smoothed == torch.inf).all()
 
@@ -681,7 +683,7 @@ def test_forbidden_classes_cost_nothing_without_smoothing(backend: str, device: 
     [(17, 0.5, 1.0), (-1, 0.5, 1.0), (2, 1.5, 1.0), (2, -0.1, 1.0), (2, torch.nan, 1.0), (2, 0.5, -1.0),
      (2, 0.5, torch.nan)],
 )  # fmt: skip
-def test_out_of_range_poisons_its_own_row_only(
+def test_out_of_range_makes_one_token_nan(
     label: int, smoothing: float, weight: float, backend: str, device: torch.device
 ) -> None:
     leaves, target = logits_case(4, 17, torch.float32, device)
@@ -697,14 +699,14 @@ def test_out_of_range_poisons_its_own_row_only(
         assert torch.equal(dirty[name][others], clean[name][others]), name
     stats = cross_entropy(**leaves, target=target, return_statistics=True, backend=backend)[1]
     assert stats.lse.isnan().tolist() == [False, True, not 0 <= label < 17, False]
-    # the rest keep their gradients under "mean" too, where the divisor saw the illegal weight
+    # with "mean", an invalid weight in the divisor does not affect gradients of other tokens
     mean = measure(cross_entropy, leaves, target, backend=backend)
     assert mean["loss"].isnan()
     assert mean["input"][others].isfinite().all()
 
 
 @fused
-def test_out_of_range_poisons_its_own_row_only_in_place(backend: str, device: torch.device) -> None:
+def test_out_of_range_makes_one_token_nan_in_place(backend: str, device: torch.device) -> None:
     leaf = torch.randn(3, 17, device=device, requires_grad=True)
     target = torch.tensor([1, 17, 3], device=device)
     cross_entropy(leaf * 1.0, target, reduction="sum", inplace_backward=True, backend=backend).backward()
@@ -712,7 +714,7 @@ def test_out_of_range_poisons_its_own_row_only_in_place(backend: str, device: to
 
 
 @backends
-def test_nan_logits_are_loud_and_local(backend: str, device: torch.device) -> None:
+def test_nan_logits_make_one_token_nan(backend: str, device: torch.device) -> None:
     leaves, target = logits_case(4, 17, torch.float32, device)
     with torch.no_grad():
         leaves["input"][2, 3] = torch.nan
@@ -721,7 +723,7 @@ def test_nan_logits_are_loud_and_local(backend: str, device: torch.device) -> No
     assert measured["input"].isnan().any(-1).tolist() == [False, False, True, False]
 
 
-# ---- autograd's own rules ----
+# ---- autograd ----
 
 
 @backends
@@ -746,7 +748,7 @@ def test_backward_again_on_a_retained_graph(backend: str, device: torch.device) 
     ],
 )
 def test_a_second_derivative_is_refused(by: str, inplace: bool, backend: str, device: torch.device) -> None:
-    """A gradient penalty must not be taken for a constant."""
+    """Otherwise autograd would treat the gradient in a gradient penalty as a constant."""
     leaves, target = logits_case(4, 17, torch.float32, device)
     loss = cross_entropy(
         leaves["input"] * 1.0,
@@ -770,7 +772,7 @@ def test_the_reference_has_second_derivatives(device: torch.device) -> None:
 
 
 @backends
-def test_no_grad_makes_no_graph_and_writes_nothing(backend: str, device: torch.device) -> None:
+def test_no_grad_builds_no_graph_and_overwrites_nothing(backend: str, device: torch.device) -> None:
     leaves, target = logits_case(4, 17, torch.float32, device)
     logits = leaves["input"] * 1.0
     before = logits.detach().clone()
@@ -792,7 +794,7 @@ def test_in_place_backward_runs_once(backend: str, device: torch.device) -> None
 
 
 @fused
-def test_in_place_backward_is_seen_by_whoever_saved_the_logits(backend: str, device: torch.device) -> None:
+def test_in_place_backward_raises_if_the_logits_were_saved(backend: str, device: torch.device) -> None:
     leaf = torch.randn(4, 17, device=device, requires_grad=True)
     target = torch.randint(17, (4,), device=device)
     logits = torch.exp(leaf)  # exp saves its result
@@ -807,18 +809,18 @@ def test_in_place_backward_is_seen_by_whoever_saved_the_logits(backend: str, dev
 
 
 @fused
-def test_in_place_backward_leaves_the_rest_of_a_buffer_alone(backend: str, device: torch.device) -> None:
+def test_in_place_backward_overwrites_only_its_view(backend: str, device: torch.device) -> None:
     leaf = torch.randn(3, 2, 17, device=device, requires_grad=True)
     target = torch.randint(17, (1, 2), device=device)
-    whole = leaf * 1.0
-    rest = whole[1:].detach().clone()
-    cross_entropy(whole[:1], target, inplace_backward=True, backend=backend).backward()
-    assert torch.equal(whole[1:], rest)
+    logits = leaf * 1.0
+    rest = logits[1:].detach().clone()
+    cross_entropy(logits[:1], target, inplace_backward=True, backend=backend).backward()
+    assert torch.equal(logits[1:], rest)
     assert not leaf.grad[1:].any()
     assert leaf.grad[0].any()
 
 
-# ---- refusals ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize(
@@ -841,11 +843,11 @@ def test_in_place_backward_leaves_the_rest_of_a_buffer_alone(backend: str, devic
         ({"label_smoothing": torch.zeros(4, dtype=torch.long)}, "label_smoothing must be a floating-point"),
         ({"sample_weight": 2.0}, "sample_weight must be a tensor or None, got 2.0"),
         ({"sample_weight": torch.zeros(5)}, "sample_weight must be shaped"),
-        ({"weight": torch.ones(4)}, r"weight must be \[5\], one number per class"),
+        ({"weight": torch.ones(4)}, r"weight must be \[5\], one value per class"),
         ({"weight": torch.ones(5, requires_grad=True)}, "weight is not differentiable"),
         ({"reduction": "avg"}, "reduction must be one of"),
         ({"num_items": 0}, "num_items must be positive, got 0"),
-        ({"num_items": torch.ones(2)}, "num_items must hold one number"),
+        ({"num_items": torch.ones(2)}, "num_items must have one element"),
         ({"num_items": 3, "reduction": "sum"}, 'num_items is the divisor of reduction="mean"'),
         ({"softcap": 0.0}, "softcap must be a positive number or None"),
         ({"softcap": math.inf}, "softcap must be a positive number or None"),
@@ -854,7 +856,7 @@ def test_in_place_backward_leaves_the_rest_of_a_buffer_alone(backend: str, devic
         ({"backend": "cuda"}, "backend must be one of"),
     ],
 )
-def test_refusals_name_the_argument(change: dict[str, Any], message: str) -> None:
+def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"input": torch.zeros(4, 5), "target": torch.zeros(4, dtype=torch.long)}
     with pytest.raises(ValueError, match=message):
         ual_kernels.cross_entropy(**(arguments | change))
@@ -863,18 +865,18 @@ def test_refusals_name_the_argument(change: dict[str, Any], message: str) -> Non
 @pytest.mark.kills(
     "ual_kernels/_arguments.py", "owner = input if input._base is None else input._base", "owner = input"
 )
-def test_in_place_refusals() -> None:
+def test_in_place_errors() -> None:
     target = torch.zeros(4, dtype=torch.long)
     leaf = torch.zeros(4, 5, requires_grad=True)
     for input, message in [
         (leaf, "would overwrite a leaf"),
         (torch.zeros(20, requires_grad=True).view(4, 5), "would overwrite a leaf"),
         ((leaf * 1.0).T.contiguous().T, "needs contiguous input"),
-        (leaf.half(), "cannot keep float16 gradients"),
+        (leaf.half(), "does not support float16"),
     ]:
         with pytest.raises(ValueError, match=message):
             cross_entropy(input, target, inplace_backward=True)
-    with pytest.raises(UnsupportedError, match="has no inplace_backward"):
+    with pytest.raises(UnsupportedError, match="does not support inplace_backward"):
         cross_entropy(leaf * 1.0, target, inplace_backward=True, backend="reference")
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: nothing waits for it, its bits repeat, its offsets are wide, graphs replay."""
+"""Tests that need a GPU: synchronization, determinism, 64-bit offsets, CUDA graphs, far tokens."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -31,15 +31,15 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def as_in_training() -> None:
-    """Without what the other tests ask of PyTorch: poison and its own deterministic operations."""
+    """Disable the NaN-filled memory and the deterministic operations of the other tests."""
     torch.use_deterministic_algorithms(False)
 
 
 def case(
-    rows: int, vocab: int, features: int, device: torch.device, *, trainable: bool = False
+    tokens: int, vocab: int, features: int, device: torch.device, *, trainable: bool = False
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Leaves of `linear_case` in bfloat16 without a bias; the second row ignored."""
-    leaves, target = linear_case(rows, vocab, features, torch.bfloat16, device)
+    """Leaves of `linear_case` in bfloat16 without a bias; the second token is ignored."""
+    leaves, target = linear_case(tokens, vocab, features, torch.bfloat16, device)
     del leaves["linear_bias"]
     wanted = {"input", "linear_weight"} if trainable else {"input"}
     return {name: leaf.detach().requires_grad_(name in wanted) for name, leaf in leaves.items()}, target
@@ -53,11 +53,11 @@ def step(leaves: dict[str, Tensor], target: Tensor, **flags: Any) -> list[Tensor
     ]
 
 
-# ---- nothing waits ----
+# ---- synchronization ----
 
 
 @contextmanager
-def waiting_is_an_error() -> Iterator[None]:
+def synchronizing_raises() -> Iterator[None]:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -72,35 +72,35 @@ def waiting_is_an_error() -> Iterator[None]:
 @pytest.mark.parametrize(
     "flags", [{"max_loss_tokens": 299}, {"max_loss_tokens": 300}, {"compact": False}], ids=str
 )
-def test_the_linear_loss_does_not_wait(
+def test_the_linear_loss_does_not_synchronize(
     flags: dict[str, Any], trainable: bool, variant: str, device: torch.device
 ) -> None:
     leaves, target = case(300, 1_000, 64, device, trainable=trainable)
     step(leaves, target, **flags)  # compiles
-    with waiting_is_an_error():
+    with synchronizing_raises():
         step(leaves, target, **flags)
 
 
-def test_waiting_would_be_seen(device: torch.device) -> None:
-    """The control: without `max_loss_tokens` the rows are counted."""
+def test_a_synchronization_is_detected(device: torch.device) -> None:
+    """Without `max_loss_tokens` the number of loss tokens is read from the device."""
     leaves, target = case(300, 1_000, 64, device)
     step(leaves, target)
-    with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchroniz"):
+    with synchronizing_raises(), pytest.raises(RuntimeError, match="synchroniz"):
         step(leaves, target)
 
 
 @pytest.mark.usefixtures("as_in_training")
 @pytest.mark.parametrize("inplace", [False, True])
-def test_the_loss_of_logits_does_not_wait(inplace: bool, device: torch.device) -> None:
+def test_the_loss_of_logits_does_not_synchronize(inplace: bool, device: torch.device) -> None:
     leaf = torch.randn(300, 1_000, device=device, dtype=torch.bfloat16, requires_grad=True)
     target, smoothing = torch.randint(1_000, (300,), device=device), torch.rand(300, device=device)
-    for context in (nullcontext(), waiting_is_an_error()):
+    for context in (nullcontext(), synchronizing_raises()):
         with context:
             loss = cross_entropy(leaf * 1, target, label_smoothing=smoothing, inplace_backward=inplace)
             loss.backward()
 
 
-# ---- the same bits ----
+# ---- determinism ----
 
 
 @variants
@@ -108,7 +108,7 @@ def test_the_loss_of_logits_does_not_wait(inplace: bool, device: torch.device) -
 @pytest.mark.usefixtures("as_in_training")
 def test_a_hundred_runs_give_the_same_bits(trainable: bool, variant: str, device: torch.device) -> None:
     leaves, target = case(1_000, 5_003, 256, device, trainable=trainable)
-    target[::3] = 7  # many rows add to one row of the head
+    target[::3] = 7  # many tokens add to one row of the head
     first = step(leaves, target)
     for _ in range(99):
         for one, other in zip(first, step(leaves, target), strict=True):
@@ -118,7 +118,7 @@ def test_a_hundred_runs_give_the_same_bits(trainable: bool, variant: str, device
 # ---- beyond 2^31 ----
 
 
-BIG = 16_500, 131_072  # rows, columns: 15 million more than int32 can count
+BIG = 16_500, 131_072  # tokens and classes; their product exceeds int32 by 15 million
 
 
 def needs_memory(gib: int) -> None:
@@ -131,30 +131,30 @@ def needs_memory(gib: int) -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_more_logits_than_an_int32_counts(inplace: bool, device: torch.device) -> None:
     needs_memory(24)
-    rows, vocab = BIG
-    leaf = torch.zeros(rows, 1, device=device, requires_grad=True)
-    logits = torch.empty(rows, vocab, device=device, dtype=torch.bfloat16).normal_(std=3)
+    tokens, vocab = BIG
+    leaf = torch.zeros(tokens, 1, device=device, requires_grad=True)
+    logits = torch.empty(tokens, vocab, device=device, dtype=torch.bfloat16).normal_(std=3)
     last = logits[-8:].clone().double().requires_grad_()
-    target, smoothing = torch.randint(vocab, (rows,), device=device), torch.rand(rows, device=device)
+    target, smoothing = torch.randint(vocab, (tokens,), device=device), torch.rand(tokens, device=device)
     loss = cross_entropy(
         (logits + leaf.bfloat16()).requires_grad_(), target, label_smoothing=smoothing, reduction="none",
         inplace_backward=inplace,
     )  # fmt: skip
     exact = definition(last, target[-8:], label_smoothing=smoothing[-8:], reduction="none")
     torch.testing.assert_close(loss[-8:].double(), exact, rtol=1e-5, atol=1e-5)
-    # the sum over a row of its gradient: 0 but for rounding, and NaN or large where an offset wrapped
+    # the gradient of a token sums to 0 up to rounding; it is NaN or large if an offset overflowed
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     assert gradient.abs().max() < 0.1
 
 
 @pytest.mark.usefixtures("as_in_training")
 @variants
-def test_a_chunk_of_more_numbers_than_an_int32_counts(variant: str, device: torch.device) -> None:
+def test_a_chunk_of_more_logits_than_an_int32_counts(variant: str, device: torch.device) -> None:
     needs_memory(32)
-    rows, vocab = BIG
-    leaves, target = case(rows, vocab, 64, device)
+    tokens, vocab = BIG
+    leaves, target = case(tokens, vocab, 64, device)
     loss = linear_cross_entropy(
-        **leaves, target=target, reduction="none", chunk_tokens=rows, backend="triton"
+        **leaves, target=target, reduction="none", chunk_tokens=tokens, backend="triton"
     )
     (gradient,) = torch.autograd.grad(loss.sum(), leaves["input"])
     tail = {
@@ -173,8 +173,8 @@ def test_a_chunk_of_more_numbers_than_an_int32_counts(variant: str, device: torc
 
 @pytest.mark.usefixtures("as_in_training")
 @variants
-def test_a_cuda_graph_replays_on_new_numbers(variant: str, device: torch.device) -> None:
-    """Forward and backward, captured once; ignored rows may be others at every replay."""
+def test_a_cuda_graph_replays_on_new_inputs(variant: str, device: torch.device) -> None:
+    """Forward and backward are captured once; each replay ignores other tokens."""
     leaves, target = case(300, 1_000, 64, device)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -196,12 +196,12 @@ def test_a_cuda_graph_replays_on_new_numbers(variant: str, device: torch.device)
             torch.testing.assert_close(replayed, eager)
 
 
-# ---- tokens that the constant reference point does not serve ----
+# ---- far tokens ----
 
 
 @contextmanager
 def counting_far_tokens() -> Iterator[list[int]]:
-    """How many tokens of each launch of `_far_tokens_kernel` it has to compute."""
+    """Record the number of far tokens of each launch of `_far_tokens_kernel`."""
     found: list[int] = []
 
     def look(arguments: dict[str, Any]) -> Any:
@@ -216,7 +216,7 @@ def counting_far_tokens() -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("variant", ["auto"], indirect=True)
 def test_no_ordinary_token_is_far(variant: str, device: torch.device) -> None:
-    """Logits of a standard deviation of 3, and targets drawn from them or at random."""
+    """Logits with a standard deviation of 3; targets are drawn from them or at random."""
     leaves, target = case(500, 5_003, 64, device)
     with counting_far_tokens() as found:
         step(leaves, target)
@@ -227,8 +227,8 @@ def test_no_ordinary_token_is_far(variant: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("variant", ["auto"], indirect=True)
-def test_a_far_token_is_computed_again(variant: str, device: torch.device) -> None:
-    """The control: a target some 200 nats below the maximum."""
+def test_a_far_token_is_recomputed(variant: str, device: torch.device) -> None:
+    """A target about 200 nats below the maximum."""
     leaves, target = case(500, 5_003, 64, device)
     with torch.no_grad():
         leaves["input"][4] = leaves["linear_weight"][9] * 200

@@ -1,4 +1,4 @@
-"""linear_cross_entropy against its definition, and what it must never compute."""
+"""linear_cross_entropy against its definition; its matrix products and allocations."""
 
 import math
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from tests.kernels.cases import (
     assert_as_accurate_as_eager,
     assert_at_the_floor,
     cross_entropy,
+    frozen,
     linear_case,
     linear_cross_entropy,
     linear_definition,
@@ -27,10 +28,6 @@ from tests.kernels.cases import (
 BACKENDS = ["torch", "reference"]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 HEAD = ("linear_weight", "linear_bias")
-
-
-def frozen(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: leaf.detach().requires_grad_(name not in HEAD) for name, leaf in leaves.items()}
 
 
 def judge(leaves: dict[str, Tensor], target: Tensor, flags: dict[str, Any], **how: Any) -> None:
@@ -89,7 +86,7 @@ def test_every_flag(
 
 
 @pytest.mark.parametrize("flags", OPTIONS)
-def test_the_oracle(flags: str, device: torch.device) -> None:
+def test_the_reference_equals_the_definition(flags: str, device: torch.device) -> None:
     leaves, target = linear_case(6, 31, 8, torch.float64, device)
     judge(leaves, target, options(flags, 31, device), backend="reference")
 
@@ -110,7 +107,7 @@ def test_the_oracle(flags: str, device: torch.device) -> None:
 def test_sixteen_bits_are_rounded_once(
     flags: str, dtype: torch.dtype, head: Callable[..., dict[str, Tensor]], device: torch.device
 ) -> None:
-    """The loss, the hidden states' gradient and the head's are at the floor of what they are returned in."""
+    """The loss and the gradients of hidden states and head are at the floor of their dtype."""
     leaves, target = linear_case(64, 1_000, 64, dtype, device)
     leaves, chosen = head(leaves), options(flags, 1_000, device)
     assert_at_the_floor(
@@ -120,29 +117,29 @@ def test_sixteen_bits_are_rounded_once(
 
 
 @pytest.mark.parametrize("softcap", [None, 10.0])
-def test_no_row_is_far_off(softcap: float | None, device: torch.device) -> None:
-    """Confident rows are where rounding the target's probability would show: p - 1 cancels."""
+def test_the_error_of_each_token_is_bounded(softcap: float | None, device: torch.device) -> None:
+    """With a confident prediction p - 1 cancels, so a rounded probability of the target would be visible."""
     leaves, target = linear_case(64, 1_000, 64, torch.bfloat16, device)
     leaves = frozen(leaves)
     with torch.no_grad():
-        # the head's own row as the hidden state makes its class likely: rows from no idea to all but certain
+        # a hidden state close to the target's row of the head makes the target likely
         pull = torch.linspace(0.0, 1.0, 64, device=device)[:, None]
         leaves["input"] += pull * leaves["linear_weight"][target.clamp(min=0)]
         leaves["label_smoothing"].zero_()
     flags = {"reduction": "none", "softcap": softcap}
     actual = measure(linear_cross_entropy, leaves, target, **flags)["input"].double()
     exact = measure(linear_definition, as_float64(leaves), target, **flags)["input"]
-    live = target != -100
-    errors = ((actual - exact).norm(dim=-1) / exact.norm(dim=-1))[live]
-    # 64 numbers a row estimate its rounding with a spread of a tenth: 1.5 times the bound is far outside
+    selected = target != -100
+    errors = ((actual - exact).norm(dim=-1) / exact.norm(dim=-1))[selected]
+    # with 64 values per token the measured rounding error varies by a tenth; 1.5 times the bound is safe
     assert errors.max() <= 1.5 * torch.finfo(torch.bfloat16).eps / math.sqrt(12)
 
 
 @pytest.mark.kills(
     "ual_kernels/_operands.py", "dtype if dtype == torch.bfloat16 and not per_token", "dtype if not per_token"
 )
-def test_float16_waits_for_the_loss_scale_in_float32(device: torch.device) -> None:
-    """A millionth of a gradient is 0 in float16; a loss scaler's factor comes later, in backward."""
+def test_float16_gradients_are_kept_in_float32(device: torch.device) -> None:
+    """A millionth of a gradient is 0 in float16; the loss scale is applied later, in backward."""
     leaves, target = linear_case(64, 1_000, 64, torch.float16, device)
 
     def scaled(**arguments: Any) -> Tensor:
@@ -180,7 +177,7 @@ def test_any_width(vocab: int, device: torch.device) -> None:
 )
 @pytest.mark.parametrize("flags", ["sum", "classes"])
 def test_the_column_mean_of_a_head_of_many_blocks(flags: str, device: torch.device) -> None:
-    """2^19 numbers are a block of it: here 16 rows."""
+    """A block has 2^19 numbers, here 16 rows of the head."""
     leaves, target = linear_case(3, 70, 1 << 15, torch.float32, device)
     leaves, chosen = frozen(leaves), {**options(flags, 70, device), "reduction": "sum"}
     judge(leaves, target, chosen, backend="torch")
@@ -241,7 +238,7 @@ def test_statistics(flags: str, backend: str, device: torch.device) -> None:
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
-def test_equals_pytorch_where_pytorch_can(device: torch.device) -> None:
+def test_equals_pytorch_for_one_smoothing(device: torch.device) -> None:
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         pytest.skip("needs PyTorch 2.13, the first with linear_cross_entropy")
     leaves, target = linear_case(9, 37, 8, torch.float64, device)
@@ -255,11 +252,11 @@ def test_equals_pytorch_where_pytorch_can(device: torch.device) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-# ---- what must not be computed ----
+# ---- matrix products and allocations ----
 
 
 def work(step: Callable[[], Any]) -> tuple[list[tuple[list[int], list[int]]], int]:
-    """Shapes of the products of two matrices in a step, and its largest allocation in bytes."""
+    """Return the shapes of the matrix products in a step, and its largest allocation in bytes."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as seen:
         step()
     names = {"aten::mm": slice(0, 2), "aten::addmm_": slice(1, 3)}
@@ -275,13 +272,13 @@ def work(step: Callable[[], Any]) -> tuple[list[tuple[list[int], list[int]]], in
     "head_grad=torch.is_grad_enabled() and not per_token",
 )
 def test_a_frozen_head_gets_no_gradient(device: torch.device) -> None:
-    """Two products, no third; and nothing as large as the head is ever allocated."""
+    """There are two products and no third, and no allocation is as large as the head."""
     tokens, vocab, features = 12, 50, 64
     leaves, target = linear_case(tokens, vocab, features, torch.float32, device)
     leaves = frozen(leaves)
     products, largest = work(lambda: linear_cross_entropy(**leaves, target=target).backward())
-    live = tokens - 1
-    assert products == [([live, features], [features, vocab]), ([live, vocab], [vocab, features])]
+    count = tokens - 1
+    assert products == [([count, features], [features, vocab]), ([count, vocab], [vocab, features])]
     assert largest < vocab * features * 4
     assert leaves["linear_weight"].grad is None
     assert leaves["input"].grad is not None
@@ -306,7 +303,7 @@ def test_evaluation_computes_no_gradient(device: torch.device) -> None:
     "return LossTokens(torch.arange(len(target)), selected, None)",
 )
 @pytest.mark.parametrize("why", ["ignored", "weight 0"])
-def test_dead_rows_leave_before_the_first_product(why: str, device: torch.device) -> None:
+def test_ignored_inputs_are_dropped_before_the_first_product(why: str, device: torch.device) -> None:
     leaves, target = linear_case(12, 50, 64, torch.float32, device)
     leaves = frozen(leaves)
     if why == "ignored":
@@ -320,7 +317,7 @@ def test_dead_rows_leave_before_the_first_product(why: str, device: torch.device
 
 @pytest.mark.kills("ual_kernels/functional.py", "options.chunk_tokens or 0,", "0,")
 def test_a_chunk_bounds_the_logits(device: torch.device) -> None:
-    """1 MiB of logits would be needed at once; chunks of 8 rows hold 16 kiB each."""
+    """All logits are 1 MiB; the logits of a chunk of 8 tokens are 16 KiB."""
     leaves, target = linear_case(512, 512, 4, torch.float32, device)
     leaves = frozen(leaves)
     products, largest = work(lambda: linear_cross_entropy(**leaves, target=target, chunk_tokens=8).backward())
@@ -346,7 +343,7 @@ def test_chunks_are_even(device: torch.device) -> None:
 @pytest.mark.kills("ual_kernels/ops.py", "    with _as_called(inputs.input):\n", "    if True:\n")
 @backends
 def test_autocast_casts_the_operands_and_nothing_inside(backend: str, device: torch.device) -> None:
-    """Logits stay in the accumulator's dtype: autocast would round every product inside to 16 bits."""
+    """Autocast casts the operands, but does not round the products inside to 16 bits."""
     leaves, target = linear_case(64, 1_000, 64, torch.float32, device)
     chosen = options("classes", 1_000, device)
     rounded = {
@@ -383,7 +380,7 @@ def test_autocast_leaves_float64_alone(device: torch.device) -> None:
 
 @pytest.mark.kills("ual_kernels/_torch/gemm.py", "        settings.fp32_precision = before", "        pass")
 @pytest.mark.parametrize("setting", ["none", "ieee", "bf16"])
-def test_the_precision_of_other_products_is_left_as_it_was(
+def test_the_precision_setting_is_restored(
     setting: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", setting)
@@ -421,15 +418,15 @@ def test_a_tied_head_gets_both_gradients(device: torch.device) -> None:
     assert torch.autograd.gradcheck(tied, table)
 
 
-# ---- edges ----
+# ---- edge cases ----
 
 
 @backends
 @pytest.mark.parametrize("flags", ["none", "sum", "mean"])
-@pytest.mark.parametrize("rows", [0, 1])
-def test_few_rows(rows: int, flags: str, backend: str, device: torch.device) -> None:
-    leaves, target = linear_case(rows, 5, 4, torch.float64, device)
-    if rows:
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_few_inputs(tokens: int, flags: str, backend: str, device: torch.device) -> None:
+    leaves, target = linear_case(tokens, 5, 4, torch.float64, device)
+    if tokens:
         judge(leaves, target, options(flags, 5, device), backend=backend)
         return
     loss, stats = linear_cross_entropy(
@@ -447,7 +444,7 @@ def test_few_rows(rows: int, flags: str, backend: str, device: torch.device) -> 
 @backends
 @pytest.mark.parametrize("head", [frozen, dict], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("flags", ["mean", "none"])
-def test_all_rows_ignored_is_zero_with_a_connected_graph(
+def test_all_ignored_is_zero_with_a_connected_graph(
     flags: str, head: Callable[..., dict[str, Tensor]], backend: str, device: torch.device
 ) -> None:
     leaves, target = linear_case(3, 17, 8, torch.bfloat16, device)
@@ -461,9 +458,7 @@ def test_all_rows_ignored_is_zero_with_a_connected_graph(
 @pytest.mark.kills("ual_kernels/functional.py", "hidden.to(acc).masked_fill(ignored, 0.0)", "hidden.to(acc)")
 @backends
 @pytest.mark.parametrize("nothing", [torch.nan, torch.inf])
-def test_what_an_ignored_row_holds_does_not_matter(
-    nothing: float, backend: str, device: torch.device
-) -> None:
+def test_inputs_of_an_ignored_token_are_not_used(nothing: float, backend: str, device: torch.device) -> None:
     leaves, target = linear_case(4, 17, 8, torch.float64, device)
     clean = measure(linear_cross_entropy, leaves, target, backend=backend)
     with torch.no_grad():
@@ -481,10 +476,10 @@ def test_what_an_ignored_row_holds_does_not_matter(
     [(17, 0.5, 1.0), (-1, 0.5, 1.0), (2, 1.5, 1.0), (2, -0.1, 1.0), (2, 0.5, -1.0), (2, 0.5, torch.nan)],
 )
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_out_of_range_poisons_its_own_row_only(
+def test_out_of_range_makes_one_token_nan(
     softcap: float | None, label: int, smoothing: float, weight: float, backend: str, device: torch.device
 ) -> None:
-    """With a frozen head; a head's gradient is a sum over rows, and says so by being NaN."""
+    """With a frozen head. The gradient of a trained head is a sum over tokens and becomes NaN."""
     leaves, target = linear_case(4, 17, 8, torch.float64, device)
     flags = {"reduction": "none", "softcap": softcap, "backend": backend}
     clean = measure(linear_cross_entropy, frozen(leaves), target, **flags)
@@ -501,8 +496,8 @@ def test_out_of_range_poisons_its_own_row_only(
     assert head.isnan().any()
 
 
-def test_forbidden_classes(device: torch.device) -> None:
-    """A bias of -inf takes a class out."""
+def test_masked_classes(device: torch.device) -> None:
+    """A bias of -inf masks a class."""
     leaves, target = linear_case(4, 17, 8, torch.float64, device)
     target[:] = torch.tensor([0, -100, 3, 4])
     few = {name: leaf.detach()[:12] if name in HEAD else leaf.detach() for name, leaf in leaves.items()}
@@ -520,7 +515,7 @@ def test_forbidden_classes(device: torch.device) -> None:
         torch.testing.assert_close(longer[name], shorter[name])
 
 
-# ---- autograd's own rules ----
+# ---- autograd ----
 
 
 @pytest.mark.parametrize("head", [frozen, dict], ids=["frozen", "trainable"])
@@ -563,13 +558,13 @@ def test_a_second_derivative_is_refused(by: str, reduction: str, device: torch.d
 
 def test_same_inputs_same_bits(device: torch.device) -> None:
     leaves, target = linear_case(64, 101, 16, torch.bfloat16, device)
-    target[target != -100] = 7  # every row scatters into one row of the head's gradient
+    target[target != -100] = 7  # every token adds to one row of the head's gradient
     first, second = (measure(linear_cross_entropy, leaves, target) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
 
-# ---- refusals ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize(
@@ -595,7 +590,7 @@ def test_same_inputs_same_bits(device: torch.device) -> None:
         ({"backend": "liger"}, "backend must be one of"),
     ],
 )
-def test_refusals_name_the_argument(change: dict[str, Any], message: str) -> None:
+def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {
         "input": torch.zeros(4, 3),
         "linear_weight": torch.zeros(5, 3),

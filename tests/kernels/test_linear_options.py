@@ -1,6 +1,6 @@
-"""The options of linear_cross_entropy beyond the plain loss: LoRA heads, padding, row counts, rules, filters.
+"""Options of linear_cross_entropy: LoRA, padding, upper bounds, precision, filters, functions of statistics.
 
-And the tiles that the vocabulary is walked over, which no small case would otherwise meet.
+Small tiles are set, so that small vocabularies have several of them.
 """
 
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1
 
 
 def logits_of(leaves: Leaves, flags: dict[str, Any]) -> Tensor:
-    """Final logits in float64."""
+    """Return final logits in float64."""
     wide = as_float64(leaves)
     head = wide["linear_weight"]
     if "lora_a" in wide:
@@ -81,10 +81,10 @@ def logits_of(leaves: Leaves, flags: dict[str, Any]) -> Tensor:
 
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
-    """Set how many rows a chunk and how many columns a tile have."""
+    """Return a function that sets the number of tokens per chunk and of columns per tile."""
 
-    def choose(rows: int, width: int) -> None:
-        monkeypatch.setattr(tiled, "plan", lambda *_: tiled.Plan(rows, width))
+    def choose(tokens: int, width: int) -> None:
+        monkeypatch.setattr(tiled, "tile_shape", lambda *_: tiled.TileShape(tokens, width))
 
     return choose
 
@@ -102,13 +102,13 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
     "factors.of_x)[:, None])",
 )
 @every_head
-@pytest.mark.parametrize(("rows", "width"), [(5, 3), (7, 64), (24, 100)])
+@pytest.mark.parametrize(("tokens", "width"), [(5, 3), (7, 64), (24, 100)])
 @pytest.mark.parametrize("flags", OPTIONS)
 def test_every_flag_over_many_tiles(
-    flags: str, rows: int, width: int, head: Callable[..., Leaves], tiles: Tiles, device: torch.device
+    flags: str, tokens: int, width: int, head: Callable[..., Leaves], tiles: Tiles, device: torch.device
 ) -> None:
-    """Targets at both ends of the vocabulary and at both sides of each kind of seam."""
-    tiles(rows, width)
+    """Targets are at both ends of the vocabulary and at both sides of tile boundaries."""
+    tiles(tokens, width)
     leaves, target = linear_case(24, 101, 8, torch.float64, device)
     edges = [0, 2, 3, 63, 64, 99, 100]
     target[2 : 2 + len(edges)] = torch.tensor(edges, device=device)
@@ -151,7 +151,7 @@ def test_sixteen_bits_are_rounded_once_over_many_tiles(
 def test_the_maximum_may_come_late_or_early(
     slope: float, softcap: float | None, head: Callable[..., Leaves], tiles: Tiles, device: torch.device
 ) -> None:
-    """Logits that climb, or fall, by 5 from tile to tile, in all their range of 200."""
+    """Logits that increase or decrease by 5 from tile to tile, with a total range of 200."""
     tiles(3, 5)
     leaves, target = linear_case(9, 101, 2, torch.float64, device)
     with torch.no_grad():
@@ -161,9 +161,9 @@ def test_the_maximum_may_come_late_or_early(
         target[2:] = torch.tensor([0, 4, 5, 50, 96, 99, 100], device=device)
     flags = {"softcap": softcap, "reduction": "none", "z_loss": 1e-3}
     judge(head(leaves), target, flags)
-    facts = ours(**leaves, target=target, **flags, return_statistics=True)[1]
+    statistics = ours(**leaves, target=target, **flags, return_statistics=True)[1]
     theirs = ours(**leaves, target=target, **flags, return_statistics=True, backend="reference")[1]
-    torch.testing.assert_close(facts, theirs, equal_nan=True, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(statistics, theirs, equal_nan=True, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.kills(
@@ -176,17 +176,17 @@ def test_the_maximum_may_come_late_or_early(
     "self.moment = rescale * (self.moment + moved)",
     "self.moment = rescale * self.moment",
 )
-@pytest.mark.parametrize(("rows", "width"), [(5, 1), (24, 7), (2, 100)])
+@pytest.mark.parametrize(("tokens", "width"), [(5, 1), (24, 7), (2, 100)])
 @pytest.mark.parametrize("flags", ["mean", "softcap", "all"])
 def test_statistics_over_many_tiles(
-    flags: str, rows: int, width: int, tiles: Tiles, device: torch.device
+    flags: str, tokens: int, width: int, tiles: Tiles, device: torch.device
 ) -> None:
-    tiles(rows, width)
+    tiles(tokens, width)
     leaves, target = linear_case(9, 101, 8, torch.float64, device)
     target[3] = 101
     with torch.no_grad():
         leaves["linear_weight"][10] *= 5
-        for name in HEAD:  # ties of the three largest, two of them in neighbouring columns
+        for name in HEAD:  # the three largest are equal, two of them in neighboring columns
             leaves[name][[10, 11, 60]] = leaves[name][[10, 10, 10]]
         leaves["input"][:4] = leaves["linear_weight"][10]
     chosen = options(flags, 101, device) | {"return_statistics": True}
@@ -203,10 +203,10 @@ def test_statistics_over_many_tiles(
 )
 @heads
 @pytest.mark.parametrize("where", [slice(0, 7), slice(7, 14), slice(95, 101), slice(0, 14)])
-def test_whole_tiles_of_forbidden_classes(
+def test_complete_tiles_of_masked_classes(
     where: slice, head: Callable[..., Leaves], tiles: Tiles, device: torch.device
 ) -> None:
-    """A bias of -inf over a whole tile leaves what would be without these classes."""
+    """A bias of -inf over a complete tile gives the result without these classes."""
     tiles(2, 7)
     leaves, _ = linear_case(6, 101, 8, torch.float64, device)
     leaves["label_smoothing"].detach().zero_()
@@ -225,15 +225,15 @@ def test_whole_tiles_of_forbidden_classes(
             assert not longer[name][where].any()
             longer[name] = longer[name][allowed]
     assert_same(longer, shorter)
-    of_all[0] = where.start  # a target that cannot be
-    facts = ours(**leaves, target=of_all, return_statistics=True)[1]
+    of_all[0] = where.start  # a masked target
+    statistics = ours(**leaves, target=of_all, return_statistics=True)[1]
     expected = ours(**leaves, target=of_all, return_statistics=True, backend="reference")[1]
     assert expected.log_prob[0] == -torch.inf
-    torch.testing.assert_close(facts, expected, equal_nan=True, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(statistics, expected, equal_nan=True, rtol=1e-10, atol=1e-12)
 
 
-def test_more_tiles_change_no_shape_of_memory(tiles: Tiles, device: torch.device) -> None:
-    """A frozen head's largest allocation is one tile, however wide the vocabulary."""
+def test_more_tiles_allocate_no_more_memory(tiles: Tiles, device: torch.device) -> None:
+    """With a frozen head the largest allocation is one tile, for any size of the vocabulary."""
     tiles(16, 64)
     leaves, target = linear_case(17, 4_096, 4, torch.float32, device)
     leaves = frozen(leaves)
@@ -244,8 +244,8 @@ def test_more_tiles_change_no_shape_of_memory(tiles: Tiles, device: torch.device
 
 
 @heads
-def test_no_features_at_all(head: Callable[..., Leaves], device: torch.device) -> None:
-    """What is left of a head without columns is its bias."""
+def test_no_features(head: Callable[..., Leaves], device: torch.device) -> None:
+    """A head without features has only a bias."""
     leaves, target = linear_case(6, 19, 1, torch.float64, device)
     leaves = head(
         leaves
@@ -261,23 +261,23 @@ def test_no_features_at_all(head: Callable[..., Leaves], device: torch.device) -
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("features", [1, 64, 4_096, 65_536])
 @pytest.mark.parametrize("vocab", [1, 63, 64, 1_000, 128_256, 262_144, 20_000_000, 600_000_000])
-def test_a_plan_keeps_to_its_budgets(vocab: int, features: int, keep: bool, cuda: bool) -> None:
+def test_a_tile_shape_fits_its_budgets(vocab: int, features: int, keep: bool, cuda: bool) -> None:
     larger = 32 if cuda else 1
     for chunk_tokens, count in product((0, 1, 300, 100_000), (1, 128, 1_000_000)):
-        rows, width = tiled.plan(vocab, features, count, keep, cuda, chunk_tokens)
-        assert 1 <= rows <= count
+        tokens, width = tiled.tile_shape(vocab, features, count, keep, cuda, chunk_tokens)
+        assert 1 <= tokens <= count
         assert width >= 1
         assert width == vocab or width % 64 == 0
         assert width - 64 < vocab
-        if width > 64:  # below, products would be too thin; one step of rounding above
-            assert rows * (width - 64) * 4 < larger * (8 << 20)
+        if width > 64:  # the smallest width of a tile; width is rounded up to a multiple of 64
+            assert tokens * (width - 64) * 4 < larger * (8 << 20)
             assert features * (width - 64) * 4 < larger * (8 << 20)
         if chunk_tokens:
-            assert rows == min(chunk_tokens, count)
+            assert tokens == min(chunk_tokens, count)
         elif keep:
-            assert rows == 1 or rows * vocab * 4 <= max(larger * (64 << 20), vocab * features)
+            assert tokens == 1 or tokens * vocab * 4 <= max(larger * (64 << 20), vocab * features)
         else:
-            assert rows == min(4_096 if cuda else 1_024, count)
+            assert tokens == min(4_096 if cuda else 1_024, count)
 
 
 # ---- a LoRA adapter on the head ----
@@ -285,7 +285,7 @@ def test_a_plan_keeps_to_its_budgets(vocab: int, features: int, keep: bool, cuda
 
 @pytest.mark.kills(
     "ual_kernels/_torch/linear_cross_entropy.py",
-    "outputs.dlora_a.addmm_(whole.T, chunk.hidden.to(acc))",
+    "outputs.dlora_a.addmm_(summed.T, chunk.hidden.to(acc))",
     "pass",
 )
 @pytest.mark.kills(
@@ -296,7 +296,7 @@ def test_a_plan_keeps_to_its_budgets(vocab: int, features: int, keep: bool, cuda
 @pytest.mark.parametrize("head", [frozen_with_adapter, with_adapter], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("flags", OPTIONS)
-def test_an_adapter_is_as_if_merged(
+def test_an_adapter_equals_a_merged_head(
     flags: str, backend: str, head: Callable[..., Leaves], device: torch.device
 ) -> None:
     leaves, target = linear_case(12, 31, 8, torch.float64, device)
@@ -308,7 +308,7 @@ def test_an_adapter_is_as_if_merged(
 def test_a_float32_adapter_of_a_sixteen_bit_head_is_exact_to_float32(
     flags: str, head: Callable[..., Leaves], device: torch.device
 ) -> None:
-    """A and B come back in float32, and 64 roundings of float32 is all they may be off."""
+    """The gradients of A and B are float32, with an error of at most 64 roundings of float32."""
     leaves, target = linear_case(64, 300, 64, torch.bfloat16, device)
     leaves = with_adapter(head(leaves), dtype=torch.float32)
     chosen = options(flags, 300, device)
@@ -318,10 +318,10 @@ def test_a_float32_adapter_of_a_sixteen_bit_head_is_exact_to_float32(
 
 
 @pytest.mark.parametrize("dtype", names([torch.bfloat16, torch.float32]))
-def test_products_stay_exact_where_all_others_may_round(
+def test_products_stay_exact_if_onednn_may_round(
     dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """oneDNN's permission to multiply float32 as bfloat16 is not for the adapter, nor for a float32 head."""
+    """oneDNN's setting to multiply float32 as bfloat16 affects neither the adapter nor a float32 head."""
     leaves, target = linear_case(64, 300, 64, dtype, device)
     leaves = with_adapter(leaves, rank=32, dtype=torch.float32)
     before = measure(ours, leaves, target)
@@ -351,8 +351,8 @@ def test_one_gradient_alone_beside_an_adapter(flags: str, wanted: str, device: t
     judge(leaves, target, options(flags, 19, device))
 
 
-def test_an_adapter_costs_no_product_as_large_as_the_heads_gradient(device: torch.device) -> None:
-    """A frozen head beside trained A and B: its gradient is neither computed nor allocated."""
+def test_an_adapter_allocates_no_gradient_of_the_head(device: torch.device) -> None:
+    """With trained A and B, the gradient of a frozen head is neither computed nor allocated."""
     leaves, target = linear_case(12, 50, 64, torch.float32, device)
     leaves = frozen_with_adapter(leaves)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -399,10 +399,10 @@ def test_an_adapter_that_does_not_fit_is_refused(lora: tuple[Any, ...], message:
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("filling", [torch.nan, torch.inf, 1e30])
 @pytest.mark.parametrize("flags", ["mean", "all"])
-def test_padding_of_the_head_does_not_matter(
+def test_padding_of_the_head_is_not_read(
     flags: str, filling: float, backend: str, device: torch.device
 ) -> None:
-    """Same bits as the head without its padding, and a gradient of exactly 0 in it."""
+    """The result has the bits of a head without padding, and the gradient of the padding is exactly 0."""
     leaves, target = linear_case(12, 19, 8, torch.float64, device)
     real = with_adapter(leaves)
     padded = {
@@ -422,12 +422,12 @@ def test_padding_of_the_head_does_not_matter(
 
 
 @pytest.mark.parametrize("flags", ["mean", "all"])
-def test_every_row_may_be_real(flags: str, device: torch.device) -> None:
+def test_a_vocabulary_without_padding(flags: str, device: torch.device) -> None:
     leaves, target = linear_case(12, 19, 8, torch.float64, device)
     judge(leaves, target, options(flags, 19, device), vocab_size=19)
 
 
-def test_a_label_in_the_padding_is_illegal(device: torch.device) -> None:
+def test_a_label_in_the_padding_is_invalid(device: torch.device) -> None:
     leaves, target = linear_case(4, 19, 8, torch.float64, device)
     target[:] = torch.tensor([17, 3, 16, 0], device=device)
     loss = ours(**leaves, target=target, reduction="none", vocab_size=17)
@@ -450,17 +450,17 @@ def test_a_label_in_the_padding_is_illegal(device: torch.device) -> None:
         ),
     ],
 )
-def test_refusals_name_the_argument(change: dict[str, Any], message: str) -> None:
+def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
     arguments = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(*arguments, **change)
 
 
-# ---- known row counts ----
+# ---- upper bounds of the number of loss tokens ----
 
 
 def with_padding(device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Leaves, Tensor]:
-    """Thirteen of twenty rows are live."""
+    """Return a case in which 13 of 20 tokens are loss tokens."""
     leaves, target = linear_case(20, 31, 8, dtype, device)
     target[[0, 4, 5, 11, 18, 19]] = -100
     return with_adapter(leaves), target
@@ -469,7 +469,7 @@ def with_padding(device: torch.device, dtype: torch.dtype = torch.float64) -> tu
 @heads
 @pytest.mark.parametrize("flags", OPTIONS)
 @pytest.mark.parametrize("count", [13, 14, 19, 20, 1_000])
-def test_a_count_that_is_known_changes_no_value(
+def test_an_upper_bound_changes_no_value(
     count: int, flags: str, head: Callable[..., Leaves], device: torch.device
 ) -> None:
     leaves, target = with_padding(device)
@@ -486,15 +486,15 @@ def test_a_count_that_is_known_changes_no_value(
 @heads
 @pytest.mark.parametrize("flags", OPTIONS)
 @pytest.mark.parametrize("chunk_tokens", [3, None])
-def test_rows_that_stay_change_no_value(
+def test_kept_ignored_tokens_change_no_value(
     chunk_tokens: int | None, flags: str, head: Callable[..., Leaves], device: torch.device
 ) -> None:
     leaves, target = with_padding(device)
     judge(head(leaves), target, options(flags, 31, device), compact=False, chunk_tokens=chunk_tokens)
 
 
-KNOWN = [{"max_loss_tokens": 13}, {"max_loss_tokens": 15}, {"max_loss_tokens": 20}, {"compact": False}]
-known = pytest.mark.parametrize("rows", KNOWN, ids=["exact", "more", "all", "not-compact"])
+BOUNDS = [{"max_loss_tokens": 13}, {"max_loss_tokens": 15}, {"max_loss_tokens": 20}, {"compact": False}]
+bounds = pytest.mark.parametrize("bound", BOUNDS, ids=["exact", "more", "all", "not-compact"])
 
 
 @pytest.mark.kills(
@@ -502,20 +502,20 @@ known = pytest.mark.parametrize("rows", KNOWN, ids=["exact", "more", "all", "not
     "hidden.masked_fill(~tokens.selected[part][:, None], 0.0)",
     "hidden",
 )
-@known
+@bounds
 @heads
 @pytest.mark.parametrize("nothing", [torch.nan, torch.inf])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_what_a_dead_row_that_stays_holds_does_not_matter(
+def test_inputs_of_a_kept_ignored_token_are_not_used(
     softcap: float | None,
     nothing: float,
     head: Callable[..., Leaves],
-    rows: dict[str, Any],
+    bound: dict[str, Any],
     device: torch.device,
 ) -> None:
     leaves, target = with_padding(device)
     leaves = head(leaves)
-    flags = {"softcap": softcap, "reduction": "sum"} | rows
+    flags = {"softcap": softcap, "reduction": "sum"} | bound
     clean = measure(ours, leaves, target, **flags)
     with torch.no_grad():
         for name in ("input", "label_smoothing", "sample_weight"):
@@ -525,41 +525,41 @@ def test_what_a_dead_row_that_stays_holds_does_not_matter(
         assert torch.equal(clean[name], dirty[name]), name
 
 
-@known
-def test_a_dead_row_that_stays_may_meet_a_forbidden_class(rows: dict[str, Any], device: torch.device) -> None:
-    """It is computed as if its target were class 0, whose logit may be -inf."""
+@bounds
+def test_a_kept_ignored_token_with_a_masked_class(bound: dict[str, Any], device: torch.device) -> None:
+    """An ignored token is computed with target 0, whose logit may be -inf."""
     leaves, target = with_padding(device)
     with torch.no_grad():
         leaves["linear_bias"][0] = -torch.inf
         leaves["label_smoothing"].zero_()
         target[target == 0] = 1
     default = measure(ours, leaves, target)
-    told = measure(ours, leaves, target, **rows)
-    # those of live rows are infinite, as their mean logit is
+    told = measure(ours, leaves, target, **bound)
+    # the gradients of loss tokens are infinite, because their mean logit is
     smoothing = [measured.pop("label_smoothing")[target == -100] for measured in (default, told)]
     assert not any(gradient.any() for gradient in smoothing)
     assert all(value.isfinite().all() for value in default.values())
     assert_same(told, default)
 
 
-@known
-def test_statistics_of_a_known_count(rows: dict[str, Any], device: torch.device) -> None:
+@bounds
+def test_statistics_with_an_upper_bound(bound: dict[str, Any], device: torch.device) -> None:
     leaves, target = with_padding(device)
     target[2] = 31
     default = ours(**leaves, target=target, return_statistics=True)[1]
-    told = ours(**leaves, target=target, return_statistics=True, **rows)[1]
+    told = ours(**leaves, target=target, return_statistics=True, **bound)[1]
     torch.testing.assert_close(told, default, equal_nan=True, rtol=1e-12, atol=1e-12)
 
 
-@known
-def test_a_known_count_of_rows_that_are_all_dead(rows: dict[str, Any], device: torch.device) -> None:
+@bounds
+def test_an_upper_bound_where_all_are_ignored(bound: dict[str, Any], device: torch.device) -> None:
     leaves, target = with_padding(device)
-    measured = measure(ours, leaves, target.fill_(-100), **rows)
+    measured = measure(ours, leaves, target.fill_(-100), **bound)
     for name, value in measured.items():
         assert not value.any(), name
 
 
-def test_no_rows_of_none(device: torch.device) -> None:
+def test_an_upper_bound_of_zero(device: torch.device) -> None:
     leaves, target = with_padding(device)
     for name, value in measure(ours, leaves, target.fill_(-100), max_loss_tokens=0).items():
         assert not value.any(), name
@@ -573,35 +573,35 @@ def test_no_rows_of_none(device: torch.device) -> None:
 @heads
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("count", [0, 1, 12])
-def test_a_count_that_is_too_small_is_never_a_wrong_number(
+def test_an_upper_bound_that_is_too_small_gives_nan(
     count: int, reduction: str, head: Callable[..., Leaves], device: torch.device
 ) -> None:
     leaves, target = with_padding(device)
-    live = target != -100
+    selected = target != -100
     measured = measure(ours, head(leaves), target, reduction=reduction, max_loss_tokens=count)
     if reduction == "none":
-        assert torch.equal(measured["loss"].isnan(), live)
+        assert torch.equal(measured["loss"].isnan(), selected)
     else:
         assert measured["loss"].isnan()
     for name in ("input", "label_smoothing", "sample_weight"):
-        assert measured[name][live].isnan().all(), name
+        assert measured[name][selected].isnan().all(), name
     for name in measured.keys() - {"loss", "input", "label_smoothing", "sample_weight"}:
         assert measured[name].isnan().any(), name
 
 
-@known
+@bounds
 @heads
-def test_out_of_range_poisons_its_own_row_only_where_rows_stay(
-    head: Callable[..., Leaves], rows: dict[str, Any], device: torch.device
+def test_out_of_range_makes_one_token_nan_with_an_upper_bound(
+    head: Callable[..., Leaves], bound: dict[str, Any], device: torch.device
 ) -> None:
     leaves, target = with_padding(device)
     leaves = frozen({name: leaf for name, leaf in leaves.items() if "lora" not in name})
-    flags = {"reduction": "none"} | rows
+    flags = {"reduction": "none"} | bound
     clean = measure(ours, leaves, target, **flags)
     target[2] = 31
     dirty = measure(ours, leaves, target, **flags)
     rest = torch.arange(20, device=device) != 2
-    assert dirty["loss"].isnan().tolist() == [row == 2 for row in range(20)]
+    assert dirty["loss"].isnan().tolist() == [token == 2 for token in range(20)]
     assert dirty["input"][2].isnan().all()
     for name in clean:
         torch.testing.assert_close(dirty[name][rest], clean[name][rest], rtol=1e-12, atol=1e-12)
@@ -611,30 +611,30 @@ WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_n
 
 
 def waits(step: Callable[[], Any]) -> set[str]:
-    """What a step does that reads numbers back to the host."""
+    """Return the operations of a step that synchronize with the host."""
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         step()
     return {event.name for event in seen.events()} & WAITS
 
 
-@known
+@bounds
 @pytest.mark.parametrize(("flags", "head"), [("mean", dict), ("all", with_adapter)], ids=["mean", "all"])
-def test_a_known_count_is_never_read_from_the_device(
-    flags: str, head: Callable[..., Leaves], rows: dict[str, Any], device: torch.device
+def test_an_upper_bound_avoids_synchronization(
+    flags: str, head: Callable[..., Leaves], bound: dict[str, Any], device: torch.device
 ) -> None:
     leaves, target = with_padding(device, torch.float32)
     leaves, chosen = head(leaves), options(flags, 31, device)
     upstream = torch.ones((), device=device)
 
-    def step(**rows: Any) -> None:
-        loss, _ = ours(**leaves, target=target, **chosen, return_statistics=True, **rows)
+    def step(**bound: Any) -> None:
+        loss, _ = ours(**leaves, target=target, **chosen, return_statistics=True, **bound)
         loss.sum().backward(upstream)
 
     assert "aten::nonzero" in waits(step)
-    assert not waits(lambda: step(**rows))
+    assert not waits(lambda: step(**bound))
 
 
-# ---- rounded logits, by name ----
+# ---- precision="fast" ----
 
 
 @pytest.mark.kills(
@@ -646,12 +646,13 @@ def test_a_known_count_is_never_read_from_the_device(
 @pytest.mark.parametrize("dtype", names(HALVES))
 @pytest.mark.parametrize("items", [64, 1_000_000])
 @pytest.mark.parametrize("spread", [0.01, 1.0], ids=["flat", "peaked"])
-def test_fast_is_off_by_the_rounding_of_logits_and_no_more(
+def test_the_error_of_fast_is_that_of_rounded_logits(
     spread: float, items: int, dtype: torch.dtype, head: Callable[..., Leaves], device: torch.device
 ) -> None:
-    """A rounding moves a number by at most u of it: a logit by d = u max|z|, a probability by e^(2d) - 1.
+    """The relative error of a rounding is at most u.
 
-    To that add u for each factor, and for the result, of a product that is rounded; and one for the store.
+    A logit changes by at most d = u max|z|, a probability by a factor of at most e^(2d). Each factor and each
+    result of a rounded product adds u, and so does the store.
     """
     leaves, target = linear_case(64, 1_000, 64, dtype, device)
     with torch.no_grad():
@@ -666,14 +667,15 @@ def test_fast_is_off_by_the_rounding_of_logits_and_no_more(
     exact = measure(scaled(merged_definition), as_float64(leaves), target)
 
     u = torch.finfo(dtype).eps / 2
-    live = target != -100
+    selected = target != -100
     wide = as_float64(leaves)
-    z = logits_of(leaves, {})[live]
-    p, y = z.softmax(1), target[live]
-    raw = torch.nn.functional.linear(wide["input"], wide["linear_weight"])[live].detach()
+    z = logits_of(leaves, {})[selected]
+    p, y = z.softmax(1), target[selected]
+    raw = torch.nn.functional.linear(wide["input"], wide["linear_weight"])[selected].detach()
     moved = u * raw.abs().amax(1)
     p_moved = torch.expm1(2 * moved)
-    w = (wide["sample_weight"][live] * (0.5 * scaling / items)).detach()  # 0.5 is the upstream of `measure`
+    # 0.5 is the upstream gradient of `measure`
+    w = (wide["sample_weight"][selected] * (0.5 * scaling / items)).detach()
     lengths, hidden = (wide[name].detach().norm(dim=1) for name in ("linear_weight", "input"))
     rest = 1 - p.gather(1, y[:, None]).squeeze(1)
 
@@ -683,12 +685,12 @@ def test_fast_is_off_by_the_rounding_of_logits_and_no_more(
     error = (fast["input"].double() - exact["input"]).norm(dim=1)
     stored = 2 * u * exact["input"].norm(dim=1)
     bound = w * ((p_moved * (1 + 2 * u) + 2.1 * u) * (p @ lengths) + p_moved * rest * lengths[y])
-    assert (error[live] <= bound + stored[live]).all()
+    assert (error[selected] <= bound + stored[selected]).all()
     if spread == 1.0:
         assert error.norm() > 1.5 * (high["input"].double() - exact["input"]).norm()
     if "linear_weight" in exact:
         error = (fast["linear_weight"].double() - exact["linear_weight"]).norm(dim=1)
-        each = (w * hidden[live])[:, None]
+        each = (w * hidden[selected])[:, None]
         bound = ((p_moved * (1 + 2 * u) + 3.1 * u)[:, None] * each * p).sum(0)
         bound.index_add_(0, y, p_moved * rest * each[:, 0])
         assert (error <= bound + 2 * u * exact["linear_weight"].norm(dim=1)).all()
@@ -711,11 +713,11 @@ def test_fast_of_wide_numbers_is_high(
 
 
 def peaked(device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Leaves, Tensor]:
-    """Of 8 tiles of 8 columns two hold all but about 2e-3 of the probability; targets are everywhere."""
+    """Two of 8 tiles of 8 columns hold all but about 2e-3 of the probability; all tiles have targets."""
     leaves, target = linear_case(12, 64, 8, dtype, device)
     with torch.no_grad():
         leaves["linear_weight"].mul_(0.3)
-        # a feature of the head that no hidden state has: what a tile's mean is, only the gradient sees
+        # a feature that is zero in all hidden states, so that a tile's mean affects only gradients
         leaves["linear_weight"][:, 0] += 10.0
         leaves["input"][:, 0] = 0.0
         leaves["linear_bias"].zero_()
@@ -739,7 +741,7 @@ FILTERED = {
 @every_head
 @pytest.mark.parametrize("flags", FILTERED)
 @pytest.mark.parametrize(("reduction", "tau"), [("none", 1e-3), ("sum", 1e-2)])
-def test_a_filter_is_off_by_the_mass_that_it_drops(
+def test_the_error_of_a_filter_is_bounded_by_the_dropped_mass(
     reduction: str,
     flags: str,
     tau: float,
@@ -747,10 +749,10 @@ def test_a_filter_is_off_by_the_mass_that_it_drops(
     tiles: Tiles,
     device: torch.device,
 ) -> None:
-    """Mass m of row i spread over its tile moves dleft_i by at most m max |right_v - mean right|.
+    """Spreading mass m of token i over a tile changes dleft_i by at most m K max |right_v - mean right|.
 
-    Times the coefficient K of p. A row of dright gets at most twice the mass of each left, and the tile's
-    rows together exactly what they had.
+    K is the coefficient of p. A row of dright changes by at most twice the mass times each left factor. The
+    sum over the rows of a tile does not change.
     """
     tiles(5, 8)
     leaves, target = peaked(device)
@@ -760,22 +762,22 @@ def test_a_filter_is_off_by_the_mass_that_it_drops(
         chosen["weight"] = torch.linspace(0.5, 2.0, 64, device=device, dtype=torch.float64)
     exact = measure(ours, leaves, target, **chosen)
     filtered = measure(ours, leaves, target, **chosen, gradient_filter=tau)
-    facts = ours(**leaves, target=target, **chosen, gradient_filter=tau, return_statistics=True)[1]
-    live = target != -100
-    dropped = facts.dropped_mass[live]
+    statistics = ours(**leaves, target=target, **chosen, gradient_filter=tau, return_statistics=True)[1]
+    selected = target != -100
+    dropped = statistics.dropped_mass[selected]
     assert (dropped <= tau).all()
     assert dropped.max() > tau / 100
     for name in ("loss", "label_smoothing", "sample_weight"):
         assert torch.equal(filtered[name], exact[name]), name
 
     wide = {name: leaf.detach() for name, leaf in leaves.items()}
-    z, y = logits_of(leaves, chosen)[live], target[live]
+    z, y = logits_of(leaves, chosen)[selected], target[selected]
     c = chosen.get("weight", torch.ones(64, device=device, dtype=torch.float64))
-    s = wide["label_smoothing"][live] * (64 / 63 if flags == "all" else 1.0)
+    s = wide["label_smoothing"][selected] * (64 / 63 if flags == "all" else 1.0)
     q = (1 - s) * c[y] + s * c.mean()
     k = q + 2 * chosen.get("z_loss", 0.0) * z.logsumexp(1)
-    upstream = torch.linspace(0.5, 2.0, 12, device=device)[live] if reduction == "none" else 0.5
-    a = upstream * wide["sample_weight"][live] * chosen.get("logit_scale", 1.0) * k * dropped
+    upstream = torch.linspace(0.5, 2.0, 12, device=device)[selected] if reduction == "none" else 0.5
+    a = upstream * wide["sample_weight"][selected] * chosen.get("logit_scale", 1.0) * k * dropped
 
     def widest(right: Tensor) -> float:
         parts = right.reshape(8, 8, -1)
@@ -786,12 +788,12 @@ def test_a_filter_is_off_by_the_mass_that_it_drops(
     if "lora_a" in wide:
         merged_head = merged_head + ADAPTER_SCALE * wide["lora_b"] @ wide["lora_a"]
         lefts["lora_b"] = ADAPTER_SCALE * wide["input"] @ wide["lora_a"].T
-    off = (filtered["input"] - exact["input"])[live].norm(dim=1)
+    off = (filtered["input"] - exact["input"])[selected].norm(dim=1)
     assert (off <= a * widest(merged_head) * (1 + 1e-9)).all()
     assert off.any()
     for name in lefts.keys() & filtered.keys():
         moved = (filtered[name] - exact[name]).reshape(8, 8, -1)
-        most = 2 * (a * lefts[name][live].norm(dim=1)).sum()
+        most = 2 * (a * lefts[name][selected].norm(dim=1)).sum()
         assert moved.norm(dim=-1).sum() <= most * (1 + 1e-9), name
         assert moved.any(), name
         assert moved.sum(1).abs().max() <= 1e-12, name
@@ -809,9 +811,9 @@ def test_no_filter_is_exact(
     unfiltered = measure(ours, leaves, target, gradient_filter=off)
     for name in plain:
         assert torch.equal(plain[name], unfiltered[name]), name
-    facts = ours(**leaves, target=target, gradient_filter=off, return_statistics=True)[1]
-    assert not facts.dropped_mass[target != -100].any()
-    assert facts.dropped_mass[target == -100].isnan().all()
+    statistics = ours(**leaves, target=target, gradient_filter=off, return_statistics=True)[1]
+    assert not statistics.dropped_mass[target != -100].any()
+    assert statistics.dropped_mass[target == -100].isnan().all()
 
 
 @every_head
@@ -826,34 +828,37 @@ def test_a_filter_that_drops_nothing_changes_nothing(
 
 @heads
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_the_dropped_mass_is_what_the_tiles_held(
+def test_the_dropped_mass_is_that_of_the_skipped_tiles(
     reduction: str, head: Callable[..., Leaves], tiles: Tiles, device: torch.device
 ) -> None:
-    """One chunk: the lightest tiles, by their heaviest row, as long as no row loses the threshold."""
+    """In one chunk: the tiles with the least mass, as long as no token loses more than the threshold.
+
+    The mass of a tile is the largest over its tokens.
+    """
     tiles(12, 8)
     leaves, target = peaked(device)
-    live = target != -100
-    z, y = logits_of(leaves, {})[live], target[live]
+    selected = target != -100
+    z, y = logits_of(leaves, {})[selected], target[selected]
     mass = z.softmax(1).scatter(1, y[:, None], 0.0).reshape(-1, 8, 8).sum(2)
     order = mass.amax(0).argsort()
     together = mass[:, order].cumsum(1)
     for tau in (5e-4, 2e-3, 0.5):
         count = int((together.amax(0) < tau).sum())
         expected = together[:, count - 1] if count else torch.zeros_like(together[:, 0])
-        facts = ours(
+        statistics = ours(
             **head(leaves),
             target=target,
             gradient_filter=tau,
             reduction=reduction,
             return_statistics=True,
         )[1]
-        torch.testing.assert_close(facts.dropped_mass[live], expected, rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(statistics.dropped_mass[selected], expected, rtol=1e-9, atol=1e-15)
     assert count >= 6
 
 
-@pytest.mark.parametrize("rows", [{"compact": False}, {"max_loss_tokens": 11}, {"max_loss_tokens": 12}])
-def test_dead_rows_that_stay_do_not_hold_a_filter_up(
-    rows: dict[str, Any], tiles: Tiles, device: torch.device
+@pytest.mark.parametrize("bound", [{"compact": False}, {"max_loss_tokens": 11}, {"max_loss_tokens": 12}])
+def test_kept_ignored_tokens_do_not_affect_a_filter(
+    bound: dict[str, Any], tiles: Tiles, device: torch.device
 ) -> None:
     tiles(12, 8)
     leaves, target = peaked(device)
@@ -863,7 +868,7 @@ def test_dead_rows_that_stay_do_not_hold_a_filter_up(
         leaves["input"][:, 0] = 3.0
     flags = {"gradient_filter": 1e-2, "return_statistics": True}
     alone = ours(**leaves, target=target, **flags)[1].dropped_mass
-    beside = ours(**leaves, target=target, **flags, **rows)[1].dropped_mass
+    beside = ours(**leaves, target=target, **flags, **bound)[1].dropped_mass
     assert alone[target != -100].all()
     torch.testing.assert_close(beside, alone, equal_nan=True, rtol=1e-9, atol=1e-15)
 
@@ -879,39 +884,39 @@ def test_a_filter_needs_the_torch_backend(backend: str, monkeypatch: pytest.Monk
 
 def test_fast_is_refused_by_the_reference() -> None:
     arguments = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long)
-    with pytest.raises(UnsupportedError, match='no precision="fast"'):
+    with pytest.raises(UnsupportedError, match='does not support gradient_filter and precision="fast"'):
         linear_cross_entropy(*arguments, precision="fast", backend="reference")
 
 
 # ---- functions of the statistics ----
 
 
-def smoothing_rule(facts: TokenStatistics) -> Tensor:
-    return 0.6 * facts.entropy / (1 + facts.entropy) + 0.1 * facts.top1_prob
+def smoothing_fn(statistics: TokenStatistics) -> Tensor:
+    return 0.6 * statistics.entropy / (1 + statistics.entropy) + 0.1 * statistics.top1_prob
 
 
-def weight_rule(facts: TokenStatistics) -> Tensor:
+def weight_fn(statistics: TokenStatistics) -> Tensor:
     return (
-        facts.log_prob.exp()
-        + 0.2 * facts.margin.tanh()
-        + 0.1 * facts.correct
-        + (facts.lse - facts.mean_logit) / 9
+        statistics.log_prob.exp()
+        + 0.2 * statistics.margin.tanh()
+        + 0.1 * statistics.correct
+        + (statistics.lse - statistics.mean_logit) / 9
     )
 
 
-RULES = {
-    "smoothing": {"label_smoothing": smoothing_rule},
-    "weight": {"sample_weight": weight_rule},
-    "both": {"label_smoothing": smoothing_rule, "sample_weight": weight_rule},
+TOKEN_FNS = {
+    "smoothing": {"label_smoothing": smoothing_fn},
+    "weight": {"sample_weight": weight_fn},
+    "both": {"label_smoothing": smoothing_fn, "sample_weight": weight_fn},
 }
-rules = pytest.mark.parametrize("rule", RULES)
+token_fns = pytest.mark.parametrize("token_fn", TOKEN_FNS)
 
 
-def by_tensors(rule: str) -> Callable[..., Tensor]:
-    """The same numbers, made from a first pass. A weight that is a function has no share in the divisor."""
+def by_tensors(token_fn: str) -> Callable[..., Tensor]:
+    """Compute the same values in a first pass. In the divisor a weight function counts as 1."""
 
     def loss(**arguments: Any) -> Tensor:
-        target, live = arguments["target"], arguments["target"] != -100
+        target, selected = arguments["target"], arguments["target"] != -100
         arguments = {"label_smoothing": 0.0, "sample_weight": None} | arguments
         with torch.no_grad():
             first = {
@@ -930,12 +935,12 @@ def by_tensors(rule: str) -> Callable[..., Tensor]:
                     "weight",
                 )
             }
-            facts = ours(**first, return_statistics=True, backend="reference")[1]
-        for name, function in RULES[rule].items():
-            arguments[name] = function(facts).where(live, 0.0)
-        if "sample_weight" in RULES[rule] and arguments.get("reduction", "mean") == "mean":
+            statistics = ours(**first, return_statistics=True, backend="reference")[1]
+        for name, function in TOKEN_FNS[token_fn].items():
+            arguments[name] = function(statistics).where(selected, 0.0)
+        if "sample_weight" in TOKEN_FNS[token_fn] and arguments.get("reduction", "mean") == "mean":
             classes = arguments.get("weight")
-            counted = live.sum() if classes is None else classes.double()[target[live]].sum()
+            counted = selected.sum() if classes is None else classes.double()[target[selected]].sum()
             arguments.setdefault("num_items", counted.double())
         return merged_definition(**arguments)
 
@@ -950,100 +955,104 @@ def any_tiles(request: pytest.FixtureRequest, tiles: Tiles) -> None:
 
 @pytest.mark.kills(
     "ual_kernels/_torch/linear_cross_entropy.py",
-    "chunk = chunk._replace(smoothing=tokens.keep(smoothing, part))",
+    "chunk = chunk._replace(smoothing=tokens.zero_ignored(smoothing, part))",
     "pass",
 )
-@pytest.mark.kills("ual_kernels/_torch/linear_cross_entropy.py", "a = tokens.keep(a * weight, part)", "pass")
-@rules
+@pytest.mark.kills(
+    "ual_kernels/_torch/linear_cross_entropy.py", "a = tokens.zero_ignored(a * weight, part)", "pass"
+)
+@token_fns
 @every_head
 @pytest.mark.parametrize("flags", OPTIONS)
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.usefixtures("any_tiles")
-def test_a_rule_is_the_tensor_that_it_makes(
-    backend: str, flags: str, head: Callable[..., Leaves], rule: str, device: torch.device
+def test_a_token_fn_equals_the_tensor_that_it_returns(
+    backend: str, flags: str, head: Callable[..., Leaves], token_fn: str, device: torch.device
 ) -> None:
     leaves, target = linear_case(12, 31, 8, torch.float64, device)
-    leaves = {name: leaf for name, leaf in head(leaves).items() if name not in RULES[rule]}
+    leaves = {name: leaf for name, leaf in head(leaves).items() if name not in TOKEN_FNS[token_fn]}
     chosen = options(flags, 31, device)
-    expected = measure(by_tensors(rule), leaves, target, **chosen)
-    actual = measure(ours, leaves, target, **chosen, **RULES[rule], backend=backend)
+    expected = measure(by_tensors(token_fn), leaves, target, **chosen)
+    actual = measure(ours, leaves, target, **chosen, **TOKEN_FNS[token_fn], backend=backend)
     assert_same(actual, expected, 1e-10)
 
 
-@rules
+@token_fns
 @pytest.mark.parametrize("flags", OPTIONS)
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_a_rule_of_given_logits(backend: str, flags: str, rule: str, device: torch.device) -> None:
+def test_a_token_fn_of_given_logits(backend: str, flags: str, token_fn: str, device: torch.device) -> None:
     leaves, target = linear_case(12, 31, 8, torch.float64, device)
-    leaves = {name: leaf for name, leaf in leaves.items() if name not in RULES[rule]}
+    leaves = {name: leaf for name, leaf in leaves.items() if name not in TOKEN_FNS[token_fn]}
     chosen = options(flags, 31, device)
 
     def of_the_product(input: Tensor, linear_weight: Tensor, linear_bias: Tensor, **rest: Any) -> Tensor:
         return cross_entropy(torch.nn.functional.linear(input, linear_weight, linear_bias), **rest)
 
-    expected = measure(by_tensors(rule), leaves, target, **chosen)
-    actual = measure(of_the_product, leaves, target, **chosen, **RULES[rule], backend=backend)
+    expected = measure(by_tensors(token_fn), leaves, target, **chosen)
+    actual = measure(of_the_product, leaves, target, **chosen, **TOKEN_FNS[token_fn], backend=backend)
     assert_same(actual, expected, 1e-10)
 
 
-@rules
-@known
+@token_fns
+@bounds
 @pytest.mark.parametrize("flags", ["mean", "all"])
-def test_a_rule_of_a_known_count(flags: str, rule: str, rows: dict[str, Any], device: torch.device) -> None:
+def test_a_token_fn_with_an_upper_bound(
+    flags: str, token_fn: str, bound: dict[str, Any], device: torch.device
+) -> None:
     leaves, target = with_padding(device)
-    leaves = {name: leaf for name, leaf in leaves.items() if name not in RULES[rule]}
-    chosen = options(flags, 31, device) | RULES[rule]
-    assert_same(measure(ours, leaves, target, **chosen, **rows), measure(ours, leaves, target, **chosen))
+    leaves = {name: leaf for name, leaf in leaves.items() if name not in TOKEN_FNS[token_fn]}
+    chosen = options(flags, 31, device) | TOKEN_FNS[token_fn]
+    assert_same(measure(ours, leaves, target, **chosen, **bound), measure(ours, leaves, target, **chosen))
 
 
 @heads
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("rule", ["smoothing"])
-def test_a_weight_of_zero_still_has_a_gradient_beside_a_rule(
-    rule: str, reduction: str, head: Callable[..., Leaves], device: torch.device
+@pytest.mark.parametrize("token_fn", ["smoothing"])
+def test_a_zero_weight_has_a_gradient_with_a_token_fn(
+    token_fn: str, reduction: str, head: Callable[..., Leaves], device: torch.device
 ) -> None:
     leaves, target = linear_case(6, 31, 8, torch.float64, device)
-    leaves = head({name: leaf for name, leaf in leaves.items() if name not in RULES[rule]})
+    leaves = head({name: leaf for name, leaf in leaves.items() if name not in TOKEN_FNS[token_fn]})
     with torch.no_grad():
         leaves["sample_weight"][3] = 0.0
-    expected = measure(by_tensors(rule), leaves, target, reduction=reduction)
-    actual = measure(ours, leaves, target, reduction=reduction, **RULES[rule])
+    expected = measure(by_tensors(token_fn), leaves, target, reduction=reduction)
+    actual = measure(ours, leaves, target, reduction=reduction, **TOKEN_FNS[token_fn])
     assert actual["sample_weight"][3] != 0
     assert_same(actual, expected, 1e-10)
 
 
-@rules
-def test_float32_is_as_accurate_with_a_rule(rule: str, device: torch.device) -> None:
-    """The rule's own error counts as eager's: both apply it to statistics in float32."""
+@token_fns
+def test_float32_accuracy_with_a_token_fn(token_fn: str, device: torch.device) -> None:
+    """The error of the function itself is included: its argument is statistics in float32."""
     leaves, target = linear_case(24, 101, 32, torch.float32, device)
-    leaves = {name: leaf for name, leaf in frozen(leaves).items() if name not in RULES[rule]}
-    exact = measure(by_tensors(rule), as_float64(leaves), target)
-    actual = measure(ours, leaves, target, **RULES[rule])
+    leaves = {name: leaf for name, leaf in frozen(leaves).items() if name not in TOKEN_FNS[token_fn]}
+    exact = measure(by_tensors(token_fn), as_float64(leaves), target)
+    actual = measure(ours, leaves, target, **TOKEN_FNS[token_fn])
     for name in exact:
         off = (actual[name].double() - exact[name]).norm() / exact[name].norm()
         assert off <= 64 * torch.finfo(torch.float32).eps, name
 
 
-@rules
-def test_statistics_beside_a_rule(rule: str, device: torch.device) -> None:
+@token_fns
+def test_statistics_with_a_token_fn(token_fn: str, device: torch.device) -> None:
     leaves, target = linear_case(12, 31, 8, torch.float64, device)
-    for name in RULES[rule]:
+    for name in TOKEN_FNS[token_fn]:
         del leaves[name]
     plain = ours(**leaves, target=target, return_statistics=True)[1]
-    ruled = ours(**leaves, target=target, return_statistics=True, **RULES[rule])[1]
-    torch.testing.assert_close(ruled, plain, equal_nan=True, rtol=0, atol=0)
+    with_fn = ours(**leaves, target=target, return_statistics=True, **TOKEN_FNS[token_fn])[1]
+    torch.testing.assert_close(with_fn, plain, equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_a_rule_that_overwrites_its_argument_harms_nobody(backend: str, device: torch.device) -> None:
-    def careless(facts: TokenStatistics) -> Tensor:
-        return facts.entropy.mul_(0.1).clamp_(0, 1)
+def test_a_token_fn_may_overwrite_its_argument(backend: str, device: torch.device) -> None:
+    def careless(statistics: TokenStatistics) -> Tensor:
+        return statistics.entropy.mul_(0.1).clamp_(0, 1)
 
     leaves, target = linear_case(6, 31, 8, torch.float64, device)
     arguments = {k: leaves[k] for k in ("input", *HEAD)} | {"target": target, "return_statistics": True}
     plain = ours(**arguments, backend=backend)[1]
-    loss, facts = ours(**arguments, label_smoothing=careless, sample_weight=careless, backend=backend)
-    torch.testing.assert_close(facts, plain, equal_nan=True, rtol=0, atol=0)
+    loss, statistics = ours(**arguments, label_smoothing=careless, sample_weight=careless, backend=backend)
+    torch.testing.assert_close(statistics, plain, equal_nan=True, rtol=0, atol=0)
     twin = careless(plain).nan_to_num()
     expected = ours(
         **{k: leaves[k] for k in ("input", *HEAD)}, target=target, label_smoothing=twin, sample_weight=twin,
@@ -1058,16 +1067,16 @@ def test_a_rule_that_overwrites_its_argument_harms_nobody(backend: str, device: 
 @pytest.mark.parametrize(
     ("made", "got"),
     [
-        (lambda facts: facts.entropy[:1], r"got \[1\]"),
-        (lambda facts: facts.entropy.mean(), r"got \[\]"),
-        (lambda facts: 0.1, "got float"),
-        (lambda facts: None, "got NoneType"),
-        (lambda facts: facts.correct.long(), "got"),
-        (lambda facts: facts.correct, "got"),
+        (lambda statistics: statistics.entropy[:1], r"got \[1\]"),
+        (lambda statistics: statistics.entropy.mean(), r"got \[\]"),
+        (lambda statistics: 0.1, "got float"),
+        (lambda statistics: None, "got NoneType"),
+        (lambda statistics: statistics.correct.long(), "got"),
+        (lambda statistics: statistics.correct, "got"),
     ],
     ids=["short", "scalar", "float", "none", "int", "bool"],
 )
-def test_a_rule_must_return_a_number_per_token(
+def test_a_token_fn_must_return_one_number_per_token(
     made: Callable[..., Any], got: str, name: str, backend: str, loss: Callable[..., Any]
 ) -> None:
     given = [torch.zeros(4, 3)] + [torch.zeros(5, 3)] * (loss is linear_cross_entropy)
@@ -1083,18 +1092,20 @@ def test_a_rule_must_return_a_number_per_token(
      ("sample_weight", -1.0), ("sample_weight", torch.nan)],
 )  # fmt: skip
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_a_rule_out_of_range_poisons_its_own_rows_only(
+def test_a_token_fn_out_of_range_makes_one_token_nan(
     reduction: str, name: str, value: float, backend: str, device: torch.device
 ) -> None:
     leaves, target = linear_case(6, 31, 8, torch.float64, device)
     leaves = {k: leaf for k, leaf in frozen(leaves).items() if k != name}
     highest = ours(**leaves, target=target, return_statistics=True)[1].entropy.nan_to_num().argmax()
 
-    def good(facts: TokenStatistics) -> Tensor:
-        return torch.full_like(facts.entropy, 0.5)
+    def good(statistics: TokenStatistics) -> Tensor:
+        return torch.full_like(statistics.entropy, 0.5)
 
-    def bad(facts: TokenStatistics) -> Tensor:
-        return torch.where(facts.entropy == facts.entropy.nan_to_num(-1).max(), value, good(facts))
+    def bad(statistics: TokenStatistics) -> Tensor:
+        return torch.where(
+            statistics.entropy == statistics.entropy.nan_to_num(-1).max(), value, good(statistics)
+        )
 
     flags = {"reduction": reduction, "backend": backend}
     clean = measure(ours, leaves, target, **{name: good}, **flags)
@@ -1110,11 +1121,11 @@ def test_a_rule_out_of_range_poisons_its_own_rows_only(
         torch.testing.assert_close(dirty[field][rest], clean[field][rest], rtol=1e-12, atol=1e-12)
 
 
-@rules
-def test_an_illegal_label_beside_a_rule_poisons_its_own_row_only(rule: str, device: torch.device) -> None:
+@token_fns
+def test_an_invalid_label_with_a_token_fn_makes_one_token_nan(token_fn: str, device: torch.device) -> None:
     leaves, target = linear_case(6, 31, 8, torch.float64, device)
-    leaves = {k: leaf for k, leaf in frozen(leaves).items() if k not in RULES[rule]}
-    flags = RULES[rule] | {"reduction": "none"}
+    leaves = {k: leaf for k, leaf in frozen(leaves).items() if k not in TOKEN_FNS[token_fn]}
+    flags = TOKEN_FNS[token_fn] | {"reduction": "none"}
     clean = measure(ours, leaves, target, **flags)
     target[3] = 31
     dirty = measure(ours, leaves, target, **flags)
@@ -1125,16 +1136,16 @@ def test_an_illegal_label_beside_a_rule_poisons_its_own_row_only(rule: str, devi
         torch.testing.assert_close(dirty[field][rest], clean[field][rest], rtol=1e-12, atol=1e-12)
 
 
-@rules
+@token_fns
 @every_head
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_a_rule_on_a_retained_graph(
-    reduction: str, head: Callable[..., Leaves], rule: str, device: torch.device
+def test_a_token_fn_on_a_retained_graph(
+    reduction: str, head: Callable[..., Leaves], token_fn: str, device: torch.device
 ) -> None:
     leaves, target = linear_case(6, 31, 8, torch.float32, device)
-    leaves = {k: leaf for k, leaf in head(leaves).items() if k not in RULES[rule]}
+    leaves = {k: leaf for k, leaf in head(leaves).items() if k not in TOKEN_FNS[token_fn]}
     wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
-    loss = ours(**leaves, target=target, reduction=reduction, **RULES[rule]).sum()
+    loss = ours(**leaves, target=target, reduction=reduction, **TOKEN_FNS[token_fn]).sum()
     first, second = (torch.autograd.grad(loss, wanted, retain_graph=True) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
@@ -1143,56 +1154,58 @@ def test_a_rule_on_a_retained_graph(
         gradient.square().sum().backward()
 
 
-@rules
+@token_fns
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_a_rule_is_called_without_a_graph(rule: str, backend: str, device: torch.device) -> None:
-    """What it made of parameters of its own gets no gradient: it makes constants of facts."""
+def test_a_token_fn_is_called_without_a_graph(token_fn: str, backend: str, device: torch.device) -> None:
+    """Parameters that the function uses get no gradient; its result is a constant."""
     factor = torch.ones((), device=device, dtype=torch.float64, requires_grad=True)
 
-    def learnt(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda facts: function(facts) * factor
+    def learned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda statistics: function(statistics) * factor
 
     leaves, target = linear_case(6, 31, 8, torch.float64, device)
-    leaves = {k: leaf for k, leaf in leaves.items() if k not in RULES[rule]}
-    loss = ours(**leaves, target=target, backend=backend, **{k: learnt(f) for k, f in RULES[rule].items()})
+    leaves = {k: leaf for k, leaf in leaves.items() if k not in TOKEN_FNS[token_fn]}
+    functions = {k: learned(f) for k, f in TOKEN_FNS[token_fn].items()}
+    loss = ours(**leaves, target=target, backend=backend, **functions)
     loss.backward()
     assert factor.grad is None
     assert leaves["input"].grad is not None
 
 
-@rules
+@token_fns
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_a_rule_where_all_rows_are_ignored(rule: str, reduction: str, device: torch.device) -> None:
+def test_a_token_fn_where_all_are_ignored(token_fn: str, reduction: str, device: torch.device) -> None:
     leaves, target = linear_case(6, 31, 8, torch.float64, device)
-    leaves = {k: leaf for k, leaf in leaves.items() if k not in RULES[rule]}
+    leaves = {k: leaf for k, leaf in leaves.items() if k not in TOKEN_FNS[token_fn]}
     target.fill_(-100)
-    for name, value in measure(ours, leaves, target, reduction=reduction, **RULES[rule]).items():
+    for name, value in measure(ours, leaves, target, reduction=reduction, **TOKEN_FNS[token_fn]).items():
         assert not value.any(), name
 
 
-@rules
-def test_a_rule_is_refused_under_a_compiler(rule: str, device: torch.device) -> None:
+@token_fns
+def test_a_token_fn_is_refused_under_a_compiler(token_fn: str, device: torch.device) -> None:
     leaves, target = linear_case(6, 31, 8, torch.float32, device)
-    given = {k: leaf.detach() for k, leaf in leaves.items() if k not in RULES[rule]} | RULES[rule]
+    functions = TOKEN_FNS[token_fn]
+    given = {k: leaf.detach() for k, leaf in leaves.items() if k not in functions} | functions
 
     def step(target: Tensor) -> Tensor:
         return linear_cross_entropy(**given, target=target)
 
-    with pytest.raises(Exception, match="neither a function of the statistics nor a process_group"):
+    with pytest.raises(Exception, match="functions of the statistics and process_group are not supported"):
         torch.compile(step, fullgraph=True, backend="eager")(target)
 
 
 @heads
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_a_rule_beside_a_filter(
+def test_a_token_fn_with_a_filter(
     reduction: str, head: Callable[..., Leaves], tiles: Tiles, device: torch.device
 ) -> None:
-    """The rule sees the same statistics; the loss does not move."""
+    """A filter does not change the statistics of a function or the loss."""
     tiles(5, 8)
     leaves, target = peaked(device)
-    leaves = {k: leaf for k, leaf in head(leaves).items() if k not in RULES["both"]}
-    flags = RULES["both"] | {"reduction": reduction, "return_statistics": True}
+    leaves = {k: leaf for k, leaf in head(leaves).items() if k not in TOKEN_FNS["both"]}
+    flags = TOKEN_FNS["both"] | {"reduction": reduction, "return_statistics": True}
     plain, _ = ours(**leaves, target=target, **flags)
-    filtered, facts = ours(**leaves, target=target, **flags, gradient_filter=1e-2)
+    filtered, statistics = ours(**leaves, target=target, **flags, gradient_filter=1e-2)
     assert torch.equal(plain, filtered)
-    assert facts.dropped_mass[target != -100].any()
+    assert statistics.dropped_mass[target != -100].any()

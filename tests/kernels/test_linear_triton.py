@@ -1,4 +1,4 @@
-"""The Triton path of linear_cross_entropy: both ways to make the exponentials, against the definition."""
+"""The Triton backend of linear_cross_entropy against the definition, in all variants."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +16,7 @@ from tests.kernels.cases import (
     assert_as_accurate_as_eager,
     assert_at_the_floor,
     cross_entropy,
+    frozen,
     linear_case,
     linear_cross_entropy,
     linear_definition,
@@ -27,15 +28,9 @@ from ual_kernels import UnsupportedError, losses, ops
 from ual_kernels._operands import ALL_TOKENS, LinearInputs, LinearSpec
 from ual_kernels._triton import linear_cross_entropy as kernels
 
-HEAD = ("linear_weight", "linear_bias")
-
-
-def frozen(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: leaf.detach().requires_grad_(name not in HEAD) for name, leaf in leaves.items()}
-
 
 def trainable(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All but the bias, whose gradient takes the fused GEMM out."""
+    """Return the leaves with a trained head and a frozen bias; a trained bias needs the exact variant."""
     return {name: leaf.detach().requires_grad_(name != "linear_bias") for name, leaf in leaves.items()}
 
 
@@ -79,7 +74,7 @@ def at_the_floor(leaves: dict[str, Tensor], target: Tensor, **flags: Any) -> Non
 def test_every_flag(
     flags: str, head: Callable[..., dict[str, Tensor]], variant: str, device: torch.device
 ) -> None:
-    """Ragged in rows, columns, features, and chunks; the second row ignored."""
+    """Tokens, classes, features and chunks are not multiples of tiles; the second token is ignored."""
     leaves, target = linear_case(19, 131, 48, torch.bfloat16, device)
     leaves, chosen = head(leaves), options(flags, 131, device)
     assert_at_the_floor(
@@ -150,8 +145,8 @@ def test_any_width(vocab: int, variant: str, device: torch.device) -> None:
     "column[None, :] >= V",
 )
 @variants
-def test_confident_rows_are_at_the_floor(variant: str, device: torch.device) -> None:
-    """p - 1 cancels where the target is all but certain: each row's own error, not their sum."""
+def test_confident_predictions_are_at_the_floor(variant: str, device: torch.device) -> None:
+    """With a confident prediction p - 1 cancels; the error of each token is bounded."""
     leaves, target = linear_case(24, 131, 48, torch.bfloat16, device)
     leaves = frozen(leaves)
     with torch.no_grad():
@@ -160,12 +155,12 @@ def test_confident_rows_are_at_the_floor(variant: str, device: torch.device) -> 
         leaves["label_smoothing"].zero_()
     actual = measure(ours, leaves, target, reduction="none")["input"].double()
     exact = measure(linear_definition, as_float64(leaves), target, reduction="none")["input"]
-    live = target != -100
-    errors = ((actual - exact).norm(dim=-1) / exact.norm(dim=-1))[live]
+    selected = target != -100
+    errors = ((actual - exact).norm(dim=-1) / exact.norm(dim=-1))[selected]
     assert errors.max() <= 1.5 * torch.finfo(torch.bfloat16).eps / 12**0.5
 
 
-# ---- where a constant anchor does not reach ----
+# ---- far tokens ----
 
 
 @pytest.mark.kills(
@@ -175,16 +170,16 @@ def test_confident_rows_are_at_the_floor(variant: str, device: torch.device) -> 
 )
 @variants
 @pytest.mark.parametrize("statistics", [False, True])
-@pytest.mark.parametrize("gap", [30.0, 80.0, 105.0, 115.0, 125.0, 200.0, 2_000.0])
+@pytest.mark.parametrize("distance", [30.0, 80.0, 105.0, 115.0, 125.0, 200.0, 2_000.0])
 def test_a_target_far_below_the_maximum(
-    gap: float, statistics: bool, variant: str, device: torch.device
+    distance: float, statistics: bool, variant: str, device: torch.device
 ) -> None:
     leaves, target = linear_case(6, 101, 16, torch.bfloat16, device)
     leaves = frozen(leaves)
     with torch.no_grad():
         target[3] = 7
-        leaves["linear_bias"][7] = -gap
-        leaves["linear_bias"][8] = gap / 8
+        leaves["linear_bias"][7] = -distance
+        leaves["linear_bias"][8] = distance / 8
     flags = {"reduction": "none"}
     exact = measure(linear_definition, as_float64(leaves), target, **flags)
     actual = measure(ours, leaves, target, **flags)
@@ -194,13 +189,13 @@ def test_a_target_far_below_the_maximum(
 
 
 @variants
-@pytest.mark.parametrize("forbidden", ["target", "others", "both"])
-def test_forbidden_classes(forbidden: str, variant: str, device: torch.device) -> None:
-    """A logit of -inf, without smoothing: a class of no mass, or a target that costs infinity."""
+@pytest.mark.parametrize("masked", ["target", "others", "both"])
+def test_masked_classes(masked: str, variant: str, device: torch.device) -> None:
+    """Logits of -inf without smoothing: a class without mass, or a target with an infinite loss."""
     leaves, target = linear_case(4, 77, 16, torch.bfloat16, device)
     leaves = frozen(leaves)
     target[:] = torch.tensor([0, -100, 3, 4])
-    out = {"target": [3], "others": range(40, 77), "both": [3, *range(40, 77)]}[forbidden]
+    out = {"target": [3], "others": range(40, 77), "both": [3, *range(40, 77)]}[masked]
     with torch.no_grad():
         leaves["linear_bias"][list(out)] = -torch.inf
         leaves["label_smoothing"].zero_()
@@ -213,11 +208,11 @@ def test_forbidden_classes(forbidden: str, variant: str, device: torch.device) -
         input, leaves["linear_weight"], target, linear_bias=leaves["linear_bias"], label_smoothing=0.0,
         reduction="none", backend="triton",
     )  # fmt: skip
-    # differences from the anchor, 40
+    # sums are relative to the reference point; differences reach 40
     torch.testing.assert_close(loss.double(), exact, rtol=0, atol=8 * 40 * torch.finfo(torch.float32).eps)
     (actual,) = torch.autograd.grad(loss, input, torch.tensor([1.0, 1, 0, 1], device=device))
-    rows = [0, 3]
-    torch.testing.assert_close(actual[rows].double(), gradient[rows], rtol=1e-2, atol=1e-2)
+    tokens = [0, 3]
+    torch.testing.assert_close(actual[tokens].double(), gradient[tokens], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.kills(
@@ -225,20 +220,20 @@ def test_forbidden_classes(forbidden: str, variant: str, device: torch.device) -
     "_LARGEST_TOTAL: tl.constexpr = tl.constexpr(2.0**100)",
     "_LARGEST_TOTAL: tl.constexpr = tl.constexpr(0.0)",
 )
-def test_only_far_rows_are_made_again(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the remedy taken away near rows do not change, and far rows are lost: it is needed, and idle."""
+def test_only_a_far_token_is_recomputed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the kernel for far tokens, far tokens are not finite and other tokens do not change."""
     leaves, target = linear_case(6, 101, 16, torch.bfloat16, device)
     leaves = frozen(leaves)
     target[:] = torch.tensor([1, -100, 2, 7, 3, 4])
     with torch.no_grad():
         leaves["linear_bias"][7] = -200.0
-    whole = measure(ours, leaves, target, reduction="none")
+    complete = measure(ours, leaves, target, reduction="none")
     monkeypatch.setattr(kernels, "_far_tokens_kernel", {(1,): lambda *_, **__: None})
-    bare = measure(ours, leaves, target, reduction="none")
+    without = measure(ours, leaves, target, reduction="none")
     near = [0, 1, 2, 4, 5]
     for name in ("loss", "input"):
-        assert torch.equal(whole[name][near], bare[name][near])
-        assert not torch.isfinite(bare[name][3]).all()
+        assert torch.equal(complete[name][near], without[name][near])
+        assert not torch.isfinite(without[name][3]).all()
 
 
 # ---- statistics ----
@@ -255,7 +250,7 @@ def compare_statistics(leaves: dict[str, Tensor], target: Tensor, **flags: Any) 
             value = getattr(mine, field)
             if value.is_floating_point():
                 scale = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 1.0
-                # differences from the anchor, 40, and sums of as many numbers as there are classes
+                # sums are relative to the reference point; differences reach 40
                 atol = 16 * torch.finfo(torch.float32).eps * (40 + scale)
                 torch.testing.assert_close(
                     value.double(), truth, rtol=0, atol=atol, equal_nan=True, msg=field
@@ -275,21 +270,21 @@ def test_statistics(flags: str, variant: str, device: torch.device) -> None:
     leaves, target = linear_case(24, 131, 48, torch.bfloat16, device)
     target[3] = 131
     with torch.no_grad():
-        # certain rows, so that the target is often the largest and often the second largest
+        # confident predictions, so that the target is often the largest or second largest logit
         leaves["input"][8:] += leaves["linear_weight"][target[8:]] * 0.5
-        # a tie within a tile in every row, by a margin that other tiles do not reach
+        # two equal largest logits in one tile for every token
         leaves["linear_weight"][8] = leaves["linear_weight"][7]
         leaves["linear_bias"][7:9] = 30.0
     compare_statistics(frozen(leaves), target, **options(flags, 131, device))
 
 
-# ---- rows that do not count, or count as NaN ----
+# ---- ignored and invalid tokens ----
 
 
 @variants
 @heads
 @pytest.mark.parametrize("flags", ["mean", "none"])
-def test_all_rows_ignored_is_zero(
+def test_all_ignored_is_zero(
     flags: str, head: Callable[..., dict[str, Tensor]], variant: str, device: torch.device
 ) -> None:
     leaves, target = linear_case(3, 17, 16, torch.bfloat16, device)
@@ -308,7 +303,7 @@ def test_all_rows_ignored_is_zero(
     ("label", "smoothing", "weight"),
     [(17, 0.5, 1.0), (-1, 0.5, 1.0), (2, 1.5, 1.0), (2, 0.5, -1.0)],
 )
-def test_out_of_range_poisons_its_own_row_only(
+def test_out_of_range_makes_one_token_nan(
     label: int, smoothing: float, weight: float, softcap: float | None, variant: str, device: torch.device
 ) -> None:
     leaves, target = linear_case(4, 17, 16, torch.bfloat16, device)
@@ -326,7 +321,7 @@ def test_out_of_range_poisons_its_own_row_only(
 
 
 @variants
-def test_what_an_ignored_row_holds_does_not_matter(variant: str, device: torch.device) -> None:
+def test_inputs_of_an_ignored_token_are_not_used(variant: str, device: torch.device) -> None:
     leaves, target = linear_case(4, 17, 16, torch.bfloat16, device)
     clean = measure(ours, leaves, target)
     with torch.no_grad():
@@ -337,7 +332,7 @@ def test_what_an_ignored_row_holds_does_not_matter(variant: str, device: torch.d
         assert torch.equal(clean[name], dirty[name]), name
 
 
-# ---- what is computed ----
+# ---- products, determinism, operator checks ----
 
 
 @variants
@@ -345,7 +340,7 @@ def test_no_gradient_stops_after_the_loss(
     variant: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leaves, target = linear_case(12, 101, 16, torch.bfloat16, device)
-    whole = ours(**leaves, target=target)
+    expected = ours(**leaves, target=target)
     products: list[tuple[int, int]] = []
     multiply, add = kernels.product, kernels.add_product
 
@@ -361,7 +356,7 @@ def test_no_gradient_stops_after_the_loss(
     monkeypatch.setattr(kernels, "add_product", added)
     monkeypatch.setattr(kernels.Platform, "of", lambda tensor: kernels.Platform("interpreter", 1, waves=1))
     with torch.no_grad():
-        assert torch.equal(ours(**leaves, target=target), whole)
+        assert torch.equal(ours(**leaves, target=target), expected)
     logits = {"exact": [(11, 101)], "cublas": [(11, 64), (11, 37)]}.get(variant, [])
     assert products == logits
     products.clear()
@@ -416,7 +411,7 @@ def test_opcheck(dtype: torch.dtype, variant: str, device: torch.device) -> None
 def test_equals_the_torch_backend(
     softcap: float, adapter: bool, max_loss_tokens: int, device: torch.device
 ) -> None:
-    """Every output of the operator, the unused state included, in float32."""
+    """All outputs of the operator, including unused state, in float32."""
     leaves, target = linear_case(12, 67, 24, torch.float32, device)
     target[4], target[7] = 67, -100
     with torch.no_grad():
@@ -449,7 +444,7 @@ def lora_loss(lora_a: Tensor, lora_b: Tensor, **rest: Any) -> Tensor:
 def test_an_adapter_on_the_head(
     flags: str, head: Callable[..., dict[str, Tensor]], device: torch.device
 ) -> None:
-    """Float32 A and B beside bfloat16 hidden states, never merged into the 16-bit head."""
+    """A and B are float32 with bfloat16 hidden states, and are not merged into the 16-bit head."""
     leaves, target = linear_case(48, 301, 32, torch.bfloat16, device)
     leaves = head(leaves)
     leaves["lora_a"] = (torch.randn(4, 32, device=device) / 4).requires_grad_()
@@ -458,7 +453,7 @@ def test_an_adapter_on_the_head(
     actual = measure(lora_loss, leaves, target, **chosen)
     exact = measure(lora_definition, as_float64(leaves), target, **chosen)
     for name in ("lora_a", "lora_b"):
-        # sums over the vocabulary of probabilities as they are stored, in 16 bits
+        # sums over the vocabulary of probabilities that are stored in 16 bits
         error = (actual.pop(name) - exact[name]).norm() / exact.pop(name).norm()
         assert error <= torch.finfo(torch.bfloat16).eps / 12**0.5
     assert_at_the_floor(actual, exact)
@@ -471,13 +466,13 @@ def test_numbers_chosen_from_the_statistics(variant: str, device: torch.device) 
     del leaves["sample_weight"], leaves["label_smoothing"]
     for name in ("input", "linear_weight"):
         leaves[name].requires_grad_()
-    facts = ours(**leaves, target=target, return_statistics=True)[1]
+    statistics = ours(**leaves, target=target, return_statistics=True)[1]
     by_hand = measure(
         ours,
         leaves,
         target,
-        label_smoothing=facts.top1_prob.nan_to_num(0.0) / 2,
-        sample_weight=facts.entropy.nan_to_num(0.0),
+        label_smoothing=statistics.top1_prob.nan_to_num(0.0) / 2,
+        sample_weight=statistics.entropy.nan_to_num(0.0),
         reduction="sum",
         chunk_tokens=7,
     )
@@ -500,25 +495,27 @@ def test_smoothing_learns_under_a_weight_from_the_statistics(variant: str, devic
     weighted = {name: leaf for name, leaf in frozen(leaves).items() if name != "sample_weight"}
     weight = ours(**weighted, target=target, return_statistics=True)[1].entropy.nan_to_num(0.0)
     by_hand = measure(ours, weighted, target, sample_weight=weight, reduction="none")
-    chosen = measure(ours, weighted, target, sample_weight=lambda facts: facts.entropy, reduction="none")
+    chosen = measure(
+        ours, weighted, target, sample_weight=lambda statistics: statistics.entropy, reduction="none"
+    )
     for name in by_hand:
         torch.testing.assert_close(chosen[name], by_hand[name], rtol=1e-5, atol=1e-5)
 
 
 @variants
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_a_count_that_is_too_small_is_never_a_wrong_number(
+def test_an_upper_bound_that_is_too_small_gives_nan(
     reduction: str, variant: str, device: torch.device
 ) -> None:
     leaves, target = linear_case(12, 67, 16, torch.bfloat16, device)
     found = measure(ours, frozen(leaves), target, reduction=reduction, max_loss_tokens=5)
-    live = target != -100
-    assert found["loss"][live if reduction == "none" else ...].isnan().all()
-    assert found["input"][live].isnan().all()
+    selected = target != -100
+    assert found["loss"][selected if reduction == "none" else ...].isnan().all()
+    assert found["input"][selected].isnan().all()
 
 
-def test_fast_rounds_logits_and_says_so(device: torch.device) -> None:
-    """The error of bfloat16 logits (half a unit in the last place of 8 to 16 is 2^-5) shows, and no more."""
+def test_fast_rounds_logits(device: torch.device) -> None:
+    """The error is that of bfloat16 logits; between 8 and 16 half a unit in the last place is 2^-5."""
     leaves, target = linear_case(64, 1_000, 64, torch.bfloat16, device)
     leaves = frozen(leaves)
     del leaves["linear_bias"]
@@ -532,16 +529,16 @@ def test_fast_rounds_logits_and_says_so(device: torch.device) -> None:
     assert errors["high"] <= torch.finfo(torch.bfloat16).eps / 12**0.5 < errors["fast"] <= 2**-5
 
 
-# ---- what it does not have ----
+# ---- errors ----
 
 
 def test_a_filter_is_refused(device: torch.device) -> None:
     leaves, target = linear_case(4, 17, 16, torch.bfloat16, device)
-    with pytest.raises(UnsupportedError, match="no gradient_filter"):
+    with pytest.raises(UnsupportedError, match="does not support gradient_filter"):
         ours(**leaves, target=target, gradient_filter=1e-3)
 
 
-# ---- plans and refusals ----
+# ---- sizes of chunks and slices ----
 
 
 @pytest.mark.parametrize("vocab", [32_000, 128_256, 262_144])
@@ -572,26 +569,26 @@ def test_a_slice_of_the_largest_block_is_32_whole_waves() -> None:
     assert kernels.slice_columns(8_192, 128_256, 128, 256, kernels.Platform("sm_90", 132)) == 66 * 256
 
 
-def test_chunks_cover_every_row_once_and_start_on_tiles() -> None:
-    for rows in (1, 127, 128, 4_097, 8_192):
+def test_chunks_cover_every_token_once_and_start_on_tiles() -> None:
+    for tokens in (1, 127, 128, 4_097, 8_192):
         for most in (128, 2_048, 4_096):
-            chunks = list(kernels._chunks(rows, most))
-            assert [row for c in chunks for row in range(c.start, c.stop)] == list(range(rows))
+            chunks = list(kernels._chunks(tokens, most))
+            assert [token for c in chunks for token in range(c.start, c.stop)] == list(range(tokens))
             assert all(c.start % 128 == 0 and c.stop - c.start <= most for c in chunks)
-            assert len(chunks) == -(-rows // most)
+            assert len(chunks) == -(-tokens // most)
 
 
 def test_float64_is_refused(device: torch.device) -> None:
     leaves, target = linear_case(4, 17, 16, torch.float64, device)
-    with pytest.raises(UnsupportedError, match='no float64; use "torch"'):
+    with pytest.raises(UnsupportedError, match='does not support float64; use backend="torch"'):
         ours(**leaves, target=target)
 
 
-# ---- what only a GPU meets, as far as an interpreter can show it ----
+# ---- alignment, rounding, NaN, launch order, chunks ----
 
 
 def moved(tensor: Tensor, elements: int) -> Tensor:
-    """The same numbers, starting some elements into a flat buffer."""
+    """Copy a tensor into a flat buffer, at an offset of some elements."""
     buffer = tensor.new_empty(tensor.numel() + elements)
     view = buffer[elements:].view(tensor.shape)
     view.copy_(tensor.detach())
@@ -618,7 +615,7 @@ def linear_spec(**changes: Any) -> LinearSpec:
         (24, 4, "cublas"),
     ],
 )
-def test_descriptors_describe_16_byte_rows_alone(
+def test_descriptors_need_16_byte_alignment(
     features: int, start: int, expected: str, device: torch.device
 ) -> None:
     head = moved(torch.randn(50, features, device=device).bfloat16(), start)
@@ -636,7 +633,7 @@ def test_descriptors_describe_16_byte_rows_alone(
 def test_views_into_flat_buffers(
     trained: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hidden states and a head that start on any 2 bytes, as flattened parameters do."""
+    """Hidden states and a head with an alignment of 2 bytes, as in flattened parameters."""
     described: list[int] = []
     make = kernels._descriptor
 
@@ -646,7 +643,7 @@ def test_views_into_flat_buffers(
 
     monkeypatch.setattr(kernels, "_descriptor", recorded)
     leaves, target = linear_case(24, 101, 32, torch.bfloat16, device)
-    target.clamp_(min=0)  # no token to drop, so nothing is gathered
+    target.clamp_(min=0)  # no token is ignored, so nothing is gathered
     leaves = trainable(leaves) if trained else frozen(leaves)
     plain = measure(ours, leaves, target)
     assert described
@@ -660,7 +657,7 @@ def test_views_into_flat_buffers(
 
 
 def test_every_tokens_logits_start_on_16_bytes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An odd vocabulary: the products' rows are padded, or cuBLAS would leave its fast kernels."""
+    """The stride of logits is padded for an odd vocabulary, because cuBLAS has no fast kernel otherwise."""
     strides: list[int] = []
     multiply = kernels.product
 
@@ -684,7 +681,7 @@ def test_every_tokens_logits_start_on_16_bytes(device: torch.device, monkeypatch
     "x.to(tl.int32, bitcast=True)",
 )
 def test_rounding_by_integers(device: torch.device) -> None:
-    """Nearest, as hardware rounds but for ties; infinity stays; the NaN of a GPU, all ones, becomes -0."""
+    """Rounds to nearest like hardware, except ties. Infinity stays; a NaN of all ones becomes -0."""
     bits = torch.randint(0, 0x7F80_0000 - 0x8000, (4_096,), device=device, dtype=torch.int32)
     bits = bits[(bits & 0xFFFF) != 0x8000]
     special = torch.tensor([0, 0x7F80_0000, 0x7FFF_FFFF], device=device, dtype=torch.int32)
@@ -708,8 +705,8 @@ def _rounding_kernel(x_ptr, stored_ptr, wide_ptr, N, BLOCK: tl.constexpr):
 
 @variants
 @pytest.mark.parametrize("trained", [False, True])
-def test_nan_hidden_states_are_loud_and_local(trained: bool, variant: str, device: torch.device) -> None:
-    """x of a NaN token may be anything; its total is NaN, and so are its loss and its gradient."""
+def test_nan_hidden_states_make_one_token_nan(trained: bool, variant: str, device: torch.device) -> None:
+    """The total of a token with NaN inputs is NaN, and so are its loss and gradient, whatever its x is."""
     leaves, target = linear_case(6, 101, 16, torch.bfloat16, device)
     leaves = trainable(leaves) if trained else frozen(leaves)
     clean = measure(ours, leaves, target, reduction="none")
@@ -727,7 +724,7 @@ def test_nan_hidden_states_are_loud_and_local(trained: bool, variant: str, devic
 def test_the_mean_is_launched_before_the_count_is_waited_for(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU the pass over the head then hides the wait for the number of loss tokens."""
+    """On a GPU, the pass over the head overlaps the synchronization for the number of loss tokens."""
     order: list[str] = []
     mean, select = kernels.column_mean, kernels.select_loss_tokens
 
@@ -777,7 +774,7 @@ def test_nothing_is_gathered_where_every_token_counts(
 @variants
 @pytest.mark.parametrize("classes", [False, True])
 def test_a_trained_head_over_several_chunks(classes: bool, variant: str, device: torch.device) -> None:
-    """dC over chunks: the first begins it, further ones add; one label in all of them; class weights."""
+    """The first chunk initializes dC and further chunks add to it; one label is in all chunks."""
     leaves, target = linear_case(50, 101, 16, torch.bfloat16, device)
     target[5:40] = 7
     flags = {"chunk_tokens": 16}
@@ -791,8 +788,8 @@ def test_a_trained_head_over_several_chunks(classes: bool, variant: str, device:
 
 @variants
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
-def test_lora_heads_on_every_way(label_smoothing: float, variant: str, device: torch.device) -> None:
-    """Adapter and trained head at once: u B inside the GEMM, x kept, far tokens included."""
+def test_lora_heads_in_every_variant(label_smoothing: float, variant: str, device: torch.device) -> None:
+    """An adapter and a trained head: u B is part of the GEMM and x is kept, also for far tokens."""
     leaves, target = linear_case(40, 101, 32, torch.bfloat16, device)
     leaves = trainable(leaves)
     leaves["lora_a"] = (torch.randn(5, 32, device=device) / 6).requires_grad_()
@@ -816,10 +813,10 @@ def test_lora_heads_on_every_way(label_smoothing: float, variant: str, device: t
 )
 @variants
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_a_weight_function_leaves_the_operators_inputs_alone(
+def test_a_weight_function_does_not_modify_the_inputs(
     reduction: str, variant: str, device: torch.device
 ) -> None:
-    """No token is ignored, so smoothing and scale are not gathered: the weight must not be applied twice."""
+    """No token is ignored, so smoothing and scale are views; the weight must not be applied twice."""
     leaves, target = linear_case(9, 101, 16, torch.bfloat16, device)
     target.clamp_(min=0)
     leaves = trainable(leaves)
@@ -831,8 +828,8 @@ def test_a_weight_function_leaves_the_operators_inputs_alone(
         torch.testing.assert_close(actual[name], value, rtol=2e-2, atol=2e-2 * value.abs().max().item())
 
 
-def test_tokens_that_were_counted_have_statistics_in_every_backend(device: torch.device) -> None:
-    """With max_loss_tokens too small the loss is NaN; the selected tokens still have their statistics."""
+def test_selected_tokens_have_statistics_in_every_backend(device: torch.device) -> None:
+    """If max_loss_tokens is too small, the loss is NaN, but the selected tokens have statistics."""
     leaves, target = linear_case(6, 50, 16, torch.bfloat16, device)
     found = [
         linear_cross_entropy(
@@ -848,7 +845,7 @@ def test_tokens_that_were_counted_have_statistics_in_every_backend(device: torch
 
 
 def test_one_token_of_a_wider_matrix(device: torch.device) -> None:
-    """A single row may have any stride, which no descriptor takes: its own length is what counts."""
+    """The stride of a single token is arbitrary and may be invalid for a descriptor."""
     leaves, target = linear_case(1, 101, 32, torch.bfloat16, device)
     target.clamp_(min=0)
     leaves = frozen(leaves)
@@ -865,7 +862,7 @@ def test_one_token_of_a_wider_matrix(device: torch.device) -> None:
     "ual_kernels/_triton/linear_cross_entropy.py", "tl.load(bias_high_ptr) * _LOG2E + _OFFSET", "k"
 )
 def test_ignored_tokens_are_never_far(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With compact=False they stay, as zeros. A class that the bias masks must not make them expensive."""
+    """With compact=False ignored tokens are computed as zeros; a masked class must not make them far."""
     leaves, target = linear_case(12, 101, 16, torch.bfloat16, device)
     target[3:] = -100
     leaves = frozen(leaves)
@@ -886,7 +883,7 @@ def test_ignored_tokens_are_never_far(device: torch.device, monkeypatch: pytest.
     monkeypatch.setattr(kernels, "_far_tokens_kernel", Launch())
     target[target == 0] = 1
     compact = measure(ours, leaves, target)
-    whole = measure(ours, leaves, target, compact=False)
+    not_compact = measure(ours, leaves, target, compact=False)
     assert far == [0, 0]
     for name, value in compact.items():
-        assert torch.equal(whole[name], value), name
+        assert torch.equal(not_compact[name], value), name

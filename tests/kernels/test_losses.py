@@ -1,4 +1,4 @@
-"""Every preset against its paper's formula, written out in float64 and differentiated by autograd."""
+"""Every preset against the formula of its paper, in float64 and differentiated by autograd."""
 
 import math
 import pickle
@@ -22,7 +22,7 @@ REDUCTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-# ---- the formulas: final logits z [M, V], targets y [M], their samples' numbers n [M] -> loss [M] ----
+# ---- formulas: loss [M] of final logits z [M, V], targets y [M] and per-sample values n [M] ----
 
 
 def nll(z: Tensor, y: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def gem(z: Tensor, y: Tensor, beta: float) -> Tensor:
 class Preset(NamedTuple):
     options: Callable[[Tensor], Any]
     formula: Callable[[Tensor, Tensor, Tensor], Tensor]
-    bend: Callable[[Tensor], Tensor] = lambda x: x  # raw logits to final ones
+    final: Callable[[Tensor], Tensor] = lambda x: x  # final logits of raw logits
     learns: bool = False  # whether gradients flow to n
     divides: bool = False  # whether n counts in the mean's divisor
 
@@ -81,7 +81,7 @@ PRESETS = {
     ),
     "gem": Preset(lambda n: losses.gem(), lambda z, y, n: gem(z, y, 0.7)),
     "gem-capped": Preset(
-        lambda n: losses.gem(0.4, logit_scale=0.5, softcap=3.0), lambda z, y, n: gem(z, y, 0.4), bend=capped
+        lambda n: losses.gem(0.4, logit_scale=0.5, softcap=3.0), lambda z, y, n: gem(z, y, 0.4), final=capped
     ),
     "ual-eaft": Preset(
         lambda n: losses.ual(n) | losses.eaft(),
@@ -103,16 +103,16 @@ def paper(
     reduction: str = "mean",
     num_items: float | None = None,
 ) -> Tensor:
-    """The formula over live tokens, reduced as it says."""
+    """The reduced formula over loss tokens."""
     x = input if linear_weight is None else torch.nn.functional.linear(input, linear_weight, linear_bias)
-    live = target != -100
-    n = n[:, None].expand(target.shape)[live]
-    loss = preset.formula(preset.bend(x[live]), target[live], n)
+    selected = target != -100
+    n = n[:, None].expand(target.shape)[selected]
+    loss = preset.formula(preset.final(x[selected]), target[selected], n)
     if reduction == "none":
-        return loss.new_zeros(target.shape).masked_scatter(live, loss)
+        return loss.new_zeros(target.shape).masked_scatter(selected, loss)
     if reduction == "sum":
         return loss.sum()
-    return loss.sum() / (num_items or (n.sum() if preset.divides else live.sum()))
+    return loss.sum() / (num_items or (n.sum() if preset.divides else selected.sum()))
 
 
 def ours(loss: Callable[..., Tensor], preset: Preset) -> Callable[..., Tensor]:
@@ -136,7 +136,7 @@ def case(
 
 
 def targets(device: torch.device, tokens: int = T) -> Tensor:
-    """Prompts of different lengths are ignored, and one whole sample."""
+    """Targets in which prompts of different lengths and one complete sample are ignored."""
     target = torch.randint(V, (B, tokens), device=device)
     target[0, :2] = target[1, :1] = target[2] = -100
     return target
@@ -162,7 +162,7 @@ def test_the_linear_loss_is_the_papers(
     leaves = case(name, device, linear=True, frozen=frozen)
     flags = REDUCTIONS[reduction]
     exact = measure(lambda **arguments: paper(preset, **arguments), leaves, target, **flags)
-    # several chunks: a rule sees the tokens of one at a time
+    # several chunks: the function is called once per chunk
     how = {"backend": backend, "chunk_tokens": 2}
     compare(measure(ours(linear_cross_entropy, preset), leaves, target, **flags, **how), exact)
 
@@ -181,12 +181,12 @@ def test_the_loss_of_logits_is_the_papers(
 
 @presets
 def test_sixteen_bits_are_rounded_once(name: str, device: torch.device) -> None:
-    """Weights that come from float32 statistics cost no accuracy that a bfloat16 gradient could show."""
+    """Weights from float32 statistics do not add a visible error to a bfloat16 gradient."""
     preset, target = PRESETS[name], targets(device, tokens=64)
     leaves = case(name, device, linear=True, tokens=64, features=64)
     for key, leaf in leaves.items():
         dtype = torch.float32 if key == "n" else torch.bfloat16
-        # a weight's own gradient, its loss less the mean loss, cancels: not a matter of rounding once
+        # the gradient of a weight is the loss minus the mean loss, which cancels
         leaves[key] = leaf.detach().to(dtype).requires_grad_(key != "n")
     assert_at_the_floor(
         actual=measure(ours(linear_cross_entropy, preset), leaves, target),
@@ -196,7 +196,7 @@ def test_sixteen_bits_are_rounded_once(name: str, device: torch.device) -> None:
 
 @presets
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
-def test_nothing_live_is_zero_with_a_connected_graph(name: str, backend: str, device: torch.device) -> None:
+def test_all_ignored_is_zero_with_a_connected_graph(name: str, backend: str, device: torch.device) -> None:
     leaves, target = case(name, device, linear=False), torch.full((B, T), -100, device=device)
     for key, value in measure(ours(cross_entropy, PRESETS[name]), leaves, target, backend=backend).items():
         assert not value.any(), key
@@ -209,13 +209,13 @@ def test_nothing_live_is_zero_with_a_connected_graph(name: str, backend: str, de
 def test_dft_is_the_gradient_of_the_probability(device: torch.device) -> None:
     logits, target = case("dft", device, linear=False)["input"], targets(device)
     (gradient,) = torch.autograd.grad(cross_entropy(logits, target, **losses.dft(), reduction="sum"), logits)
-    live = target != -100
-    p = logits.softmax(-1)[live].gather(1, target[live][:, None]).sum()
+    selected = target != -100
+    p = logits.softmax(-1)[selected].gather(1, target[selected][:, None]).sum()
     torch.testing.assert_close(gradient, -torch.autograd.grad(p, logits)[0], rtol=1e-12, atol=1e-12)
 
 
 def eaft_weights(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Ours, and the paper's: the entropy of the renormalized largest logits."""
+    """Return the weights of `losses.eaft` and of the paper, which renormalizes the largest logits."""
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     _, statistics = cross_entropy(logits, target, return_statistics=True)
     of_the_paper = entropy(logits.topk(top_k).values) / math.log(top_k)
@@ -223,30 +223,30 @@ def eaft_weights(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("rest", [-200.0, -12.0, -6.0, 0.0])
-def test_eaft_has_the_whole_entropy(rest: float, device: torch.device) -> None:
-    """H = H_k + h(m) + m (ln(V - k) - H_k), with a mass m spread evenly over the V - k smallest logits."""
+def test_eaft_uses_the_entropy_of_the_complete_vocabulary(rest: float, device: torch.device) -> None:
+    """H = H_k + h(m) + m (ln(V - k) - H_k) if the mass m is uniform over the V - k smallest logits."""
     vocab, k = 5_000, 20
     logits = torch.full((4, vocab), rest, device=device, dtype=torch.float64)
     logits[:, :k] = 1 + torch.rand(4, k, device=device, dtype=torch.float64)
-    whole, top = eaft_weights(logits, k)
+    complete, top = eaft_weights(logits, k)
     p, unit = logits.softmax(-1), math.log(k)
     inside, m = p[:, :k].sum(-1), p[:, k:].sum(-1)
     h = torch.special.entr(m) + torch.special.entr(inside)
     difference = (h + m * (math.log(vocab - k) - top * unit)) / unit
-    torch.testing.assert_close(whole - top, difference, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(complete - top, difference, rtol=1e-9, atol=1e-12)
     if rest == -200:
-        torch.testing.assert_close(whole, top, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(complete, top, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.kills("ual_kernels/losses.py", "unit=math.log(top_k)", "unit=3.0")
-def test_eaft_weights_exceed_one_where_nothing_is_known(device: torch.device) -> None:
+def test_eaft_weights_exceed_one_for_uniform_logits(device: torch.device) -> None:
     logits = torch.zeros(2, 5_000, device=device, dtype=torch.float64)
-    whole, top = eaft_weights(logits, 20)
-    torch.testing.assert_close(whole, torch.full_like(whole, math.log(5_000) / math.log(20)))
+    complete, top = eaft_weights(logits, 20)
+    torch.testing.assert_close(complete, torch.full_like(complete, math.log(5_000) / math.log(20)))
     torch.testing.assert_close(top, torch.ones_like(top))
 
 
-def test_what_eafts_docstring_says_of_differences() -> None:
+def test_the_figures_in_eafts_docstring() -> None:
     m, vocab, k = 0.01, 151_936, 20
     most = (-m * math.log(m) - (1 - m) * math.log(1 - m) + m * math.log(vocab - k)) / math.log(k)
     assert 0.055 < most < 0.06
@@ -257,7 +257,7 @@ def test_what_eafts_docstring_says_of_differences() -> None:
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
 @pytest.mark.parametrize("options", [{}, {"gamma": 2.0, "sigma": 0.25}, {"gamma": -1.0}], ids=str)
 def test_miles_scale_is_a_division(options: dict[str, float], linear: bool, device: torch.device) -> None:
-    """alpha = 1 / mean((sigma + H)^gamma), applied to the loss instead of to every token."""
+    """alpha = 1 / mean((sigma + H)^gamma) can be applied to the loss instead of to every token."""
     leaves, target = case("mile", device, linear=linear), targets(device)
     loss = linear_cross_entropy if linear else cross_entropy
     gamma, sigma = options.get("gamma", 1.0), options.get("sigma", 1.0)
@@ -283,16 +283,16 @@ def test_miles_scale_is_a_division(options: dict[str, float], linear: bool, devi
 @pytest.mark.parametrize("beta", [0.5, 0.7, 1.0, 1.5])
 def test_gems_value_is_beta_entropies_less(beta: float, backend: str, device: torch.device) -> None:
     logits, target = case("gem", device, linear=False)["input"], targets(device)
-    live = target != -100
+    selected = target != -100
     loss, statistics = cross_entropy(
         logits, target, **losses.gem(beta), reduction="none", return_statistics=True, backend=backend
     )
-    value = (loss - beta * statistics.entropy)[live]
-    exact = gem_of_the_paper(logits[live], target[live], beta)
+    value = (loss - beta * statistics.entropy)[selected]
+    exact = gem_of_the_paper(logits[selected], target[selected], beta)
     torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
     (gradient,) = torch.autograd.grad(value.sum(), logits)
     q_minus_onehot = (logits / beta).softmax(-1) - torch.nn.functional.one_hot(target.clamp(min=0), V)
-    torch.testing.assert_close(gradient, q_minus_onehot * live[..., None], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, q_minus_onehot * selected[..., None], rtol=1e-12, atol=1e-12)
 
 
 def test_gem_does_not_overwrite_the_models_own_scale() -> None:
@@ -306,8 +306,8 @@ def test_gem_does_not_overwrite_the_models_own_scale() -> None:
     "options", [losses.eaft(), losses.eaft(alpha=0.5), losses.dft()], ids=["eaft", "root", "dft"]
 )
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
-def test_certain_tokens_count_for_nothing(options: Any, backend: str, device: torch.device) -> None:
-    """H, or p_y, is 0 to rounding: so are the weights, and not NaN."""
+def test_certain_tokens_have_no_loss(options: Any, backend: str, device: torch.device) -> None:
+    """H, or p_y, is 0 up to rounding; weights are 0, not NaN."""
     logits = (case("eaft", device, linear=False)["input"].detach().float() * 1_000).requires_grad_()
     target = targets(device)
     certain = logits.argmax(-1)
@@ -328,7 +328,7 @@ def test_an_entropy_rounded_below_zero_is_zero() -> None:
 
 
 @pytest.mark.parametrize("make", [losses.dft, losses.eaft, losses.mile, losses.gem])
-def test_rules_travel_between_processes(make: Callable[[], dict[str, Any]]) -> None:
+def test_token_fns_can_be_pickled(make: Callable[[], dict[str, Any]]) -> None:
     assert pickle.loads(pickle.dumps(make())) == make()
 
 
@@ -336,25 +336,28 @@ def test_rules_travel_between_processes(make: Callable[[], dict[str, Any]]) -> N
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: losses.uniform(1.5), r"uniform's smoothing must be in \[0, 1\], got 1.5; 0.1 is customary"),
+        (
+            lambda: losses.uniform(1.5),
+            r"uniform's smoothing must be in \[0, 1\], got 1.5; a common value is 0.1",
+        ),
         (lambda: losses.uniform(-0.1), r"uniform's smoothing must be in \[0, 1\], got -0.1"),
         (lambda: losses.uniform(math.nan), r"uniform's smoothing must be in \[0, 1\], got nan"),
-        (lambda: losses.eaft(top_k=1), "eaft's top_k must be an integer >= 2, got 1; the paper takes 20"),
+        (lambda: losses.eaft(top_k=1), "eaft's top_k must be an integer >= 2, got 1; the paper uses 20"),
         (
             lambda: losses.eaft(alpha=-1.0),
-            "eaft's alpha must be a number >= 0, got -1.0; the paper takes 1.0",
+            "eaft's alpha must be a number >= 0, got -1.0; the paper uses 1.0",
         ),
         (lambda: losses.eaft(alpha=math.nan), "eaft's alpha must be a number >= 0, got nan"),
         (lambda: losses.eaft(alpha=math.inf), "eaft's alpha must be a number >= 0, got inf"),
-        (lambda: losses.mile(gamma=math.inf), "mile's gamma must be finite, got inf; the paper takes 1.0"),
+        (lambda: losses.mile(gamma=math.inf), "mile's gamma must be finite, got inf; the paper uses 1.0"),
         (lambda: losses.mile(gamma=math.nan), "mile's gamma must be finite, got nan"),
-        (lambda: losses.mile(sigma=0.0), "mile's sigma must be a positive number, got 0.0; the paper takes"),
+        (lambda: losses.mile(sigma=0.0), "mile's sigma must be a positive number, got 0.0; the paper uses"),
         (lambda: losses.mile(sigma=math.inf), "mile's sigma must be a positive number, got inf"),
-        (lambda: losses.gem(0.0), "gem's beta must be a positive number, got 0.0; the paper takes 0.7"),
+        (lambda: losses.gem(0.0), "gem's beta must be a positive number, got 0.0; the paper uses 0.7"),
         (lambda: losses.gem(-1.0), "gem's beta must be a positive number, got -1.0"),
         (lambda: losses.gem(math.nan), "gem's beta must be a positive number, got nan"),
     ],
 )
-def test_refusals_name_the_argument(make: Callable[[], Any], message: str) -> None:
+def test_errors_name_the_argument(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

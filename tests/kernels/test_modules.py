@@ -1,4 +1,4 @@
-"""The modules are the functions, with some of the arguments given earlier."""
+"""The modules call the functions, with some of the arguments from the constructor."""
 
 import copy
 import inspect
@@ -30,7 +30,7 @@ def tensors(module: type[nn.Module], device: torch.device) -> tuple[Tensor, ...]
     return torch.randn(2, 3, D, device=device), torch.randn(V, D, device=device), target
 
 
-# every option at a value that is not its default
+# every option with a value that is not the default
 CONSTANT: dict[str, Any] = {
     "ignore_index": 3,
     "reduction": "sum",
@@ -53,7 +53,7 @@ PER_CALL: dict[str, Any] = {
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> list[inspect.BoundArguments]:
-    """What the module's function is called with, instead of a call."""
+    """Replace the module's function; return the list of its recorded calls."""
     calls: list[inspect.BoundArguments] = []
 
     def record(*args: Any, **kwargs: Any) -> Tensor:
@@ -118,7 +118,7 @@ def test_the_module_is_the_function(
     with_statistics = getattr(ual_kernels, f"{function.__name__}_with_statistics")
     ours, theirs = loss.with_statistics(*arguments, **given), with_statistics(*arguments, **keywords, **given)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
-    # a call's arguments are gone with it
+    # the arguments of a call do not change later calls
     assert torch.equal(loss(*arguments), function(*arguments, **keywords))
 
 
@@ -163,7 +163,7 @@ def test_the_repr_shows_what_was_chosen(module: type[nn.Module], function: Calla
 
 
 @faces
-def test_modules_are_copied_and_sent(module: type[nn.Module], function: Callable[..., Any]) -> None:
+def test_modules_can_be_copied_and_pickled(module: type[nn.Module], function: Callable[..., Any]) -> None:
     loss = module(torch.ones(V), **losses.mile())
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert repr(twin) == repr(loss)
@@ -171,7 +171,7 @@ def test_modules_are_copied_and_sent(module: type[nn.Module], function: Callable
 
 
 @faces
-def test_what_is_not_an_option_is_refused(module: type[nn.Module], function: Callable[..., Any]) -> None:
+def test_an_unknown_option_is_refused(module: type[nn.Module], function: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'size_average'"):
         module(size_average=True)
     with pytest.raises(TypeError, match="unexpected keyword argument 'softcap'"):
@@ -179,7 +179,7 @@ def test_what_is_not_an_option_is_refused(module: type[nn.Module], function: Cal
 
 
 @faces
-def test_the_function_checks(
+def test_the_function_checks_the_options(
     module: type[nn.Module], function: Callable[..., Any], device: torch.device
 ) -> None:
     with pytest.raises(ValueError, match="reduction must be one of"):

@@ -1,7 +1,7 @@
-"""A head in vocabulary shards, in real processes over gloo: the loss and the gradients of the whole head.
+"""Vocab-parallel shards in processes over gloo: loss and gradients equal those of the complete head.
 
-Four processes are started once and compute every case on every split of the vocabulary, all together or in
-two groups of two that know nothing of each other; the tests read what they left behind.
+Four processes are started once and compute every case for every split of the vocabulary, in one group of four
+or in two independent groups of two. The tests read their results from files.
 """
 
 import os
@@ -44,7 +44,7 @@ from ual_kernels._torch import linear_cross_entropy as tiled
 Leaves = dict[str, Tensor]
 Results = Callable[[str, str], Leaves]
 
-VOCAB, ROWS = 101, 20
+VOCAB, TOKENS = 101, 20
 RANKS = 4
 SPLITS = {
     "halves": (50, 51),
@@ -61,12 +61,12 @@ SECONDS = 120
 # ---- what every process computes ----
 
 
-def smoothing_rule(facts: TokenStatistics) -> Tensor:
-    return 0.6 * facts.entropy / (1 + facts.entropy) + 0.1 * facts.top1_prob
+def smoothing_fn(statistics: TokenStatistics) -> Tensor:
+    return 0.6 * statistics.entropy / (1 + statistics.entropy) + 0.1 * statistics.top1_prob
 
 
-def weight_rule(facts: TokenStatistics) -> Tensor:
-    return facts.log_prob.exp() + 0.2 * facts.margin.tanh() + 0.1 * facts.correct
+def weight_fn(statistics: TokenStatistics) -> Tensor:
+    return statistics.log_prob.exp() + 0.2 * statistics.margin.tanh() + 0.1 * statistics.correct
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class Case:
     flags: str = "mean"
     head: Callable[[Leaves], Leaves] = with_adapter
     how: dict[str, Any] = field(default_factory=dict)  # of the sharded loss alone
-    rules: dict[str, Any] = field(default_factory=dict)
+    token_fns: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     spoil: Callable[[Leaves, Tensor], None] = lambda leaves, target: None
-    plan: Callable[..., tiled.Plan] | None = None
-    padding: int = 0  # rows of NaN behind each shard
+    tile_shape: Callable[..., tiled.TileShape] | None = None
+    padding: int = 0  # rows of NaN after each shard of the head
 
 
-def illegal(leaves: Leaves, target: Tensor) -> None:
+def invalid(leaves: Leaves, target: Tensor) -> None:
     target[3], target[5] = VOCAB, -1
 
 
@@ -93,13 +93,13 @@ def all_ignored(leaves: Leaves, target: Tensor) -> None:
     target.fill_(-100)
 
 
-def nothing_in_ignored_rows(leaves: Leaves, target: Tensor) -> None:
+def nan_in_ignored_tokens(leaves: Leaves, target: Tensor) -> None:
     for name in ("input", "label_smoothing", "sample_weight"):
         leaves[name].data[1] = torch.nan
 
 
-def forbidden(leaves: Leaves, target: Tensor) -> None:
-    """All classes but 40 and 60: whole shards of logits -inf."""
+def masked(leaves: Leaves, target: Tensor) -> None:
+    """Mask all classes except 40 and 60; some shards have only logits of -inf."""
     leaves["label_smoothing"].data.zero_()
     leaves["label_smoothing"].requires_grad_(False)  # its gradient is infinite, as the mean logit is
     leaves["linear_bias"].data[[i for i in range(VOCAB) if i not in (40, 60)]] = -torch.inf
@@ -108,13 +108,13 @@ def forbidden(leaves: Leaves, target: Tensor) -> None:
 
 
 def far(leaves: Leaves, target: Tensor) -> None:
-    """Logits that climb by 300 over the vocabulary: the shards' maxima lie far apart."""
+    """Logits that increase by 300 over the vocabulary, so that the maxima of shards are far apart."""
     leaves["linear_bias"].data += torch.linspace(-150, 150, VOCAB, dtype=torch.float64)
 
 
-def by_budget(vocab: int, *_: Any) -> tiled.Plan:
-    """As the real plan: fewer rows of a larger head."""
-    return tiled.Plan(max(1, 160 // vocab), 16)
+def by_budget(vocab: int, *_: Any) -> tiled.TileShape:
+    """Fewer tokens for a larger head, like `tile_shape`."""
+    return tiled.TileShape(max(1, 160 // vocab), 16)
 
 
 CASES: dict[str, Case] = {
@@ -122,33 +122,33 @@ CASES: dict[str, Case] = {
     **{f"{flags}-frozen": Case(flags, frozen) for flags in ("mean", "softcap", "all")},
     **{f"{flags}-lora": Case(flags, frozen_with_adapter) for flags in ("mean", "softcap", "all")},
     "chunks": Case("all", how={"chunk_tokens": 6}),
-    "rows-known": Case("mean", how={"max_loss_tokens": 19, "chunk_tokens": 7}),
-    "rows-more": Case("all", how={"max_loss_tokens": ROWS}),
-    "rows-too-few": Case("none", frozen, how={"max_loss_tokens": 12}),
-    "not-compact": Case("classes", how={"compact": False}, spoil=nothing_in_ignored_rows),
-    "tiles-by-budget": Case("mean", plan=by_budget),
-    "tiles-by-budget-softcap": Case("all", plan=by_budget),
+    "tokens-known": Case("mean", how={"max_loss_tokens": 19, "chunk_tokens": 7}),
+    "tokens-more": Case("all", how={"max_loss_tokens": TOKENS}),
+    "tokens-too-few": Case("none", frozen, how={"max_loss_tokens": 12}),
+    "not-compact": Case("classes", how={"compact": False}, spoil=nan_in_ignored_tokens),
+    "tiles-by-budget": Case("mean", tile_shape=by_budget),
+    "tiles-by-budget-softcap": Case("all", tile_shape=by_budget),
     "far": Case("none", spoil=far),
     "far-softcap": Case("softcap", spoil=far),
-    "forbidden": Case("mean", spoil=forbidden),
+    "masked": Case("mean", spoil=masked),
     "padded": Case("classes", padding=3),
-    "illegal": Case("none", frozen, spoil=illegal),
+    "invalid": Case("none", frozen, spoil=invalid),
     "out-of-range": Case("none", frozen, spoil=out_of_range),
     "all-ignored": Case("mean", spoil=all_ignored),
     "all-ignored-classes": Case("classes", spoil=all_ignored),
-    "smoothing-rule": Case("mean", rules={"label_smoothing": smoothing_rule}),
-    "weight-rule": Case("classes", rules={"sample_weight": weight_rule}),
-    "both-rules": Case("all", rules={"label_smoothing": smoothing_rule, "sample_weight": weight_rule}),
-    "both-rules-frozen": Case(
-        "mean", frozen, rules={"label_smoothing": smoothing_rule, "sample_weight": weight_rule}
+    "smoothing-fn": Case("mean", token_fns={"label_smoothing": smoothing_fn}),
+    "weight-fn": Case("classes", token_fns={"sample_weight": weight_fn}),
+    "both-fns": Case("all", token_fns={"label_smoothing": smoothing_fn, "sample_weight": weight_fn}),
+    "both-fns-frozen": Case(
+        "mean", frozen, token_fns={"label_smoothing": smoothing_fn, "sample_weight": weight_fn}
     ),
     **{f"{flags}-float32": Case(flags, dtype=torch.float32) for flags in ("mean", "all")},
     **{f"{flags}-bfloat16": Case(flags, dtype=torch.bfloat16) for flags in ("mean", "all")},
 }
-POISONED = ("illegal", "out-of-range", "rows-too-few")
+INVALID = ("invalid", "out-of-range", "tokens-too-few")
 OF_EDGES = (
-    "mean", "none", "all", "all-frozen", "softcap-lora", "classes", "others", "far", "forbidden",
-    "both-rules", "tiles-by-budget", "all-ignored", *POISONED, "all-float32", "all-bfloat16",
+    "mean", "none", "all", "all-frozen", "softcap-lora", "classes", "others", "far", "masked",
+    "both-fns", "tiles-by-budget", "all-ignored", *INVALID, "all-float32", "all-bfloat16",
 )  # fmt: skip
 
 
@@ -157,27 +157,27 @@ def cases_of(split: str) -> list[str]:
 
 
 def build(name: str, split: tuple[int, ...]) -> tuple[Leaves, Tensor, dict[str, Any]]:
-    """The whole problem; live targets at both ends of every shard, the second row ignored."""
+    """Return the unsharded problem: targets at both ends of every shard; the second token is ignored."""
     case = CASES[name]
     torch.manual_seed(0)
-    leaves, target = linear_case(ROWS, VOCAB, 16, case.dtype, torch.device("cpu"))
+    leaves, target = linear_case(TOKENS, VOCAB, 16, case.dtype, torch.device("cpu"))
     leaves = case.head(leaves)
     stops = list(accumulate(split))
     ends = sorted({0, *(stop - 1 for stop in stops), *stops[:-1]})
     target[2 : 2 + len(ends)] = torch.tensor(ends)
     case.spoil(leaves, target)
-    for ruled in case.rules:
-        del leaves[ruled]
-    return leaves, target, options(case.flags, VOCAB, torch.device("cpu")) | case.rules
+    for name in case.token_fns:
+        del leaves[name]
+    return leaves, target, options(case.flags, VOCAB, torch.device("cpu")) | case.token_fns
 
 
-def rows_of(split: tuple[int, ...], rank: int) -> slice:
+def shard_slice(split: tuple[int, ...], rank: int) -> slice:
     return slice(sum(split[:rank]), sum(split[: rank + 1]))
 
 
 def shard(name: str, split: tuple[int, ...], group: dist.ProcessGroup, **how: Any) -> dict[str, Tensor]:
-    """Value, gradients and statistics of one rank."""
-    case, mine = CASES[name], rows_of(split, dist.get_rank(group))
+    """Return loss, gradients and statistics of one rank."""
+    case, mine = CASES[name], shard_slice(split, dist.get_rank(group))
     leaves, target, flags = build(name, split)
 
     def cut(full: Tensor) -> Tensor:
@@ -192,34 +192,36 @@ def shard(name: str, split: tuple[int, ...], group: dist.ProcessGroup, **how: An
     if case.padding:
         flags["vocab_size"] = mine.stop - mine.start
     flags |= case.how | {"process_group": group, "classes": VOCAB} | how
-    usual = tiled.plan
-    tiled.plan = case.plan or usual
+    usual = tiled.tile_shape
+    tiled.tile_shape = case.tile_shape or usual
     try:
         measured = measure(lambda **given: adapted(linear_cross_entropy, **given), leaves, target, **flags)
         with torch.no_grad():
-            facts = adapted(linear_cross_entropy, **leaves, target=target, **flags, return_statistics=True)[1]
+            statistics = adapted(
+                linear_cross_entropy, **leaves, target=target, **flags, return_statistics=True
+            )[1]
     finally:
-        tiled.plan = usual
+        tiled.tile_shape = usual
     for key in SHARDED:
         if case.padding and key in measured:
             measured[key], padding = measured[key].split([mine.stop - mine.start, case.padding])
-            assert not padding.any(), f"{key}: a gradient in the padding"
-    return measured | {f"statistics.{key}": value for key, value in facts._asdict().items()}
+            assert not padding.any(), f"{key}: nonzero gradient in the padding"
+    return measured | {f"statistics.{key}": value for key, value in statistics._asdict().items()}
 
 
 def own_reduction(split: tuple[int, ...], group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """The gradients where this rank sums those of the hidden states itself."""
+    """Return the gradients with reduce_input_grad=False, after an explicit all-reduce."""
     found = shard("all-lora", split, group, reduce_input_grad=False)
     summed = found["input"].clone()
     dist.all_reduce(summed, group=group)
     return {"summed": summed, "lora_a": found["lora_a"], "label_smoothing": found["label_smoothing"]}
 
 
-LOGITS = (*OPTIONS, "in-place", "far", "forbidden", "all-ignored-classes", "both-rules")
+LOGITS = (*OPTIONS, "in-place", "far", "masked", "all-ignored-classes", "both-fns")
 
 
 def logits_problem(name: str, split: tuple[int, ...]) -> tuple[Leaves, Tensor, dict[str, Any]]:
-    """The same problem with its logits given."""
+    """Return the problem with given logits."""
     leaves, target, flags = build("mean" if name == "in-place" else name, split)
     wide = {key: leaf.detach() for key, leaf in leaves.items()}
     head = wide["linear_weight"] + ADAPTER_SCALE * wide["lora_b"] @ wide["lora_a"]
@@ -229,13 +231,13 @@ def logits_problem(name: str, split: tuple[int, ...]) -> tuple[Leaves, Tensor, d
 
 
 def logits_shard(name: str, split: tuple[int, ...], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
-    """Value, gradients and statistics of one rank's columns; of all columns without a group."""
+    """Return loss, gradients and statistics of one rank's columns, or of all columns without a group."""
     leaves, target, flags = logits_problem(name, split)
     flags = {key: value for key, value in flags.items() if key != "smoothing_over"}
     if group is None:
         flags["backend"] = "reference"
     else:
-        mine = rows_of(split, dist.get_rank(group))
+        mine = shard_slice(split, dist.get_rank(group))
         leaves["input"] = leaves["input"].detach()[:, mine].clone().requires_grad_()
         flags |= {"process_group": group, "inplace_backward": name == "in-place"}
         if "weight" in flags:
@@ -253,7 +255,7 @@ def logits_shard(name: str, split: tuple[int, ...], group: dist.ProcessGroup | N
 
 
 def process(rank: int, folder: Path) -> None:
-    """The life of one rank. gloo may abort at an orderly exit, so it leaves by the window."""
+    """Run one rank. It ends with os._exit, because gloo may abort at a normal exit."""
     code = 1
     try:
         torch.use_deterministic_algorithms(True)
@@ -283,17 +285,17 @@ def process(rank: int, folder: Path) -> None:
         os._exit(code)
 
 
-# ---- what must have come out ----
+# ---- tests ----
 
 
 def run(folder: Path) -> list[dict[str, dict[str, dict[str, Tensor]]]]:
-    """Start the ranks, wait for them, and end them in any case; what each of them computed."""
+    """Start the ranks, wait for them and kill them at the end; return the results of each rank."""
     program = (
         "import sys; from pathlib import Path; from tests.kernels.test_parallel import process; "
         "process(int(sys.argv[1]), Path(sys.argv[2]))"
     )
     root = Path(__file__).resolve().parents[2]
-    # more threads than cores would wait for each other
+    # with more threads than cores, threads would wait for each other
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     started: list[subprocess.Popen[str]] = []
     logs = [folder / f"{rank}.log" for rank in range(RANKS)]
@@ -322,17 +324,17 @@ def run(folder: Path) -> list[dict[str, dict[str, dict[str, Tensor]]]]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What the ranks computed of a case on a split: sharded, one each; put together, where it is the same."""
+    """Return a function that returns the joined results of all ranks for a split and a case."""
     ranks = run(tmp_path_factory.mktemp("ranks"))
 
     def of(split: str, name: str) -> dict[str, Tensor]:
-        return whole([ranks[rank][split][name] for rank in MEMBERS[split]])
+        return joined([ranks[rank][split][name] for rank in MEMBERS[split]])
 
     return of
 
 
-def whole(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What is sharded put together; what every rank has, which must be the same bits everywhere."""
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate the sharded results; check that all other results have the same bits on every rank."""
     first = parts[0]
     for part in parts[1:]:
         assert part.keys() == first.keys()
@@ -348,8 +350,8 @@ def unsharded(name: str, split: tuple[int, ...]) -> dict[str, Tensor]:
     leaves, target, flags = build(name, split)
     flags["backend"] = "reference"
     measured = measure(lambda **given: adapted(linear_cross_entropy, **given), leaves, target, **flags)
-    facts = adapted(linear_cross_entropy, **leaves, target=target, **flags, return_statistics=True)[1]
-    return measured | {f"statistics.{key}": value for key, value in facts._asdict().items()}
+    statistics = adapted(linear_cross_entropy, **leaves, target=target, **flags, return_statistics=True)[1]
+    return measured | {f"statistics.{key}": value for key, value in statistics._asdict().items()}
 
 
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -364,7 +366,7 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         if finite.any():
             largest = truth[finite].double().abs().max()
             error = (ours[finite].double() - truth[finite].double()).abs().max()
-            assert error <= 1e-12 * largest, f"{name}: {error:.3e} off, of {largest:.3e}"
+            assert error <= 1e-12 * largest, f"{name}: error {error:.3e}, largest value {largest:.3e}"
 
 
 splits = pytest.mark.parametrize("split", SPLITS)
@@ -381,11 +383,11 @@ splits = pytest.mark.parametrize("split", SPLITS)
         (split, name)
         for split in SPLITS
         for name in cases_of(split)
-        if CASES[name].dtype == torch.float64 and name not in POISONED
+        if CASES[name].dtype == torch.float64 and name not in INVALID
     ],
 )
-def test_shards_are_the_whole_head(split: str, name: str, results: Results) -> None:
-    """Loss, all gradients and all statistics; every rank has the whole of what is not sharded."""
+def test_shards_match_the_complete_head(split: str, name: str, results: Results) -> None:
+    """Loss, all gradients and all statistics; results that are not sharded are equal on every rank."""
     sizes = SPLITS[split]
     actual = results(split, name)
     assert_equal(actual, unsharded(name, sizes))
@@ -404,8 +406,8 @@ def test_shards_are_the_whole_head(split: str, name: str, results: Results) -> N
 )
 @pytest.mark.parametrize("name", LOGITS)
 @splits
-def test_shards_of_given_logits_are_the_whole(split: str, name: str, results: Results) -> None:
-    """Loss, gradients of each rank's columns, statistics."""
+def test_shards_of_given_logits_match_all_columns(split: str, name: str, results: Results) -> None:
+    """Loss, gradients of each rank's columns and statistics."""
     assert_equal(results(split, f"logits-{name}"), logits_shard(name, SPLITS[split], None))
 
 
@@ -416,7 +418,7 @@ def test_shards_of_given_logits_are_the_whole(split: str, name: str, results: Re
 )
 @splits
 def test_summands_of_the_input_gradient_add_up(split: str, results: Results) -> None:
-    """reduce_input_grad=False: what Megatron-style callers all-reduce themselves, LoRA's part included."""
+    """With reduce_input_grad=False callers all-reduce the gradient themselves, as Megatron-LM does."""
     own = results(split, "own-reduction")
     exact = unsharded("all-lora", SPLITS[split])
     assert_equal({"input": own["summed"]}, {"input": exact["input"]})
@@ -446,41 +448,39 @@ def test_shards_are_as_accurate(split: str, name: str, results: Results) -> None
 
 
 @splits
-@pytest.mark.parametrize("name", ["illegal", "out-of-range"])
-def test_a_row_out_of_range_poisons_itself_on_every_rank(name: str, split: str, results: Results) -> None:
+@pytest.mark.parametrize("name", ["invalid", "out-of-range"])
+def test_out_of_range_makes_one_token_nan_on_every_rank(name: str, split: str, results: Results) -> None:
     sizes = SPLITS[split]
     actual = results(split, name)
     expected = unsharded(name, sizes)
-    poisoned = torch.zeros(ROWS, dtype=torch.bool)
-    poisoned[[3, 5]] = True
-    assert torch.equal(actual["loss"].isnan(), poisoned)
-    assert actual["input"][poisoned].isnan().all()
+    affected = torch.zeros(TOKENS, dtype=torch.bool)
+    affected[[3, 5]] = True
+    assert torch.equal(actual["loss"].isnan(), affected)
+    assert actual["input"][affected].isnan().all()
     for key in ("loss", "input", "label_smoothing", "sample_weight"):
-        rest = {key: actual[key][~poisoned]}, {key: expected[key][~poisoned]}
+        rest = {key: actual[key][~affected]}, {key: expected[key][~affected]}
         assert_equal(*rest)
 
 
 @splits
-def test_a_count_that_is_too_small_is_noticed_on_every_rank(split: str, results: Results) -> None:
-    actual = results(split, "rows-too-few")
-    live = build("rows-too-few", SPLITS[split])[1] != -100
-    assert torch.equal(actual["loss"].isnan(), live)
-    assert actual["input"][live].isnan().all()
+def test_an_upper_bound_that_is_too_small_gives_nan_on_every_rank(split: str, results: Results) -> None:
+    actual = results(split, "tokens-too-few")
+    selected = build("tokens-too-few", SPLITS[split])[1] != -100
+    assert torch.equal(actual["loss"].isnan(), selected)
+    assert actual["input"][selected].isnan().all()
 
 
-# ---- refusals ----
-
-# no group is asked anything before these are refused
+# ---- errors, raised before any communication ----
 
 
 @pytest.mark.parametrize(
     "how", [{"backend": "reference"}, {"backend": "triton"}, {"gradient_filter": 1e-3}], ids=str
 )
-def test_what_has_no_shards_is_refused(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_without_shards_are_refused(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ual_kernels._arguments._INTERPRETING", True)
     arguments = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long)
     with pytest.raises(
-        UnsupportedError, match='process_group needs backend="torch", without gradient_filter'
+        UnsupportedError, match=r'process_group needs backend="torch" and gradient_filter=0\.0'
     ):
         linear_cross_entropy(*arguments, process_group=object(), **how)
 
@@ -494,7 +494,7 @@ def test_given_logits_have_shards_in_the_torch_backend(backend: str, monkeypatch
         )
 
 
-def test_a_reduction_left_to_the_caller_needs_a_group() -> None:
+def test_reduce_input_grad_needs_a_process_group() -> None:
     with pytest.raises(ValueError, match="reduce_input_grad=False needs a process_group"):
         LinearCrossEntropyOptions(reduce_input_grad=False)
 
@@ -505,5 +505,5 @@ def test_shards_are_refused_under_a_compiler() -> None:
     def step(hidden: Tensor) -> Tensor:
         return linear_cross_entropy(hidden, head, target, process_group=group)
 
-    with pytest.raises(Exception, match="neither a function of the statistics nor a process_group"):
+    with pytest.raises(Exception, match="functions of the statistics and process_group are not supported"):
         torch.compile(step, fullgraph=True, backend="eager")(torch.zeros(4, 3))

@@ -1,4 +1,4 @@
-"""Laws the loss obeys whatever the numbers: hypothesis looks for the numbers that break them."""
+"""Properties of the loss for arbitrary inputs, which hypothesis generates."""
 
 from typing import NamedTuple
 
@@ -23,19 +23,19 @@ class Problem(NamedTuple):
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    rows, vocab = draw(st.integers(1, 4)), draw(st.integers(1, 40))
+    tokens, vocab = draw(st.integers(1, 4)), draw(st.integers(1, 40))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
     scale = draw(st.sampled_from([1e-3, 1.0, 30.0]))
     wide = {"generator": generator, "dtype": torch.float64}
     return Problem(
-        torch.randn(rows, vocab, **wide) * scale,
-        torch.randint(vocab, (rows,), generator=generator),
-        torch.rand(rows, **wide),
+        torch.randn(tokens, vocab, **wide) * scale,
+        torch.randint(vocab, (tokens,), generator=generator),
+        torch.rand(tokens, **wide),
         torch.rand(vocab, **wide) + 0.1,
     )
 
 
-def rowwise(problem: Problem, backend: str, smoothing: Tensor | float | None = None) -> Tensor:
+def token_losses(problem: Problem, backend: str, smoothing: Tensor | float | None = None) -> Tensor:
     s = problem.smoothing if smoothing is None else smoothing
     return cross_entropy(problem.logits, problem.target, label_smoothing=s, reduction="none", backend=backend)
 
@@ -48,13 +48,15 @@ def close(a: Tensor, b: Tensor) -> None:
 @law
 @given(problems(), st.floats(-100, 100))
 def test_shifting_the_logits_changes_nothing(backend: str, problem: Problem, shift: float) -> None:
-    close(rowwise(problem._replace(logits=problem.logits + shift), backend), rowwise(problem, backend))
+    close(
+        token_losses(problem._replace(logits=problem.logits + shift), backend), token_losses(problem, backend)
+    )
 
 
 @backends
 @law
 @given(problems())
-def test_the_gradient_of_a_row_sums_to_zero(backend: str, problem: Problem) -> None:
+def test_the_gradient_of_a_token_sums_to_zero(backend: str, problem: Problem) -> None:
     logits = problem.logits.requires_grad_()
     loss = cross_entropy(
         logits, problem.target, label_smoothing=problem.smoothing, weight=problem.weight, backend=backend
@@ -67,8 +69,8 @@ def test_the_gradient_of_a_row_sums_to_zero(backend: str, problem: Problem) -> N
 @law
 @given(problems())
 def test_the_loss_is_affine_in_the_smoothing(backend: str, problem: Problem) -> None:
-    hard, soft = rowwise(problem, backend, 0.0), rowwise(problem, backend, 1.0)
-    close(rowwise(problem, backend), hard + problem.smoothing * (soft - hard))
+    hard, soft = token_losses(problem, backend, 0.0), token_losses(problem, backend, 1.0)
+    close(token_losses(problem, backend), hard + problem.smoothing * (soft - hard))
 
 
 @backends
@@ -78,23 +80,25 @@ def test_smoothing_is_a_correction_to_plain_cross_entropy(backend: str, problem:
     """loss = CE + s (z_y - mean z)."""
     z_y = problem.logits.gather(1, problem.target[:, None]).squeeze(1)
     correction = problem.smoothing * (z_y - problem.logits.mean(1))
-    close(rowwise(problem, backend), rowwise(problem, backend, 0.0) + correction)
+    close(token_losses(problem, backend), token_losses(problem, backend, 0.0) + correction)
 
 
 @backends
 @law
 @given(problems())
-def test_a_row_does_not_depend_on_its_neighbours(backend: str, problem: Problem) -> None:
+def test_a_token_does_not_depend_on_its_neighbors(backend: str, problem: Problem) -> None:
     def gradient(some: Problem) -> Tensor:
         logits = some.logits.detach().requires_grad_()
-        return torch.autograd.grad(rowwise(some._replace(logits=logits), backend).sum(), logits)[0]
+        return torch.autograd.grad(token_losses(some._replace(logits=logits), backend).sum(), logits)[0]
 
-    together, slopes = rowwise(problem, backend), gradient(problem)
+    together, gradients = token_losses(problem, backend), gradient(problem)
     for i in range(len(problem.logits)):
-        rows = slice(i, i + 1)
-        alone = Problem(problem.logits[rows], problem.target[rows], problem.smoothing[rows], problem.weight)
-        assert torch.equal(rowwise(alone, backend), together[rows])
-        assert torch.equal(gradient(alone), slopes[rows])
+        tokens = slice(i, i + 1)
+        alone = Problem(
+            problem.logits[tokens], problem.target[tokens], problem.smoothing[tokens], problem.weight
+        )
+        assert torch.equal(token_losses(alone, backend), together[tokens])
+        assert torch.equal(gradient(alone), gradients[tokens])
 
 
 @backends
@@ -147,7 +151,7 @@ def test_the_other_convention_spreads_over_the_other_classes(backend: str, probl
 @law
 @given(problems(), st.floats(0, 3))
 def test_the_sum_is_linear_in_the_sample_weights(backend: str, problem: Problem, factor: float) -> None:
-    losses = rowwise(problem, backend)
+    losses = token_losses(problem, backend)
     weights = factor * torch.linspace(0.0, 1.0, len(losses), dtype=torch.float64)
     arguments = {"label_smoothing": problem.smoothing, "sample_weight": weights, "backend": backend}
     total = cross_entropy(problem.logits, problem.target, reduction="sum", **arguments)
@@ -159,11 +163,11 @@ def test_the_sum_is_linear_in_the_sample_weights(backend: str, problem: Problem,
 @backends
 @law
 @given(problems(), st.randoms(use_true_random=False))
-def test_the_order_of_rows_does_not_matter(backend: str, problem: Problem, random) -> None:
+def test_the_order_of_tokens_does_not_matter(backend: str, problem: Problem, random) -> None:
     order = list(range(len(problem.target)))
     random.shuffle(order)
     shuffled = Problem(problem.logits[order], problem.target[order], problem.smoothing[order], problem.weight)
-    assert torch.equal(rowwise(shuffled, backend), rowwise(problem, backend)[order])
+    assert torch.equal(token_losses(shuffled, backend), token_losses(problem, backend)[order])
 
 
 @backends
@@ -172,7 +176,7 @@ def test_the_order_of_rows_does_not_matter(backend: str, problem: Problem, rando
 def test_the_order_of_classes_does_not_matter(backend: str, problem: Problem, seed: int) -> None:
     order = torch.randperm(problem.logits.shape[1], generator=torch.Generator().manual_seed(seed))
     relabelled = problem._replace(logits=problem.logits[:, order], target=order.argsort()[problem.target])
-    close(rowwise(relabelled, backend), rowwise(problem, backend))
+    close(token_losses(relabelled, backend), token_losses(problem, backend))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -181,9 +185,9 @@ def test_the_order_of_classes_does_not_matter(backend: str, problem: Problem, se
 def test_the_linear_loss_is_the_loss_of_the_product(
     backend: str, problem: Problem, features: int, softcap: float | None, chunk_tokens: int
 ) -> None:
-    rows, vocab = problem.logits.shape
-    generator = torch.Generator().manual_seed(rows * vocab)
-    hidden = torch.randn(rows, features, generator=generator, dtype=torch.float64, requires_grad=True)
+    tokens, vocab = problem.logits.shape
+    generator = torch.Generator().manual_seed(tokens * vocab)
+    hidden = torch.randn(tokens, features, generator=generator, dtype=torch.float64, requires_grad=True)
     head = torch.randn(vocab, features, generator=generator, dtype=torch.float64, requires_grad=True)
     flags = {"label_smoothing": problem.smoothing, "weight": problem.weight, "softcap": softcap}
     ours = linear_cross_entropy(

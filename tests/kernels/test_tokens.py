@@ -1,4 +1,4 @@
-"""The per-token algebra, in PyTorch and in Triton, against the reference and its derivatives in float64."""
+"""The per-token terms in PyTorch and Triton against the reference and its derivatives in float64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -78,7 +78,7 @@ def torch_terms(*inputs: Tensor, z_loss: float) -> tuple[Tensor, ...]:
 
 @pytest.fixture
 def problem(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits, targets, smoothing from 0 to its limit, class weights."""
+    """Return logits, targets, smoothing from 0 to its limit, and class weights."""
     logits = torch.randn(N, V, dtype=torch.float64, device=device) * 3
     target = torch.randint(V, (N,), device=device)
     smoothing = torch.linspace(0.0, V / (V - 1), N, dtype=torch.float64, device=device)
@@ -144,7 +144,7 @@ def test_the_statistics_are_the_references(
 def test_smoothing_up_to_its_limit_is_accepted(
     backend: str, dtype: torch.dtype, vocab: int, device: torch.device
 ) -> None:
-    """At V / (V - 1) the target gets nothing: the loss is the mean of the other classes' losses."""
+    """At V / (V - 1) the target has probability zero: the loss is the mean of the other classes' losses."""
     logits = torch.randn(2, vocab, dtype=dtype, device=device)
     target = torch.tensor([0, vocab - 1], device=device)
     limit = vocab / (vocab - 1)
@@ -172,7 +172,7 @@ def test_smoothing_beyond_its_limit_is_refused(vocab: int, device: torch.device)
 
 
 def test_a_padded_vocabulary_is_a_slice_of_the_head(device: torch.device) -> None:
-    """The slice is a view: no copy, and the padding gets a gradient of exactly 0."""
+    """The slice is a view, so nothing is copied, and the gradient of the padding is exactly 0."""
     hidden = torch.randn(4, 8, device=device, requires_grad=True)
     head = torch.randn(19, 8, device=device, requires_grad=True)
     target = torch.tensor([0, 16, 3, -100], device=device)
@@ -182,9 +182,9 @@ def test_a_padded_vocabulary_is_a_slice_of_the_head(device: torch.device) -> Non
     assert head.grad[:17].any(1).all()
 
 
-def test_a_backend_that_is_refused_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_backend_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ual_kernels._arguments._INTERPRETING", False)
-    with pytest.raises(UnsupportedError, match='use "auto" or "torch"'):
+    with pytest.raises(UnsupportedError, match='use backend="auto" or "torch"'):
         cross_entropy(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), backend="triton")
 
 

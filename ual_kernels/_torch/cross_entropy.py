@@ -1,8 +1,8 @@
-"""Cross entropy of given logits in plain PyTorch, a chunk of tokens at a time: any device.
+"""Cross entropy of given logits in PyTorch, for any device, one chunk of tokens at a time.
 
-The algebra is that of `_tokens`. Differences are measured from the token's largest logit or its target,
-never as lse(z) itself, which near 100 has already lost 4e-6 of every probability in float32. A softcap bends
-z: then dz is multiplied by 1 - (z / softcap)^2.
+The terms are those of `_tokens`. Sums are relative to the token's largest logit. lse(z) itself is not used to
+compute probabilities: in float32, rounding an lse near 100 changes every probability by 4e-6. A softcap
+multiplies dz by 1 - (z / softcap)^2.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,8 @@ from ual_kernels._tokens import Labels, labels, token_statistics, token_terms
 from ual_kernels._torch.gemm import even
 from ual_kernels._vocab_parallel import Place, Shards
 
-# fp32 numbers in one chunk of logits. On a CPU 2 MiB, so that every pass but the first finds it in cache
-# (measured on one core, V = 49152: a third of the time of 64 MiB). Elsewhere launches count, and 64 MiB is a
-# small part of a model.
+# fp32 numbers in one chunk of logits. On a CPU 2 MiB fit the cache after the first pass (on one core with
+# V = 49152 it takes a third of the time of 64 MiB). Elsewhere larger chunks need fewer launches.
 _CHUNK_ELEMENTS = {"cpu": 1 << 19}
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
 
@@ -30,7 +29,7 @@ def forward(
     inplace_scale: Tensor | None = None,
     shards: Shards | None = None,
 ) -> LogitsOutputs:
-    """The body of `ops.cross_entropy_op`; with `inplace_scale` [N], of `ops.cross_entropy_inplace_op`."""
+    """Implement `ops.cross_entropy_op` or, with `inplace_scale` [N], `ops.cross_entropy_inplace_op`."""
     logits, acc = inputs.logits, accumulator(inputs.logits)
     shards = shards or Shards(logits.shape[1])
     outputs = LogitsOutputs.empty(inputs, spec)
@@ -68,7 +67,7 @@ def forward(
 def backward(
     dloss: Tensor, state: Tensor, inputs: LogitsInputs, spec: LogitsSpec, shards: Shards | None = None
 ) -> Tensor:
-    """The body of `ops.cross_entropy_backward_op`."""
+    """Implement `ops.cross_entropy_backward_op`."""
     logits, shards = inputs.logits, shards or Shards(inputs.logits.shape[1])
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for chunk in _chunks(logits, shards):
@@ -82,17 +81,20 @@ def backward(
 
 
 def scale_tokens(buffer: Tensor, scale: Tensor) -> Tensor:
-    """Multiply each token's row of `buffer` in place; on a CPU, where asking is free, not if all are 1."""
+    """Multiply the values of each token in `buffer` by its scale in place.
+
+    On a CPU, where the check needs no synchronization, nothing is done if all scales are 1.
+    """
     if buffer.is_cpu and bool((scale == 1).all()):
         return buffer
     return buffer.mul_(scale[:, None])
 
 
-# ---- pieces ----
+# ---- helpers ----
 
 
 def _chunks(logits: Tensor, shards: Shards) -> Iterator[slice]:
-    """Even slices of at most the tokens that the device's budget holds, the same for all shards."""
+    """Yield even slices of tokens within the device's budget, the same on all shards."""
     budget = _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
     return even(len(logits), max(1, budget // shards.largest))
 
@@ -104,12 +106,12 @@ def _final(z: Tensor, spec: LogitsSpec) -> Tensor:
 
 
 def _at(z: Tensor, place: Place) -> Tensor:
-    """z [M, V] in each token's column, 0 where another shard holds it."""
+    """Return z [M, V] in each token's column, 0 if another shard has the column."""
     return torch.where(place.held, z.gather(1, place.column[:, None]).squeeze(1), 0.0)
 
 
 class _Sums(NamedTuple):
-    """What the pass over the vocabulary sums up, [M] each."""
+    """Sums over the vocabulary, [M] each."""
 
     largest: Tensor
     log_sum: Tensor  # of exp(z - largest)
@@ -129,7 +131,7 @@ class _Sums(NamedTuple):
         *,
         statistics: bool,
     ) -> "_Sums":
-        """Sum over z [M, V], which becomes exp(z - largest)."""
+        """Sum over z [M, V], and overwrite z with exp(z - largest)."""
         second = None
         if statistics:
             two = z.topk(min(2, shards.size), dim=1).values
@@ -169,12 +171,12 @@ def _dlogits(
     p *= (scale * k)[:, None]
     p -= (scale * s / shards.vocab)[:, None] * (1.0 if class_weight is None else class_weight)
     of_target = torch.where(place.held, scale * (1 - s) * c_y, 0.0)
-    # one column a token: the same as scatter_add_, which CUDA refuses where determinism is requested
+    # one column per token: equal to scatter_add_, which CUDA rejects if determinism is requested
     column = place.column[:, None]
     p.scatter_(1, column, p.gather(1, column) - of_target[:, None])
     if spec.softcap:
         raw = inputs.logits[chunk].to(p.dtype)
         p *= 1 - torch.tanh(raw * (spec.logit_scale / spec.softcap)).square()
-    if p.is_cpu and bool(label.selected.all()):  # asking is free here, and saves a pass
+    if p.is_cpu and bool(label.selected.all()):  # no synchronization on a CPU, and it saves a pass
         return p
     return p.masked_fill_(~label.selected[:, None], 0.0)

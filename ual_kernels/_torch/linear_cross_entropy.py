@@ -1,23 +1,23 @@
-"""Cross entropy of hidden states and a head in plain PyTorch: any device, and the fast path of a CPU.
+"""Cross entropy of hidden states and a head in PyTorch, for any device; the fast path on a CPU.
 
 The logits of a token are z = scale (e C^T + u B^T + b), a sum of products left @ right^T: hidden state and
-head, LoRA's e A^T and B, one and the bias. Chunks of tokens walk over tiles of the vocabulary. No more logits
-exist than one tile, small enough for a CPU's cache, and each tile is finished while it is there:
+head, LoRA's u = lora_scale e A^T and B, one and the bias. Each chunk of tokens is processed in tiles of the
+vocabulary. One tile of logits is computed at a time and fits a CPU's cache:
 
     k      = max(k, max z)                  x = exp(z - k), 0 in the target's column
     others = others exp(k' - k) + sum x     X = X exp(k' - k) + x @ right        (k' is the previous k)
 
-With y the target, cbar = mean_v c_v right_v, the algebra of `_tokens`, and after the last tile
+With y the target, cbar = mean_v c_v right_v and the terms of `_tokens`, after the last tile
 
     total = others + exp(z_y - k)      nll = log(1 + others / exp(z_y - k))      rest = others / total
     mean(c z) = scale sum of left . cbar
     dleft  = scale ((K / total) X + (U - K rest) right_y - s cbar)
     dright = scale (x^T diag(K / total) left + scatter_y(...) - c / V (x) sum_i s_i left_i)
 
-so the V-wide work is that of the plain softmax for any s, and what is rounded to 16 bits inside a product is
-never the probability that 1 is subtracted from. A softcap gives each column a slope: x is multiplied by it,
-and the uniform part becomes a product of its own, (s / V) c slope @ right. The gradient of the head needs
-`total`: a trained head keeps the tiles of its chunk.
+so smoothing adds no pass over the vocabulary, and 1 is never subtracted from a probability that was rounded
+to 16 bits. With a softcap, x is multiplied by the slope of each column, and the uniform part is a separate
+product, (s / V) c slope @ right. The gradient of the head needs `total`, so the tiles of a chunk are kept if
+the head is trained.
 """
 
 from typing import NamedTuple
@@ -41,19 +41,19 @@ from ual_kernels._torch.gemm import Gemm, even, onednn_precision
 from ual_kernels._vocab_parallel import Shards
 
 
-class Plan(NamedTuple):
-    """How much is worked on at a time."""
+class TileShape(NamedTuple):
+    """Numbers of tokens in a chunk and of columns in a tile."""
 
     tokens: int
-    width: int  # columns of the vocabulary
+    width: int
 
 
-def plan(vocab: int, features: int, count: int, keep: bool, cuda: bool, chunk_tokens: int) -> Plan:
-    """Tokens of a chunk and columns of a tile, by budgets that were measured to serve (docs/kernels.md).
+def tile_shape(vocab: int, features: int, count: int, keep: bool, cuda: bool, chunk_tokens: int) -> TileShape:
+    """Choose the shape of tiles by measured memory budgets (docs/kernels.md).
 
-    A CPU wants tiles of 8 MiB of float32, and the 16-bit head's tile, widened, no larger. A trained head
-    keeps 64 MiB of tiles, or a quarter of what its float32 gradient takes, which each chunk reads and writes.
-    A GPU wants them 32 times larger, for its GEMMs.
+    On a CPU, tiles of logits and of the head have at most 8 MiB in float32. If tiles are kept, they have at
+    most 64 MiB or a quarter of the head's float32 gradient, which each chunk reads and writes. On a GPU the
+    budgets are 32 times larger.
     """
     larger = 32 if cuda else 1
     if keep:
@@ -62,7 +62,7 @@ def plan(vocab: int, features: int, count: int, keep: bool, cuda: bool, chunk_to
         most = 4_096 if cuda else 1_024
     tokens = min(chunk_tokens or most, count)
     width = min(vocab, max(64, larger * (1 << 21) // tokens), max(64, larger * (1 << 21) // max(features, 1)))
-    return Plan(tokens, width if width == vocab else -(-width // 64) * 64)
+    return TileShape(tokens, width if width == vocab else -(-width // 64) * 64)
 
 
 def linear_cross_entropy(
@@ -71,7 +71,7 @@ def linear_cross_entropy(
     token_fns: TokenFns | None = None,
     shards: Shards | None = None,
 ) -> LinearOutputs:
-    """The body of `ops.linear_cross_entropy_op`. Ignored tokens are dropped before the first product."""
+    """Implement `ops.linear_cross_entropy_op`. Ignored tokens are dropped before the first product."""
     outputs = LinearOutputs.empty(inputs, spec)
     outputs.fill_ignored()
     shards = shards or Shards(len(inputs.linear_weight))
@@ -91,7 +91,7 @@ def linear_cross_entropy(
         c_mean = shards.sum(inputs.class_weight.sum()) / shards.vocab
 
     with onednn_precision("ieee"):  # except inside `gemm`, which sets its own precision
-        for part in even(count, sweep.plan.tokens):
+        for part in even(count, sweep.shape.tokens):
             chunk = Chunk.gather(inputs, spec, tokens, part, shards, gemm)
             sweep.run(chunk)
             sums = sweep.reduce(chunk, c_mean)
@@ -100,20 +100,20 @@ def linear_cross_entropy(
                 assert sums.statistics is not None
                 smoothing, weight = token_fns(sums.statistics[:7])
                 if smoothing is not None:
-                    chunk = chunk._replace(smoothing=tokens.keep(smoothing, part))
+                    chunk = chunk._replace(smoothing=tokens.zero_ignored(smoothing, part))
                 if weight is not None:
-                    a = tokens.keep(a * weight, part)
+                    a = tokens.zero_ignored(a * weight, part)
             a = a + chunk.nan_mask
             algebra = token_terms(
                 sums.nll, sums.lse, sums.smoothing_term, chunk.smoothing, sums.c_y, c_mean, spec.z_loss
             )
             state = torch.stack([algebra.loss + chunk.nan_mask, algebra.ds + chunk.nan_mask])
-            if weight is not None:  # a weight from the statistics is part of the loss of a token_scale of 1
+            if weight is not None:  # a weight from the statistics is part of the loss for a token_scale of 1
                 state = state * weight
-            outputs.loss[chunk.indices] = tokens.keep(a * algebra.loss, part)
-            outputs.state[:, chunk.indices] = tokens.keep(state, part)
+            outputs.loss[chunk.indices] = tokens.zero_ignored(a * algebra.loss, part)
+            outputs.state[:, chunk.indices] = tokens.zero_ignored(state, part)
             if spec.gradient_filter:
-                sweep.skip(tokens.keep(sums.rescale / sums.total, part))
+                sweep.skip(tokens.zero_ignored(sums.rescale / sums.total, part))
             if spec.statistics:
                 assert sums.statistics is not None
                 sums.statistics[7] = sweep.dropped
@@ -129,14 +129,14 @@ def linear_cross_entropy(
 
 
 class Summand(NamedTuple):
-    """One product left @ right^T of the logits, and where its gradients go."""
+    """One product left @ right^T of the logits and its gradients."""
 
     right: Tensor  # [V, k]
-    mean: Tensor | None  # [k], of c_v right_v; None under a softcap
-    dright: Tensor | None  # [V, k] ACC, if wanted
+    mean: Tensor | None  # [k], mean of c_v right_v; None with a softcap
+    dright: Tensor | None  # [V, k] ACC, if requested
     smoothed: Tensor  # [k] ACC, sum over tokens of s a left
-    through: bool  # whether dleft is wanted
-    exact: bool  # factors that did not come in bfloat16
+    through: bool  # whether dleft is requested
+    exact: bool  # whether factors are multiplied in ACC
 
 
 def _summands(inputs: LinearInputs, spec: LinearSpec, outputs: LinearOutputs, vocab: int) -> list[Summand]:
@@ -161,15 +161,15 @@ def _summands(inputs: LinearInputs, spec: LinearSpec, outputs: LinearOutputs, vo
 
 
 class Chunk(NamedTuple):
-    """Some of the loss tokens; what ignored tokens among them hold is replaced."""
+    """A chunk of the loss tokens; inputs of ignored tokens among them are set to zero."""
 
     indices: Tensor  # [M], into the N tokens
     lefts: list[Tensor]  # the left factor of each summand
-    column: Tensor  # [M], the target's, in this shard
-    held: Tensor  # [M] bool, whether this shard holds the target
+    column: Tensor  # [M], the target's column in this shard
+    held: Tensor  # [M] bool, whether this shard has the target
     smoothing: Tensor  # [M]
     scale: Tensor  # [M]
-    nan_mask: Tensor  # [M], 0, or NaN for tokens whose target is out of range
+    nan_mask: Tensor  # [M], NaN if the target is out of range, else 0
     counted: Tensor  # [M] bool, neither ignored nor out of range
     hidden: Tensor  # [M, D]
 
@@ -183,7 +183,7 @@ class Chunk(NamedTuple):
         shards: Shards,
         gemm: Gemm,
     ) -> "Chunk":
-        """Read the tokens of one part."""
+        """Gather the tokens of one part."""
         acc, index = accumulator(inputs.input), tokens.indices[part]
         hidden, label = inputs.input[index], labels(inputs.target[index], shards.vocab, spec.ignore_index)
         if tokens.selected is not None:
@@ -202,8 +202,8 @@ class Chunk(NamedTuple):
             lefts,
             column,
             held,
-            tokens.keep(inputs.smoothing[index], part),
-            tokens.keep(inputs.token_scale[index], part),
+            tokens.zero_ignored(inputs.smoothing[index], part),
+            tokens.zero_ignored(inputs.token_scale[index], part),
             nan_mask,
             label.selected & label.valid,
             hidden,
@@ -211,11 +211,11 @@ class Chunk(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What all tiles, of all shards, add up to: [M] each."""
+    """Sums over all tiles and shards, [M] each."""
 
-    rescale: Tensor  # from this shard's reference point to the common one
-    others: Tensor  # sum of x, the target's left out
-    total: Tensor  # with the target's
+    rescale: Tensor  # factor from this shard's reference point to the common reference point
+    others: Tensor  # sum of x without the target
+    total: Tensor  # sum of x with the target
     z_y: Tensor
     c_y: Tensor | float
     nll: Tensor
@@ -225,10 +225,10 @@ class Sums(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What multiplies x, the target's column and the mean in the gradients, [M] each."""
+    """Factors of x, of the target's column and of the mean in the gradients, [M] each."""
 
     of_x: Tensor
-    of_target: Tensor  # 0 where another shard holds the target
+    of_target: Tensor  # 0 if another shard has the target
     of_mean: Tensor
 
 
@@ -261,13 +261,13 @@ def _input_gradient(
     dlefts: list[Tensor | None],
     shards: Shards,
 ) -> None:
-    """From the gradients of the left factors to those of hidden states and A."""
+    """Compute the gradients of hidden states and A from those of the left factors."""
     acc, through_b = outputs.loss.dtype, None
     if inputs.lora_a is not None and (du := dlefts[1]) is not None:
         through_b = du * spec.lora_scale
         if spec.lora_grad:
-            whole = shards.sum(through_b.clone())
-            outputs.dlora_a.addmm_(whole.T, chunk.hidden.to(acc))
+            summed = shards.sum(through_b.clone())
+            outputs.dlora_a.addmm_(summed.T, chunk.hidden.to(acc))
     if (de := dlefts[0]) is not None:
         if through_b is not None and inputs.lora_a is not None:
             de.addmm_(through_b, inputs.lora_a.detach().to(acc))
@@ -276,14 +276,14 @@ def _input_gradient(
 
 class Tile(NamedTuple):
     part: slice
-    x: Tensor  # [M, w]: exp(z - reference), times the slope if capped
+    x: Tensor  # [M, w]: exp(z - reference), times the slope with a softcap
     slope: Tensor | None  # [M, w]: class weight times slope
     reference: Tensor  # [M]
-    mass: Tensor  # [M]: sum of exp(z - reference), the target's left out
+    mass: Tensor  # [M]: sum of exp(z - reference) without the target
 
 
 class Sweep:
-    """One chunk of tokens over all tiles; its results stay in attributes until the next chunk."""
+    """The pass of one chunk of tokens over all tiles; attributes hold the results of the last chunk."""
 
     def __init__(
         self,
@@ -300,19 +300,21 @@ class Sweep:
         self.class_weight, self.spec, self.statistics = inputs.class_weight, spec, statistics
         size, features = inputs.linear_weight.shape
         self.keep = any(t.dright is not None for t in summands) or spec.gradient_filter > 0
-        # ranks synchronize after every chunk: their chunks are those of the largest shard
-        self.plan = plan(shards.largest, features, count, self.keep, inputs.input.is_cuda, spec.chunk_tokens)
-        width = self.plan.width
+        # ranks synchronize after every chunk, so the largest shard determines the chunks of all ranks
+        self.shape = tile_shape(
+            shards.largest, features, count, self.keep, inputs.input.is_cuda, spec.chunk_tokens
+        )
+        width = self.shape.width
         self.parts = [slice(v, min(v + width, size)) for v in range(0, size, width)]
-        # one buffer for all chunks: fresh pages cost a CPU as much as an exponential
+        # one buffer for all chunks: on a CPU, new memory pages cost as much as the exponentials
         new = summands[0].smoothed.new_empty
         kept = size if self.keep else width
-        self._tiles = new(self.plan.tokens * kept)
-        self._slopes = new(self.plan.tokens * (kept if spec.softcap and spec.gradients else 0))
+        self._tiles = new(self.shape.tokens * kept)
+        self._slopes = new(self.shape.tokens * (kept if spec.softcap and spec.gradients else 0))
         self._widened = gemm.buffer(width, features)
 
     def run(self, chunk: Chunk) -> None:
-        """All tiles: `largest`, `others`, `z_y`; `mean` if capped; `x_rights` where a gradient is wanted."""
+        """Compute `largest`, `others`, `z_y`, `mean` with a softcap, and `x_rights` for gradients."""
         tokens = len(chunk.indices)
         zero = chunk.scale.new_zeros(tokens)
         lowest = torch.full_like(zero, -torch.inf)
@@ -321,7 +323,7 @@ class Sweep:
         self.x_rights = [
             zero.new_zeros(tokens, t.right.shape[1]) if t.through else None for t in self.summands
         ]
-        self.bent_rights = [x if x is None or not self.spec.softcap else x.clone() for x in self.x_rights]
+        self.slope_rights = [x if x is None or not self.spec.softcap else x.clone() for x in self.x_rights]
         self.kept: list[Tile] = []
         self.skipped: set[int] = set()
         for part in self.parts:
@@ -368,7 +370,7 @@ class Sweep:
             self._through(tile, head, tile.x)
 
     def _logits(self, chunk: Chunk, part: slice, head: Tensor, z: Tensor, at: int) -> Tensor | None:
-        """Write a tile of final logits to z; return the softcap's slope of each, if a gradient needs it."""
+        """Write a tile of final logits to z; return the slopes of a softcap if gradients need them."""
         self.gemm.logits(chunk.lefts[0], head, z)
         for left, summand in zip(chunk.lefts[1:], self.summands[1:], strict=True):
             z.addmm_(left, summand.right[part].T)
@@ -386,7 +388,7 @@ class Sweep:
         return slope
 
     def _two_largest(self, z: Tensor) -> Tensor:
-        """Return the tile's largest logits; add to `second` and `plain`."""
+        """Return the tile's largest logits; update `second` and `plain`."""
         largest, place = z.max(1, keepdim=True)
         z.scatter_(1, place, -torch.inf)
         second = torch.maximum(self.second, z.amax(1))
@@ -396,7 +398,7 @@ class Sweep:
         return largest.squeeze(1)
 
     def reduce(self, chunk: Chunk, c_mean: Tensor | float) -> Sums:
-        """Combine the shards, after the last tile."""
+        """Reduce over shards, after the last tile."""
         shards, spec = self.shards, self.spec
         largest = shards.maximum(self.largest.clone())
         reference = finite(largest)
@@ -416,7 +418,7 @@ class Sweep:
         if self.class_weight is not None:
             c_y = shards.sum(torch.where(chunk.held, self.class_weight[chunk.column], 0.0))
 
-        # log(others / exp(z_y - reference)), where neither of the two may be representable
+        # log(others / exp(z_y - reference)); others and the exponential may overflow or underflow
         log_odds = (reference - z_y) + others.log()
         nll = log_odds.clamp(min=0.0) + torch.log1p(torch.exp(-log_odds.abs()))
         total = others + torch.exp(z_y - reference)
@@ -430,7 +432,7 @@ class Sweep:
     def _statistics(
         self, z_y: Tensor, reference: Tensor, total: Tensor, nll: Tensor, largest: Tensor
     ) -> Tensor:
-        """TokenStatistics [8, M]; the last field is set when the filter has decided."""
+        """Return TokenStatistics [8, M]; `skip` determines the last field later."""
         rescale = torch.exp(self.largest - reference)
         shift = torch.where(self.others > 0, (self.largest - reference) * self.others, 0.0)
         moment = self.shards.sum(rescale * (self.moment + shift))
@@ -442,19 +444,19 @@ class Sweep:
         return torch.cat([packed, torch.zeros_like(packed[:1])])
 
     def _through(self, tile: Tile, head: Tensor, x: Tensor | None) -> None:
-        """Add x @ right, and the uniform part, to what becomes the gradient of each left factor."""
-        for t, out, bent in zip(self.summands, self.x_rights, self.bent_rights, strict=True):
-            if out is None or bent is None:
+        """Add x @ right and slope @ right to the accumulators of each left factor's gradient."""
+        for t, out, slope_right in zip(self.summands, self.x_rights, self.slope_rights, strict=True):
+            if out is None or slope_right is None:
                 continue
             add = Tensor.addmm_ if t.exact else self.gemm.add
             right = t.right[tile.part] if t.exact else head
             if x is not None:
                 add(out, x, right)
             if tile.slope is not None:
-                add(bent, tile.slope, right)
+                add(slope_right, tile.slope, right)
 
     def gradients(self, chunk: Chunk, factors: Factors, *, first: bool, last: bool) -> list[Tensor | None]:
-        """Return dleft of each summand; add to dright, which the first chunk zeroes, the last completes."""
+        """Return dleft of each summand; add to dright, which the first chunk initializes."""
         for t, left in zip(self.summands, chunk.lefts, strict=True):
             if t.dright is not None and not self.spec.softcap:
                 t.smoothed.add_(factors.of_mean @ left.to(t.dright.dtype))
@@ -472,16 +474,16 @@ class Sweep:
                 self._through(tile, head, None if skipped else tile.x * rescale[:, None])
             self._head_gradient(tile, rescale, chunk, factors, skipped=skipped, last=last)
         return [
-            self._left_gradient(t, left, x_right, bent, chunk, factors)
-            for t, left, x_right, bent in zip(
-                self.summands, chunk.lefts, self.x_rights, self.bent_rights, strict=True
+            self._left_gradient(t, left, x_right, slope_right, chunk, factors)
+            for t, left, x_right, slope_right in zip(
+                self.summands, chunk.lefts, self.x_rights, self.slope_rights, strict=True
             )
         ]
 
     def _head_gradient(
         self, tile: Tile, rescale: Tensor, chunk: Chunk, factors: Factors, *, skipped: bool, last: bool
     ) -> None:
-        """Add one tile's part of dright, the targets' columns left out."""
+        """Add one tile's part of dright, without the targets' columns."""
         vocab = self.shards.vocab
         for t, left in zip(self.summands, chunk.lefts, strict=True):
             if t.dright is None:
@@ -501,7 +503,7 @@ class Sweep:
         t: Summand,
         left: Tensor,
         x_right: Tensor | None,
-        bent: Tensor | None,
+        slope_right: Tensor | None,
         chunk: Chunk,
         factors: Factors,
     ) -> Tensor | None:
@@ -514,12 +516,12 @@ class Sweep:
         dleft.addcmul_(factors.of_target[:, None], t.right[chunk.column].to(dleft.dtype))
         if t.mean is not None:
             dleft.addcmul_(factors.of_mean[:, None], t.mean, value=-1)
-        elif bent is not None:
-            dleft.addcmul_(factors.of_mean[:, None], bent, value=-1.0 / self.shards.vocab)
+        elif slope_right is not None:
+            dleft.addcmul_(factors.of_mean[:, None], slope_right, value=-1.0 / self.shards.vocab)
         return dleft
 
     def _spread_evenly(self, tile: Tile, rescale: Tensor, chunk: Chunk, factors: Factors) -> None:
-        """What x @ right of a skipped tile would add, with its mass spread evenly over the tile."""
+        """Add x @ right of a skipped tile, with its mass spread evenly over the tile."""
         mass = (tile.x.sum(1) * rescale)[:, None]
         for t, left, out in zip(self.summands, chunk.lefts, self.x_rights, strict=True):
             right = t.right[tile.part]
@@ -531,7 +533,7 @@ class Sweep:
     def skip(self, share: Tensor) -> None:
         """Skip tiles that together hold less than the threshold of every token's probability.
 
-        `share` [M] makes of a tile's mass a probability.
+        A tile's mass times `share` [M] is its probability.
         """
         reference = finite(self.largest)
         masses = torch.stack([t.mass * torch.exp(t.reference - reference) * share for t in self.kept])
@@ -544,5 +546,5 @@ class Sweep:
 
 
 def finite(largest: Tensor) -> Tensor:
-    """A reference point for sums: the largest logit, or 0 where all are -inf."""
+    """Return the largest logit as a reference point for sums, or 0 if all logits are -inf."""
     return torch.where(largest == -torch.inf, 0.0, largest)

@@ -1,26 +1,28 @@
-"""Cross entropy of given logits, with a smoothing of its own for every token.
+"""Cross entropy of given logits with a separate smoothing for every token.
 
-For a token with logits z in R^V (scaled and capped), a reference point k and the algebra of `_tokens`,
+For a token with logits z in R^V (scaled and capped), a reference point k and the terms of `_tokens`,
 
     log_sum = log sum exp(z - k)   nll = (k - z_y) + log_sum   t = mean(c (z - z_y))   (the smoothing term)
 
     dz_v  = g (K exp(z_v - k - log_sum) - (1 - s) c_y [v = y] - s c_v / V)             g = upstream
     dx_v  = dz_v (1 - (z_v / softcap)^2) logit_scale                                    x = the raw logits
 
-Everything is measured from k, never as lse(z) itself: a stored lse near 100 has already lost 4e-6 of every
-probability in float32. 16-bit logits take k = z_y, which is known before they are read: sums over lanes, no
-reduction and no mask in the loop. A token whose sum leaves [0, 2^100), its target being 69 nats below the
-maximum, is read again with a running maximum, k = max(z), as wider logits always are: theirs is the accuracy
-that a far reference point would cost.
+A reference point k is a number that is subtracted from the logits before exp. Probabilities are computed from
+z - k and log_sum: in float32, rounding an lse(z) near 100 changes every probability by 4e-6.
 
-Traffic: forward reads x once and keeps four numbers a token; backward reads x once more and writes dx (6NV
-bytes in bf16). In place, the forward reads its token's logits a second time, from the end, whose lines are
-still in L2, and leaves the gradient there (4NV). The logits of an ignored token are not read. Offsets are
-int64: N V passes 2^31 at 16k tokens of a 128k vocabulary. A token whose label is out of range, or whose
-numbers are NaN, gets NaN; other tokens are unaffected.
+For 16-bit logits the reference point is fixed, k = z_y. It is known before the logits are read, so the loop
+sums over lanes without a reduction or mask. If the sum exceeds 2^100, because the target is 69 nats below the
+maximum, the token's logits are read again with a running maximum, k = max(z). For wider logits the reference
+point is always the running maximum; a fixed reference point would reduce their accuracy.
 
-A vocabulary that 16 does not divide is read in 2-byte words: eight times as many load instructions. Pad
-such a vocabulary.
+Memory traffic: forward reads x once and stores four numbers per token; backward reads x once more and writes
+dx (6NV bytes in bf16). In place, forward reads a token's logits a second time, from the end, which is still
+in L2, and overwrites them with the gradient (4NV). The logits of an ignored token are not read. Offsets are
+int64: N V exceeds 2^31 for 16k tokens and a vocabulary of 128k. A token whose label is out of range, or that
+has NaN inputs, gets NaN. Other tokens are unaffected.
+
+A vocabulary size that is not a multiple of 16 needs eight times as many load instructions, of 2 bytes each.
+Pad such a vocabulary.
 """
 
 from typing import NamedTuple
@@ -44,28 +46,29 @@ _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LARGEST_SUM: tl.constexpr = tl.constexpr(2.0**100)
 
 
-class Plan(NamedTuple):
-    """Launch shape for a vocabulary and bytes a logit; a pure function, so tests can enumerate plans."""
+class LaunchConfig(NamedTuple):
+    """Launch config of the kernels in this module."""
 
     block_v: int
     num_warps: int
 
 
-def plan(vocab: int, itemsize: int, *, heavy: bool = False) -> Plan:
-    """Predicted, until a card has measured it: 16-bit logits in blocks of 16 numbers a thread.
+def launch_config(vocab: int, itemsize: int, *, heavy: bool = False) -> LaunchConfig:
+    """Return the launch config for a vocabulary size and bytes per logit. It is predicted, not measured.
 
-    Few tokens should be in flight, so that the second read of a token's logits finds them in L2: 32 warps
-    are one token a processor. Statistics and class weights (`heavy`) take more registers: 8 numbers a thread,
-    16 warps. No kernel spills on sm_80, sm_90, sm_100 and gfx942 (`python -m ual_kernels.aot`).
+    16-bit logits are processed in blocks of 16 per thread. With 32 warps one token is in flight per
+    processor, so the second read of its logits hits L2. Statistics and class weights (`heavy`) need more
+    registers: 8 logits per thread and 16 warps. No kernel spills on sm_80, sm_90, sm_100 and gfx942
+    (`python -m ual_kernels.aot`).
     """
     most = 1_024 if itemsize > 2 else 4_096 if heavy else 16_384
-    block_v = min(1 << (vocab.bit_length() - 1), most)  # some full block, which needs no mask
-    return Plan(block_v, num_warps=4 if itemsize > 2 else max(4, block_v // (256 if heavy else 512)))
+    block_v = min(1 << (vocab.bit_length() - 1), most)  # at least one full block, which needs no mask
+    return LaunchConfig(block_v, num_warps=4 if itemsize > 2 else max(4, block_v // (256 if heavy else 512)))
 
 
 @triton.jit
 def _forward_kernel(
-    logits_ptr,  # [N, V], tokens stride_n apart; becomes the gradient if INPLACE
+    logits_ptr,  # [N, V], tokens stride_n apart; overwritten with the gradient if INPLACE
     target_ptr,  # [N]
     smoothing_ptr,  # [N] ACC
     token_scale_ptr,  # [N] ACC, read if INPLACE
@@ -78,7 +81,7 @@ def _forward_kernel(
     V,
     ignore_index,
     ACC: tl.constexpr,
-    ANCHORED: tl.constexpr,
+    FIXED_REFERENCE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     STATISTICS: tl.constexpr,
     INPLACE: tl.constexpr,
@@ -100,9 +103,9 @@ def _forward_kernel(
         c_y = tl.load(class_weight_ptr + tl.where(valid, target, 0))
 
     stop = tl.where(selected, V, 0)
-    if ANCHORED:
+    if FIXED_REFERENCE:
         k = z_y
-        exp_sum, term, plain_term, moment, high, second, c_mean = _anchored_sums(
+        exp_sum, term, plain_term, moment, high, second, c_mean = _fixed_reference_sums(
             logits_ptr, class_weight_ptr, z_y, stop, WEIGHTED, STATISTICS, SOFTCAP, LOGIT_SCALE, BLOCK_V
         )
         if not (exp_sum < _LARGEST_SUM):  # true for NaN
@@ -144,7 +147,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _anchored_sums(
+def _fixed_reference_sums(
     logits_ptr,  # [V], one token
     class_weight_ptr,
     z_y,
@@ -155,7 +158,7 @@ def _anchored_sums(
     LOGIT_SCALE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Sums over z - z_y: of exp, of c times it, of itself, of exp times it; the two largest z; of c."""
+    """Sums for d = z - z_y: exp(d), c d, d, exp(d) d; the two largest z; the sum of c."""
     zero = tl.zeros((BLOCK_V,), tl.float32)
     low = tl.full((BLOCK_V,), float("-inf"), tl.float32)
     total, term, plain, moment, c_sum, highs, seconds = zero, zero, zero, zero, zero, low, low
@@ -216,7 +219,7 @@ def _online_sums(
     LOGIT_SCALE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The maximum, and the sums of `_anchored_sums` measured from it (c times z - z_y still from z_y)."""
+    """The maximum, and the sums of `_fixed_reference_sums` relative to it; c d and d are relative to z_y."""
     high = tl.full((), float("-inf"), ACC)
     second = tl.full((), float("-inf"), ACC)
     exp_sum = tl.full((), 0.0, ACC)
@@ -231,7 +234,7 @@ def _online_sums(
         z = tl.where(inside, final_logits(x, SOFTCAP, LOGIT_SCALE), float("-inf"))
         block_high = tl.max(z, axis=0)
         new_high = tl.maximum(high, block_high)
-        # logits of -inf so far have no mass: 0, not exp(-inf - -inf)
+        # if all logits so far are -inf, exp(-inf - -inf) would be NaN
         base = tl.where(new_high == float("-inf"), 0.0, new_high)
         rescale = tl.exp(high - base)
         e = tl.exp(z - base)
@@ -254,7 +257,7 @@ def _online_sums(
 
 @triton.jit
 def _backward_kernel(
-    dloss_ptr,  # [N], stride_g apart: 0 when a scalar was broadcast
+    dloss_ptr,  # [N], stride_g apart; 0 for a scalar that was broadcast
     logits_ptr,  # [N, V], tokens stride_n apart
     target_ptr,  # [N]
     smoothing_ptr,  # [N] ACC
@@ -307,7 +310,7 @@ def _backward_kernel(
 @triton.jit
 def _write_gradient(
     source_ptr,  # [V], raw logits of one token
-    out_ptr,  # [V], may be source_ptr: each thread overwrites what it has read
+    out_ptr,  # [V], may be source_ptr: each thread overwrites only elements that it has read
     class_weight_ptr,
     target,
     z_y,
@@ -329,7 +332,7 @@ def _write_gradient(
     lane = tl.arange(0, BLOCK_V)
     full = V // BLOCK_V * BLOCK_V
     if selected:
-        # from the end, whose lines were read last
+        # from the end, which was read last and is in L2
         if full < V:
             inside = full + lane < V
             x = tl.load(source_ptr + full + lane, mask=inside, other=0.0, eviction_policy="evict_first")
@@ -342,7 +345,7 @@ def _write_gradient(
             c = _spread(class_weight_ptr, start + lane, V, s / V, WEIGHTED)
             dx = _dlogits(x, k, log_sum, coefficient, c, scale, ACC, SOFTCAP, LOGIT_SCALE)
             tl.store(out_ptr + start + lane, dx, eviction_policy="evict_first")
-        # one column is left; all stores of its block are complete
+        # the target's column is overwritten after all stores of its block
         tl.debug_barrier()
         c = s / V * c_y if WEIGHTED else s / V
         dx = _exp(z_y, k, log_sum, ACC) * coefficient - ((1.0 - s) * c_y + c)
@@ -357,7 +360,7 @@ def _write_gradient(
 
 @triton.jit
 def _spread(class_weight_ptr, column, V, spread, WEIGHTED: tl.constexpr):
-    """The smoothed part of a block's targets: spread, times class weights."""
+    """The uniform part of the smoothed targets of a block, times class weights."""
     if WEIGHTED:
         spread = spread * tl.load(class_weight_ptr + column, mask=column < V, other=0.0)
     return spread
@@ -365,7 +368,7 @@ def _spread(class_weight_ptr, column, V, spread, WEIGHTED: tl.constexpr):
 
 @triton.jit
 def _exp(z, k, log_sum, ACC: tl.constexpr):
-    """exp(z - k - log_sum), without a rounded k + log_sum."""
+    """exp(z - k - log_sum), without rounding k + log_sum."""
     if tl.float32 == ACC:
         p = tl.exp2((z - k) * _LOG2E - log_sum * _LOG2E)
     else:
@@ -385,7 +388,7 @@ def _dlogits(
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
 ):
-    """The gradient of raw logits x, as if none of them were the target's."""
+    """The gradient of raw logits x that are not the target's."""
     z = final_logits(x.to(ACC), SOFTCAP, LOGIT_SCALE)
     dx = (coefficient * _exp(z, k, log_sum, ACC) - spread) * scale
     if SOFTCAP != 0.0:
@@ -400,7 +403,7 @@ def _scale_tokens_kernel(
     token = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr + token * stride_s).to(ACC)
     buffer_ptr += token * stride_n
-    # decided on the device: the usual upstream of 1 costs one load a token
+    # decided on the device: the usual upstream gradient of 1 costs one load per token
     stop = tl.where(scale == 1.0, 0, V)
     for start in range(0, stop, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
@@ -409,18 +412,18 @@ def _scale_tokens_kernel(
 
 
 def forward(inputs: LogitsInputs, spec: LogitsSpec, *, inplace_scale: Tensor | None = None) -> LogitsOutputs:
-    """The body of `ops.cross_entropy_op`; with `inplace_scale` [N], of `ops.cross_entropy_inplace_op`."""
+    """Implement `ops.cross_entropy_op` or, with `inplace_scale` [N], `ops.cross_entropy_inplace_op`."""
     logits, target, smoothing, class_weight = inputs
     tokens, vocab = logits.shape
     outputs = LogitsOutputs.empty(inputs, spec)
     if tokens:
         heavy = class_weight is not None or spec.statistics
-        block_v, num_warps = plan(vocab, logits.element_size(), heavy=heavy)
+        block_v, num_warps = launch_config(vocab, logits.element_size(), heavy=heavy)
         _forward_kernel[(tokens,)](
             logits, target, smoothing, inplace_scale, class_weight, *outputs,
             logits.stride(0), tokens, vocab, spec.ignore_index,
             ACC=_TL[accumulator(logits)],
-            ANCHORED=logits.element_size() == 2,
+            FIXED_REFERENCE=logits.element_size() == 2,
             WEIGHTED=class_weight is not None,
             STATISTICS=spec.statistics,
             INPLACE=inplace_scale is not None,
@@ -434,12 +437,12 @@ def forward(inputs: LogitsInputs, spec: LogitsSpec, *, inplace_scale: Tensor | N
 
 
 def backward(dloss: Tensor, state: Tensor, inputs: LogitsInputs, spec: LogitsSpec) -> Tensor:
-    """The body of `ops.cross_entropy_backward_op`: dlogits [N, V], contiguous."""
+    """Implement `ops.cross_entropy_backward_op`: return dlogits [N, V], contiguous."""
     logits, target, smoothing, class_weight = inputs
     tokens, vocab = logits.shape
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if tokens:
-        block_v, num_warps = plan(vocab, logits.element_size(), heavy=class_weight is not None)
+        block_v, num_warps = launch_config(vocab, logits.element_size(), heavy=class_weight is not None)
         _backward_kernel[(tokens,)](
             dloss, logits, target, smoothing, class_weight, state, dlogits,
             dloss.stride(0), logits.stride(0), tokens, vocab, spec.ignore_index,
@@ -454,10 +457,10 @@ def backward(dloss: Tensor, state: Tensor, inputs: LogitsInputs, spec: LogitsSpe
 
 
 def scale_tokens(buffer: Tensor, scale: Tensor) -> Tensor:
-    """Multiply each token's row of `buffer` [N, V] by its number of `scale` [N], in place."""
+    """Multiply the values of each token in `buffer` [N, V] by `scale` [N] in place."""
     tokens, vocab = buffer.shape
     if tokens:
-        block_v, num_warps = plan(vocab, buffer.element_size())
+        block_v, num_warps = launch_config(vocab, buffer.element_size())
         _scale_tokens_kernel[(tokens,)](
             buffer, scale, buffer.stride(0), scale.stride(0), vocab,
             ACC=_TL[accumulator(buffer)], BLOCK_V=block_v, num_warps=num_warps, enable_fp_fusion=True,

@@ -1,33 +1,36 @@
-"""Cross entropy of hidden states and a head: two GEMMs, or three, and nothing as large as the logits.
+"""Cross entropy of hidden states and a head, by two or three GEMMs, without materializing the logits.
 
-For a token with hidden state e, the algebra of `_tokens` and z = scale (C e + u B + b) in units of log 2,
+For a token with hidden state e, the terms of `_tokens` and z = scale (C e + u B + b) in units of log 2,
 
     x_v  = 2^(z_v - k) for v != y, 0 for v = y          total = sum_v x_v        t = 2^(z_y - k)
     nll  = log(1 + total / t)       p_y = t / (total + t)       lse = log 2 (k + log2(total + t))
     de   = a scale (K (1 - p_y) x C / sum_v x_v + (U - K (1 - p_y)) C_y - s cbar)
 
-with cbar = mean_v c_v C_v and the token's scale a. The target's column is left out of x, so that what is
-rounded to 16 bits is never the probability that 1 is subtracted from.
+with cbar = mean_v c_v C_v and the token's scale a. The reference point k is a number that is subtracted from
+the logits before 2^z. x excludes the target's column, so 1 is never subtracted from a probability that was
+rounded to 16 bits.
 
-**Anchored** (bfloat16, the usual case). The reference point k = z_y + 32 is known before the first GEMM, so
-one visit of each logit is enough: x leaves the GEMM that makes it, in bfloat16, whose exponents are those of
-float32. No step needs all of a token's x at once, so
+**Fixed reference point** (bfloat16, the usual case). The reference point k = z_y + 32 is known before the
+first GEMM, so each logit is computed once and the GEMM stores x in bfloat16, which has the exponent range of
+float32. No step needs the complete x of a token, so
 
     frozen head    up to 8192 tokens at a time, the vocabulary in slices: x of a slice, then O += x C
-    trained head   x of all V classes for up to 2 D tokens: O = x C, dC += x^T (f E), as large as dC itself
-    no gradient    nothing is stored
+    trained head   x of all V classes for up to 2 D tokens: O = x C, dC += x^T (f E); x is as large as dC
+    no gradient    x is not stored
 
-`VARIANT` says which GEMM makes x: "tma" (persistent, tensor memory accelerator, sm_90 and later), "pointer"
-(any GPU), or "cublas" (`torch.mm` into float32, then a kernel with one program per token). A token whose
-total leaves [0, 2^100), because its target is some 90 nats below the maximum, is computed again from its own
-maximum by a kernel for such tokens. The device decides.
+`VARIANT` selects the GEMM that computes x: "tma" (persistent, tensor memory accelerator, sm_90 and later),
+"pointer" (any GPU) or "cublas" (`torch.mm` into float32, then a kernel with one program per token). If the
+total of a token is not below 2^100, because its target is about 90 nats below the maximum, the token is
+*far*: a separate kernel recomputes it with its maximum as the reference point. The host does not read the
+totals.
 
-**Exact** (everything else): float32 logits of a chunk by `torch.mm`, then one program per token, k = max(z).
-Taken for float32 and float16 inputs, a softcap (whose slope needs the sum before x can be stored), a bias
-that is trained (a sum over tokens that cancels, so x stays float32) and precision="fast". float16 has 5 bits
-of exponent: there k is 15 below the maximum, so that x reaches 2^15 and what is lost is below 2^-39 of the
-largest. Where x does not have the largest at 1 (a softcap) or meets gradients divided by many tokens (a head
-that is trained) it stays float32. float64 is not for tensor cores: use backend="torch".
+**Exact** (all other cases). `torch.mm` computes float32 logits of a chunk, then one program per token
+computes x with k = max(z). This variant is used for float32 and float16 inputs, for a softcap (whose slope
+needs the sum before x can be stored), for a trained bias (its gradient is a sum over tokens that cancels, so
+x stays float32) and for precision="fast". float16 has 5 bits of exponent: k is 15 below the maximum, so that
+x reaches 2^15, and values below 2^-39 of the largest are lost. For float16 inputs x stays float32 with a
+softcap, where all of x may be small, and with a trained head or adapter, where x is multiplied by gradients
+that are divided by the number of tokens. float64 is not supported; use backend="torch".
 """
 
 from abc import ABC, abstractmethod
@@ -58,13 +61,13 @@ from ual_kernels.statistics import LINEAR_STATISTICS
 Variant = Literal["tma", "pointer", "cublas", "exact"]
 
 VARIANT: Literal["auto"] | Variant = "auto"
-"""Which way is taken where it is possible; a benchmark or a test may request one by name."""
+"""The variant that is used if the inputs allow it; benchmarks and tests set it."""
 
 _INTERPRETED = triton.knobs.runtime.interpret
 
-_FROZEN_TOKENS = 8_192  # at a time: above this, reading the head again is negligible next to the GEMMs
-_KEPT_BYTES = 1 << 29  # of x that waits for an adapter's gradients
-_EXACT_BYTES = 1 << 29  # of logits
+_FROZEN_TOKENS = 8_192  # tokens at a time; with more, reading the head again is negligible next to the GEMMs
+_KEPT_BYTES = 1 << 29  # of x that is kept for an adapter's gradients
+_EXACT_BYTES = 1 << 29  # of float32 logits
 _EXACT_TOKENS = 4_096
 _TILE_TOKENS = 128
 
@@ -74,7 +77,7 @@ _OFFSET: tl.constexpr = tl.constexpr(32.0)  # k above the target's logit
 _LARGEST_TOTAL: tl.constexpr = tl.constexpr(2.0**100)  # x C must not overflow either
 _HEADROOM = 15.0  # of float16, in powers of 2
 
-# planes of the [10, M] float32 table that the kernels hand each other; units of log 2 but for two
+# planes of the [10, M] float32 table that kernels share; all but the first two in units of log 2
 _Z_Y: tl.constexpr = tl.constexpr(0)  # z_y, nats
 _MEAN: tl.constexpr = tl.constexpr(1)  # mean(c z), nats
 _K: tl.constexpr = tl.constexpr(2)
@@ -83,46 +86,46 @@ _TOTAL: tl.constexpr = tl.constexpr(4)
 _ROUNDED: tl.constexpr = tl.constexpr(5)  # sum of x as stored
 _MOMENT: tl.constexpr = tl.constexpr(6)  # sum of x (z - k)
 _PLAIN: tl.constexpr = tl.constexpr(7)  # sum of z - k
-_HIGH: tl.constexpr = tl.constexpr(8)  # the largest z - k beside the target's
+_HIGH: tl.constexpr = tl.constexpr(8)  # the largest z - k except the target's
 _SECOND: tl.constexpr = tl.constexpr(9)
 _TABLE_PLANES = 10
 
 
-class GemmPlan(NamedTuple):
-    """Launch shape of the GEMM that makes x."""
+class GemmLaunchConfig(NamedTuple):
+    """Launch config of the GEMM that computes x."""
 
     block_m: int
     block_n: int
     block_k: int
-    group: int  # tiles of tokens that walk the columns together and share each tile of the head in L2
+    group: int  # tiles of tokens that are processed together and share each tile of the head in L2
     num_warps: int
     num_stages: int
-    flatten: bool = False  # one loop over tiles and features: loads of the next tile fly during an epilogue
-    source: str = "predicted"  # until a committed figure stands here
+    flatten: bool = False  # one loop over tiles and features: the next tile is loaded during an epilogue
+    source: str = "predicted"  # or the committed measurement
 
 
-PLANS: dict[tuple[str, str], GemmPlan] = {
-    ("sm_90", "tma"): GemmPlan(128, 256, 64, 8, 8, 4, flatten=True),
-    ("sm_90", "pointer"): GemmPlan(128, 128, 64, 8, 8, 3),
-    ("sm_100", "tma"): GemmPlan(128, 256, 64, 8, 8, 3),
-    ("sm_100", "tma, statistics"): GemmPlan(128, 64, 64, 8, 8, 4),
-    ("sm_100", "pointer"): GemmPlan(128, 256, 64, 8, 8, 3),
-    ("sm_100", "pointer, statistics"): GemmPlan(128, 64, 64, 8, 8, 4),
-    ("sm_80", "pointer"): GemmPlan(128, 256, 64, 8, 8, 3),
-    ("sm_80", "pointer, statistics"): GemmPlan(128, 128, 64, 8, 8, 3),
-    # any other card of NVIDIA: 64 KiB of shared memory
-    ("cuda", "pointer"): GemmPlan(128, 128, 64, 8, 8, 2),
-    ("hip", "pointer"): GemmPlan(128, 64, 32, 8, 8, 2),
-    ("hip", "pointer, statistics"): GemmPlan(64, 64, 32, 8, 8, 2),
-    # many ragged tiles
-    ("interpreter", "tma"): GemmPlan(16, 64, 32, 2, 4, 1, flatten=True),
-    ("interpreter", "pointer"): GemmPlan(16, 64, 32, 2, 4, 1),
+LAUNCH_CONFIGS: dict[tuple[str, str], GemmLaunchConfig] = {
+    ("sm_90", "tma"): GemmLaunchConfig(128, 256, 64, 8, 8, 4, flatten=True),
+    ("sm_90", "pointer"): GemmLaunchConfig(128, 128, 64, 8, 8, 3),
+    ("sm_100", "tma"): GemmLaunchConfig(128, 256, 64, 8, 8, 3),
+    ("sm_100", "tma, statistics"): GemmLaunchConfig(128, 64, 64, 8, 8, 4),
+    ("sm_100", "pointer"): GemmLaunchConfig(128, 256, 64, 8, 8, 3),
+    ("sm_100", "pointer, statistics"): GemmLaunchConfig(128, 64, 64, 8, 8, 4),
+    ("sm_80", "pointer"): GemmLaunchConfig(128, 256, 64, 8, 8, 3),
+    ("sm_80", "pointer, statistics"): GemmLaunchConfig(128, 128, 64, 8, 8, 3),
+    # any other NVIDIA GPU: 64 KiB of shared memory
+    ("cuda", "pointer"): GemmLaunchConfig(128, 128, 64, 8, 8, 2),
+    ("hip", "pointer"): GemmLaunchConfig(128, 64, 32, 8, 8, 2),
+    ("hip", "pointer, statistics"): GemmLaunchConfig(64, 64, 32, 8, 8, 2),
+    # small tiles, so that tests have many, some of them partial
+    ("interpreter", "tma"): GemmLaunchConfig(16, 64, 32, 2, 4, 1, flatten=True),
+    ("interpreter", "pointer"): GemmLaunchConfig(16, 64, 32, 2, 4, 1),
 }
-"""By architecture and variant."""
+"""Launch configs by architecture and variant."""
 
 
 class Platform(NamedTuple):
-    """What the choice of launch shapes needs to know of a device."""
+    """The properties of a device that determine launch configs."""
 
     name: str  # "sm_90", ..., "hip" or "interpreter"
     processors: int
@@ -130,38 +133,41 @@ class Platform(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Platform":
-        """The platform of a tensor's device."""
+        """Return the platform of a tensor's device."""
         if _INTERPRETED:
             return cls("interpreter", 2, 1)
         properties = torch.cuda.get_device_properties(tensor.device)
         if torch.version.hip:
             return cls("hip", properties.multi_processor_count)
-        # cards of one major version differ in shared memory, but for these two
+        # GPUs of one major version differ in shared memory, except for versions 9 and 10
         minor = 0 if properties.major in (9, 10) else properties.minor
         return cls(f"sm_{properties.major}{minor}", properties.multi_processor_count)
 
     @property
     def tma(self) -> bool:
-        """Whether there are descriptors."""
-        return (self.name, "tma") in PLANS
+        """Whether the device has tensor descriptors."""
+        return (self.name, "tma") in LAUNCH_CONFIGS
 
-    def plan(self, variant: str, statistics: bool = False) -> GemmPlan:
-        """The launch shape of a variant."""
+    def launch_config(self, variant: str, statistics: bool = False) -> GemmLaunchConfig:
+        """Return the launch config of a variant."""
         family = self.name if self.name in ("hip", "interpreter") else "cuda"
         names = [f"{variant}, statistics", variant] if statistics else [variant]
         return next(
-            PLANS[key] for name in names for key in ((self.name, name), (family, name)) if key in PLANS
+            LAUNCH_CONFIGS[key]
+            for name in names
+            for key in ((self.name, name), (family, name))
+            if key in LAUNCH_CONFIGS
         )
 
 
 def slice_columns(tokens: int, vocab: int, block_m: int, block_n: int, platform: Platform) -> int:
-    """Columns of the vocabulary whose x exists at a time under a frozen head: whole tiles, in whole waves."""
+    """Return the number of columns in a slice of the vocabulary: complete tiles in complete waves."""
     most = max(1, platform.waves * platform.processors // -(-tokens // block_m))
     return min(most, -(-vocab // block_n)) * block_n
 
 
 def exact_tokens(vocab: int) -> int:
-    """Tokens at a time on the exact path: whole tiles, as many as the budget of float32 logits holds."""
+    """Return the number of tokens in a chunk of the exact variant: complete tiles within the budget."""
     fitting = _EXACT_BYTES // (4 * vocab)
     return max(_TILE_TOKENS, min(_EXACT_TOKENS, fitting // _TILE_TOKENS * _TILE_TOKENS))
 
@@ -181,7 +187,7 @@ def _prepare_kernel(
     column_mean_ptr,  # [D] fp32, read unless CAPPED
     bias_mean_ptr,  # [1] fp32, read if BIASED unless CAPPED
     bias_high_ptr,  # [1] fp32, read if BIASED: the largest bias, scaled
-    label_ptr,  # [M] int32, out: a column for every token
+    label_ptr,  # [M] int32, out: a column in [0, V) for every token
     nan_mask_ptr,  # [M] fp32, out
     table_ptr,  # [10, M] fp32, out: Z_Y, K, D_Y, and MEAN unless CAPPED
     M,
@@ -228,9 +234,9 @@ def _prepare_kernel(
             mean += tl.load(bias_mean_ptr)
     table_ptr += token
     tl.store(table_ptr + _Z_Y * M, z_y * LOGIT_SCALE)
-    # rounded once, here: what the rounding does to x, it does to t
+    # rounded once, so that the rounding error is the same in x and t
     k = z_y * (LOGIT_SCALE * _LOG2E) + _OFFSET
-    if BIASED:  # an ignored token's logits are the bias; none of it may make the token an expensive one
+    if BIASED:  # the logits of an ignored token are the bias; this reference point keeps it from being far
         k = tl.where(target == ignore_index, tl.load(bias_high_ptr) * _LOG2E + _OFFSET, k)
     tl.store(table_ptr + _K * M, k)
     tl.store(table_ptr + _D_Y * M, tl.fma(z_y, LOGIT_SCALE * _LOG2E, -k))
@@ -238,7 +244,7 @@ def _prepare_kernel(
         tl.store(table_ptr + _MEAN * M, mean * LOGIT_SCALE)
 
 
-# ---- step 2, anchored: x from the GEMM that makes the logits ----
+# ---- step 2 with a fixed reference point: x from the GEMM that computes the logits ----
 
 
 @triton.jit
@@ -250,10 +256,10 @@ def _tile_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _round_to_bfloat16(x):
-    """Nearest bfloat16, by integers: converting back and forth would take the pipe of the exponentials.
+    """Round to the nearest bfloat16; return it in bfloat16 and in float32.
 
-    Returns the bfloat16 and the same number in float32. A NaN of all ones becomes -0.0; the sum of
-    x itself still is NaN.
+    Integer operations are used, because conversions occupy the pipe of the exponentials. A NaN of all ones
+    becomes -0.0; the sum of x is still NaN.
     """
     bits = (x.to(tl.int32, bitcast=True) + 0x8000) & -65536
     return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), bits.to(tl.float32, bitcast=True)
@@ -263,7 +269,7 @@ def _round_to_bfloat16(x):
 def _exponentials(
     acc,  # [BLOCK_M, BLOCK_N] fp32: raw logits
     k,  # [BLOCK_M]
-    y,  # [BLOCK_M] int32, columns of the same count as `first`
+    y,  # [BLOCK_M] int32, columns numbered like `first`
     first,  # the tile's first column
     V,
     SCALE: tl.constexpr,  # of logits, in units of log 2
@@ -271,7 +277,7 @@ def _exponentials(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """x in bfloat16, and sums over the columns: total, rounded, moment, plain, the two largest."""
+    """Return x in bfloat16 and sums over the columns: total, rounded, moment, plain, the two largest."""
     d = acc * SCALE - k[:, None]
     at_edge = first + BLOCK_N > V
     plain = tl.zeros((BLOCK_M,), tl.float32)
@@ -282,7 +288,7 @@ def _exponentials(
         else:
             plain = tl.sum(d, axis=1)
     holds_target = (y >= first) & (y < first + BLOCK_N)
-    # few tiles need a mask. It is applied to d: on `acc`, ptxas would wait after every product of the loop
+    # few tiles need a mask. It is applied to d: a mask on `acc` makes ptxas wait after every product
     if (tl.max(holds_target.to(tl.int32), axis=0) > 0) | at_edge:
         column = first + tl.arange(0, BLOCK_N)
         d = tl.where((column[None, :] == y[:, None]) | (column[None, :] >= V), float("-inf"), d)
@@ -292,7 +298,7 @@ def _exponentials(
     high = total
     second = total
     if STATISTICS:
-        # where d is -inf x is 0, and so is its share
+        # if d is -inf, x is 0 and the product must be 0
         moment = tl.sum(x * tl.maximum(d, -300.0), axis=1)
         high, second = tl.reduce((d, tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)), 1, top2)
     stored, as_stored = _round_to_bfloat16(x)
@@ -357,7 +363,7 @@ def _tma_kernel(
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(V, BLOCK_N)
     start = tl.program_id(0)
-    # counted apart, so that a flattened loop need not keep its own counter through the epilogue
+    # a separate counter, so that a flattened loop need not keep its own counter during the epilogue
     finished = start - PROCESSORS
     for tile in tl.range(start, tiles_m * tiles_n, PROCESSORS, flatten=FLATTEN):
         tile_m, tile_n = _tile_of(tile, tiles_m, tiles_n, GROUP)
@@ -365,7 +371,7 @@ def _tma_kernel(
         for i in range(tl.cdiv(D, BLOCK_K)):
             a = e_desc.load([tile_m * BLOCK_M, i * BLOCK_K])
             b = head_desc.load([tile_n * BLOCK_N, i * BLOCK_K])
-            if INTERPRETED:  # which multiplies the bits of bfloat16 as integers
+            if INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             acc = tl.dot(a, b.T, acc)
@@ -384,7 +390,7 @@ def _tma_kernel(
         k = tl.load(k_ptr + token, mask=known, other=0.0)
         y = tl.load(label_ptr + token, mask=known, other=-1) - first_column
         column = tile_n * BLOCK_N
-        # two halves, so that the registers of one epilogue serve both; the split moves nothing
+        # two halves, so that both epilogues use the same registers; the split moves no data
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         if BIASED:
             offset = tl.arange(0, HALF)
@@ -443,10 +449,10 @@ def _pointer_kernel(
     token = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     feature = tl.arange(0, BLOCK_K)
-    # past the edge read something that exists: no mask in the loop, none of it is stored
-    row = tl.where(token < M, token, 0).to(tl.int64)[:, None]
+    # beyond the edge, read elements that exist: the loop needs no mask, and the results are not stored
+    source_token = tl.where(token < M, token, 0).to(tl.int64)[:, None]
     head_row = tl.where(column < V, column, 0).to(tl.int64)[:, None]
-    e_ptrs = e_ptr + row * D + feature[None, :]
+    e_ptrs = e_ptr + source_token * D + feature[None, :]
     head_ptrs = head_ptr + head_row * D + feature[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_K):
@@ -456,7 +462,7 @@ def _pointer_kernel(
         else:
             a = tl.load(e_ptrs, mask=feature[None, :] < D - start, other=0.0)
             b = tl.load(head_ptrs, mask=feature[None, :] < D - start, other=0.0)
-        if INTERPRETED:  # which multiplies the bits of bfloat16 as integers
+        if INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         acc = tl.dot(a, b.T, acc)
@@ -465,7 +471,7 @@ def _pointer_kernel(
     if RANKED:
         for start in range(0, R, BLOCK_K):
             inside = start + feature[None, :] < R
-            a = tl.load(u_ptr + row * R + start + feature[None, :], mask=inside, other=0.0)
+            a = tl.load(u_ptr + source_token * R + start + feature[None, :], mask=inside, other=0.0)
             b = tl.load(b_ptr + head_row * R + start + feature[None, :], mask=inside, other=0.0)
             if INTERPRETED:
                 a = a.to(tl.float32)
@@ -501,9 +507,46 @@ def _pointer_kernel(
 
 
 @triton.jit
+def _add_to_table(
+    table_ptr,  # [10, M] fp32 at the tokens
+    M,
+    mask,
+    total,
+    rounded,
+    moment,
+    plain,
+    high,
+    second,
+    FIRST: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    WRITE: tl.constexpr,
+):
+    """Add the sums of a slice of the vocabulary to the table; the FIRST slice overwrites the table."""
+    if not FIRST:
+        total += tl.load(table_ptr + _TOTAL * M, mask=mask, other=0.0)
+        if WRITE:
+            rounded += tl.load(table_ptr + _ROUNDED * M, mask=mask, other=0.0)
+        if STATISTICS:
+            moment += tl.load(table_ptr + _MOMENT * M, mask=mask, other=0.0)
+            plain += tl.load(table_ptr + _PLAIN * M, mask=mask, other=0.0)
+            before = tl.load(table_ptr + _HIGH * M, mask=mask, other=float("-inf"))
+            second_before = tl.load(table_ptr + _SECOND * M, mask=mask, other=float("-inf"))
+            second = merge_two_largest(high, second, before, second_before)
+            high = tl.maximum(high, before)
+    tl.store(table_ptr + _TOTAL * M, total, mask=mask)
+    if WRITE:
+        tl.store(table_ptr + _ROUNDED * M, rounded, mask=mask)
+    if STATISTICS:
+        tl.store(table_ptr + _MOMENT * M, moment, mask=mask)
+        tl.store(table_ptr + _PLAIN * M, plain, mask=mask)
+        tl.store(table_ptr + _HIGH * M, high, mask=mask)
+        tl.store(table_ptr + _SECOND * M, second, mask=mask)
+
+
+@triton.jit
 def _join_kernel(
     partial_ptr,  # [2 or 6, tiles, M] fp32, planes stride_p apart
-    table_ptr,  # [10, M] fp32: what the slice adds
+    table_ptr,  # [10, M] fp32, out
     stride_p,
     M,
     tiles,
@@ -513,6 +556,7 @@ def _join_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    """Sum the partial results of all tiles of a slice."""
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     known = token < M
     low = float("-inf")
@@ -537,35 +581,18 @@ def _join_kernel(
             high_t, second_t = tl.reduce((highs, seconds), 0, top2)
             second = merge_two_largest(high, second, high_t, second_t)
             high = tl.maximum(high, high_t)
-    table_ptr += token
-    if not FIRST:
-        total += tl.load(table_ptr + _TOTAL * M, mask=known, other=0.0)
-        if WRITE:
-            rounded += tl.load(table_ptr + _ROUNDED * M, mask=known, other=0.0)
-        if STATISTICS:
-            moment += tl.load(table_ptr + _MOMENT * M, mask=known, other=0.0)
-            plain += tl.load(table_ptr + _PLAIN * M, mask=known, other=0.0)
-            before = tl.load(table_ptr + _HIGH * M, mask=known, other=low)
-            second_before = tl.load(table_ptr + _SECOND * M, mask=known, other=low)
-            second = merge_two_largest(high, second, before, second_before)
-            high = tl.maximum(high, before)
-    tl.store(table_ptr + _TOTAL * M, total, mask=known)
-    if WRITE:
-        tl.store(table_ptr + _ROUNDED * M, rounded, mask=known)
-    if STATISTICS:
-        tl.store(table_ptr + _MOMENT * M, moment, mask=known)
-        tl.store(table_ptr + _PLAIN * M, plain, mask=known)
-        tl.store(table_ptr + _HIGH * M, high, mask=known)
-        tl.store(table_ptr + _SECOND * M, second, mask=known)
+    _add_to_table(
+        table_ptr + token, M, known, total, rounded, moment, plain, high, second, FIRST, STATISTICS, WRITE
+    )
 
 
 @triton.jit
-def _anchored_rows_kernel(
+def _exponentials_kernel(
     logits_ptr,  # [M, V] fp32 products, tokens stride_l apart
     bias_ptr,  # [V] fp32, read if BIASED
     label_ptr,  # [M] int32
-    table_ptr,  # [10, M] fp32: what the slice adds
-    x_ptr,  # [M, V] bf16, tokens stride_x apart, out if WRITE: in the logits' own memory
+    table_ptr,  # [10, M] fp32, out
+    x_ptr,  # [M, V] bf16, tokens stride_x apart, out if WRITE; in the memory of the logits
     stride_l,
     stride_x,
     first_column,
@@ -608,7 +635,7 @@ def _anchored_rows_kernel(
         if WRITE:
             stored, as_stored = _round_to_bfloat16(x)
             rounded += as_stored
-            # a block of x lands on logits that were read, its own first half included
+            # x overwrites logits that were read, including the first half of this block
             tl.debug_barrier()
             tl.store(x_ptr + token * stride_x + column, stored, mask=inside)
     total = tl.sum(total, axis=0)
@@ -616,27 +643,10 @@ def _anchored_rows_kernel(
     moment = tl.sum(moment, axis=0)
     plain = tl.sum(plain, axis=0)
     high, second = tl.reduce((highs, seconds), 0, top2)
-    if not FIRST:
-        total += tl.load(table_ptr + _TOTAL * M)
-        if WRITE:
-            rounded += tl.load(table_ptr + _ROUNDED * M)
-        if STATISTICS:
-            moment += tl.load(table_ptr + _MOMENT * M)
-            plain += tl.load(table_ptr + _PLAIN * M)
-            before = tl.load(table_ptr + _HIGH * M)
-            second = merge_two_largest(high, second, before, tl.load(table_ptr + _SECOND * M))
-            high = tl.maximum(high, before)
-    tl.store(table_ptr + _TOTAL * M, total)
-    if WRITE:
-        tl.store(table_ptr + _ROUNDED * M, rounded)
-    if STATISTICS:
-        tl.store(table_ptr + _MOMENT * M, moment)
-        tl.store(table_ptr + _PLAIN * M, plain)
-        tl.store(table_ptr + _HIGH * M, high)
-        tl.store(table_ptr + _SECOND * M, second)
+    _add_to_table(table_ptr, M, True, total, rounded, moment, plain, high, second, FIRST, STATISTICS, WRITE)
 
 
-# ---- step 2 from a token's own maximum ----
+# ---- step 2 with the token's maximum as the reference point ----
 
 
 @triton.jit
@@ -649,8 +659,8 @@ def _own_maximum_kernel(
     bias_ptr,  # [V] fp32, read if BIASED
     class_weight_ptr,  # [V] fp32, read if WEIGHTED and SOFTCAP
     label_ptr,  # [M] int32
-    table_ptr,  # [10, M] fp32, out: all but MEAN; MEAN if SOFTCAP; the last four if STATISTICS
-    x_ptr,  # [M, V], tokens stride_x apart, out if WRITE; may lie in the logits' own memory
+    table_ptr,  # [10, M] fp32, out; MEAN only if SOFTCAP, the last four planes only if STATISTICS
+    x_ptr,  # [M, V], tokens stride_x apart, out if WRITE; may be in the memory of the logits
     stride_l,
     stride_x,
     M,
@@ -677,13 +687,13 @@ def _own_maximum_kernel(
         return  # the reference point is in range for this token
     y = tl.load(label_ptr + token)
     if GIVEN:
-        # the number that the token's logits hold
+        # from the logits, so that its rounding is theirs
         raw_y = tl.load(logits_ptr + y)
         if BIASED:
             raw_y += tl.load(bias_ptr + y)
         z_y = final_logits(raw_y, SOFTCAP, LOGIT_SCALE)
         tl.store(table_ptr + _Z_Y * M + token, z_y)
-        # every thread has read it before any thread overwrites it
+        # every thread reads the target's logit before any thread overwrites it
         tl.debug_barrier()
     else:
         z_y = tl.load(table_ptr + _Z_Y * M + token)
@@ -730,7 +740,7 @@ def _own_maximum_kernel(
             moment += tl.where(x > 0.0, x * d, 0.0)
             plain += tl.where(inside, d, 0.0)
         if WRITE:
-            # a block of 16-bit x lands on logits that were read, its own first half included
+            # 16-bit x overwrites logits that were read, including the first half of this block
             tl.debug_barrier()
             as_stored = x.to(x_ptr.dtype.element_ty)
             tl.store(x_ptr + token * stride_x + column, as_stored, mask=inside)
@@ -771,7 +781,7 @@ def _final_block(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Final logits of one token at some columns: read, or multiplied out once more."""
+    """Return the final logits of one token at a block of columns; compute them again unless GIVEN."""
     if GIVEN:
         raw = tl.load(logits_ptr + column, mask=inside, other=0.0)
     else:
@@ -785,7 +795,7 @@ def _final_block(
 
 @triton.jit
 def _dot_block(left_ptr, right_ptr, column, inside, D, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One token's left [D] times some rows of right [V, D]."""
+    """Return one token's left [D] times a block of rows of right [V, D]."""
     acc = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
         feature = start + tl.arange(0, BLOCK_D)
@@ -815,18 +825,18 @@ def _far_tokens_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Steps 2 and 3 for the tokens that the reference point did not serve, where x is not kept.
+    """Steps 2 and 3 for far tokens, if x is not kept.
 
-    One program computes all of such a token: correct but slow. Other tokens cost one load.
+    One program computes a complete far token, which is slow. Other tokens cost one load.
     """
     scratch_ptr += tl.program_id(0).to(tl.int64) * V
     for block in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
-        looked = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        totals = tl.load(table_ptr + _TOTAL * M + looked, mask=looked < M, other=0.0)
+        candidates = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        totals = tl.load(table_ptr + _TOTAL * M + candidates, mask=candidates < M, other=0.0)
         far = tl.where(totals < _LARGEST_TOTAL, 0, 1)  # 1 for NaN
         if tl.max(far, axis=0) > 0:
             for i in range(0, BLOCK_M):
-                token = tl.zeros((), tl.int64) + (block * BLOCK_M + i)  # 64 bits: it meets D
+                token = tl.zeros((), tl.int64) + (block * BLOCK_M + i)  # int64, since it is multiplied by D
                 total = tl.load(table_ptr + _TOTAL * M + token, mask=token < M, other=0.0)
                 if not (total < _LARGEST_TOTAL):
                     _far_token(
@@ -883,7 +893,7 @@ def _far_token(
         if STATISTICS:
             moment += tl.where(x > 0.0, x * d, 0.0)
             plain += tl.where(inside, d, 0.0)
-        tl.debug_barrier()  # several threads hold the same column
+        tl.debug_barrier()  # several threads have the same column
         tl.store(scratch_ptr + column, x, mask=inside)
     tl.debug_barrier()
     for start_d in range(0, D, BLOCK_D):
@@ -911,7 +921,7 @@ def _far_token(
 
 
 @triton.jit
-def _bend_kernel(
+def _softcap_gradient_kernel(
     logits_ptr,  # [M, V] fp32 products, tokens stride_l apart
     bias_ptr,  # [V] fp32, read if BIASED
     class_weight_ptr,  # [V] fp32, read if WEIGHTED
@@ -919,7 +929,7 @@ def _bend_kernel(
     smoothing_ptr,  # [M]
     table_ptr,  # [10, M]
     factors_ptr,  # [4, M]
-    x_ptr,  # [M, V], tokens stride_x apart, out: the gradient of the capped logits; may lie on the logits
+    x_ptr,  # [M, V], tokens stride_x apart, out: the gradient of raw logits; may be in their memory
     stride_l,
     stride_x,
     M,
@@ -930,7 +940,7 @@ def _bend_kernel(
     LOGIT_SCALE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A softcap multiplies each column by its own slope; stored is (rate x - s c / V) times the slope."""
+    """Store (rate x - s c / V) times the slope of the softcap in each column."""
     token = tl.program_id(0).to(tl.int64)
     y = tl.load(label_ptr + token)
     spread = tl.load(smoothing_ptr + token) / V
@@ -958,19 +968,19 @@ def _bend_kernel(
 @triton.jit
 def _finish_kernel(
     table_ptr,  # [10, M]
-    index_ptr,  # [M] int64, where the results lie
+    index_ptr,  # [M] int64, tokens of the results
     target_ptr,  # [M] int
     label_ptr,  # [M] int32
     nan_mask_ptr,  # [M]
     smoothing_ptr,  # [M]
     token_scale_ptr,  # [M]
-    weight_ptr,  # [M], read if REWEIGHTED: the part of token_scale that comes from the statistics
+    weight_ptr,  # [M], read if REWEIGHTED: factor of token_scale that was computed from the statistics
     class_weight_ptr,  # [V], read if WEIGHTED
     class_mean_ptr,  # [1], read if WEIGHTED
     loss_ptr,  # [N], out
-    state_ptr,  # [2, N], out: loss of a token_scale of 1, its derivative by the smoothing
+    state_ptr,  # [2, N], out: loss for a token_scale of 1, and its derivative by the smoothing
     statistics_ptr,  # [7, M], planes stride_s apart, out if STATISTICS
-    factors_ptr,  # [4, M], out: of x C, of C_y, of cbar, and K / (total + t)
+    factors_ptr,  # [4, M], out: factors of x C, C_y and cbar, and K / (total + t)
     stride_s,
     N,
     M,
@@ -1006,18 +1016,18 @@ def _finish_kernel(
     smoothing_term = tl.load(table_ptr + _MEAN * M, mask=known, other=0.0) - c_mean * z_y
 
     t = tl.exp2(d_y)
-    whole = total + t
-    lse = (k + tl.log2(whole)) * _LN2
-    # log(1 + total / t), where neither total nor t may be representable
+    total_with_target = total + t
+    lse = (k + tl.log2(total_with_target)) * _LN2
+    # log(1 + total / t); total and t may overflow or underflow
     log_odds = (tl.log2(total) - d_y) * _LN2
     nll = tl.maximum(log_odds, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(log_odds)))
-    rest = total / whole  # 1 - p_y, without the subtraction
+    rest = total / total_with_target  # 1 - p_y, without the subtraction
 
     unit, coefficient, at_target, ds = token_terms(nll, lse, smoothing_term, s, c_y, c_mean, Z_LOSS)
     at_target -= coefficient * rest
-    rate = coefficient / whole
+    rate = coefficient / total_with_target
     if WRITE:
-        # weights that sum to 1 as stored: a token that one wrong class dominates does not feel x's rounding
+        # normalized by the sum of x as stored, which cancels the rounding of x if one class dominates
         rounded = tl.load(table_ptr + _ROUNDED * M, mask=known, other=1.0)
         rate = tl.where(rounded > 0.0, coefficient * rest / rounded, rate)
 
@@ -1053,8 +1063,8 @@ def _finish_kernel(
         second = merge_two_largest(d_y, float("-inf"), others, second)
         store_statistics(
             statistics_ptr + token, stride_s, known, selected & (target >= 0) & (target < V),
-            k * _LN2, whole, nll, moment * _LN2, largest * _LN2, second * _LN2, (k + plain / V) * _LN2,
-            d_y >= others,
+            k * _LN2, total_with_target, nll, moment * _LN2, largest * _LN2, second * _LN2,
+            (k + plain / V) * _LN2, d_y >= others,
         )  # fmt: skip
 
 
@@ -1067,7 +1077,7 @@ def _input_gradient_kernel(
     head_ptr,  # [V, D]
     column_mean_ptr,  # [D] fp32, read unless CAPPED
     label_ptr,  # [M] int32
-    index_ptr,  # [M], tokens of dinput
+    index_ptr,  # [M] int64, tokens of dinput
     factors_ptr,  # [4, M]
     dinput_ptr,  # [N, D], out
     M,
@@ -1096,14 +1106,14 @@ def _add_targets_kernel(
     hidden_ptr,  # [M, D]
     factor_ptr,  # [M] fp32
     sorted_ptr,  # [M], labels in ascending order
-    order_ptr,  # [M], the tokens in that order
-    out_ptr,  # [V, D] fp32: factor times hidden is added in the rows of the labels
+    order_ptr,  # [M], the tokens in the order of the labels
+    out_ptr,  # [V, D] fp32: factor times hidden is added to the rows of the labels
     M,
     D,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The targets' columns of the head's gradient: one program a label, so the order of a sum is fixed."""
+    """Add the targets' part of the head's gradient; one program per label keeps the order of sums fixed."""
     place = tl.program_id(0)
     label = tl.load(sorted_ptr + place).to(tl.int64)
     if tl.load(sorted_ptr + place - 1, mask=place > 0, other=-1) == label:
@@ -1118,9 +1128,9 @@ def _add_targets_kernel(
         token = tl.load(order_ptr + at, mask=mine, other=0)
         factor = tl.load(factor_ptr + token, mask=mine, other=0.0)
         ptrs = hidden_ptr + token.to(tl.int64)[:, None] * D + feature[None, :]
-        rows = tl.load(ptrs, mask=mine[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        # what is masked must not be multiplied: a token of another label may hold NaN
-        acc += tl.sum(tl.where(mine[:, None], factor[:, None] * rows, 0.0), axis=0)
+        hidden = tl.load(ptrs, mask=mine[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        # a select, not a product: tokens of other labels may be NaN
+        acc += tl.sum(tl.where(mine[:, None], factor[:, None] * hidden, 0.0), axis=0)
         same = tl.sum(mine.to(tl.int32), axis=0)
         place += BLOCK_T
     out_ptrs = out_ptr + label * D + feature
@@ -1152,18 +1162,18 @@ def _column_sum_kernel(
 
 
 def column_mean(matrix: Tensor, class_weight: Tensor | None) -> Tensor:
-    """Mean over the rows of c_v times matrix [V, D], in float32."""
-    (rows, features), programs = matrix.shape, min(256, triton.cdiv(matrix.shape[0], 32))
+    """Return the mean over classes of c_v times matrix [V, D], in float32."""
+    (classes, features), programs = matrix.shape, min(256, triton.cdiv(matrix.shape[0], 32))
     partial = matrix.new_empty((programs, features), dtype=torch.float32)
     block_d = min(128, triton.next_power_of_2(features))
     _column_sum_kernel[(programs, triton.cdiv(features, block_d))](
-        matrix, class_weight, partial, rows, features,
+        matrix, class_weight, partial, classes, features,
         WEIGHTED=class_weight is not None, BLOCK_V=32, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
-    return partial.sum(0) / rows
+    return partial.sum(0) / classes
 
 
-# ---- the operator's body ----
+# ---- implementation of the operator ----
 
 
 def linear_cross_entropy(
@@ -1172,9 +1182,9 @@ def linear_cross_entropy(
     token_fns: TokenFns | None = None,
     shards: Shards | None = None,
 ) -> LinearOutputs:
-    """The body of `ops.linear_cross_entropy_op`. Ignored tokens are dropped before the first GEMM.
+    """Implement `ops.linear_cross_entropy_op`. Ignored tokens are dropped before the first GEMM.
 
-    `functional` refuses `gradient_filter` and process groups before they get here.
+    `functional` has already rejected `gradient_filter` and process groups.
     """
     outputs = LinearOutputs.empty(inputs, spec)
     head = _Head.read(inputs, spec)  # launched before the host waits for the number of loss tokens
@@ -1185,10 +1195,10 @@ def linear_cross_entropy(
         outputs.dlinear_weight.zero_()
         return outputs
     variant = choose_variant(inputs, spec, head.weight)
-    run = (_Exact if variant == "exact" else _Anchored)(
+    run = (_Exact if variant == "exact" else _FixedReference)(
         inputs, spec, outputs, head, tokens, token_fns, variant
     )
-    for part in _chunks(count, run.most):
+    for part in _chunks(count, run.chunk_tokens):
         run.compute(part)
     run.complete()
     mark_missed(tokens, inputs.target, spec.ignore_index, outputs.loss, outputs.state.T, outputs.dinput)
@@ -1196,40 +1206,40 @@ def linear_cross_entropy(
 
 
 def choose_variant(inputs: LinearInputs, spec: LinearSpec, weight: Tensor) -> Variant:
-    """Which way this call takes; `VARIANT` decides where several are possible.
+    """Return the variant of a call; `VARIANT` selects among those that are possible.
 
     Args:
         inputs: the operator's tensors.
         spec: the operator's scalars.
-        weight: the head, contiguous; a view into a flat buffer may start on any 2 bytes.
+        weight: the head, contiguous. A view into a flat buffer may have an alignment of 2 bytes.
     """
     if inputs.input.dtype != torch.bfloat16 or spec.softcap or spec.bias_grad or spec.precision == "fast":
         return "exact"
     if VARIANT in ("exact", "cublas"):
         return VARIANT
     features = weight.shape[1]
-    described = features % 8 == 0 and weight.data_ptr() % 16 == 0  # what a descriptor can describe
+    described = features % 8 == 0 and weight.data_ptr() % 16 == 0  # the requirements of a descriptor
     if VARIANT != "pointer" and described and Platform.of(weight).tma:
         return "tma"
-    # features whose rows do not start on 16 bytes are loaded number by number
+    # the pointer kernel loads rows that are not aligned to 16 bytes one element at a time
     return "pointer" if features % 16 == 0 else "cublas"
 
 
 class _Head(NamedTuple):
-    """The head as kernels read it; wide is float32."""
+    """The head in the form that kernels read."""
 
     weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V] wide
-    lora_a: Tensor | None  # [r, D] wide
-    lora_b: Tensor | None  # [V, r] wide
-    class_weight: Tensor | None  # [V] wide
+    bias: Tensor | None  # [V] fp32
+    lora_a: Tensor | None  # [r, D] fp32
+    lora_b: Tensor | None  # [V, r] fp32
+    class_weight: Tensor | None  # [V] fp32
     class_mean: Tensor | None  # [1]
-    # means over the classes, None under a softcap
+    # weighted means over the classes, None with a softcap
     weight_mean: Tensor | None  # [D]
     merged_mean: Tensor | None  # [D], with the adapter
     bias_mean: Tensor | None  # [1]
     lora_b_mean: Tensor  # [r]
-    bias_high: Tensor | None  # [1], the largest, scaled
+    bias_high: Tensor | None  # [1], the largest bias, scaled
 
     @classmethod
     def read(cls, inputs: LinearInputs, spec: LinearSpec) -> "_Head":
@@ -1260,29 +1270,29 @@ class _Head(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Some of the loss tokens."""
+    """A chunk of the loss tokens."""
 
     part: slice  # of the loss tokens
     hidden: Tensor  # [M, D]
-    label: Tensor  # [M] int32, a column for every token
+    label: Tensor  # [M] int32, a column in [0, V) for every token
     nan_mask: Tensor  # [M]
-    table: Tensor  # [10, M], what kernels hand each other
-    factors: Tensor  # [4, M], of x C, of C_y, of cbar, and K / (total + t)
+    table: Tensor  # [10, M], shared by kernels
+    factors: Tensor  # [4, M], factors of x C, C_y and cbar, and K / (total + t)
     lora_u: Tensor | None  # [M, r] fp32, scale e A^T
 
 
 class _Made(NamedTuple):
-    """What step 2 leaves for the gradients."""
+    """The results of step 2 that gradients need."""
 
     x: Tensor | None  # [M, V], if it is kept
-    product: Tensor | None  # [M, D] fp32, x C, if it is there already
-    logits: Tensor | None  # [M, V] fp32, what x lies in under a softcap
+    product: Tensor | None  # [M, D] fp32, x C, if it is computed already
+    logits: Tensor | None  # [M, V] fp32, in whose memory x is stored with a softcap
 
 
 class _Run(ABC):
-    """One call of the operator: buffers that its chunks share, and what accumulates over them."""
+    """One call of the operator, with the buffers and sums that its chunks share."""
 
-    most: int  # tokens at a time
+    chunk_tokens: int  # number of tokens at a time
 
     def __init__(
         self,
@@ -1292,24 +1302,30 @@ class _Run(ABC):
         head: _Head,
         tokens: LossTokens,
         token_fns: TokenFns | None,
+        variant: Variant,
     ) -> None:
-        self.inputs, self.spec, self.outputs = inputs, spec, outputs
+        self.inputs, self.spec, self.outputs, self.variant = inputs, spec, outputs, variant
         self.head, self.tokens, self.token_fns = head, tokens, token_fns
         self.statistics = spec.statistics or token_fns is not None
-        self.everything = len(tokens.indices) == len(inputs.target)  # nothing to gather
+        self.all_selected = len(tokens.indices) == len(inputs.target)  # nothing to gather
         self.target = self._gather(inputs.target)
-        self.smoothing = tokens.keep(self._gather(inputs.smoothing))
-        self.scale = tokens.keep(self._gather(inputs.token_scale))
-        if token_fns is not None:  # which replace parts of them; they may be the operator's own inputs
+        self.smoothing = tokens.zero_ignored(self._gather(inputs.smoothing))
+        self.scale = tokens.zero_ignored(self._gather(inputs.token_scale))
+        if token_fns is not None:  # values are replaced below, and these may be the operator's inputs
             self.smoothing, self.scale = self.smoothing.clone(), self.scale.clone()
-        seen = len(tokens.indices) if self.statistics else 0
-        self.packed = inputs.input.new_zeros((LINEAR_STATISTICS, seen), dtype=torch.float32)
+        packed_tokens = len(tokens.indices) if self.statistics else 0
+        self.packed = inputs.input.new_zeros((LINEAR_STATISTICS, packed_tokens), dtype=torch.float32)
         # the rank-one part of dB: sum of s a u
         self.smoothed_u = inputs.input.new_zeros(inputs.rank, dtype=torch.float32)
+        self._allocate()
+
+    @abstractmethod
+    def _allocate(self) -> None:
+        """Choose the size of chunks and allocate their buffers."""
 
     def _gather(self, tensor: Tensor, part: slice | None = None) -> Tensor:
-        """The loss tokens of [N, ...]; a view where they are all."""
-        if self.everything:
+        """Return the loss tokens of [N, ...], as a view if all tokens are loss tokens."""
+        if self.all_selected:
             return tensor if part is None else tensor[part]
         return tensor[self.tokens.indices if part is None else self.tokens.indices[part]]
 
@@ -1322,18 +1338,18 @@ class _Run(ABC):
         }
 
     def compute(self, part: slice) -> None:
-        """Loss, statistics and gradients of one chunk."""
+        """Compute loss, statistics and gradients of one chunk."""
         chunk = self._prepare(part)
         made = self._make_x(chunk)
         weight = None
         self._finish(chunk, weight)
         if self.token_fns is not None:
-            # the statistics do not depend on what the functions return; the factors do, so once more
+            # loss and factors depend on the values that the functions return, so they are computed again
             smoothing, weight = self.token_fns(self.packed[:7, part])
             if smoothing is not None:
-                self.smoothing[part] = self.tokens.keep(smoothing, part)
+                self.smoothing[part] = self.tokens.zero_ignored(smoothing, part)
             if weight is not None:
-                weight = self.tokens.keep(weight, part).contiguous()
+                weight = self.tokens.zero_ignored(weight, part).contiguous()
                 self.scale[part] *= weight
             self._finish(chunk, weight)
         if not self.spec.gradients:
@@ -1341,27 +1357,27 @@ class _Run(ABC):
         if self.spec.softcap:
             assert made.logits is not None
             assert made.x is not None
-            self._bend(chunk, made.logits, made.x)
+            self._softcap_gradient(chunk, made.logits, made.x)
         self._input_gradient(chunk, made)
         if self.spec.head_grad or self.spec.bias_grad:
             assert made.x is not None
             self._head_gradient(chunk, made.x)
 
     def complete(self) -> None:
-        """Statistics by token, and the rank-one parts of the head's gradient, after the last chunk."""
+        """Store the statistics and add the rank-one parts of gradients, after the last chunk."""
         outputs, vocab = self.outputs, self.head.vocab
         if self.spec.statistics:
             counted = (self.target != self.spec.ignore_index) & (self.target >= 0) & (self.target < vocab)
             self.packed[7] = torch.where(counted, 0.0, torch.nan)
-            if self.everything:
+            if self.all_selected:
                 outputs.statistics.copy_(self.packed)
             else:
                 outputs.statistics[:, self.tokens.indices] = self.packed
         if outputs.dlora_b.numel() and not self.spec.softcap:
-            outputs.dlora_b.addr_(self._over(), self.smoothed_u, alpha=-1.0 / vocab)
+            outputs.dlora_b.addr_(self._class_weight(), self.smoothed_u, alpha=-1.0 / vocab)
 
-    def _over(self) -> Tensor:
-        """Weights of the mean: class weights, or ones, [V]."""
+    def _class_weight(self) -> Tensor:
+        """Return the class weights or ones, [V]."""
         if self.head.class_weight is not None:
             return self.head.class_weight
         return self.head.weight.new_ones(self.head.vocab, dtype=torch.float32)
@@ -1373,7 +1389,7 @@ class _Run(ABC):
         if tokens.selected is not None:
             hidden = hidden.masked_fill(~tokens.selected[part][:, None], 0.0)
         if hidden.data_ptr() % 16:
-            hidden = hidden.clone()  # a view into a flat buffer may start on any 2 bytes
+            hidden = hidden.clone()  # a view into a flat buffer may have an alignment of 2 bytes
         count, features = hidden.shape
         u = None
         if head.lora_a is not None:
@@ -1398,12 +1414,12 @@ class _Run(ABC):
 
     @abstractmethod
     def _head_gradient(self, chunk: _Chunk, x: Tensor) -> None:
-        """Add the chunk's part of the gradients of a trained head and its bias."""
+        """Add the gradients of a trained head and its bias for one chunk."""
 
     def _own_maximum(
         self, chunk: _Chunk, logits: Tensor | None, x: Tensor, *, write: bool, headroom: float = 0.0
     ) -> None:
-        """Step 2 from each token's own maximum; without logits, for those that need it."""
+        """Step 2 with each token's maximum as the reference point; without logits only for far tokens."""
         head, given, vocab = self.head, logits is not None, self.head.vocab
         count, features = chunk.hidden.shape
         _own_maximum_kernel[(count,)](
@@ -1424,7 +1440,7 @@ class _Run(ABC):
         )  # fmt: skip
 
     def _finish(self, chunk: _Chunk, weight: Tensor | None) -> None:
-        """Loss, statistics, and the factors of the gradient."""
+        """Compute loss, statistics and the factors of the gradient."""
         head, spec, part, outputs = self.head, self.spec, chunk.part, self.outputs
         count = len(chunk.label)
         _finish_kernel[(triton.cdiv(count, 128),)](
@@ -1442,9 +1458,9 @@ class _Run(ABC):
             BLOCK=128, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
-    def _bend(self, chunk: _Chunk, logits: Tensor, x: Tensor) -> None:
+    def _softcap_gradient(self, chunk: _Chunk, logits: Tensor, x: Tensor) -> None:
         head, vocab = self.head, self.head.vocab
-        _bend_kernel[(len(x),)](
+        _softcap_gradient_kernel[(len(x),)](
             logits, head.bias, head.class_weight, chunk.label, self.smoothing[chunk.part], chunk.table,
             chunk.factors, x, logits.stride(0), x.stride(0), len(x), vocab,
             BIASED=head.bias is not None, WEIGHTED=head.class_weight is not None,
@@ -1453,7 +1469,7 @@ class _Run(ABC):
         )  # fmt: skip
 
     def _input_gradient(self, chunk: _Chunk, made: _Made) -> None:
-        """Gradients of the hidden states, and of an adapter."""
+        """Compute the gradients of the hidden states and of an adapter."""
         spec, head, outputs = self.spec, self.head, self.outputs
         count, features = chunk.hidden.shape
         indices, of_x = self.tokens.indices[chunk.part], made.product
@@ -1481,7 +1497,7 @@ class _Run(ABC):
             outputs.dinput[indices] = de.to(outputs.dinput.dtype)
 
     def _lora_gradients(self, chunk: _Chunk, x: Tensor, u: Tensor) -> Tensor:
-        """Gradients of A and B; return what reaches u, [M, r]."""
+        """Add the gradients of A and B; return the gradient of u, [M, r]."""
         head, outputs = self.head, self.outputs
         assert head.lora_b is not None
         of_x, of_target, of_mean, _ = chunk.factors.unbind(0)
@@ -1502,68 +1518,62 @@ class _Run(ABC):
 
     @property
     def operand(self) -> Tensor:
-        """The head in that dtype."""
+        """The head in the dtype of `factor`."""
         return self.head.weight
 
 
-class _Anchored(_Run):
-    """x from the GEMM that makes the logits, by slices of the vocabulary."""
+class _FixedReference(_Run):
+    """x from the GEMM that computes the logits, in slices of the vocabulary."""
 
-    def __init__(
-        self,
-        inputs: LinearInputs,
-        spec: LinearSpec,
-        outputs: LinearOutputs,
-        head: _Head,
-        tokens: LossTokens,
-        token_fns: TokenFns | None,
-        variant: Variant,
-    ) -> None:
-        super().__init__(inputs, spec, outputs, head, tokens, token_fns)
-        self.variant, self.platform = variant, Platform.of(inputs.input)
-        self.plan = self.platform.plan("pointer" if variant == "cublas" else variant, self.statistics)
-        count, features = len(tokens.indices), inputs.input.shape[1]
-        # gradients of the head or an adapter need x once `total` is known; a frozen head does not
+    def _allocate(self) -> None:
+        inputs, spec, variant, vocab = self.inputs, self.spec, self.variant, self.head.vocab
+        self.platform = Platform.of(inputs.input)
+        self.launch_config = self.platform.launch_config(
+            "pointer" if variant == "cublas" else variant, self.statistics
+        )
+        count, features = len(self.tokens.indices), inputs.input.shape[1]
+        # gradients of a trained head or an adapter need x after `total` is known
         self.keep = spec.gradients and (spec.head_grad or inputs.rank > 0)
-        vocab, usual = head.vocab, _FROZEN_TOKENS
+        usual = _FROZEN_TOKENS
         if spec.head_grad:
-            # 2 D tokens of 16-bit x are as large as the float32 gradient of the head, which is there anyway
+            # 16-bit x of 2 D tokens is as large as the float32 gradient of the head
             usual = -(-2 * features // _TILE_TOKENS) * _TILE_TOKENS
         elif self.keep:
             usual = max(1, min(usual, _KEPT_BYTES // (2 * vocab)) // _TILE_TOKENS) * _TILE_TOKENS
-        self.most = spec.chunk_tokens or usual
-        rows = min(self.most, count)
-        width = slice_columns(rows, vocab, self.plan.block_m, self.plan.block_n, self.platform)
-        if variant == "cublas":  # which holds float32 logits of a slice
-            width = max(self.plan.block_n, width // 2)
+        self.chunk_tokens = spec.chunk_tokens or usual
+        tokens = min(self.chunk_tokens, count)
+        block_m, block_n = self.launch_config.block_m, self.launch_config.block_n
+        width = slice_columns(tokens, vocab, block_m, block_n, self.platform)
+        if variant == "cublas":  # a slice of float32 logits is twice as large
+            width = max(block_n, width // 2)
         self.slices = [slice(v, min(v + width, vocab)) for v in range(0, vocab, width)]
         width = min(width, vocab)
-        # every token's x starts on a multiple of 16, which is what Triton knows of a stride
+        # strides are multiples of 16, for which Triton compiles a specialization
         padded = -(-(vocab if self.keep else width) // 16) * 16
-        self.over = self._rank_one_factors() if spec.head_grad else inputs.input.new_empty((0, vocab))
-        kept = rows + len(self.over) if spec.gradients else 0
+        self.rank_one = self._rank_one_factors() if spec.head_grad else inputs.input.new_empty((0, vocab))
+        kept = tokens + len(self.rank_one) if spec.gradients else 0
         new = inputs.input.new_empty
-        self.logits = new((rows, -(-width // 16) * 16 if variant == "cublas" else 0), dtype=torch.float32)
+        self.logits = new((tokens, -(-width // 16) * 16 if variant == "cublas" else 0), dtype=torch.float32)
         if variant == "cublas" and not self.keep:
             self.buffer = self.logits.view(torch.bfloat16)[:, :width] if spec.gradients else self.logits
         else:
             self.buffer = new((kept, padded), dtype=torch.bfloat16)
         self.lora = self._lora_factors()
-        self.started = False  # the head's gradient
+        self.started = False  # whether the head's gradient is initialized
 
     def _rank_one_factors(self) -> Tensor:
-        """Left factors of the rank-one part of dC, as further tokens of x: [2 or 4, V] bf16.
+        """Return left factors of the rank-one part of dC, [2 or 4, V] bf16, to be appended to x.
 
-        Their partners are the halves of -sum s a e / V; ones are exact, class weights take two halves.
+        The right factors are the halves of -sum s a e / V. Ones are exact in bfloat16; class weights need
+        two halves.
         """
-        over = self.head.class_weight
-        if over is None:
+        if self.head.class_weight is None:
             return self.head.weight.new_ones((2, self.head.vocab), dtype=torch.bfloat16)
-        high, low = halves(over)
+        high, low = halves(self.head.class_weight)
         return torch.stack([high, high, low, low])
 
     def _lora_factors(self) -> Tensor | None:
-        """B as the GEMM reads it, [V, 3 r]: u B = u_high B_high + u_low B_high + u_high B_low."""
+        """Return B for the GEMM, [V, 3 r]: u B = u_high B_high + u_low B_high + u_high B_low."""
         if self.head.lora_b is None:
             return None
         high, low = halves(self.head.lora_b)
@@ -1584,8 +1594,8 @@ class _Anchored(_Run):
             else:
                 self._by_triton(chunk, columns, x, u)
             if write and not self.keep:
-                rows = head.weight[columns]
-                of_x = product(x, rows) if first or of_x is None else add_product(of_x, x, rows)
+                weight = head.weight[columns]
+                of_x = product(x, weight) if first or of_x is None else add_product(of_x, x, weight)
         x = self.buffer[:count, : head.vocab]
         if of_x is not None:
             self._far_tokens(chunk, of_x)
@@ -1594,12 +1604,12 @@ class _Anchored(_Run):
         return _Made(x if self.keep else None, of_x, None)
 
     def _by_triton(self, chunk: _Chunk, columns: slice, x: Tensor, u: Tensor | None) -> None:
-        plan, head, statistics = self.plan, self.head, self.statistics
+        config, head, statistics = self.launch_config, self.head, self.statistics
         (count, features), width = chunk.hidden.shape, columns.stop - columns.start
         weight, lora = head.weight[columns], None if self.lora is None else self.lora[columns]
         bias = None if head.bias is None else head.bias[columns]
         rank = 0 if u is None else u.shape[1]
-        tiles_m, tiles_n = triton.cdiv(count, plan.block_m), triton.cdiv(width, plan.block_n)
+        tiles_m, tiles_n = triton.cdiv(count, config.block_m), triton.cdiv(width, config.block_n)
         partial = chunk.table.new_empty((6 if statistics else 2, tiles_n, count))
         flags = {
             "BIASED": bias is not None,
@@ -1608,12 +1618,12 @@ class _Anchored(_Run):
             "WRITE": self.spec.gradients,
             "SCALE": self.spec.logit_scale * _LOG2E.value,
             "INTERPRETED": _INTERPRETED,
-            "BLOCK_M": plan.block_m,
-            "BLOCK_N": plan.block_n,
-            "BLOCK_K": plan.block_k,
-            "GROUP": plan.group,
-            "num_warps": plan.num_warps,
-            "num_stages": plan.num_stages,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "GROUP": config.group,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
             "enable_fp_fusion": True,
         }
         common = (bias, chunk.label, chunk.table[_K.value], partial)
@@ -1621,12 +1631,12 @@ class _Anchored(_Run):
         if self.variant == "pointer":
             _pointer_kernel[(tiles_m * tiles_n,)](
                 chunk.hidden, weight, x, u, lora, *common, x.stride(0), partial.stride(0), *sizes,
-                EVEN_D=features % plan.block_k == 0, **flags,
+                EVEN_D=features % config.block_k == 0, **flags,
             )  # fmt: skip
         else:
             processors = self.platform.processors
-            a, b = [plan.block_m, plan.block_k], [plan.block_n, plan.block_k]
-            half = [plan.block_m, plan.block_n // 2]
+            a, b = [config.block_m, config.block_k], [config.block_n, config.block_k]
+            half = [config.block_m, config.block_n // 2]
             _tma_kernel[(min(processors, tiles_m * tiles_n),)](
                 _descriptor(chunk.hidden, a, features),
                 _descriptor(weight, b, features),
@@ -1634,8 +1644,8 @@ class _Anchored(_Run):
                 None if u is None else _descriptor(u, a, rank),
                 None if lora is None else _descriptor(lora, b, rank),
                 *common, partial.stride(0), *sizes,
-                # a second loop inside keeps the first from being flattened
-                FLATTEN=plan.flatten and u is None, PROCESSORS=processors, **flags,
+                # with a second inner loop the outer loop cannot be flattened
+                FLATTEN=config.flatten and u is None, PROCESSORS=processors, **flags,
             )  # fmt: skip
         block_m = 16 if _INTERPRETED else 32
         _join_kernel[(triton.cdiv(count, block_m),)](
@@ -1651,7 +1661,7 @@ class _Anchored(_Run):
         if u is not None and self.lora is not None:
             add_product(logits, u, self.lora[columns].T)
         bias = None if head.bias is None else head.bias[columns]
-        _anchored_rows_kernel[(len(logits),)](
+        _exponentials_kernel[(len(logits),)](
             logits, bias, chunk.label, chunk.table, x, logits.stride(0), x.stride(0),
             columns.start, len(logits), width,
             FIRST=columns.start == 0,
@@ -1676,13 +1686,13 @@ class _Anchored(_Run):
         )  # fmt: skip
 
     def _head_gradient(self, chunk: _Chunk, x: Tensor) -> None:
-        """dC += x^T (f E) and its rank-one part in one product; then the targets' columns, kept apart."""
+        """Add x^T (f E) and the rank-one part to dC in one product, then the targets' part."""
         outputs, hidden, count = self.outputs, chunk.hidden, len(chunk.label)
         of_x, of_target, of_mean, _ = chunk.factors.unbind(0)
-        extra = len(self.over)
+        extra = len(self.rank_one)
         right = hidden.new_empty((count + extra, hidden.shape[1]), dtype=torch.bfloat16)
         torch.mul(hidden, of_x[:, None], out=right[:count])
-        self.buffer[count : count + extra, : self.head.vocab] = self.over
+        self.buffer[count : count + extra, : self.head.vocab] = self.rank_one
         smoothed = _times(hidden.T, of_mean[:, None])[:, 0] / -self.head.vocab
         right[count:] = torch.stack(halves(smoothed)).repeat(extra // 2, 1)
         left = self.buffer[: count + extra, : self.head.vocab].T
@@ -1700,30 +1710,21 @@ class _Anchored(_Run):
 
 
 class _Exact(_Run):
-    """float32 logits of a chunk, and each token's own maximum."""
+    """x from float32 logits of a chunk, with each token's maximum as the reference point."""
 
-    def __init__(
-        self,
-        inputs: LinearInputs,
-        spec: LinearSpec,
-        outputs: LinearOutputs,
-        head: _Head,
-        tokens: LossTokens,
-        token_fns: TokenFns | None,
-        variant: Variant,
-    ) -> None:
-        super().__init__(inputs, spec, outputs, head, tokens, token_fns)
-        outputs.dlinear_weight.zero_()
-        dtype, count = inputs.input.dtype, len(tokens.indices)
+    def _allocate(self) -> None:
+        inputs, spec, head = self.inputs, self.spec, self.head
+        self.outputs.dlinear_weight.zero_()
+        dtype, count = inputs.input.dtype, len(self.tokens.indices)
         half_range = dtype == torch.float16 and (spec.softcap or spec.head_grad or spec.lora_grad)
         self.x_dtype = torch.float32 if spec.bias_grad or half_range else dtype
         self._factor = torch.bfloat16 if dtype == torch.bfloat16 else self.x_dtype
         self._operand = head.weight.to(self._factor)
         self.fast = spec.precision == "fast" and dtype in (torch.bfloat16, torch.float16)
-        self.most = spec.chunk_tokens or exact_tokens(head.vocab)
-        # every token's logits and x start on a multiple of 16
+        self.chunk_tokens = spec.chunk_tokens or exact_tokens(head.vocab)
+        # strides are multiples of 16
         width = -(-head.vocab // 16) * 16
-        self.buffer = inputs.input.new_empty((min(self.most, count), width), dtype=torch.float32)
+        self.buffer = inputs.input.new_empty((min(self.chunk_tokens, count), width), dtype=torch.float32)
         # the rank-one parts of dC and db: sums of s a e and s a
         self.smoothed = inputs.input.new_zeros(inputs.input.shape[1], dtype=torch.float32)
         self.smoothed_count = inputs.input.new_zeros((), dtype=torch.float32)
@@ -1742,13 +1743,13 @@ class _Exact(_Run):
         if self.spec.softcap:
             return
         if self.spec.head_grad:
-            outputs.dlinear_weight.addr_(self._over(), self.smoothed, alpha=-1.0 / vocab)
+            outputs.dlinear_weight.addr_(self._class_weight(), self.smoothed, alpha=-1.0 / vocab)
         if self.spec.bias_grad:
-            outputs.dlinear_bias.sub_(self._over() * (self.smoothed_count / vocab))
+            outputs.dlinear_bias.sub_(self._class_weight() * (self.smoothed_count / vocab))
 
     def _make_x(self, chunk: _Chunk) -> _Made:
         logits = self._logits(chunk)
-        # in the logits' own memory: 16-bit x of a token takes the first half of its logits
+        # in the memory of the logits: 16-bit x of a token overwrites the first half of its logits
         x = logits.view(self.x_dtype)[:, : self.head.vocab]
         headroom = _HEADROOM if self.x_dtype == torch.float16 else 0.0
         write = self.spec.gradients and not self.spec.softcap
@@ -1756,7 +1757,7 @@ class _Exact(_Run):
         return _Made(x, None, logits)
 
     def _logits(self, chunk: _Chunk) -> Tensor:
-        """float32 products of hidden states and head, with the adapter's; padded to whole groups."""
+        """Return float32 logits, including the adapter's, with padded strides."""
         head = self.head
         padded = self.buffer[: len(chunk.label)]
         logits = padded[:, : head.vocab]
@@ -1785,7 +1786,7 @@ class _Exact(_Run):
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    """a [m, k] times float32 b [k, r], r small, in float32; bfloat16 a meets the two halves of b."""
+    """Return a [m, k] @ b [k, r] in float32, for float32 b and small r; bfloat16 a uses the halves of b."""
     if a.dtype != torch.bfloat16:
         return torch.mm(a.to(torch.float32), b)
     both = product(a, torch.cat(halves(b), 1))
@@ -1793,18 +1794,18 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _through(a: Tensor, b: Tensor) -> Tensor:
-    """float32 a [m, r] times float32 b [r, k], r small: three products of halves, in one."""
+    """Return a [m, r] @ b [r, k] for float32 factors and small r: three products of halves in one."""
     (high, low), (right_high, right_low) = halves(a), halves(b)
     return product(torch.cat([high, low, high], 1), torch.cat([right_high, right_high, right_low]))
 
 
 def _padded(factors: Tensor) -> Tensor:
-    """Columns of zeros to a multiple of 16, so that rows start on 16 bytes."""
+    """Pad the columns with zeros to a multiple of 16, so that rows are aligned to 16 bytes."""
     return torch.nn.functional.pad(factors, (0, -factors.shape[1] % 16))
 
 
 def _descriptor(matrix: Tensor, block: list[int], stride: int) -> TensorDescriptor:
-    """A descriptor of a matrix whose rows are `stride` apart: the stride of a single row may be anything."""
+    """Return a descriptor with an explicit stride of rows; PyTorch's stride of a single row is arbitrary."""
     return TensorDescriptor(matrix, list(matrix.shape), [stride, 1], block)
 
 
@@ -1819,7 +1820,7 @@ def _block_r(rank: int) -> int:
 
 
 def _chunks(tokens: int, most: int) -> Iterator[slice]:
-    """Even slices of at most `most` tokens, of whole tiles where that leaves their number as it is."""
+    """Yield even slices of at most `most` tokens, of complete tiles if that does not add a slice."""
     pieces = -(-tokens // most)
     each = -(-tokens // pieces)
     if most % _TILE_TOKENS == 0:

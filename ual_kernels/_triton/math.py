@@ -1,4 +1,4 @@
-"""Jitted helpers that kernels share; the algebra is that of `ual_kernels._tokens`, in the same names."""
+"""Jitted helpers of the kernels; terms and names are those of `ual_kernels._tokens`."""
 
 import triton
 import triton.language as tl
@@ -6,13 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """tanh from exp alone: the library's own is a stub in the interpreter. Error: about one ulp of 1."""
+    """tanh computed from exp, because the interpreter has no tanh. The error is about one ulp of 1."""
     return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
 
 
 @triton.jit
 def final_logits(x, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr):
-    """Raw logits, scaled, then capped; SOFTCAP 0 is none. -inf stays -inf without a cap."""
+    """Scale and cap raw logits; SOFTCAP = 0 is no softcap. -inf stays -inf without a softcap."""
     z = x * LOGIT_SCALE
     if SOFTCAP != 0.0:
         z = SOFTCAP * tanh(z / SOFTCAP)
@@ -21,9 +21,9 @@ def final_logits(x, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr):
 
 @triton.jit
 def token_terms(nll, lse, smoothing_term, s, c_y, c_mean, Z_LOSS: tl.constexpr):
-    """Loss of a sample weight of 1, K, U and dloss/ds; see `_tokens.token_terms`."""
+    """Loss for a sample weight of 1, K, U and dloss/ds; see `_tokens.token_terms`."""
     k = (1.0 - s) * c_y + s * c_mean
-    # a token without smoothing must not use the mean logit: it may be -inf, and 0 inf is nan
+    # without smoothing the smoothing term must not be used: it may be infinite, and 0 * inf is NaN
     loss = k * nll - tl.where(s == 0.0, 0.0, s * smoothing_term)
     uniform = s * c_mean
     if Z_LOSS != 0.0:
@@ -38,7 +38,7 @@ def store_statistics(
     statistics_ptr,  # [7, M], planes `stride` apart, at the tokens; out
     stride,
     mask,  # tokens that exist
-    valid,  # tokens that are neither ignored nor out of range; the others get NaN
+    valid,  # tokens that are neither ignored nor out of range; other tokens get NaN
     reference,
     total,
     nll,
@@ -48,9 +48,9 @@ def store_statistics(
     mean,
     correct,
 ):
-    """The first seven fields of TokenStatistics, nats; see `_tokens.token_statistics`.
+    """Store the first seven fields of TokenStatistics, in nats; see `_tokens.token_statistics`.
 
-    `largest` and `second` are measured from `reference`, as the sums are.
+    `largest` and `second` are relative to `reference`, like the sums.
     """
     nan = float("nan")
     log_total = tl.log(total)
@@ -65,7 +65,7 @@ def store_statistics(
 
 @triton.jit
 def two_largest(z):
-    """The two largest numbers of a vector; two that are equal count as two."""
+    """The two largest values of a vector, which may be equal."""
     high = tl.max(z, axis=0)
     is_largest = z == high
     second = tl.max(tl.where(is_largest, float("-inf"), z), axis=0)
@@ -74,11 +74,11 @@ def two_largest(z):
 
 @triton.jit
 def merge_two_largest(high, second, other_high, other_second):
-    """The second largest of two sets, from the two largest of each."""
+    """The second largest value of two sets, from the two largest values of each."""
     return tl.maximum(tl.minimum(high, other_high), tl.maximum(second, other_second))
 
 
 @triton.jit
 def top2(high, second, other_high, other_second):
-    """The two largest of two sets, from the two largest of each; combines in `tl.reduce`."""
+    """The two largest values of two sets, from the two largest values of each; for `tl.reduce`."""
     return tl.maximum(high, other_high), merge_two_largest(high, second, other_high, other_second)
