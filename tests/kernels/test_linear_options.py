@@ -751,8 +751,8 @@ def test_the_error_of_a_filter_is_bounded_by_the_dropped_mass(
 ) -> None:
     """Spreading mass m of token i over a tile changes dleft_i by at most m K max |right_v - mean right|.
 
-    K is the coefficient of p. A row of dright changes by at most twice the mass times each left factor. The
-    sum over the rows of a tile does not change.
+    K is the coefficient of p. A row of the gradient dright changes by at most twice the mass times each
+    left factor. The column sums of a tile do not change.
     """
     tiles(5, 8)
     leaves, target = peaked(device)

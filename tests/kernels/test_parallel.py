@@ -78,7 +78,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     spoil: Callable[[Leaves, Tensor], None] = lambda leaves, target: None
     tile_shape: Callable[..., tiled.TileShape] | None = None
-    padding: int = 0  # rows of NaN after each shard of the head
+    padding: int = 0  # NaN rows of the head after each shard
 
 
 def invalid(leaves: Leaves, target: Tensor) -> None:

@@ -175,8 +175,8 @@ def test_the_order_of_tokens_does_not_matter(backend: str, problem: Problem, ran
 @given(problems(), st.integers(0, 2**31 - 1))
 def test_the_order_of_classes_does_not_matter(backend: str, problem: Problem, seed: int) -> None:
     order = torch.randperm(problem.logits.shape[1], generator=torch.Generator().manual_seed(seed))
-    relabelled = problem._replace(logits=problem.logits[:, order], target=order.argsort()[problem.target])
-    close(token_losses(relabelled, backend), token_losses(problem, backend))
+    renamed = problem._replace(logits=problem.logits[:, order], target=order.argsort()[problem.target])
+    close(token_losses(renamed, backend), token_losses(problem, backend))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

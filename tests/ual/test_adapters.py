@@ -160,7 +160,7 @@ def test_the_model_card_has_the_runs_results(finished: Path) -> None:
     for said in (
         "fine-tuned on `rows.jsonl`",
         "loss `ual`",
-        f"{metrics['trained_rows']} rows, 6 steps",
+        f"{metrics['trained_rows']} samples, 6 steps",
         f"| NLL | {metrics['eval_before']['nll']:.4f} | {metrics['eval']['nll']:.4f} |",
         "the run is completed",
     ):

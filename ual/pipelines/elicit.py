@@ -10,7 +10,6 @@ The run folder holds
 """
 
 import asyncio
-import json
 import logging
 import time
 from collections import Counter
@@ -27,7 +26,7 @@ from ual.config.base import dump
 from ual.config.elicit import ElicitConfig, EndpointConfig
 from ual.data import stream
 from ual.errors import UserError
-from ual.files import aside, json_line, open_jsonl, write_text, writing
+from ual.files import aside, json_line, open_jsonl, write_json, write_text, writing
 from ual.records import Elicited, Sample
 from ual.uncertainty.backends.replay import Replay
 from ual.uncertainty.budget import Budget, BudgetReachedError
@@ -124,8 +123,7 @@ def run(
         with writing("the run folder", folder, remedy):
             write_text(folder / "config.yaml", dump(config))
             summary = asyncio.run(_elicit(job, session, budget, progress))
-            # ASCII: an error that a server sent may hold a lone surrogate
-            write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+            write_json(folder / "summary.json", summary)
     return summary
 
 

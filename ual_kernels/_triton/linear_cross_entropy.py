@@ -795,7 +795,7 @@ def _final_block(
 
 @triton.jit
 def _dot_block(left_ptr, right_ptr, column, inside, D, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return one token's left [D] times a block of rows of right [V, D]."""
+    """Return one token's left [D] times a block of rows of the matrix right [V, D]."""
     acc = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
         feature = start + tl.arange(0, BLOCK_D)
@@ -1107,7 +1107,7 @@ def _add_targets_kernel(
     factor_ptr,  # [M] fp32
     sorted_ptr,  # [M], labels in ascending order
     order_ptr,  # [M], the tokens in the order of the labels
-    out_ptr,  # [V, D] fp32: factor times hidden is added to the rows of the labels
+    out_ptr,  # [V, D] fp32: factor times hidden is added at the labels
     M,
     D,
     BLOCK_T: tl.constexpr,
@@ -1221,7 +1221,7 @@ def choose_variant(inputs: LinearInputs, spec: LinearSpec, weight: Tensor) -> Va
     described = features % 8 == 0 and weight.data_ptr() % 16 == 0  # the requirements of a descriptor
     if VARIANT != "pointer" and described and Platform.of(weight).tma:
         return "tma"
-    # the pointer kernel loads rows that are not aligned to 16 bytes one element at a time
+    # the pointer kernel loads rows of a matrix that are not aligned to 16 bytes one element at a time
     return "pointer" if features % 16 == 0 else "cublas"
 
 
@@ -1800,12 +1800,12 @@ def _through(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _padded(factors: Tensor) -> Tensor:
-    """Pad the columns with zeros to a multiple of 16, so that rows are aligned to 16 bytes."""
+    """Pad columns with zeros to a multiple of 16, so that rows of the matrix are aligned to 16 bytes."""
     return torch.nn.functional.pad(factors, (0, -factors.shape[1] % 16))
 
 
 def _descriptor(matrix: Tensor, block: list[int], stride: int) -> TensorDescriptor:
-    """Return a descriptor with an explicit stride of rows; PyTorch's stride of a single row is arbitrary."""
+    """Return a descriptor with an explicit first stride. PyTorch's is arbitrary for a dimension of 1."""
     return TensorDescriptor(matrix, list(matrix.shape), [stride, 1], block)
 
 
