@@ -244,7 +244,7 @@ class TestMatchMean:
             ({"s": [0.1, NAN]}, "got nan at index 1"),
             ({"s": []}, "of no samples"),
             ({"weights": [0, 0]}, "of no samples"),
-            ({"weights": [1]}, "wanted 2, got 1"),
+            ({"weights": [1]}, "expected 2, got 1"),
             ({"weights": [1, -1]}, "weights must be >= 0, got -1.0 at index 1"),
             ({"minimum": 0.5, "maximum": 0.4}, "minimum <= maximum"),
         ],

@@ -1,4 +1,4 @@
-"""When two answers are the same answer: the one form in which answers are compared."""
+"""The normal form in which answers are compared."""
 
 import math
 import re
@@ -10,11 +10,11 @@ _TWELVE_DIGITS = Context(prec=12)
 
 
 def normalize(value: str | float | None) -> str | None:
-    """Write a value such that equal answers are equal strings; None where there is nothing to compare.
+    """Return a string that equal answers share, or None if there is nothing to compare.
 
-    Numbers lose thousands separators, a currency sign and trailing zeros, and fractions are rounded to 12
-    significant digits, so that 3.9999999999999996 is 4. Texts lose case, repeated white space and a final
-    full stop.
+    Thousands separators, a currency sign and trailing zeros of numbers are removed. Fractions are rounded to
+    12 significant digits, so that 3.9999999999999996 is 4. Case, repeated white space and a final period of
+    texts are removed.
 
     >>> normalize(18.0), normalize("$1,800.00"), normalize(" New  York. "), normalize(float("nan"))
     ('18', '1800', 'new york', None)

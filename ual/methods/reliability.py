@@ -1,16 +1,16 @@
-"""How reliable are several answers to one question: entropy, filter, weights. Pure functions.
+"""The reliability of several answers to one question: entropy, filter, weights. Pure functions.
 
-For n answers of which n_a say a, natural logarithms throughout:
+n_a of n answers are a; logarithms are natural:
 
     entropy   H   = -sum_a (n_a / n) ln(n_a / n)
-    filter    keep the question where H <= threshold; the default threshold is the median over the questions
+    filter    keep the question if H <= threshold; the default threshold is the median over the questions
     weights   s_a = exp(n_a / (n T)) / sum_b exp(n_b / (n T)) over the distinct answers
 
 Source: reliability-aware weak-to-strong alignment (arXiv 2406.19032). It needs no gold labels.
 
-An answer that could not be parsed is None. Under "class" all of them together are one more distinct answer,
-as the authors do for multiple choice; under "drop_question" one of them makes the whole question unusable, as
-for GSM8K.
+An answer that could not be parsed is None. Under "class", all such answers together are one more distinct
+answer, as in the paper's multiple-choice tasks. Under "drop_question", one such answer drops its question, as
+in the paper's GSM8K.
 """
 
 import math
@@ -31,14 +31,14 @@ Unparsed = Literal["class", "drop_question"]
 
 
 def entropy(answers: Sequence[str | None], *, unparsed: Unparsed = "class") -> float:
-    """Return the entropy of the answers to one question, in nats: 0 when they agree, ln n when no two do.
+    """Return the entropy of the answers to one question in nats: 0 if all agree, ln n if no two agree.
 
     Args:
         answers: at least one, normalized; equal strings are the same answer.
-        unparsed: what None means, see the module.
+        unparsed: the meaning of None, see the module.
 
     Returns:
-        A value in [0, ln n], the same bits for the same counts; NaN where the question is to be dropped.
+        A value in [0, ln n], with the same bits for the same counts; NaN if the question is dropped.
 
     >>> round(entropy(["18", "18", "18", "26", "4"]), 3)
     0.95
@@ -53,7 +53,7 @@ def entropy(answers: Sequence[str | None], *, unparsed: Unparsed = "class") -> f
 
 
 def keep(entropies: ArrayLike, rule: Rule = "median", value: float | None = None) -> NDArray[np.bool_]:
-    """Say which questions are certain enough to train on.
+    """Return which questions are certain enough to train on.
 
     Args:
         entropies: [n] in nats; NaN is never kept and does not count for the median or quantile.
@@ -61,7 +61,8 @@ def keep(entropies: ArrayLike, rule: Rule = "median", value: float | None = None
         value: the quantile in [0, 1], or the threshold >= 0; none for the median.
 
     Returns:
-        [n], True where the entropy is at most the threshold. Ties with it are kept, so more than half may be.
+        [n], True if the entropy is at most the threshold. Ties with the threshold are kept, so the median may
+        keep more than half.
 
     >>> keep([0.0, 0.5, 0.5, 1.6]).tolist()
     [True, True, True, False]
@@ -91,7 +92,7 @@ def answer_weights(answers: Sequence[str | None], temperature: float = 0.2) -> d
 
     Args:
         answers: at least one; None is a class of its own.
-        temperature: > 0; the authors take 0.2, and 1.0 where there are but two answers (ETHICS).
+        temperature: > 0; the paper's is 0.2, and 1.0 for questions with only two answers (ETHICS).
 
     >>> {answer: round(w, 3) for answer, w in answer_weights(["18", "18", "18", "18", "26"]).items()}
     {'18': 0.953, '26': 0.047}
@@ -108,7 +109,7 @@ def answer_weights(answers: Sequence[str | None], temperature: float = 0.2) -> d
 
 
 def majority(answers: Sequence[str | None]) -> str | None:
-    """Return the most frequent answer; of equally frequent ones a parsed one, then the first to appear.
+    """Return the most frequent answer; of equally frequent answers, a parsed one, then the first.
 
     >>> majority(["4", "18", None, "18", None])
     '18'
@@ -118,12 +119,12 @@ def majority(answers: Sequence[str | None]) -> str | None:
 
 
 def levels(entropies: ArrayLike, most: int = 10) -> NDArray[np.intp]:
-    """Number the questions by level of entropy, 0 the most certain, for a curve of accuracy over entropy.
+    """Return the level of entropy of each question, from 0, the most certain: the axis of an accuracy curve.
 
     Args:
         entropies: [n] in nats, no NaN.
-        most: how many distinct entropies are a level each (5 answers have 7). More are cut at their quantiles
-            into at most so many levels, equal values always together.
+        most: the most levels. If there are more distinct entropies (5 answers have 7), levels are between
+            their quantiles; equal values share a level.
 
     >>> levels([0.5, 0.0, 1.6, 0.5]).tolist()
     [1, 0, 2, 1]

@@ -1,4 +1,4 @@
-"""Uncertainty to label smoothing: pure functions of arrays.
+"""From uncertainty to label smoothing: pure functions of arrays.
 
 A sample's uncertainty is first scaled to u in [0, 1], then mapped to its label smoothing s:
 
@@ -7,15 +7,14 @@ A sample's uncertainty is first scaled to u in [0, 1], then mapped to its label 
             absolute  u = x
     map     linear    s = minimum + (maximum - minimum) u
             power     s = minimum + (maximum - minimum) u^power
-            step      s = maximum where u >= threshold, else minimum
-            constant  s = one value, whatever u is
+            step      s = maximum if u >= threshold, else minimum
+            constant  s = one value for all u
 
-That each sample has its own smoothing, set from an uncertainty, is uncertainty-aware learning (arXiv
-2406.04854); the paper's scale and constants are not public, so these are choices with defaults, not the
-paper's. Ranks are the default because scores of a language model pile up on a few values.
+Uncertainty-aware learning (arXiv 2406.04854) gives each sample its own smoothing, set from an uncertainty.
+The paper's scale and constants are not public, so the choices here and their defaults are this project's.
+Ranks are the default because scores of a language model cluster on a few values.
 
-Arrays are float64 and one-dimensional; NaN stands for a missing uncertainty and stays NaN until
-`fill_missing`.
+Arrays are float64 and one-dimensional. NaN is a missing uncertainty, and stays NaN until `fill_missing`.
 """
 
 from typing import Literal, get_args
@@ -36,19 +35,19 @@ Missing = Literal["median", "drop", "refuse"]
 
 
 def scale(uncertainty: ArrayLike, kind: Scale = "rank") -> Array:
-    """Bring uncertainties in any units to [0, 1], order kept.
+    """Map uncertainties in any units to [0, 1], in the same order.
 
     Args:
         uncertainty: [n], finite or NaN.
-        kind: "rank" is the quantile within the data set: tied values share their mean rank, n distinct values
-            span exactly 0 to 1. "min_max" keeps the distances. "absolute" says that they are in [0, 1]
-            already.
+        kind: "rank" is the quantile within the data set. Tied values share their mean rank, and n distinct
+            values span exactly 0 to 1. "min_max" keeps the relative distances. "absolute" expects values in
+            [0, 1].
 
     Returns:
-        [n] in [0, 1], NaN where missing. Where all values are equal, "rank" and "min_max" give 0.5.
+        [n] in [0, 1], NaN if missing. If all values are equal, "rank" and "min_max" give 0.5.
 
     Raises:
-        UserError: a value is infinite, or "absolute" met one outside [0, 1].
+        UserError: a value is infinite, or is outside [0, 1] for "absolute".
 
     >>> scale([7.0, 5.0, 9.0, 5.0]).round(3).tolist()
     [0.667, 0.167, 1.0, 0.167]
@@ -67,7 +66,7 @@ def scale(uncertainty: ArrayLike, kind: Scale = "rank") -> Array:
         mid_rank = np.cumsum(count) - (count + 1) / 2
         known = mid_rank[distinct] / (known.size - 1)
     elif known.size:
-        known = known / np.abs(known).max()  # so that the span of huge values does not overflow
+        known = known / np.abs(known).max()  # the difference of huge values would overflow
         known = (known - known.min()) / (known.max() - known.min())
     scaled = np.full_like(values, np.nan)
     scaled[present] = known
@@ -87,16 +86,16 @@ def smooth(
     """Map scaled uncertainties to label smoothing: the more uncertain, the more smoothing.
 
     Args:
-        u: [n] in [0, 1], NaN where missing.
+        u: [n] in [0, 1], NaN if missing.
         map: see the module's table.
         minimum, maximum: the range of s, 0 <= minimum <= maximum <= 1.
         power: exponent > 0 of "power".
-        threshold: the u from which "step" gives the maximum.
-        constant: what "constant" gives every sample; by default (minimum + maximum) / 2, the mean of the
-            linear map of ranks.
+        threshold: the least u for which "step" gives the maximum.
+        constant: the smoothing of all samples under "constant"; by default (minimum + maximum) / 2, the mean
+            of the linear map of ranks.
 
     Returns:
-        [n] in [minimum, maximum]; NaN where u is, except that "constant" asks no uncertainty.
+        [n] in [minimum, maximum]; NaN if u is NaN, except under "constant", which needs no uncertainty.
 
     >>> smooth([0.0, 0.5, 1.0]).tolist()
     [0.0, 0.1, 0.2]
@@ -128,17 +127,16 @@ def match_mean(
     maximum: float = 1.0,
     weights: ArrayLike | None = None,
 ) -> Array:
-    """Move smoothings so that their mean is `target`, which makes arms comparable.
+    """Return smoothings with the mean `target`, so that arms are comparable.
 
-    The affine map that holds one bound fixed: all values contract towards the minimum when the mean must fall
-    (plain scaling, with minimum 0), towards the maximum when it must rise, by the one factor that meets the
-    target. So the bounds hold without clipping, distinct values stay distinct, relative distances are kept,
-    and every target within the bounds is reached.
+    The map is affine, and one bound is its fixed point: the minimum if the mean must fall, and the maximum if
+    it must rise. So the bounds hold without clipping, distinct values stay distinct, relative distances stay
+    the same, and every target within the bounds is reached.
 
     Args:
-        s: [n] in [minimum, maximum], nothing missing.
-        target: the mean wanted, in [minimum, maximum]; any other cannot be reached.
-        minimum, maximum: bounds that the result keeps.
+        s: [n] in [minimum, maximum], none missing.
+        target: the mean of the result, in [minimum, maximum].
+        minimum, maximum: bounds of the result.
         weights: [n] >= 0, of a weighted mean, such as response lengths.
 
     >>> match_mean([0.0, 0.1, 0.2], 0.05).round(12).tolist()
@@ -159,7 +157,7 @@ def match_mean(
         _refuse(weights, ~(weights >= 0), "weights must be >= 0")
         if weights.size != values.size:
             raise UserError(
-                f"weights must have one value per sample: wanted {values.size}, got {weights.size}"
+                f"weights must have one value per sample: expected {values.size}, got {weights.size}"
             )
     if not values.size or (weights is not None and not weights.any()):
         raise UserError("the mean smoothing of no samples cannot be matched")
@@ -172,29 +170,29 @@ def match_mean(
 
 
 def shuffled(values: ArrayLike, seed: int) -> Array:
-    """Return the same values in a random order: the control that has UAL's smoothings but not its
-    uncertainty.
+    """Return the values in a random order: a control with the same smoothings and without the uncertainty.
 
-    If training with the true order does not beat this twin, the gain is not from uncertainty.
+    If training with the true order is not better than this control, the gain is not from uncertainty.
     """
     return np.random.default_rng(seed).permutation(np.asarray(values, dtype=np.float64))
 
 
 def random(n: int, seed: int) -> Array:
-    """Return [n] uniform in [0, 1): uncertainties that know nothing of the samples."""
+    """Return [n] uniform in [0, 1): uncertainties that do not depend on the samples."""
     return np.random.default_rng(seed).random(n)
 
 
 def fill_missing(uncertainty: ArrayLike, policy: Missing = "median") -> tuple[Array, NDArray[np.bool_], int]:
-    """Settle what becomes of samples without an uncertainty.
+    """Fill in or drop missing uncertainties.
 
     Args:
-        uncertainty: [n], NaN where missing.
-        policy: "median" gives them the median of the others, "drop" marks them, "refuse" raises.
+        uncertainty: [n], NaN if missing.
+        policy: "median" fills in the median of the other samples, "drop" marks samples to drop, "refuse"
+            raises.
 
     Returns:
-        The uncertainties [n], the mask [n] of samples to keep, and how many were missing. Under "drop" the
-        missing stay NaN, with False in the mask.
+        The uncertainties [n], the mask [n] of samples to keep, and the number of missing uncertainties. Under
+        "drop" these stay NaN, with False in the mask.
 
     >>> fill_missing([1.0, float("nan"), 3.0])
     (array([1., 2., 3.]), array([ True,  True,  True]), 1)
@@ -216,17 +214,18 @@ def fill_missing(uncertainty: ArrayLike, policy: Missing = "median") -> tuple[Ar
         return values, ~missing, count
     if count == values.size:
         raise UserError(
-            "no sample has an uncertainty, so there is no median to fill in",
+            "no sample has an uncertainty, so there is no median",
             remedy='add an "uncertainty" column or set uncertainty.estimator to "white_box"',
         )
     return np.where(missing, np.median(values[~missing]), values), keep, count
 
 
 def from_config(uncertainty: ArrayLike, config: SmoothingConfig) -> tuple[Array, Array]:
-    """Return the scaled uncertainty [n] and the label smoothing [n] that a configuration asks for.
+    """Return the scaled uncertainty [n] and the label smoothing [n] of a configuration.
 
-    Missing uncertainties stay missing unless the map is "constant", and `match_mean` refuses them: see
-    `fill_missing`.
+    The smoothing of a missing uncertainty is missing, unless the map is "constant". `match_mean` refuses
+    missing
+    values: see `fill_missing`.
     """
     scaled = scale(uncertainty, config.scale)
     s = smooth(
