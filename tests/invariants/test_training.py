@@ -37,8 +37,8 @@ def features(shared: Path, stories: Path) -> list[dict[str, Any]]:
     return [
         {
             "id": r.id,
-            "input_ids": r.input_ids,
-            "labels": r.labels,
+            "input_ids": r.input_ids.tolist(),
+            "labels": r.labels.tolist(),
             "label_smoothing": 0.0,
             "sample_weight": 1.0,
         }
