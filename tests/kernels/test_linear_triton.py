@@ -706,7 +706,7 @@ def _rounding_kernel(x_ptr, stored_ptr, wide_ptr, N, BLOCK: tl.constexpr):
 @variants
 @pytest.mark.parametrize("trained", [False, True])
 def test_nan_hidden_states_make_one_token_nan(trained: bool, variant: str, device: torch.device) -> None:
-    """The total of a token with NaN inputs is NaN, and so are its loss and gradient, whatever its x is."""
+    """The total of a token with NaN inputs is NaN, and so are its loss and gradient, for any x."""
     leaves, target = linear_case(6, 101, 16, torch.bfloat16, device)
     leaves = trainable(leaves) if trained else frozen(leaves)
     clean = measure(ours, leaves, target, reduction="none")

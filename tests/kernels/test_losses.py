@@ -202,7 +202,7 @@ def test_all_ignored_is_zero_with_a_connected_graph(name: str, backend: str, dev
         assert not value.any(), key
 
 
-# ---- what single presets promise ----
+# ---- properties of single presets ----
 
 
 @pytest.mark.kills("ual_kernels/losses.py", "statistics.log_prob.exp()", "statistics.top1_prob")

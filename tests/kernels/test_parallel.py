@@ -58,7 +58,7 @@ SHARDED = ("linear_weight", "linear_bias", "lora_b", "columns")
 SECONDS = 120
 
 
-# ---- what every process computes ----
+# ---- computed in every process ----
 
 
 def smoothing_fn(statistics: TokenStatistics) -> Tensor:
@@ -73,7 +73,7 @@ def weight_fn(statistics: TokenStatistics) -> Tensor:
 class Case:
     flags: str = "mean"
     head: Callable[[Leaves], Leaves] = with_adapter
-    how: dict[str, Any] = field(default_factory=dict)  # of the sharded loss alone
+    how: dict[str, Any] = field(default_factory=dict)  # keywords of the sharded loss only
     token_fns: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     spoil: Callable[[Leaves, Tensor], None] = lambda leaves, target: None

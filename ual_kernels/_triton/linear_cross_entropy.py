@@ -687,7 +687,7 @@ def _own_maximum_kernel(
         return  # the reference point is in range for this token
     y = tl.load(label_ptr + token)
     if GIVEN:
-        # from the logits, so that its rounding is theirs
+        # read from the logits, so that it has the same rounding as the other logits
         raw_y = tl.load(logits_ptr + y)
         if BIASED:
             raw_y += tl.load(bias_ptr + y)
