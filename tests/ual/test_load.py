@@ -250,7 +250,11 @@ class TestRows:
             (GOOD | {"completion": 4}, "completion", "expected a string or a list of messages, got 4"),
             (GOOD | {"completion": " \n"}, "completion", "the response is empty"),
             (GOOD | {"prompt": ""}, "prompt", "the prompt is empty"),
-            (GOOD | {"completion": "\ud83d"}, "completion", "half of a surrogate pair at character 0"),
+            (
+                GOOD | {"completion": "\ud83d"},
+                "completion",
+                "'utf-8' codec can't encode character '\\ud83d' in position 0: surrogates",
+            ),
             (GOOD | {"prompt": []}, "prompt", "expected a string or a list of messages, got []"),
             (
                 GOOD | {"completion": CHAT[:1]},

@@ -18,6 +18,7 @@ from pydantic import (
 from ual.records import Message, Role
 
 _MAX = sys.float_info.max
+_UNSUPPORTED = ("function_call", "reasoning_content", "weight")  # of messages
 
 
 class FieldError(Exception):
@@ -57,14 +58,6 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"half of a surrogate pair at character {error.start}: not valid Unicode") from error
-    return text
-
-
 def _identifier(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise ValueError("expected a non-empty string or an integer")
@@ -98,11 +91,6 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _unsupported(value: Any) -> Any:
-    if value not in (None, [], {}, ""):
-        raise ValueError("is not supported; without it, the model would be trained on something else")
-
-
 def _number(interval: str = "", low: float = -_MAX, high: float = _MAX) -> BeforeValidator:
     def number(value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
@@ -114,11 +102,10 @@ def _number(interval: str = "", low: float = -_MAX, high: float = _MAX) -> Befor
 
 _ROLES: dict[str, Role] = {role: role for role in get_args(Role)} | {"human": "user", "gpt": "assistant"}
 _RoleName = Literal["system", "user", "assistant", "tool", "human", "gpt"]
-Text = Annotated[str, AfterValidator(_unicode)]
+Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]  # half of a surrogate pair raises
 Identifier = Annotated[Text, BeforeValidator(_identifier)]
 Scalar = Annotated[Any, BeforeValidator(_scalar)]
 Objects = Annotated[list[dict[str, Any]], BeforeValidator(_objects)]
-Unsupported = Annotated[None, BeforeValidator(_unsupported)]
 
 
 class Turn(BaseModel):
@@ -129,9 +116,6 @@ class Turn(BaseModel):
     tool_calls: Objects = []
     name: Text | None = None
     tool_call_id: Text | None = None
-    function_call: Unsupported = None
-    reasoning_content: Unsupported = None
-    weight: Unsupported = None
 
 
 class SampleRecord(BaseModel):
@@ -198,6 +182,11 @@ def turns(value: Any, field: str, role: Role | None = None) -> list[Message]:
 def _message(value: Any, field: str, content: str = "") -> Message:
     if not isinstance(value, Mapping):
         raise FieldError(field, f'expected {{"role": ..., "content": ...}}, got {show(value)}')
+    for key in _UNSUPPORTED:
+        if value.get(key) not in (None, [], {}, ""):
+            raise FieldError(
+                f"{field}.{key}", "is not supported, and without it something else would be trained"
+            )
     try:
         turn = check(Turn, value, field)
     except FieldError as fault:
