@@ -4,7 +4,7 @@ from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from ual.evaluate.ranking import accuracy_by_coverage, rank_correlation, ranking, ties
@@ -30,6 +30,7 @@ def area(order: tuple[bool, ...]) -> float:
     "map(estimate, (roc_auc_score, average_precision_score, _prr))",
     "map(estimate, (roc_auc_score, roc_auc_score, _prr))",
 )
+@settings(phases=[Phase.generate])  # to shrink a failure takes minutes
 @given(pairs)
 def test_against_the_definitions(rows: list[tuple[int, bool]]) -> None:
     found = ranking([u for u, _ in rows], [w for _, w in rows], resamples=2)

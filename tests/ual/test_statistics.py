@@ -36,7 +36,6 @@ def test_the_difference_is_that_of_all_tokens() -> None:
     assert up.better == 3 - found.better
 
 
-@pytest.mark.kills("ual/methods/statistics.py", "        paired=True,", "        paired=False,")
 def test_the_interval_of_three_samples_is_that_of_every_resample() -> None:
     """Each of the 27 resamples has a chance above 2.5 %, so the quantiles are the extremes."""
     difference, tokens = np.array([0.5, -1.0, 2.0]), np.array([1, 4, 2])
@@ -64,6 +63,13 @@ def test_the_interval_is_that_of_the_delta_method_and_holds_the_truth() -> None:
 def test_equal_arms_do_not_differ() -> None:
     found = paired_difference([[1.0, 2.0]], [[1.0, 2.0]], [3, 4])
     assert (found.value, found.low, found.high, found.better) == (0, 0, 0, 0)
+
+
+@pytest.mark.kills("ual/methods/statistics.py", "            paired=True,", "            paired=False,")
+def test_observations_that_belong_together_are_drawn_together() -> None:
+    values = np.random.default_rng(0).normal(size=20)
+    found = bootstrap(lambda x, y: float((x - y).mean()), values, values + 1)
+    assert (found.low, found.high) == pytest.approx((-1, -1))
 
 
 @pytest.mark.kills("ual/methods/statistics.py", "known = drawn[~np.isnan(drawn)]", "known = drawn")
