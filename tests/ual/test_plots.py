@@ -205,7 +205,7 @@ def test_png_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.kills("ual/report/plots.py", '    "text.color": INK,', "")
+@pytest.mark.kills("ual/report/plots.py", '    "grid.color": GRID,', "")
 def test_every_color_is_one_of_the_theme() -> None:
     bins = reliability_bins([0.2, 0.9], [0, 1], bins=2)
     theme = {plots.INK, plots.MUTED, plots.GRID, plots.BACKGROUND, *plots.PALETTE}

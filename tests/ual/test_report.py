@@ -452,9 +452,10 @@ def test_seeds_of_an_arm_are_paired_with_the_baseline(tmp_path: Path) -> None:
 
     folders = [build(tmp_path / f"sft-{s}", "sft", seed=s, change=seeded(s)) for s in (1, 2)]
     folders += [build(tmp_path / f"ual-{s}", seed=s, change=seeded(s)) for s in (2, 1, 3)]
-    folders.append(build(tmp_path / "again", seed=3, change=seeded(3)))
-    (found,) = findings.comparisons([read(folder) for folder in folders])
+    folders.append(build(tmp_path / "again", seed=1, change=seeded(1)))
+    found, again = findings.comparisons([read(folder) for folder in folders])
     assert found.arm == ("ual-2", "ual-1")
+    assert again.arm == ("again",)  # a seed counts once in an arm
     assert found.baseline == ("sft-2", "sft-1")
     assert found.nll.value == pytest.approx(-0.5 * 10 / 15)
     assert (found.nll.samples, found.nll.seeds, found.nll.better) == (15, 2, 2)
