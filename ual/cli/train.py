@@ -139,7 +139,11 @@ def preview(
         from ual.pipelines.preview import preview as look
 
         found = look(
-            resolved, count=count, cache=cache_folder(os.environ), trust_remote_code=trust_remote_code
+            resolved,
+            count=count,
+            trust_remote_code=trust_remote_code,
+            console=err,
+            cache=cache_folder(os.environ),
         )
         for sample in found.shown:
             facts, text = tables.preview_sample(sample, colored=out.color_system is not None)

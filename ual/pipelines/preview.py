@@ -96,7 +96,12 @@ class Plan:
 
 
 def preview(
-    config: RunConfig, *, count: int = 3, cache: Path | None = None, trust_remote_code: bool = False
+    config: RunConfig,
+    *,
+    count: int = 3,
+    trust_remote_code: bool = False,
+    console: Console | None = None,
+    cache: Path | None = None,
 ) -> Preview:
     """Read and render all samples (of a stream, the first thousand) as training would.
 
@@ -104,8 +109,7 @@ def preview(
         config: of the run. Smoothing by the base model's own uncertainty is known only if the run folder
             already holds it.
         count: samples to show.
-        cache: the folder of tokenized samples.
-        trust_remote_code: run code from the model's repository.
+        trust_remote_code, console, cache: as those of `ual.pipelines.train.run`.
 
     Raises:
         UserError: a sample is wrong, or cannot be rendered.
@@ -116,7 +120,15 @@ def preview(
         found = stream(config.data.train, format=config.data.format, split=config.data.train_split)
         train = [sample for _, sample in islice(found, STREAMED)]
         notes.append(f"a stream: the first {len(train)} samples are shown, with their ranks among themselves")
-    rendered = samples.render(config, train, held_out, trust_remote_code=trust_remote_code, cache=cache)
+    with Progress(console) as progress:
+        rendered = samples.render(
+            config,
+            train,
+            held_out,
+            trust_remote_code=trust_remote_code,
+            cache=cache,
+            advance=progress.task("rendering", len(train) + len(held_out)),
+        )
     elicited = samples.own_uncertainties(config, rendered.train)
     if elicited is None:
         elicited = _recorded(config, rendered.train)
@@ -167,13 +179,13 @@ def plan(
     folder = RunFolder(config.output_dir)
     arguments = training_arguments(config, folder.checkpoints)
     folder.check(config, resume=resume)
-    with Progress(console):
-        found = preview(
-            config,
-            count=arguments.per_device_train_batch_size,
-            cache=cache,
-            trust_remote_code=trust_remote_code,
-        )
+    found = preview(
+        config,
+        count=arguments.per_device_train_batch_size,
+        trust_remote_code=trust_remote_code,
+        console=console,
+        cache=cache,
+    )
     micro = arguments.per_device_train_batch_size * distributed.world_size()
     per_epoch = math.ceil(math.ceil(found.sequences / micro) / arguments.gradient_accumulation_steps)
     steps = arguments.max_steps
