@@ -162,7 +162,7 @@ def test_the_model_card_has_the_runs_results(finished: Path) -> None:
         "loss `ual`",
         f"{metrics['trained_rows']} samples, 6 steps",
         f"| NLL | {metrics['eval_before']['nll']:.4f} | {metrics['eval']['nll']:.4f} |",
-        "the run is completed",
+        "status: completed",
     ):
         assert said in body, said
     assert str(finished.parent) not in text

@@ -389,7 +389,7 @@ def test_comparison(compared: tuple[list[Path], Page]) -> None:
     assert "loss.kind sft uniform ual" in page.text
     assert "Difference from sft per token of the same held-out samples" in page.text
     assert "ual +0.2000 +0.2000 to +0.2000 0 of 1 +0.00 +0.00 to +0.00 0 of 1 20 1" in page.text
-    assert "not the randomness of training" in page.text
+    assert "covers the choice of held-out samples and not the randomness of training" in page.text
     assert [a["href"] for a in page.all("a")] == ["sft/report.html"]
     assert "not matched" not in page.text
     assert "shuffled among the samples" in page.text

@@ -48,9 +48,7 @@ def _training(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[str]:
             f"scale, {s.map} map to [{s.min:g}, {s.max:g}]"
         )
     if config.lora:
-        kinds = [
-            name for name, on in (("rsLoRA", config.lora.use_rslora), ("DoRA", config.lora.use_dora)) if on
-        ]
+        kinds = ["rsLoRA"] * config.lora.use_rslora + ["DoRA"] * config.lora.use_dora
         kind = f" ({', '.join(kinds)})" if kinds else ""
         yield (
             f"- LoRA{kind} of rank {config.lora.r}, alpha {config.lora.alpha:g}, dropout "
@@ -59,7 +57,7 @@ def _training(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[str]:
     tokens, seconds = number(metrics, "trained_tokens"), number(metrics, "seconds")
     yield (
         f"- {metrics['trained_rows']:,} samples, {metrics['steps']:,} steps, "
-        f"{tokens or 0:,.0f} loss tokens in {duration(seconds)}; the run is {metrics['status']}"
+        f"{tokens or 0:,.0f} loss tokens in {duration(seconds)}; status: {metrics['status']}"
     )
 
 

@@ -209,8 +209,9 @@ def paired(compared: Sequence[Comparison]) -> Table | None:
     better = Column("Better in", "seeds")
     nll, accuracy = Column("NLL", _direction(NLL)), Column("Accuracy, points", _direction(ACCURACY))
     return Table(
-        caption=f"Difference from {', '.join(compared[0].baseline)} per token of the same held-out samples. "
-        "Small: 95 % interval. It covers the choice of held-out samples, not the randomness of training.",
+        caption=f"Difference from {', '.join(compared[0].baseline)} per token of the same held-out samples, "
+        "with its 95 % interval, which covers the choice of held-out samples and not the randomness of "
+        "training",
         columns=(
             Column("Arm", numeric=False),
             nll,
