@@ -31,8 +31,9 @@ from benchmarks.report import (
     scaling_table,
     time,
 )
+from benchmarks.studies import elicitation
 
-PAGES = ("README.md", "docs/benchmarks.md", "docs/kernels.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/elicitation.md", "docs/kernels.md")
 _REGION = re.compile(r"<!-- figures (\w+): begin -->\n.*?<!-- figures \1: end -->", re.S)
 
 Link: TypeAlias = Callable[[Path], str]  # a file's path, relative to the page that quotes it
@@ -186,13 +187,69 @@ def gate(link: Link) -> str:
     )
 
 
+def _study(name: str) -> tuple[Path, dict[str, Any]]:
+    """Return the newest committed results of a study."""
+    path = max(machine.RESULTS.glob(f"*/{name}/*.json"), key=lambda path: path.name)
+    return path, json.loads(path.read_text(encoding="utf-8"))
+
+
+@figure
+def elicited_gsm8k(link: Link) -> str:
+    """How well the disagreement of 18 models finds wrong majority answers."""
+    path, found = _study("elicitation")
+    study = found["studies"]["gsm8k"]
+    return (
+        f"{elicitation.gsm8k_table(found)}\n\n{study['rows']:,} questions, of whose majority answers "
+        f"{study['accuracy']:.1%} are right. Source: {_source(path, found, link)}."
+    )
+
+
+@figure
+def elicited_truthfulqa(link: Link) -> str:
+    """How well a small model finds false answers, and how confident it is."""
+    path, found = _study("elicitation")
+    study = found["studies"]["truthfulqa"]
+    p_true, stated = study["estimators"]["p_true"], study["estimators"]["p_true"]["calibration"]
+    rho = {(p["a"], p["b"]): p["rho"]["value"] for p in study["spearman"]}
+    return (
+        f"{elicitation.truthfulqa_table(found)}\n\n{study['rows']:,} answers, of which "
+        f"{study['accuracy']:.1%} are true. Source: {_source(path, found, link)}.\n\n"
+        f"- `p_true` states a mean confidence of {stated['mean_confidence']:.3f} "
+        f"(ECE {stated['ece']:.3f}, Brier {stated['brier']:.3f}).\n"
+        f"- In bfloat16, `p_true` takes {p_true['distinct']} distinct values. One of them is shared by "
+        f"{p_true['commonest_share']:.0%} of the answers.\n"
+        f"- `judge` assigns a median of {study['judge_scale_mass']:.2f} of its first token's probability to "
+        f"the scale.\n"
+        f"- Spearman correlations: `p_true` with `judge` {rho['p_true', 'judge']:.2f}, NLL with `p_true` "
+        f"{rho['nll', 'p_true']:.2f}, NLL with `judge` {rho['nll', 'judge']:.2f}."
+    )
+
+
+@figure
+def elicited_chaosnli(link: Link) -> str:
+    """Whether a small model knows where people disagree."""
+    path, found = _study("elicitation")
+    return (
+        f"{elicitation.chaosnli_table(found)}\n\n{found['studies']['chaosnli']['rows']:,} items. "
+        f"Source: {_source(path, found, link)}."
+    )
+
+
+@figure
+def elicitation_scale(link: Link) -> str:
+    """Throughput, memory and cache of `ual elicit` without a model."""
+    from benchmarks.studies.elicitation_scale import scale_table
+
+    path, found = _study("elicitation_scale")
+    return f"{scale_table(found)}\n\nSource: {_source(path, found, link)}."
+
+
 @figure
 def gradient_filter(link: Link) -> str:
     """What `gradient_filter` saves and costs."""
     from benchmarks.studies.gradient_filter import table
 
-    path = max(machine.RESULTS.glob("*/gradient_filter/*.json"))
-    found = json.loads(path.read_text(encoding="utf-8"))
+    path, found = _study("gradient_filter")
     return (
         f"{table(found)}\n\nN {found['tokens']}, smoothing {found['smoothing']}. "
         f"Source: {_source(path, found, link)}."

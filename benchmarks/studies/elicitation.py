@@ -1,26 +1,30 @@
 """Samples and configurations for the figures of docs/elicitation.md, from real data sets.
 
-    python -m benchmarks.studies.elicitation rows ../shared/data FOLDER --model MODEL [--rows 1000]
+    python -m benchmarks.studies.elicitation rows ../shared/data FOLDER --model MODEL [--rows 500]
     python -m benchmarks.studies.elicitation answer ../shared/data FOLDER
+    python -m benchmarks.studies.elicitation collect FOLDER
 
 `rows` writes samples and configurations for TruthfulQA, ChaosNLI and GSM8K. `answer` reads the batch files
 that `ual elicit gsm8k.yaml --export-batch batch` wrote, and writes FOLDER/answers.jsonl with the recorded
-answers.
+answers. `collect` writes the figures of the three reports to benchmarks/results/.
 """
 
 import argparse
 import gzip
 import json
 import random
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from benchmarks import machine
 from ual.methods import reliability
 from ual.methods.answers import normalize
 
+_CHAOSNLI = 300  # items; each costs five generated answers
 _ANSWERS = 18  # recorded for all but 18 of 1,319 questions
 
 
@@ -92,7 +96,7 @@ def write_rows(data: Path, folder: Path, model: str, count: int) -> None:
             {"backend": local, "estimators": [*white_box, "p_true", judge]},
         ),
         "chaosnli": (
-            chaosnli(data, count),
+            chaosnli(data, min(count, _CHAOSNLI)),
             {
                 "backend": local,
                 "estimators": [
@@ -132,17 +136,85 @@ def answer(data: Path, folder: Path) -> None:
                 out.write(json.dumps({"custom_id": request["custom_id"], "response": response}) + "\n")
 
 
+def collect(folder: Path) -> dict[str, Any]:
+    """Return the figures of the three reports, and the judge's median probability of the scale."""
+    studies = {}
+    for name in ("gsm8k", "truthfulqa", "chaosnli"):
+        studies[name] = report = json.loads((folder / name / "report.json").read_text())
+        for estimator in report["estimators"].values():
+            estimator.get("calibration", {}).pop("bins", None)
+    records = map(json.loads, (folder / "truthfulqa" / "elicited.jsonl").open())
+    masses = [mass for r in records if (mass := r["estimates"]["judge"].get("mass")) is not None]
+    studies["truthfulqa"]["judge_scale_mass"] = statistics.median(masses)
+    return {"machine": machine.describe(), "studies": studies}
+
+
+def gsm8k_table(found: dict[str, Any]) -> str:
+    """Ranking of wrong majority answers by the entropy of 18 models' answers."""
+    of = found["studies"]["gsm8k"]["estimators"]["self_consistency"]["ranking"]
+    chance = of["errors"] / of["n"]
+    header = ("AUROC", f"AUPRC (chance {chance:.3f})", "prediction rejection")
+    return machine.table(header, [tuple(_interval(of[key]) for key in ("auroc", "auprc", "prr"))])
+
+
+def truthfulqa_table(found: dict[str, Any]) -> str:
+    """Ranking of false answers by each estimator."""
+    estimators = found["studies"]["truthfulqa"]["estimators"]
+    first = estimators["nll"]["ranking"]
+    header = ("", "AUROC", f"AUPRC (chance {first['errors'] / first['n']:.3f})", "prediction rejection")
+    rows = [
+        (text, *(_interval(estimators[name]["ranking"][key]) for key in ("auroc", "auprc", "prr")))
+        for name, text in (
+            ("nll", "`white_box` NLL (log perplexity)"),
+            ("mean_entropy", "`white_box` mean entropy"),
+            ("max_entropy", "`white_box` maximum entropy"),
+            ("mean_margin", "`white_box` minus mean margin"),
+            ("p_true", "`p_true`"),
+            ("judge", "`judge`, first token"),
+        )
+    ]
+    return machine.table(header, rows)
+
+
+def chaosnli_table(found: dict[str, Any]) -> str:
+    """Spearman correlations with the entropy of 100 human labels."""
+    study = found["studies"]["chaosnli"]
+    with_humans = {pair["b"]: pair for pair in study["spearman"] if pair["a"] == "column"}
+    rows = [
+        (text, _interval(with_humans[name]["rho"]), f"{with_humans[name]['n']}")
+        for name, text in (
+            ("mean_entropy", "mean token entropy of the majority label"),
+            ("judge", "`judge`"),
+            ("self_consistency", "`self_consistency`, 5 answers of at most 4 tokens"),
+        )
+    ]
+    return machine.table(("", "Spearman", "items"), rows)
+
+
+def _interval(estimate: dict[str, float]) -> str:
+    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["rows", "answer"])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", default="")
-    parser.add_argument("--rows", type=int, default=1000)
+    commands = parser.add_subparsers(dest="what", required=True)
+    for what in ("rows", "answer", "collect"):
+        command = commands.add_parser(what)
+        if what != "collect":
+            command.add_argument("data", type=Path)
+        command.add_argument("folder", type=Path)
+        if what == "rows":
+            command.add_argument("--model", required=True)
+            command.add_argument("--rows", type=int, default=500)
     given = parser.parse_args()
     if given.what == "rows":
         write_rows(given.data, given.folder, given.model, given.rows)
-    else:
+    elif given.what == "answer":
         answer(given.data, given.folder)
+    else:
+        found = collect(given.folder)
+        tables = (gsm8k_table(found), truthfulqa_table(found), chaosnli_table(found))
+        text = "\n\n".join((f"# Elicited uncertainties\n\n{machine.headline(found['machine'])}", *tables))
+        machine.save(found, text, "elicitation")

@@ -1,13 +1,14 @@
 """Cost of `ual elicit` per sample without a model: throughput, peak memory, size of the cache.
 
-    python -m benchmarks.studies.elicitation_scale FOLDER [--rows 1000000]
+    python -m benchmarks.studies.elicitation_scale FOLDER [--rows 20000 200000]
 
 The backend answers at once and in this process. What is measured is the rest: reading, hashing, the cache,
-the evidence, and writing samples. Prints one line of JSON. A second run in the same folder reads the cache.
+the evidence, and writing samples. A second run in the same folder reads the cache.
 """
 
 import argparse
 import json
+import multiprocessing
 import resource
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ual.pipelines.elicit as elicitation
+from benchmarks import machine
 from ual.config.elicit import ElicitConfig
 from ual.uncertainty.budget import Budget, Spent
 from ual.uncertainty.protocol import Reply, Request
@@ -61,14 +63,29 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     seconds = time.monotonic() - started
     estimate = summary["estimators"]["verbalised"]
     return {
-        "rows": summary["rows"],
+        "samples": summary["rows"],
         "values": estimate["values"],
         "cached": summary["requests"]["cached"],
         "seconds": round(seconds, 1),
-        "rows_per_second": round(count / seconds),
+        "samples_per_second": round(count / seconds),
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        "cache_bytes_per_row": round((folder / "run" / "replies.sqlite").stat().st_size / count),
+        "cache_bytes_per_sample": round((folder / "run" / "replies.sqlite").stat().st_size / count),
     }
+
+
+def scale_table(found: dict[str, Any]) -> str:
+    """Throughput, memory and cache by the number of samples."""
+    header = ("samples", "samples/s", "peak memory", "cache per sample")
+    rows = [
+        (
+            f"{r['samples']:,}",
+            f"{r['samples_per_second']:,}",
+            f"{r['peak_mib']:.1f} MiB",
+            f"{r['cache_bytes_per_sample']} bytes",
+        )
+        for r in found["runs"]
+    ]
+    return machine.table(header, rows)
 
 
 if __name__ == "__main__":
@@ -76,6 +93,13 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000])
     given = parser.parse_args()
-    print(json.dumps(measure(given.folder, given.rows)))
+    about = machine.describe()
+    runs = []
+    for count in given.rows:  # a process each: the peak of memory is that of the process
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            runs.append(pool.apply(measure, (given.folder / str(count), count)))
+    found = {"machine": about, "runs": runs}
+    text = f"# Scale of `ual elicit`\n\n{machine.headline(about)}\n\n{scale_table(found)}"
+    machine.save(found, text, "elicitation_scale")
