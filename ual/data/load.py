@@ -86,7 +86,10 @@ def _written(name: str, split: str, *, streaming: bool = False) -> Iterator[tupl
     repository, _, config = (name, "", "") if path.is_dir() else name.partition(":")
     folder = Path(repository).expanduser()
     is_folder = repository != "" and folder.is_dir()
-    if is_folder or not (path.exists() or _names_a_file(name)):
+    names_a_file = (
+        name.lower().endswith(_SUFFIXES) or name.startswith(("./", "../", "~")) or path.is_absolute()
+    )
+    if is_folder or not (path.exists() or names_a_file):
         repository = str(folder) if is_folder else repository
         return _hub(name, repository, config or None, split, is_folder=is_folder, streaming=streaming)
     if not path.exists():
@@ -103,10 +106,6 @@ def _written(name: str, split: str, *, streaming: bool = False) -> Iterator[tupl
         place=str(path),
         remedy=f"valid endings: {', '.join(_SUFFIXES)}",
     )
-
-
-def _names_a_file(name: str) -> bool:
-    return name.lower().endswith(_SUFFIXES) or name.startswith(("./", "../", "~")) or Path(name).is_absolute()
 
 
 def _suggest(path: Path) -> str:
