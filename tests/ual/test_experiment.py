@@ -48,7 +48,7 @@ def test_every_arm_is_trained_once_with_every_seed(tmp_path: Path, tiny: Path) -
     config = write(tmp_path, tiny)
     said = invoke("compare", config)
     assert "report.html" in said
-    assert re.search(r"ual - sft [+-]0\.\d{4} [+-]0\.\d{4} to [+-]0\.\d{4} .* 3 2 report", said), said
+    assert re.search(r"ual - sft NLL [+-]0\.\d{4} [+-]0\.\d{4} to [+-]0\.\d{4} .* 3 2 report", said), said
     folders = [tmp_path / "study" / f"{arm}-seed{seed}" for seed in (1, 2) for arm in ARMS]
     assert all((folder / "metrics.json").exists() for folder in folders)
     environments = [json.loads((folder / "environment.json").read_text()) for folder in folders]

@@ -50,15 +50,14 @@ def arms(found: list[dict[str, Any]]) -> RenderableType:
 
 def paired(found: list[dict[str, Any]]) -> RenderableType:
     """The arms' differences from the baseline, with their 95 % intervals over held-out samples."""
-    table = _table("difference", "NLL", "95 %", "accuracy", "95 %", "samples", "seeds")
+    table = _table("difference", "metric", "mean", "95 % interval", "samples", "seeds", left=2)
     for pair in found:
-        nll, accuracy = pair["nll"], pair["accuracy"]
-        table.add_row(
-            escape(f"{pair['arm']} - {pair['baseline']}"),
-            *(f"{nll['value']:+.4f}", f"{nll['low']:+.4f} to {nll['high']:+.4f}"),
-            *(f"{accuracy['value']:+.4f}", f"{accuracy['low']:+.4f} to {accuracy['high']:+.4f}"),
-            *(str(nll["samples"]), str(nll["seeds"])),
-        )
+        for metric, name in (("nll", "NLL"), ("accuracy", "accuracy")):
+            of = pair[metric]
+            interval = f"{of['low']:+.4f} to {of['high']:+.4f}"
+            size = str(of["samples"]), str(of["seeds"])
+            arms = escape(f"{pair['arm']} - {pair['baseline']}")
+            table.add_row(arms, name, f"{of['value']:+.4f}", interval, *size)
     return table
 
 
