@@ -15,6 +15,7 @@ from ual.errors import UserError
 from ual.files import sha256, write_text
 from ual.pipelines.train import run as train
 from ual.report import write as write_report
+from ual.runs.folder import File
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def run(
 
 def _finished(folder: Path) -> dict[str, Any] | None:
     """Return the metrics of a run that is complete, with its evaluation."""
-    path = folder / "metrics.json"
+    path = folder / File.METRICS
     if not path.exists():
         return None
     metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -105,8 +106,8 @@ def _check_earlier(cell: Cell) -> None:
     """Refuse a run folder that was made with another budget, or from other data."""
     folder = Path(cell.config.output_dir)
     remedy = "choose another output folder, or remove this one"
-    if (folder / "config.yaml").exists():
-        earlier = load(folder / "config.yaml").training
+    if (folder / File.CONFIG).exists():
+        earlier = load(folder / File.CONFIG).training
         for key in BUDGET:
             if earlier.get(key) != cell.config.training.get(key):
                 raise UserError(
@@ -115,8 +116,8 @@ def _check_earlier(cell: Cell) -> None:
                     place=str(folder),
                     remedy=remedy,
                 )
-    if (folder / "environment.json").exists():
-        recorded = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    if (folder / File.ENVIRONMENT).exists():
+        recorded = json.loads((folder / File.ENVIRONMENT).read_text(encoding="utf-8"))
         for path, digest in recorded["data_sha256"].items():
             if Path(path).is_file() and sha256(Path(path)) != digest:
                 raise UserError(f"{path} has changed since this run", place=str(folder), remedy=remedy)

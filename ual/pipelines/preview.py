@@ -19,7 +19,7 @@ from ual.data import Renderer, TokenizedSample, pack, stream, training_set
 from ual.data.render import IGNORE_INDEX
 from ual.pipelines import samples
 from ual.records import Elicited, Sample, Scored
-from ual.runs.folder import RunFolder
+from ual.runs.folder import File, RunFolder
 from ual.runs.progress import Progress
 from ual.train import distributed
 from ual.train.arguments import training_arguments
@@ -208,7 +208,7 @@ def plan(
 
 def _recorded(config: RunConfig, train: list[Sample]) -> list[Elicited] | None:
     """Return the uncertainties that the run folder holds for all of these samples, if it does."""
-    written = [Elicited(**row) for row in RunFolder(config.output_dir).read_rows("uncertainty.jsonl")]
+    written = [Elicited(**row) for row in RunFolder(config.output_dir).read_rows(File.UNCERTAINTY)]
     return written if {s.id for s in train} <= {e.sample_id for e in written} else None
 
 

@@ -35,7 +35,7 @@ from ual.report import card
 from ual.report import write as write_report
 from ual.report.publish import publish
 from ual.runs.environment import environment
-from ual.runs.folder import RunFolder
+from ual.runs.folder import File, RunFolder
 from ual.runs.progress import Progress, log_file
 from ual.train import UALTrainer, deepspeed, distributed
 from ual.train.arguments import training_arguments
@@ -101,10 +101,10 @@ def run(
             if scored is None:
                 scored = _score(rendered, _ask(loaded), folder)
             training = _pack(rendered, scored, progress)
-            folder.write_rows("samples.jsonl", _described(rendered, training))
+            folder.write_rows(File.SAMPLES, _described(rendered, training))
             before = _evaluate_before(loaded, folder, resume=bool(resume))
         model = attach_lora(loaded.model, config.lora) if config.lora else loaded.model
-        folder.write_json("environment.json", _environment(config, command, model))
+        folder.write_json(File.ENVIRONMENT, _environment(config, command, model))
         metrics = _summary(config, training, before)
         stopped_by, metrics = _train(loaded, model, training, folder, metrics, resume=bool(resume))
         if stopped_by is None:
@@ -137,7 +137,7 @@ def _render(config: RunConfig, trust_remote_code: bool, progress: Progress, cach
 
 def _recorded(rendered: Rendered, folder: RunFolder) -> list[Elicited] | None:
     """Return the uncertainties that the run has recorded for just these samples, if any."""
-    rows = distributed.from_first(lambda: folder.read_rows("uncertainty.jsonl"))
+    rows = distributed.from_first(lambda: folder.read_rows(File.UNCERTAINTY))
     complete = {row["sample_id"] for row in rows} == {s.id for s in rendered.train}
     return [Elicited(**row) for row in rows] if rows and complete else None
 
@@ -158,7 +158,7 @@ def _ask(loaded: "_Loaded") -> list[Elicited]:
 def _score(rendered: Rendered, elicited: Sequence[Elicited], folder: RunFolder) -> list[Scored]:
     """Record the uncertainties, and derive each sample's smoothing and weight."""
     if elicited:
-        folder.write_rows("uncertainty.jsonl", map(asdict, elicited))
+        folder.write_rows(File.UNCERTAINTY, map(asdict, elicited))
     return training_set.score(rendered.train, elicited, rendered.config)
 
 
@@ -246,7 +246,7 @@ def _shared(score: Callable[..., Iterator[TokenScores]]) -> Callable[..., Iterat
 
 
 def _evaluate_before(loaded: _Loaded, folder: RunFolder, *, resume: bool) -> Evaluation | None:
-    path = folder.path / "evaluation.json"
+    path = folder.path / File.EVALUATION
 
     def saved() -> tuple[bool, Evaluation | None]:
         known = resume and path.exists()
@@ -257,7 +257,7 @@ def _evaluate_before(loaded: _Loaded, folder: RunFolder, *, resume: bool) -> Eva
         return earlier
     wanted = loaded.rendered.config.evaluation.before
     before = _evaluate(loaded, loaded.model, "evaluating the base model")[0] if wanted else None
-    folder.write_json("evaluation.json", {"before": before, "after": None})
+    folder.write_json(File.EVALUATION, {"before": before, "after": None})
     return before
 
 
@@ -295,7 +295,7 @@ def _train(
     checkpoint = distributed.from_first(lambda: newest_complete(folder.checkpoints)) if resume else None
     log.info("starting from %s", checkpoint.path if checkpoint else "the base model")
     folder.forget_after(checkpoint.step if checkpoint else 0)
-    folder.write_json("metrics.json", metrics | {"status": "running"})
+    folder.write_json(File.METRICS, metrics | {"status": "running"})
     started = time.monotonic()
     status = "interrupted"
     stop.install()
@@ -312,7 +312,7 @@ def _train(
         stop.restore()
         spent = time.monotonic() - started
         metrics = metrics | _speed(folder, spent) | {"steps": trainer.state.global_step, "status": status}
-        folder.write_json("metrics.json", metrics)
+        folder.write_json(File.METRICS, metrics)
     return stop.received, metrics
 
 
@@ -345,13 +345,13 @@ def _finish(
     config = loaded.rendered.config
     with _computing(loaded):
         after, measured = _evaluate(loaded, model, "evaluating the trained model")
-    folder.write_json("evaluation.json", {"before": before, "after": after})
+    folder.write_json(File.EVALUATION, {"before": before, "after": after})
     if measured:
-        folder.write_rows("held_out.jsonl", measured)
+        folder.write_rows(File.HELD_OUT, measured)
     metrics = metrics | {"eval": _headline(after)}
-    folder.write_json("metrics.json", metrics)
+    folder.write_json(File.METRICS, metrics)
     if distributed.is_writer():
-        about = json.loads((folder.path / "environment.json").read_text("utf-8"))
+        about = json.loads((folder.path / File.ENVIRONMENT).read_text("utf-8"))
         folder.write(f"{_weights(config)}/README.md", card(config, metrics, about))
         if config.training.get("push_to_hub"):
             name = config.training.get("hub_model_id") or config.label
@@ -411,7 +411,7 @@ def _summary(config: RunConfig, training: TrainingSet, before: Evaluation | None
 
 
 def _speed(folder: RunFolder, seconds: float) -> dict[str, Any]:
-    logged = [row for row in folder.read_rows("history.jsonl") if "live_tokens" in row]
+    logged = [row for row in folder.read_rows(File.HISTORY) if "live_tokens" in row]
     tokens = sum(row["live_tokens"] for row in logged)
     busy = sum(row["live_tokens"] / row["tokens_per_second"] for row in logged)
     return {
