@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY ?= passive
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-quickstart: .venv/.quickstart  ## fine-tune a real model three ways on this machine and open a report
+quickstart: .venv/.quickstart  ## fine-tune a real model three ways on this machine and write a report
 	$(BIN)/ual quickstart --steps $(STEPS) --rows $(ROWS)
 
 test: .venv/.dev .venv/.quickstart $(OTHER_TRITON) $(UNSLOTH_ZOO)  ## run the tests

@@ -107,20 +107,21 @@ def _gate(row: Row) -> bool:
 
 @figure
 def summary(link: Link) -> str:
-    """Error, time and memory in three sentences."""
+    """Error, time and memory in a few sentences."""
     _, found = _results(_frozen)
     errors = real_errors(found["rows"])
     relative = []
     for _, group in grouped(frozen_rows(found["rows"]), "problem"):
         ours, naive = (next(r for r in group if r["provider"] == name) for name in ("ours", "naive"))
         memory = naive["peak_bytes"] // ours["peak_bytes"]
-        relative.append(f"{1 / naive['of_ours']:.2f} and 1/{memory} (V {ours['vocab']})")
+        relative.append(f"{1 / naive['of_ours']:.2f} and 1/{memory} for V {ours['vocab']}")
     return (
         f"On real hidden states in bfloat16, the relative gradient error is {errors['ours']:.1e}.\n"
         f"The exact gradient, rounded to bfloat16, has an error of {errors['exact, rounded once']:.1e}.\n"
         f"Implementations that round logits to 16 bits reach {errors['naive']:.1e}.\n"
         f"On a CPU with {found['machine']['threads']} threads, "
-        f"time and memory relative to the naive loss are\n{', and '.join(relative)}."
+        f"time and memory relative to the naive loss are\n{', and '.join(relative)}.\n"
+        "The naive loss computes complete logits. Ratios are medians over rounds, not quotients of the table."
     )
 
 
@@ -146,8 +147,10 @@ def comparison(link: Link) -> str:
     return (
         machine.table((*header, "dE"), lines)
         + f"\n\nForward and backward, frozen head, bfloat16 ({sizes}). Time: relative to the two bare matrix "
-        "products of the same rounds. MiB: extra memory of a call. "
-        "dE: relative error of the gradient on SmolLM2's hidden states. "
+        "products, median over rounds. MiB: extra memory of a call. "
+        "dE: relative error of the gradient on SmolLM2's hidden states. s: label smoothing. "
+        'Ours, fast: `precision="fast"`. '
+        '"+ rank one": per-token smoothing is added to a plain loss. '
         f"Source: {_source(path, found, link)}."
     )
 

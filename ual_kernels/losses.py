@@ -53,7 +53,7 @@ def ual(smoothing: Tensor) -> Smoothing[Tensor]:
     """Uncertainty-aware learning: a separate label smoothing per sample (arXiv 2406.04854).
 
     The smoothing s increases with the sample's uncertainty, which a more capable LLM estimates.
-    `ual.smoothing` computes smoothing from uncertainty. The gradients are
+    `ual.methods.smoothing` computes smoothing from uncertainty. The gradients are
     dz = p - (1 - s) onehot(y) - s / V and ds = z_y - mean(z).
 
     Args:

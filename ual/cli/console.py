@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Uncertainty-aware fine-tuning: every sample carries its own label smoothing.",
+    help="Uncertainty-aware fine-tuning: each sample has its own label smoothing.",
 )
 out = Console()
 err = Console(stderr=True)

@@ -51,7 +51,12 @@ class _RunByDefault(TyperGroup):
 elicit_app = typer.Typer(
     cls=_RunByDefault, no_args_is_help=True, rich_markup_mode="rich", epilog=_ELICIT_EXAMPLE
 )
-app.add_typer(elicit_app, name="elicit", help="Elicit the uncertainty of each sample from a model.")
+app.add_typer(
+    elicit_app,
+    name="elicit",
+    help="Elicit the uncertainty of each sample from a model.\n\n"
+    "`ual elicit config.yaml` is short for `ual elicit run config.yaml`.",
+)
 
 
 @elicit_app.command("run", epilog=_ELICIT_EXAMPLE)
@@ -60,7 +65,9 @@ def elicit(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example budget.money=5.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Process only the first samples, this many.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print prompts, tokens and cost; send nothing.")
     ] = False,

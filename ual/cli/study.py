@@ -24,14 +24,21 @@ def reliability(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Training samples for `ual train`.")],
     method: Annotated[
-        Literal["filter", "reweight", "majority"], typer.Option(help="What to do with disagreeing answers.")
+        Literal["filter", "reweight", "majority"],
+        typer.Option(
+            help="filter: the majority answers of consistent questions. reweight: each distinct answer, with "
+            "a weight. majority: the majority answers of all questions."
+        ),
     ] = "filter",
     rule: Annotated[
-        Literal["median", "quantile", "absolute"], typer.Option(help="Which questions the filter keeps.")
+        Literal["median", "quantile", "absolute"],
+        typer.Option(help="Threshold of the filter: the highest entropy of a question that is selected."),
     ] = "median",
     value: Annotated[
         float | None,
-        typer.Option(help="The quantile, or the entropy in nats (0.5004 if 4 of 5 answers agree)."),
+        typer.Option(
+            help="For --rule: the quantile, or the entropy in nats (0.5004 if 4 of 5 answers agree)."
+        ),
     ] = None,
     temperature: Annotated[
         float, typer.Option(help="Temperature of the softmax over answer shares; 0.2 suits 5 answers.")

@@ -80,7 +80,7 @@ def plan(found: "Plan") -> RenderableType:
         pairs.add_row(name, value)
     batch = _table("sample", "tokens", "loss tokens", "smoothing", "weight")
     for s in look.shown:
-        smoothing = "asked when it runs" if s.smoothing is None else f"{s.smoothing:.3f}"
+        smoothing = "unknown yet" if s.smoothing is None else f"{s.smoothing:.3f}"
         batch.add_row(escape(s.sample.id), str(s.tokens), str(s.loss_tokens), smoothing, f"{s.weight:g}")
     return Group(pairs, batch, "no weights were loaded, nothing was trained or written")
 

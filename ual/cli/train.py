@@ -66,7 +66,8 @@ def train(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Check everything, show the size of the run and a batch, train nothing."
+            "--dry-run",
+            help="Check everything, show the size of the run and its first samples; train nothing.",
         ),
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -130,7 +131,7 @@ def preview(
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
-    """Show which tokens are trained, with what smoothing and weight, and which samples are dropped."""
+    """Show the loss tokens with their smoothing and weight, and how many samples are dropped and why."""
     with errors(debug):
         from ual.config.run import load
 
@@ -162,10 +163,10 @@ def preview(
 def estimate(
     config: Config,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Processes that ZeRO shards over.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that ZeRO shards over, one process each.")] = 1,
     zero: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.")] = 0,
     live: Annotated[float, typer.Option(help="Share of loss tokens; `ual preview` prints it.")] = 1,
-    cpu: Annotated[bool, typer.Option("--cpu", help="For training without a GPU.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Estimate training without a GPU.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:

@@ -12,7 +12,7 @@ class LossKind:
     """What `loss.kind` means for samples, tokens and messages."""
 
     sentence: str
-    """What the loss does, for reports and `ual train --help`."""
+    """What the loss does, for reports and progress messages."""
     smoothing: Literal["own", "uniform", "none"] = "none"
     """own: each sample's, from its uncertainty. uniform: one for all samples."""
     weights: Literal["optional", "required", "made"] = "optional"
