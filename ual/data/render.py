@@ -333,7 +333,9 @@ def _resolve(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) ->
             return tokenizer.get_chat_template()
         except ValueError as error:
             raise UserError(
-                "the tokenizer has no chat template", place="data.chat_template", remedy=valid
+                "the tokenizer has no chat template",
+                place="configuration, data.chat_template or backend.chat_template",
+                remedy=valid,
             ) from error
     if chat_template in _BUILT_IN:
         adds_bos = tokenizer.bos_token_id in tokenizer("").input_ids
@@ -343,7 +345,7 @@ def _resolve(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) ->
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"unknown chat template {chat_template!r}; as a file: {error}",
-            place="data.chat_template",
+            place="configuration, data.chat_template or backend.chat_template",
             remedy=valid,
         ) from error
 
