@@ -43,6 +43,9 @@ def invoke(*words: object, code: int = 0) -> str:
 
 @pytest.mark.kills("ual/pipelines/experiment.py", 'if metrics["status"] == "completed" and', "if False and")
 @pytest.mark.kills("ual/pipelines/experiment.py", "!= digest:", "!= digest and False:")
+@pytest.mark.kills(
+    "ual/pipelines/experiment.py", 'RunFolder(folder).check(cell.config, resume="auto")', "pass"
+)
 @pytest.mark.kills("ual/config/experiment.py", '{"seed": seed}', '{"seed": 1}')
 def test_every_arm_is_trained_once_with_every_seed(tmp_path: Path, tiny: Path) -> None:
     config = write(tmp_path, tiny)
@@ -71,6 +74,12 @@ def test_every_arm_is_trained_once_with_every_seed(tmp_path: Path, tiny: Path) -
     # another budget, or other data, is another experiment
     refused = invoke("compare", config, "base.training.max_steps=3", code=2)
     assert "training.max_steps was 2 in this run, and the experiment has 3" in refused
+    assert "training.max_steps was 2" in invoke(
+        "compare", config, "base.training.max_steps=3", "--dry-run", code=2
+    )
+    # so are other settings, also of finished runs, whose figures would stand for them
+    refused = invoke("compare", config, "arms.ual.smoothing.match_mean=0.1", code=2)
+    assert "differs from this configuration" in refused
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write(json.dumps(ROWS[0] | {"id": "new"}) + "\n")
     assert "rows.jsonl has changed since this run" in invoke("compare", config, code=2)

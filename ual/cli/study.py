@@ -105,9 +105,10 @@ def compare(
         settle(Path(resolved.output_dir) / "tensorboard")
         common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "cache": cache_folder(os.environ)}
         if dry_run:
+            from ual.pipelines.experiment import checked
             from ual.pipelines.preview import plan
 
-            for cell in resolved.cells():
+            for cell in checked(resolved):
                 if cell.seed == resolved.seeds[0]:
                     out.print(f"[bold]{cell.arm}[/bold]  seeds {', '.join(map(str, resolved.seeds))}")
                     out.print(tables.plan(plan(cell.config, resume="auto", console=err, **common)))

@@ -15,7 +15,7 @@ from ual.errors import UserError
 from ual.files import sha256, write_text
 from ual.pipelines.train import run as train
 from ual.report import write as write_report
-from ual.runs.folder import File
+from ual.runs.folder import File, RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +48,11 @@ def run(
         command, trust_remote_code, console, cache: as those of `ual.pipelines.train.run`.
 
     Raises:
-        UserError: a configuration is wrong, an earlier run had another budget or other data, or a run was
-            stopped.
+        UserError: as `checked`; or a run was stopped.
     """
     say = (console or Console(quiet=True)).print
     metrics = []
-    cells = list(config.cells())
-    for cell in cells:
-        _check_earlier(cell)
+    cells = checked(config)
     for number, cell in enumerate(cells, start=1):
         folder = Path(cell.config.output_dir)
         write_text(folder.with_suffix(".yaml"), dump(cell.config))
@@ -93,6 +90,18 @@ def run(
     return Comparison(metrics, paired, report)
 
 
+def checked(config: ExperimentConfig) -> list[Cell]:
+    """Return the runs of an experiment, after a look at their folders.
+
+    Raises:
+        UserError: a configuration is wrong, or an earlier run had another one, another budget or other data.
+    """
+    cells = list(config.cells())
+    for cell in cells:
+        _check_earlier(cell)
+    return cells
+
+
 def _finished(folder: Path) -> dict[str, Any] | None:
     """Return the metrics of a run that is complete, with its evaluation."""
     path = folder / File.METRICS
@@ -103,7 +112,7 @@ def _finished(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_earlier(cell: Cell) -> None:
-    """Refuse a run folder that was made with another budget, or from other data."""
+    """Refuse a run folder that was made with another budget or configuration, or from other data."""
     folder = Path(cell.config.output_dir)
     remedy = "choose another output folder, or remove this one"
     if (folder / File.CONFIG).exists():
@@ -116,6 +125,7 @@ def _check_earlier(cell: Cell) -> None:
                     place=str(folder),
                     remedy=remedy,
                 )
+    RunFolder(folder).check(cell.config, resume="auto")
     if (folder / File.ENVIRONMENT).exists():
         recorded = json.loads((folder / File.ENVIRONMENT).read_text(encoding="utf-8"))
         for path, digest in recorded["data_sha256"].items():
