@@ -95,6 +95,31 @@ def test_a_stream_is_looked_at_from_its_beginning(config: Path) -> None:
     assert "first 10 samples" in found.notes[0]
 
 
+@pytest.mark.kills(
+    "ual/pipelines/samples.py", "if not left and not config.data.streaming:", "if not left and False:"
+)
+def test_the_reasons_are_shown_if_every_sample_is_dropped(config: Path) -> None:
+    """Training refuses such data, also in a dry run."""
+    words = ["data.overlong=drop", "data.max_length=8"]
+    found = preview(load(config, words))
+    assert (found.trained, found.sequences, found.dropped) == (
+        0,
+        0,
+        {"longer than 8 tokens (data.overlong: drop)": 10},
+    )
+    assert "longer than 8 tokens" in invoke("preview", config, *words)
+    for flags in (["--dry-run"], []):
+        assert "no training sample is left" in invoke("train", config, *words, *flags, code=2)
+
+
+@pytest.mark.kills("ual/pipelines/samples.py", "if not config.data.streaming:", "if True:")
+def test_weights_may_be_beyond_the_first_samples_of_a_stream(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ual.pipelines.preview.STREAMED", 3)
+    assert preview(load(config, ["data.streaming=true", "loss=weighted"])).trained == 3
+
+
 def test_trained_text_is_green_or_between_marks(
     config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

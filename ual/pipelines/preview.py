@@ -186,6 +186,7 @@ def plan(
         console=console,
         cache=cache,
     )
+    samples.check_left(config, found.sequences)
     micro = arguments.per_device_train_batch_size * distributed.world_size()
     per_epoch = math.ceil(math.ceil(found.sequences / micro) / arguments.gradient_accumulation_steps)
     steps = arguments.max_steps

@@ -56,14 +56,15 @@ def render(
     """Tokenize all samples, or take their tokens from the cache.
 
     Raises:
-        UserError: a sample cannot be rendered, or none is left to train.
+        UserError: a sample cannot be rendered, or the samples' weights do not suit the loss.
     """
-    training_set.check_weights(train, config)
+    if not config.data.streaming:  # of a stream, only the first samples may be known
+        training_set.check_weights(train, config)
     tokenizer, made_by = renderer(config, trust_remote_code=trust_remote_code)
     folder = None if cache is None else cache / "tokenized"
     tokens = tokenize([*train, *held_out], made_by, folder, advance)
     log.info("samples: %s", dict(made_by.counts))
-    rendered = Rendered(
+    return Rendered(
         config=config,
         tokenizer=tokenizer,
         renderer=made_by,
@@ -71,9 +72,16 @@ def render(
         held_out=[s for s in held_out if s.id in tokens],
         tokens=tokens,
     )
-    if train and not rendered.train:
+
+
+def check_left(config: RunConfig, left: int) -> None:
+    """Refuse to train if every sample was dropped; the samples of a stream are not known yet.
+
+    Raises:
+        UserError: no sample is left.
+    """
+    if not left and not config.data.streaming:
         raise UserError("no training sample is left", place=config.data.train, remedy="raise data.max_length")
-    return rendered
 
 
 def check_model(config: RunConfig, *, trust_remote_code: bool = False) -> Any:

@@ -132,6 +132,7 @@ def _render(config: RunConfig, trust_remote_code: bool, progress: Progress, cach
             f"{counts['dropped']} samples dropped and {counts['truncated']} truncated at "
             f"{rendered.renderer.max_length} tokens (data.overlong: {config.data.overlong})"
         )
+    samples.check_left(config, len(rendered.train))
     return rendered
 
 
