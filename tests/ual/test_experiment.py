@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from tests.ual.runs import configure
+from tests.ual.runs import configure, ual
 from ual.cli.main import app
 from ual.config.base import load_as
 from ual.config.experiment import ExperimentConfig
@@ -91,6 +91,13 @@ def test_a_dry_run_shows_every_arm_and_writes_nothing(tmp_path: Path, tiny: Path
     assert "ual seeds 1, 2" in said
     assert "steps 2, of 4 samples each" in said
     assert not (tmp_path / "study").exists()
+
+
+def test_an_arm_under_deepspeed_needs_no_launcher(tmp_path: Path, tiny: Path) -> None:
+    arms = {"plain": {}, "zero": {"deepspeed": "zero2"}}
+    done = ual("compare", write(tmp_path, tiny, arms=arms), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ZeRO-2") == 1
 
 
 @pytest.mark.kills("ual/config/experiment.py", "if training.get(key) != value:", "if False:")

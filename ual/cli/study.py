@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ual.cli import tables
-from ual.cli.console import Debug, TrustRemoteCode, app, err, errors, out, settle
+from ual.cli.console import (
+    Debug,
+    TrustRemoteCode,
+    app,
+    err,
+    errors,
+    out,
+    set_single_process,
+    settle,
+)
 from ual.errors import UserError
 from ual.files import cache_folder
 
@@ -103,6 +112,8 @@ def compare(
 
         resolved = load_as(ExperimentConfig, config, overrides or [])
         settle(Path(resolved.output_dir) / "tensorboard")
+        if "RANK" not in os.environ and any(cell.config.deepspeed for cell in resolved.cells()):
+            set_single_process()
         common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "cache": cache_folder(os.environ)}
         if dry_run:
             from ual.pipelines.experiment import checked
