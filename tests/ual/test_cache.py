@@ -140,6 +140,29 @@ def test_a_cache_that_cannot_be_written_is_passed_over(tokenizer: Any, tmp_path:
     assert "tokenized samples are not cached: " in caplog.text
 
 
+def test_a_file_system_without_locks_has_no_cache(
+    tokenizer: Any, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")  # older filelock
+
+    monkeypatch.setattr("filelock.FileLock.acquire", flock)
+    assert not from_cache(renderer(tokenizer), SAMPLES, tmp_path)
+    assert "tokenized samples are not cached: FileSystem" in caplog.text
+
+
+@pytest.mark.kills("ual/data/tokenize.py", 'folder.glob(f".{path.name}.*.partial")', "()")
+def test_what_a_killed_process_left_is_removed(tokenizer: Any, tmp_path: Path) -> None:
+    tokenize(SAMPLES, renderer(tokenizer), tmp_path)
+    (path,) = tmp_path.glob("*.arrow")
+    left, of_another = (tmp_path / f".{name}.1.partial" for name in (path.name, "other.arrow"))
+    path.rename(left)
+    of_another.touch()  # another file's lock is not held
+    assert not from_cache(renderer(tokenizer), SAMPLES, tmp_path)
+    assert sorted(file.name for file in tmp_path.glob(".*")) == [of_another.name]
+    assert path.exists()
+
+
 @pytest.mark.kills("ual/data/tokenize.py", "renderer.counts = before", "pass")
 def test_a_full_disk_does_not_stop_a_run(tokenizer: Any, tmp_path: Path, caplog: Any) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -53,7 +53,7 @@ def tokenize(
     try:
         if folder is not None:
             return _cached(samples, renderer, folder, advance)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         _log.warning("tokenized samples are not cached: %s", error)
         renderer.counts = before
     return {rendered.id: rendered for rendered in _render(samples, renderer, advance) if rendered.id}
@@ -73,6 +73,8 @@ def _cached(
         except Exception as error:  # Arrow has several classes for a damaged file
             if path.exists():
                 _log.warning("%s is written again: %s", path, error)
+            for left in folder.glob(f".{path.name}.*.partial"):  # of processes that were killed
+                left.unlink()
             _write(path, _render(samples, renderer, advance))
             found = _read(path, len(samples))
         else:
