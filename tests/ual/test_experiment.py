@@ -100,6 +100,24 @@ def test_an_arm_under_deepspeed_needs_no_launcher(tmp_path: Path, tiny: Path) ->
     assert done.stdout.count("ZeRO-2") == 1
 
 
+@pytest.mark.kills("ual/pipelines/experiment.py", "before_each(folder)", "pass")
+@pytest.mark.kills(
+    "ual/pipelines/experiment.py", 'evaluated = metrics["eval"] or not', 'evaluated = metrics["eval"] or'
+)
+def test_arms_without_held_out_samples_are_trained_once(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    monkeypatch.setattr("ual.cli.console._tensorboard", "")
+    config = write(tmp_path, tiny, seeds=[1])
+    options = ("base.data.eval_fraction=0", "base.training.report_to=tensorboard")
+    assert "run 2 of 2" in invoke("compare", config, *options)
+    for arm in ARMS:  # events of a run lie in its own folder
+        assert list((tmp_path / "study" / arm / "tensorboard").glob("events.*"))
+    assert not (tmp_path / "study" / "tensorboard").exists()
+    assert "of 2" not in invoke("compare", config, *options)
+
+
 @pytest.mark.kills("ual/config/experiment.py", "if training.get(key) != value:", "if False:")
 @pytest.mark.parametrize(
     ("sections", "problem"),

@@ -28,6 +28,8 @@ err = Console(stderr=True)
 _PATIENCE = 5.0
 """Seconds that a process other than the first waits before it prints an error."""
 
+_tensorboard = ""  # what `tensorboard_in` has set
+
 Config = Annotated[Path, typer.Argument(help="The run's YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example training.max_steps=10.")
@@ -79,13 +81,13 @@ def errors(debug: bool) -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-def settle(tensorboard: Path) -> None:
+def settle(folder: Path) -> None:
     """Set the environment before torch is imported: libraries write to the log, not to the screen."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(tensorboard))
+    tensorboard_in(folder)
     # threads that spin make a CPU run ten times slower when the machine is shared (DESIGN.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.simplefilter("ignore")
@@ -96,6 +98,13 @@ def settle(tensorboard: Path) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def tensorboard_in(folder: Path) -> None:
+    """Let the next run write its events into its folder, unless the user has named another one."""
+    global _tensorboard
+    if os.environ.get("TENSORBOARD_LOGGING_DIR", "") == _tensorboard:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = _tensorboard = str(folder / "tensorboard")
 
 
 def set_single_process() -> None:

@@ -97,7 +97,7 @@ def elicit(
         if sum(map(bool, (dry_run, replay, export_batch, import_batch))) > 1:
             raise UserError("--dry-run, --replay, --export-batch and --import-batch exclude each other")
         if resolved.backend.kind == "local" or resolved.nli is not None:
-            settle(Path(resolved.output_dir) / "tensorboard")
+            settle(Path(resolved.output_dir))
         if dry_run:
             _dry_run(resolved, limit)
         elif export_batch is not None:

@@ -17,6 +17,7 @@ from ual.cli.console import (
     out,
     set_single_process,
     settle,
+    tensorboard_in,
 )
 from ual.errors import UserError
 from ual.files import cache_folder
@@ -111,7 +112,7 @@ def compare(
         from ual.config.experiment import ExperimentConfig
 
         resolved = load_as(ExperimentConfig, config, overrides or [])
-        settle(Path(resolved.output_dir) / "tensorboard")
+        settle(Path(resolved.output_dir))
         if "RANK" not in os.environ and any(cell.config.deepspeed for cell in resolved.cells()):
             set_single_process()
         common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "cache": cache_folder(os.environ)}
@@ -126,7 +127,9 @@ def compare(
             return
         from ual.pipelines.experiment import run
 
-        result = run(resolved, command=["ual", *sys.argv[1:]], console=err, **common)
+        result = run(
+            resolved, command=["ual", *sys.argv[1:]], console=err, before_each=tensorboard_in, **common
+        )
         out.print(tables.arms(result.metrics))
         out.print()
         out.print(tables.paired(result.paired))
@@ -146,7 +149,7 @@ def quickstart(
 ) -> None:
     """Fine-tune a real 135M-parameter model three ways on a CPU: plain, uniform smoothing, UAL."""
     with errors(debug):
-        settle(output / "tensorboard")
+        settle(output)
         from ual.pipelines.quickstart.run import run
 
         command = ["ual", *sys.argv[1:]]

@@ -86,7 +86,7 @@ def train(
         words = overrides or []
         auto = resume and "auto" in words
         resolved = load(config, [word for word in words if not (auto and word == "auto")])
-        settle(Path(resolved.output_dir) / "tensorboard")
+        settle(Path(resolved.output_dir))
         if resolved.deepspeed and "RANK" not in os.environ:
             set_single_process()
         if dry_run:
@@ -136,7 +136,7 @@ def preview(
         from ual.config.run import load
 
         resolved = load(config, overrides or [])
-        settle(Path(resolved.output_dir) / "tensorboard")
+        settle(Path(resolved.output_dir))
         from ual.pipelines.preview import preview as look
 
         found = look(
@@ -175,7 +175,7 @@ def estimate(
         from ual.config.run import load
 
         resolved = load(config, overrides or [])
-        settle(Path(resolved.output_dir) / "tensorboard")
+        settle(Path(resolved.output_dir))
         from ual.pipelines.estimate import estimate as calculate
 
         found = calculate(
@@ -231,7 +231,7 @@ def merge(
                 place=str(run),
                 remedy=f"its model is in {run / 'model'}",
             )
-        settle(run / "tensorboard")
+        settle(run)
         from ual.models.merge import merge as merge_weights
 
         model = trained.model.model_copy(update={"path": base} if base else {})

@@ -1,7 +1,7 @@
 """An experiment: arms x seeds at equal budgets, trained one by one, resumable, compared on one page."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ def run(
     trust_remote_code: bool = False,
     console: Console | None = None,
     cache: Path | None = None,
+    before_each: Callable[[Path], None] = lambda _: None,
 ) -> Comparison:
     """Train the runs that are not finished, and write the page that compares all.
 
@@ -46,6 +47,7 @@ def run(
     Args:
         config: see `ual.config.experiment`.
         command, trust_remote_code, console, cache: as those of `ual.pipelines.train.run`.
+        before_each: called with the folder of each run before it is trained.
 
     Raises:
         UserError: as `checked`; or a run was stopped.
@@ -56,8 +58,9 @@ def run(
     for number, cell in enumerate(cells, start=1):
         folder = Path(cell.config.output_dir)
         write_text(folder.with_suffix(".yaml"), dump(cell.config))
-        done = _finished(folder)
+        done = _finished(cell)
         if done is None:
+            before_each(folder)
             sentence = cell.config.loss.about.sentence
             say(f"\n[bold]{cell.arm}[/bold]  run {number} of {len(cells)}. {sentence}.", highlight=False)
             result = train(
@@ -75,7 +78,8 @@ def run(
                     remedy="run the same command again to resume",
                 )
             done = result.metrics
-        metrics.append(done)
+        several = f" (seed {cell.seed})" if len(config.seeds) > 1 else ""
+        metrics.append(done | {"name": cell.arm + several})
     folders = [Path(cell.config.output_dir) for cell in cells]
     report = write_report(folders, Path(config.output_dir) / "report.html")
     paired = []
@@ -102,13 +106,14 @@ def checked(config: ExperimentConfig) -> list[Cell]:
     return cells
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
-    """Return the metrics of a run that is complete, with its evaluation."""
-    path = folder / File.METRICS
+def _finished(cell: Cell) -> dict[str, Any] | None:
+    """Return the metrics of a run that is complete, with its evaluation if there are held-out samples."""
+    path = Path(cell.config.output_dir) / File.METRICS
     if not path.exists():
         return None
     metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return metrics if metrics["status"] == "completed" and metrics["eval"] else None
+    evaluated = metrics["eval"] or not (cell.config.data.eval or cell.config.data.eval_fraction)
+    return metrics if metrics["status"] == "completed" and evaluated else None
 
 
 def _check_earlier(cell: Cell) -> None:
