@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import ual.pipelines.elicit as elicitation
-from benchmarks import machine
 from ual.config.elicit import ElicitConfig
 from ual.uncertainty.budget import Budget, Spent
 from ual.uncertainty.protocol import Reply, Request
@@ -75,6 +74,8 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
 
 def scale_table(found: dict[str, Any]) -> str:
     """Throughput, memory and cache by the number of samples."""
+    from benchmarks import machine
+
     header = ("samples", "samples/s", "peak memory", "cache per sample")
     rows = [
         (
@@ -89,6 +90,8 @@ def scale_table(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    from benchmarks import machine  # imports torch, which the measured processes do without
+
     parser = argparse.ArgumentParser(
         "python -m benchmarks.studies.elicitation_scale",
         description=__doc__,
