@@ -90,8 +90,6 @@ def scale_table(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    from benchmarks import machine  # imports torch, which the measured processes do without
-
     parser = argparse.ArgumentParser(
         "python -m benchmarks.studies.elicitation_scale",
         description=__doc__,
@@ -100,11 +98,14 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000])
     given = parser.parse_args()
-    about = machine.describe()
     runs = []
     for count in given.rows:  # a process each: the peak of memory is that of the process
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             runs.append(pool.apply(measure, (given.folder / str(count), count)))
+    # torch, which this imports, would count in the peak of the processes started later
+    from benchmarks import machine
+
+    about = machine.describe()
     found = {"machine": about, "runs": runs}
     text = f"# Scale of `ual elicit`\n\n{machine.headline(about)}\n\n{scale_table(found)}"
     machine.save(found, text, "elicitation_scale")
