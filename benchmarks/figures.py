@@ -12,6 +12,7 @@ page.
 import json
 import os
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -186,6 +187,29 @@ def gate(link: Link) -> str:
     best = [f"{min(r['seconds']['it']) / min(r['seconds']['products']):.1f}" for r in (ours, naive)]
     return (
         f"In the committed results, this ratio is {best[0]} for ours and {best[1]} for the naive loss. "
+        f"Source: {_source(path, found, link)}."
+    )
+
+
+@figure
+def few_tokens(link: Link) -> str:
+    """A trained head with few tokens, where the loss can be slower than the naive loss."""
+
+    def wanted(row: Row) -> bool:
+        about = row["suite"], row.get("setting"), row.get("rows")
+        return about == ("linear_cross_entropy", "trainable", 256) and row.get("provider") == "naive"
+
+    path, found = _results(wanted)
+    rows = []
+    for naive in filter(wanted, found["rows"]):
+        ours = next(
+            r for r in found["rows"] if r.get("problem") == naive["problem"] and r["provider"] == "ours"
+        )
+        size = (str(naive[key]) for key in ("vocab", "features", "rows"))
+        rows.append((*size, *(f"{1e3 * statistics.median(r['seconds']['it']):.0f}" for r in (ours, naive))))
+    header = ("V", "D", "N", "ours, ms", "naive, ms")
+    return (
+        f"{machine.table(header, rows)}\n\nForward and backward in bfloat16, smoothing per token, medians. "
         f"Source: {_source(path, found, link)}."
     )
 
