@@ -97,6 +97,8 @@ if __name__ == "__main__":
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000])
+    parser.add_argument("--json", type=Path, help="default: in benchmarks/results/")
+    parser.add_argument("--markdown", type=Path, help="default: in benchmarks/results/")
     given = parser.parse_args()
     runs = []
     for count in given.rows:  # a process each: the peak of memory is that of the process
@@ -108,4 +110,4 @@ if __name__ == "__main__":
     about = machine.describe()
     found = {"machine": about, "runs": runs}
     text = f"# Scale of `ual elicit`\n\n{machine.headline(about)}\n\n{scale_table(found)}"
-    machine.save(found, text, "elicitation_scale")
+    machine.save(found, text, "elicitation_scale", given.json, given.markdown)

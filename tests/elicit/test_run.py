@@ -265,22 +265,22 @@ def test_a_wrong_sample_far_down_is_found_before_the_first_request(tmp_path: Pat
 
 def test_ten_thousand_samples_stream_in_bounded_memory(tmp_path: Path) -> None:
     """The benchmark behind the figures of docs/elicitation.md, with fewer samples."""
-    found = []
-    for count in (1_000, 10_000):
-        command = [sys.executable, "-m", "benchmarks.studies.elicitation_scale", str(tmp_path / str(count))]
-        done = subprocess.run(
-            [*command, "--rows", str(count)],
-            env=ENVIRONMENT,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout))
+    counts = (1_000, 10_000)
+    files = ["--json", str(tmp_path / "found.json"), "--markdown", str(tmp_path / "found.md")]
+    command = [sys.executable, "-m", "benchmarks.studies.elicitation_scale", str(tmp_path), *files]
+    done = subprocess.run(
+        [*command, "--rows", *map(str, counts)],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    for count in counts:
         written = lines(tmp_path / str(count) / "run" / "rows.jsonl")
         assert [row["id"] for row in written] == [f"r{i}" for i in range(count)]
-    few, many = found
+    few, many = json.loads((tmp_path / "found.json").read_text())["runs"]
     assert (few["values"], many["values"]) == (1_000, 10_000)
     assert many["peak_mib"] < few["peak_mib"] + 10  # 9,000 samples more
 

@@ -82,7 +82,8 @@ def test_every_arm_is_trained_once_with_every_seed(tmp_path: Path, tiny: Path) -
     assert "differs from this configuration" in refused
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write(json.dumps(ROWS[0] | {"id": "new"}) + "\n")
-    assert "rows.jsonl has changed since this run" in invoke("compare", config, code=2)
+    refused = invoke("compare", config, code=2)  # long paths are broken at any letter
+    assert "rows.jsonlhaschangedsincethisrun" in refused.replace(" ", "")
 
 
 def test_a_dry_run_shows_every_arm_and_writes_nothing(tmp_path: Path, tiny: Path) -> None:
