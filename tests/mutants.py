@@ -104,9 +104,11 @@ def _silence() -> None:
 
 
 def copy_of_the_tree(tree: Path) -> Path:
-    for name in ("ual", "ual_kernels", "benchmarks", "tests"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    shutil.copy(ROOT / "pyproject.toml", tree)
+    for name in ("ual", "ual_kernels", "benchmarks", "tests", "docs"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.svg", "*.png")
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tree)
     data = ROOT.parent / "shared"
     if data.is_dir() and not (tree.parent / "shared").exists():
         (tree.parent / "shared").symlink_to(data)
