@@ -30,7 +30,7 @@ bench: .venv/.peers  ## error, time and memory of the losses and of other implem
 	$(BIN)/python -m pytest benchmarks/suites --$(FORM) --results $(RESULTS); status=$$?; \
 		$(BIN)/python -m benchmarks report $(RESULTS) && exit $$status
 
-mutants: .venv/.dev  ## break the code on purpose, line by line, and see that the tests notice
+mutants: .venv/.dev  ## break the code on purpose, line by line, and see that the tests notice (some 20 minutes; CI tries a part)
 	$(BIN)/python tests/mutants.py --parts $(PARTS)
 
 lint: .venv/.dev  ## formatter, linter, types, floors
