@@ -156,13 +156,7 @@ def test_an_incorrect_provider_is_not_timed_and_a_slow_one_is_last(tmp_path: Pat
 
 def test_the_gate_sees_a_loss_that_is_not_fused(tmp_path: Path) -> None:
     gate = ("benchmarks/suites/bench_linear_cross_entropy.py", "--smoke", "-k", "near_the_bare")
-    for attempt in range(
-        3
-    ):  # load on the machine may slow the bare products, and so lower the ratio, in one run
-        (tmp_path / str(attempt)).mkdir()
-        done, results = suite(tmp_path / str(attempt), "-p", "tests.plugins.naive_ours", *gate)
-        if done.returncode:
-            break
+    done, results = suite(tmp_path, "-p", "tests.plugins.naive_ours", *gate)
     assert done.returncode == 1, done.stdout + done.stderr
     (row,) = report.load(results)["rows"]
     assert re.search(r"ours / bare products is \d\.\d\d, best of each; at most 3.0 is allowed", row["raised"])
