@@ -106,6 +106,7 @@ def test_the_public_face() -> None:
 
     assert ual_kernels.__all__ == [
         "IGNORE_INDEX",
+        "Backend",
         "CrossEntropyOptions",
         "LinearCrossEntropyOptions",
         "TokenStatistics",

@@ -1,6 +1,7 @@
 """Fused cross entropy with a separate label smoothing and weight for every sample or token."""
 
 from ual_kernels._types import IGNORE_INDEX as IGNORE_INDEX
+from ual_kernels._types import Backend as Backend
 from ual_kernels._types import UnsupportedError as UnsupportedError
 from ual_kernels.functional import cross_entropy as cross_entropy
 from ual_kernels.functional import cross_entropy_with_statistics as cross_entropy_with_statistics
@@ -15,6 +16,7 @@ from ual_kernels.statistics import TokenStatistics as TokenStatistics
 __version__ = "0.1.0"
 __all__ = [
     "IGNORE_INDEX",
+    "Backend",
     "CrossEntropyOptions",
     "LinearCrossEntropyOptions",
     "TokenStatistics",

@@ -18,7 +18,7 @@ from transformers import (
 from ual.config.elicit import BudgetConfig, LocalConfig
 from ual.config.run import ModelConfig
 from ual.errors import UserError
-from ual.models import Prompt, generate
+from ual.models.generate import Prompt, generate
 from ual.records import Message
 from ual.uncertainty.backends import local
 from ual.uncertainty.budget import Budget, Spent

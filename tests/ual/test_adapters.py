@@ -16,7 +16,9 @@ from tests.ual.runs import configure, gsm8k
 from ual.cli import main as cli
 from ual.config.run import LoraConfig, ModelConfig, load
 from ual.errors import UserError
-from ual.models import attach_lora, fuse, load_model, merge, unfuse
+from ual.models import fuse, unfuse
+from ual.models.load import attach_lora, load_model
+from ual.models.merge import merge
 from ual.pipelines.train import run
 from ual.report import card
 

@@ -22,7 +22,7 @@ from ual.evaluate import (
     reliability_bins,
     rms_calibration_error,
 )
-from ual.models import TokenScores
+from ual.models.score import TokenScores
 
 # confidences on a coarse grid meet the ties; free ones meet everything else
 confidences = st.one_of(st.integers(0, 8).map(lambda k: k / 8), st.floats(0, 1, allow_subnormal=False))

@@ -36,7 +36,8 @@ MEASURE = """
 import ctypes, gc, json, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from ual.config.run import load
-from ual.models import attach_lora, fuse
+from ual.models import fuse
+from ual.models.load import attach_lora
 def field(name):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ual.data import Collator, PackedCollator, pack
 from ual.errors import UserError
-from ual.models import check_isolation, fuse, is_padding_free
+from ual.models import fuse
+from ual.models.packing_check import check_isolation, is_padding_free
 
 SMALL = {
     "vocab_size": 61,

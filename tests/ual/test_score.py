@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ual.data import Collator
-from ual.models import fuse, score
+from ual.models import fuse
+from ual.models.score import score
 
 
 def features(count: int) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from ual.data import Collator
 from ual.errors import UserError
-from ual.models import fuse, score
+from ual.models import fuse
+from ual.models.score import score
 from ual.records import Message, Sample
 from ual.uncertainty.estimators import column, white_box
 

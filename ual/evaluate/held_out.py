@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 from torch import nn
 
 from ual.evaluate.calibration import Evaluation, TokenMetrics
-from ual.models import TokenScores, score
+from ual.models.score import TokenScores, score
 
 
 class SampleEvaluation(TypedDict):

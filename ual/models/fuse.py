@@ -1,17 +1,15 @@
-"""Swap the loss of a causal language model: `fuse(model)`, and it never computes logits while training.
+"""Give a causal language model the fused loss: `fuse(model)`, and it never computes logits while training.
 
-The patched `forward` runs the body of the model, then hands hidden states and lm_head to
-`ual_kernels.linear_cross_entropy`. The lm_head is reached by calling the module itself, and an adapter's
-factors by calling theirs within, so hooks that gather a partitioned weight (DeepSpeed ZeRO-3, FSDP) run as
-they do for logits.
+`fuse` changes the class of the model and of its lm_head (`ual.models.attach`), so the model copies, pickles,
+compiles, wraps and takes hooks like any other. A labeled call runs the model's own `forward` and has the
+lm_head compute `ual_kernels.linear_cross_entropy` in place of logits (`ual.models.head`).
 """
 
-import functools
+import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from peft import PeftModel
@@ -21,231 +19,365 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ual.errors import UserError
 from ual.models import head as heads
-from ual_kernels import (
-    IGNORE_INDEX,
-    LinearCrossEntropyOptions,
-    TokenStatistics,
-    linear_cross_entropy,
-    linear_cross_entropy_with_statistics,
-    losses,
-)
+from ual.models import probe
+from ual.models.attach import Attached, attach, detach, foreign_forward
+from ual.models.loss import LossForm, TokenLoss, column, shifted
+from ual_kernels import IGNORE_INDEX, Backend, TokenStatistics
 
 Model = TypeVar("Model", bound=nn.Module)
-_ADDED = (
-    "label_smoothing", "smoothing_over", "sample_weight", "num_items_in_batch", "max_loss_tokens",
-    "return_statistics",
-)  # fmt: skip
+
+_COLUMNS = ("label_smoothing", "sample_weight")
+_ADDED = (*_COLUMNS, "smoothing_over", "num_items_in_batch", "max_loss_tokens", "return_statistics")
+_MISNOMERS = ("smoothing", "smoothings", "weight", "weights", "loss_weight", "loss_weights")
 
 
 @dataclass
 class FusedOutput(CausalLMOutputWithPast):
-    """What a fused model returns when it is given labels: a loss, no logits, and statistics if asked.
+    """What a fused model returns when it is given labels: the model's own outputs, a loss and statistics.
 
-    `statistics` fields are [B, T], aligned with `labels` shifted left: position t speaks of token t + 1, and
-    holds NaN where that token is ignored.
+    `logits` is None while training. `statistics` fields are [B, T], aligned with `labels` shifted left:
+    position t speaks of token t + 1, and holds NaN where that token is ignored.
     """
 
     statistics: TokenStatistics | None = None
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    image_hidden_states: Any = None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What `fuse` was asked for, and how the model computes logits and loss."""
+
+    z_loss: float
+    backend: Backend
+    require: tuple[str, ...]
+    eval_logits: bool
+    form: LossForm
 
 
 def fuse(
     model: Model,
     *,
     z_loss: float = 0.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
+    require: Iterable[str] = (),
+    eval_logits: bool = True,
     verify: bool = True,
 ) -> Model:
     """Give a causal LM of transformers the fused loss, in place; `unfuse` takes it back.
 
     Afterwards ``model(input_ids=..., labels=..., label_smoothing=..., sample_weight=...)`` returns a
     `FusedOutput` whose `loss` is the mean over non-ignored tokens (or divided by `num_items_in_batch`, as
-    transformers' Trainer passes it) and whose `logits` is None. Without `labels` the model is as before, so
-    generation works. Any trainer that calls the model with labels gains the loss; per-sample columns reach it
-    as tensors [B] (or [B, T]). ``smoothing_over="others"`` spreads smoothing over all classes but the target
-    (`ual_kernels.losses.others`); the default is all classes. ``max_loss_tokens=``, an upper bound on the
-    number of labels that are not ignored, avoids a device synchronization.
+    transformers' Trainer passes it), plus the router loss of a mixture of experts if the model adds one.
+    Without `labels` the model is as before, so generation works. Any trainer that calls the model with
+    labels gains the loss.
+
+    A labeled call also takes
+
+    - label_smoothing, sample_weight: a number, or a tensor, array or list, [B] or [B, T]. The value at [b, t]
+      belongs to ``labels[b, t]`` and is shifted with it (to ``shift_labels[b, t]`` if those are given).
+      Integers are numbers; None is 0 (smoothing) or 1 (weight).
+    - smoothing_over: "all" classes, or "others": all but the target (`ual_kernels.losses.others`).
+    - shift_labels: labels that are shifted already, as sequence parallelism needs.
+    - ignore_index: the label of ignored tokens, -100 by default.
+    - num_items_in_batch: the divisor, in place of the sum of weights.
+    - max_loss_tokens: upper bound on the number of labels that are not ignored. Avoids a device
+      synchronization.
+    - return_statistics: add `TokenStatistics`.
 
     Args:
         model: a `PreTrainedModel` with an lm_head, or a `PeftModel` around one (wrap before or after).
         z_loss, backend: as in `ual_kernels.linear_cross_entropy`.
-        verify: call `check_logits`. Turn it off only for weights that are not there yet.
+        require: names among "label_smoothing" and "sample_weight". A training call without them raises, so
+            that a collator that drops columns is noticed.
+        eval_logits: in eval mode without gradients, a labeled call also returns logits, [B, T, V], as the
+            metrics of transformers' Trainer need. False saves their memory.
+        verify: compare loss and gradients of a few tokens with the model's own logits and loss. Turn it off
+            only for weights that are not there yet, and call `check_logits` later.
 
     Returns:
         The same object.
 
     Raises:
-        UserError: the model has no lm_head, computes its logits in a way this cannot follow, adds a loss of
-            its own (MoE router losses), or wraps its head in an adapter other than plain LoRA.
+        UserError: the model has no lm_head, is an encoder-decoder, computes its logits or its loss in a way
+            that this cannot follow, or has an lm_head, an adapter or a hook that the fused loss does not
+            support.
     """
+    if backend not in get_args(Backend):
+        raise UserError(f"fuse: backend must be one of {get_args(Backend)}, got {backend!r}")
+    if unknown := sorted(set(require) - set(_COLUMNS)):
+        raise UserError(f"fuse: require must name columns among {_COLUMNS}, got {unknown}")
     base = _causal_lm(model)
-    if hasattr(base, "_ual_unfused_forward"):
-        raise UserError(
-            "fuse() was called on a model that is fused already", remedy="call unfuse(model) first"
-        )
-    if base.get_output_embeddings() is None:
-        raise UserError(f"{type(base).__name__} has no lm_head, so there is no loss to fuse")
-    if getattr(base.config, "output_router_logits", False):
-        raise UserError(
-            f"{type(base).__name__} adds a router loss, which the fused loss would drop",
-            remedy="set output_router_logits=False in the model's config",
-        )
-    softcap, logit_scale = _logit_transform(base)
-    if verify:
-        if base.get_input_embeddings().weight.numel() == 0 or base.device.type == "meta":
-            raise UserError(
-                "fuse() cannot check a model whose weights are not in memory",
-                remedy="pass verify=False, and call check_logits(model) where the model can compute",
-            )
-        check_logits(model)
-    unfused = base.forward
-
-    @functools.wraps(unfused)
-    def forward(
-        self: PreTrainedModel,
-        *args: Any,
-        labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
-        label_smoothing: float | Tensor = 0.0,
-        smoothing_over: str = "all",
-        sample_weight: Tensor | None = None,
-        num_items_in_batch: int | Tensor | None = None,
-        max_loss_tokens: int | None = None,
-        return_statistics: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        if labels is None and shift_labels is None:
-            return unfused(*args, **kwargs)
-        if smoothing_over not in ("all", "others"):
-            raise ValueError(f'smoothing_over must be "all" or "others", got {smoothing_over!r}')
-        kwargs.pop("logits_to_keep", None)
-        kwargs.pop("return_dict", None)
-        if "position_ids" in kwargs:
-            # a cache, which transformers makes unasked, would hide from it that a sequence is packed
-            kwargs.setdefault("use_cache", False)
-        body = self.base_model(*args, **kwargs)
-        if shift_labels is None:
-            assert labels is not None
-            # the last position predicts nothing: it is dropped with the other ignored tokens, without a copy
-            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
-
-        def compute(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, TokenStatistics | None]:
-            smoothing = label_smoothing
-            if smoothing_over == "others":
-                smoothing = losses.others(smoothing, len(weight))
-            arguments: dict[str, Any] = {
-                **head,
-                "label_smoothing": smoothing,
-                "sample_weight": sample_weight,
-                "num_items": num_items_in_batch,
-                "softcap": softcap,
-                "logit_scale": logit_scale,
-                "z_loss": z_loss,
-                "options": LinearCrossEntropyOptions(max_loss_tokens=max_loss_tokens),
-                "backend": backend,
-            }
-            if return_statistics:
-                return linear_cross_entropy_with_statistics(hidden, weight, shift_labels, **arguments)
-            return linear_cross_entropy(hidden, weight, shift_labels, **arguments), None
-
-        head = self.get_output_embeddings()  # type: ignore[no-untyped-call]
-        loss, statistics = heads.call_head(head, body.last_hidden_state, compute)
-        return FusedOutput(
-            loss=loss,
-            past_key_values=getattr(body, "past_key_values", None),
-            hidden_states=body.hidden_states,
-            attentions=body.attentions,
-            statistics=statistics,
-        )
-
-    forward.__signature__ = _signature(unfused)  # type: ignore[attr-defined]
-    base._ual_unfused_forward = unfused
-    base.forward = MethodType(forward, base)
+    _check_kind(base)
+    head = base.get_output_embeddings()
+    heads.check(head)
+    try:
+        heads.prepare(head)
+        form = probe.loss_form(base, head)
+        settings = _Settings(z_loss, backend, tuple(require), eval_logits, form)
+        attach(base, _FusedCausalLM, _settings=settings)
+        if verify:
+            probe.check(base, head, form)
+    except BaseException:
+        unfuse(model)
+        raise
     return model
 
 
 def unfuse(model: Model) -> Model:
     """Undo `fuse`."""
     base = _causal_lm(model)
-    if hasattr(base, "_ual_unfused_forward"):
-        del base._ual_unfused_forward
-        del base.forward
+    if (head := base.get_output_embeddings()) is not None:
+        heads.release(head)
+    if isinstance(base, _FusedCausalLM):
+        detach(base)
     return model
-
-
-def _causal_lm(model: nn.Module) -> Any:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(base, PreTrainedModel):
-        raise UserError(f"fuse() takes a transformers model or a PeftModel, got {type(base).__name__}")
-    return base
-
-
-def _signature(unfused: Callable[..., Any]) -> inspect.Signature:
-    """The original parameters and ours: trainers drop data columns that `forward` does not name."""
-    signature = inspect.signature(unfused)
-    parameters = list(signature.parameters.values())
-    rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
-    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
-    present = {p.name for p in named}
-    added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in _ADDED
-        if name not in present
-    ]
-    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return signature.replace(parameters=[self, *named, *added, *rest])
-
-
-# ---- how a model turns the head's output into logits ----
-
-
-def _logit_transform(base: PreTrainedModel) -> tuple[float | None, float]:
-    """Softcap and scale, by the names that transformers' configs use for them."""
-    config = base.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = 1.0
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
-        scale /= divisor
-    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
-        scale *= factor
-    return softcap, scale
 
 
 def check_head(model: nn.Module) -> None:
     """Refuse a model whose head could not be fused in training; weights need not be there.
 
     Raises:
-        UserError: see `ual.models.head.check_head`.
+        UserError: see `ual.models.head.check`.
     """
-    heads.check_head(_causal_lm(model).get_output_embeddings())
+    heads.check(_causal_lm(model).get_output_embeddings())
 
 
-@torch.no_grad()
 def check_logits(model: nn.Module) -> None:
-    """Compare lm_head(hidden), under the config's softcap and scale, with the model's own logits.
+    """Compare the fused loss of a few tokens with the model's own logits and loss.
 
     Args:
-        model: as for `fuse`, before or after it; partitioned weights need an engine that gathers them.
+        model: fused; partitioned weights need an engine that gathers them.
 
     Raises:
         UserError: they differ by more than rounding: the loss of this architecture cannot be fused.
     """
     base = _causal_lm(model)
-    softcap, logit_scale = _logit_transform(base)
-    was_training = base.training
-    base.eval()
-    try:
-        probe = torch.arange(4, device=base.device)[None] % base.config.get_text_config().vocab_size
-        theirs = base(input_ids=probe).logits.double()
-        hidden = base.base_model(input_ids=probe).last_hidden_state
-        raw = base.get_output_embeddings()(hidden).double() * logit_scale
-    finally:
-        base.train(was_training)
-    ours = softcap * torch.tanh(raw / softcap) if softcap else raw
-    # two roundings of the dtype in which the model keeps logits
-    bound = 4 * torch.finfo(hidden.dtype).eps * max(1.0, theirs.abs().max().item())
-    if ours.shape != theirs.shape or not (ours - theirs).abs().max().item() <= bound:
+    probe.check(base, base.get_output_embeddings(), base._settings.form)
+
+
+def _causal_lm(model: nn.Module) -> Any:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
         raise UserError(
-            f"{type(base).__name__} does not compute its logits as softcap(scale * lm_head(hidden)) with the "
-            f"softcap ({softcap}) and scale ({logit_scale:g}) of its config, so its loss cannot be fused",
-            remedy="please report the architecture; train it without fuse() meanwhile",
+            f"fuse() takes a transformers model or a PeftModel, got {type(base).__name__}",
+            remedy="call fuse(model) before the model is wrapped, or on the model inside (wrapped.module)",
         )
+    return base
+
+
+def _check_kind(base: Any) -> None:
+    name = type(base).__name__
+    if isinstance(base, _FusedCausalLM):
+        raise UserError(
+            "fuse() was called on a model that is fused already", remedy="call unfuse(model) first"
+        )
+    if base.config.is_encoder_decoder:
+        raise UserError(f"{name} is an encoder-decoder, and fuse() supports causal language models only")
+    if base.get_output_embeddings() is None:
+        raise UserError(f"{name} has no lm_head, so there is no loss to fuse")
+    if (own := foreign_forward(base)) is not None:
+        raise UserError(
+            f"the forward of this {name} was replaced, by {_origin(own)}, so its loss cannot be fused",
+            remedy="call fuse(model) first, before accelerator.prepare or other wrappers",
+        )
+
+
+# ---- the class of a fused model ----
+
+
+class _FusedCausalLM(Attached):
+    """In front of the class of a causal LM."""
+
+    _settings: _Settings
+    _parameters_by_position: tuple[str, ...]
+    _known: frozenset[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_plain" in vars(cls):
+            signature = inspect.signature(cls._plain.forward)  # type: ignore[attr-defined]
+            cls._parameters_by_position = tuple(signature.parameters)[1:]
+            cls.forward = _forward(signature)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            _check_replacement(self, value)
+        super().__setattr__(name, value)
+
+    def _fused_forward(
+        self,
+        *args: Any,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        label_smoothing: Any = None,
+        sample_weight: Any = None,
+        smoothing_over: str = "all",
+        ignore_index: int = IGNORE_INDEX,
+        num_items_in_batch: int | Tensor | None = None,
+        max_loss_tokens: int | None = None,
+        return_statistics: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        model: Any = self
+        settings = self._settings
+        args, labels = _take_labels(self._parameters_by_position, args, labels)
+        _check_names(kwargs, self._parameters_by_position)
+        asked = [
+            name
+            for name, value in (("label_smoothing", label_smoothing), ("sample_weight", sample_weight))
+            if value is not None
+        ]
+        given = labels if shift_labels is None else shift_labels
+        if given is None:
+            _check_unlabeled(model, [*asked, *(["return_statistics"] if return_statistics else [])])
+            if return_dict is not None:
+                kwargs["return_dict"] = return_dict
+            return super().forward(*args, **kwargs)
+        _check_labeled(model, asked, smoothing_over)
+        if kwargs.get("position_ids") is not None and "use_cache" in self._parameters_by_position:
+            # a cache, which transformers makes unasked, would hide from it that a sequence is packed
+            kwargs.setdefault("use_cache", False)
+
+        logits_wanted = settings.eval_logits and not (
+            return_statistics or model.training or torch.is_grad_enabled()
+        )
+        head = model.get_output_embeddings()
+        heads.prepare(head)
+        with heads.capturing(head, None if logits_wanted else heads.placeholder) as captured:
+            outputs = super().forward(*args, **kwargs, return_dict=True)
+        shift = shift_labels is None and settings.form.shifts_labels
+        loss = TokenLoss(
+            targets=shifted(given, ignore_index) if shift else given,
+            form=settings.form,
+            label_smoothing=column("label_smoothing", label_smoothing, given, shift=shift),
+            sample_weight=column("sample_weight", sample_weight, given, shift=shift),
+            smoothing_over=smoothing_over,
+            ignore_index=ignore_index,
+            num_items=num_items_in_batch,
+            max_loss_tokens=max_loss_tokens,
+            z_loss=settings.z_loss,
+            backend=settings.backend,
+            statistics=bool(return_statistics),
+        )
+        value, statistics = heads.call(head, captured.hidden, loss)
+        fused = FusedOutput(loss=value + probe.router_loss(model, outputs), statistics=statistics)
+        for name, entry in outputs.items():
+            if name != "logits" or logits_wanted:
+                fused[name] = entry
+        wants_dict = model.config.return_dict if return_dict is None else return_dict
+        return fused if wants_dict else fused.to_tuple()
+
+
+def _forward(plain: inspect.Signature) -> Any:
+    """Return a `forward` whose signature has the model's parameters and ours.
+
+    Trainers drop data columns that `forward` does not name.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._fused_forward(*args, **kwargs)
+
+    parameters = list(plain.parameters.values())
+    rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    present = {p.name for p in named}
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in _ADDED
+        if name not in present
+    ]
+    forward.__signature__ = plain.replace(parameters=[*named, *added, *rest])  # type: ignore[attr-defined]
+    return forward
+
+
+# ---- what a call must not ask for ----
+
+
+def _take_labels(
+    names: tuple[str, ...], args: tuple[Any, ...], labels: Tensor | None
+) -> tuple[tuple[Any, ...], Tensor | None]:
+    """Take the labels out of positional arguments."""
+    if "labels" not in names[: len(args)]:
+        return args, labels
+    place = names.index("labels")
+    if labels is not None:
+        raise TypeError("forward() got multiple values for argument 'labels'")
+    return (*args[:place], None, *args[place + 1 :]), args[place]
+
+
+def _check_names(kwargs: Mapping[str, Any], parameters: tuple[str, ...]) -> None:
+    """Refuse names that are near ours: transformers' `**kwargs` would take them without a word."""
+    for name in kwargs:
+        if name in parameters:
+            continue
+        meant = [w for w in _COLUMNS if w.split("_")[1] in name] if name in _MISNOMERS else []
+        meant = meant or difflib.get_close_matches(name, _ADDED, n=1, cutoff=0.8)
+        if meant:
+            raise TypeError(f"a fused model has no argument {name!r}; did you mean {meant[0]!r}?")
+
+
+def _check_unlabeled(model: Any, asked: list[str]) -> None:
+    """Refuse a call that asks for a loss of ours, or must have one, but has no labels."""
+    required = model._settings.require
+    if asked:
+        problem = f"the call has {' and '.join(asked)} but no labels, so they would be ignored"
+    elif required and _is_training(model):
+        problem = f"a training call without labels, though fuse(require={required}) asks for a loss"
+    else:
+        return
+    raise UserError(
+        problem,
+        remedy="pass labels to the model; transformers' Trainer takes them away if it is given "
+        "label_smoothing_factor or compute_loss_func, and TRL's SFTTrainer needs "
+        "ual.integrations.trl.UALSFTTrainer",
+    )
+
+
+def _check_labeled(model: Any, asked: list[str], smoothing_over: str) -> None:
+    if smoothing_over not in ("all", "others"):
+        raise ValueError(f'smoothing_over must be "all" or "others", got {smoothing_over!r}')
+    missing = [name for name in model._settings.require if name not in asked]
+    if missing and _is_training(model):
+        raise UserError(
+            f"the batch has no {' and no '.join(missing)}, which fuse(require=...) asks for",
+            remedy="see that the data collator and Trainer(remove_unused_columns=...) keep the columns",
+        )
+    if "_loss_function" in vars(model):
+        raise UserError(
+            f"model.loss_function was set to {model.loss_function!r}, and the fused loss would ignore it",
+            remedy="call unfuse(model), or delete model._loss_function",
+        )
+
+
+def _is_training(model: nn.Module) -> bool:
+    return model.training and torch.is_grad_enabled()
+
+
+def _check_replacement(model: nn.Module, value: Any) -> None:
+    """Refuse a new `forward` that does not call the fused one: smoothing and weights would be ignored."""
+    code = getattr(getattr(value, "__func__", value), "__code__", None)
+    if code is not None and "fused_lm_head" in code.co_varnames:  # its signature is a copy of ours
+        raise UserError(
+            "TRL's trainer puts a fused lm_head of its own in place of the fused loss, which would ignore "
+            "smoothing and weights",
+            remedy="use ual.integrations.trl.UALSFTTrainer, or call unfuse(model) first",
+        )
+    inner = value
+    while inner is not None:
+        if getattr(inner, "__func__", inner) is type(model).forward:
+            return
+        inner = getattr(inner, "__wrapped__", None) or getattr(inner, "func", None)
+    raise UserError(
+        f"the forward of a fused {type(model).__name__} was to be replaced, by {_origin(value)}, which would "
+        "ignore smoothing and weights",
+        remedy="call unfuse(model) first, or wrap model.forward with functools.wraps",
+    )
+
+
+def _origin(function: Any) -> str:
+    function = getattr(function, "__func__", getattr(function, "func", function))
+    module = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+    return f"{module}.{getattr(function, '__qualname__', type(function).__name__)}"

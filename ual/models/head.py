@@ -1,128 +1,255 @@
-"""Compute the loss within the lm_head's own call, where hooks have gathered its weight and adapter."""
+"""Compute the loss within the lm_head's own call, where hooks have gathered its weight and adapter.
 
+1. `capturing(head)`: within it, the model's own `forward` calls the head, which returns a placeholder for the
+   logits and keeps its input. No hook runs yet.
+2. `call(head, hidden, loss)`: the head computes the loss of this input in place of logits. The hooks of
+   DeepSpeed ZeRO-3, FSDP and accelerate run as they do for logits.
+
+Nothing is patched in either step, and the state of step 1 belongs to the calling thread.
+"""
+
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ual.errors import UserError
+from ual.models.attach import Attached, attach, detach, foreign_forward, plain_class
+from ual_kernels import TokenStatistics
 
-_SUPPORTED = "use plain LoRA, modules_to_save, or no adapter on the lm_head"
+Lora: TypeAlias = tuple[Tensor, Tensor, float]
+
+_REMEDY = "use plain LoRA, modules_to_save, or no adapter on the lm_head"
+_FRAMEWORKS = ("deepspeed.", "torch.distributed.")  # their forward hooks look for tensors in any output
 
 
-def call_head(head: nn.Module, hidden: Tensor, loss: Callable[..., Any]) -> Any:
-    """Return `loss(hidden, weight, ...)`, a pair (loss, statistics), computed within the head's `__call__`.
+class HeadLoss(NamedTuple):
+    """What a head returns in place of logits."""
+
+    loss: Tensor
+    statistics: TokenStatistics | None
+
+
+class Captured:
+    """The input of a head, [..., D], once its model has called it.
+
+    Args:
+        head: whose calls are intercepted.
+        reply: makes what the head returns in place of logits, [..., 1] or [..., V]; None computes the logits.
+    """
+
+    def __init__(self, head: nn.Module, reply: Callable[[Tensor], Tensor] | None) -> None:
+        self.head, self.reply = head, reply
+        self.inputs: list[Tensor] = []
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states.
+
+        Raises:
+            UserError: the model has not called its head exactly once.
+        """
+        if len(self.inputs) != 1:
+            raise _unsupported(
+                f"was called {len(self.inputs)} times by the model's forward, which must call it once",
+                "please report the architecture; train it without fuse() meanwhile",
+            )
+        return self.inputs[0]
+
+
+class _ThreadState(threading.local):
+    captured: Captured | None = None
+
+
+_STATE = _ThreadState()
+
+
+def placeholder(hidden: Tensor) -> Tensor:
+    """Return zeros [..., 1]: logits are scaled and capped after the head, and this costs next to nothing."""
+    return hidden.new_zeros(*hidden.shape[:-1], 1)
+
+
+@contextmanager
+def capturing(head: nn.Module, reply: Callable[[Tensor], Tensor] | None = placeholder) -> Iterator[Captured]:
+    """Intercept the calls of this head, in this thread."""
+    outer, captured = _STATE.captured, Captured(head, reply)
+    _STATE.captured = captured
+    try:
+        yield captured
+    finally:
+        _STATE.captured = outer
+
+
+def call(
+    head: nn.Module,
+    hidden: Tensor,
+    loss: Callable[[Tensor, Tensor, Tensor | None, Lora | None], HeadLoss],
+) -> HeadLoss:
+    """Return `loss(hidden, weight, bias, lora)`, computed within the head's `__call__`.
 
     Args:
         head: a linear layer, plain LoRA around one, or PEFT's wrapper for `modules_to_save`.
         hidden: [..., D] hidden states.
-        loss: receives `hidden`, `weight` [V, D], `linear_bias` and, for LoRA, `linear_lora`.
+        loss: receives the hidden states on the head's device, weight [V, D], bias [V] or None, and the active
+            adapter (A [r, D], B [V, r], scale) or None.
 
     Raises:
         UserError: the fused loss does not support this head.
     """
-    if isinstance(head, ModulesToSaveWrapper):
-        adapter = head.active_adapters[0]
-        trained = not head.disable_adapters and adapter in head.modules_to_save
-        return call_head(head.modules_to_save[adapter] if trained else head.original_module, hidden, loss)
-    if isinstance(head, LoraLayer):
-        return _call_lora_head(head, hidden, loss)
-    if not isinstance(head, nn.Linear):
-        raise _unsupported(head)
-    return _call_nested([], head, hidden, lambda hidden: loss(hidden, head.weight, linear_bias=head.bias), [])
+    prepare(head)
+
+    def without_lora(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadLoss:
+        return loss(hidden, weight, bias, None)
+
+    if isinstance(head, _LoraLinear):
+        result = head(hidden, fused_loss=loss)
+    elif isinstance(head, _Wrapper):
+        result = head(hidden, fused_loss=without_lora)
+    else:
+        result = _call_linear(head, hidden, [], without_lora)
+    assert isinstance(result, HeadLoss)
+    return result
 
 
-def check_head(head: nn.Module) -> None:
-    """Raise if the head cannot be fused in training. Its weights need not be in memory.
+def prepare(head: nn.Module) -> None:
+    """Give the head and the modules within it the classes that `call` needs, once each.
+
+    Weights need not be in memory.
 
     Raises:
-        UserError: the head is not a linear layer, or has an adapter other than plain LoRA without dropout.
+        UserError: the fused loss does not support this head, its adapter, or a hook on it.
     """
-    if isinstance(head, LoraLayer):
-        _check_lora(head, _active(head), training=True)
-    elif not isinstance(head, nn.Linear | ModulesToSaveWrapper):
-        raise _unsupported(head)
+    for module, mixin in _parts(head):
+        _check_hooks(module)
+        if not isinstance(module, mixin):
+            attach(module, mixin)
 
 
-def _unsupported(head: nn.Module) -> UserError:
-    return UserError(
-        f"the lm_head is a {type(head).__name__}, which the fused loss does not support", remedy=_SUPPORTED
-    )
+def check(head: nn.Module) -> None:
+    """Raise if the head cannot be fused. Weights need not be in memory.
+
+    Raises:
+        UserError: as `prepare`; also an adapter other than plain LoRA, or a trainable one with dropout.
+    """
+    for module, _ in _parts(head):
+        _check_hooks(module)
+    if isinstance(head, LoraLinear):
+        trained = any(p.requires_grad for p in head.lora_A.parameters())
+        _check_lora(head, _active(head), training=trained)
 
 
-def _call_lora_head(head: Any, hidden: Tensor, loss: Callable[..., Any]) -> Any:
-    """Pass the base weight and the active adapters' factors, unmerged as in PEFT's own forward."""
-    active = _active(head)
-    _check_lora(head, active, training=head.training)
-    base = head.get_base_layer()
-    down, up = [head.lora_A[name] for name in active], [head.lora_B[name] for name in active]
-    scaling = [head.scaling[name] for name in active]
-
-    def compute(hidden: Tensor, *factors: Tensor) -> Any:
-        a, b = factors[: len(active)], factors[len(active) :]
-        lora = None
-        if len(active) == 1:
-            lora = a[0], b[0], scaling[0]
-        elif active:
-            scaled = [factor * scale for factor, scale in zip(b, scaling, strict=True)]
-            lora = torch.cat(a), torch.cat(scaled, dim=1), 1.0
-        return loss(hidden, base.weight, linear_bias=base.bias, linear_lora=lora)
-
-    return _call_nested([head, *down, *up], base, hidden, compute, [*down, *up])
+def release(head: nn.Module) -> None:
+    """Undo `prepare`."""
+    for module in head.modules():
+        if isinstance(module, _Linear | _LoraLinear | _Wrapper):
+            detach(module)
 
 
-def _active(head: Any) -> list[str]:
-    return [] if head.disable_adapters or head.merged else list(head.active_adapters)
+# ---- heads that compute a loss on request ----
 
 
-def _check_lora(head: Any, active: Sequence[str], *, training: bool) -> None:
-    for adapter in active:
-        dropout = head.lora_dropout[adapter]
-        if not hasattr(head, "get_delta_weight") or head.use_dora.get(adapter) or head.lora_bias.get(adapter):
-            raise UserError(
-                "the lm_head has an adapter other than plain LoRA, which the fused loss does not support",
-                remedy=_SUPPORTED,
+class _Head(Attached):
+    """A module whose call can be intercepted."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        captured = _STATE.captured
+        if captured is not None and captured.head is self and "fused_loss" not in kwargs:
+            captured.inputs.append(args[0])
+            if captured.reply is not None:
+                return captured.reply(args[0])
+        return super().__call__(*args, **kwargs)
+
+
+class _Linear(_Head):
+    """A linear layer that passes its input, weight and bias to a function on request."""
+
+    def forward(self, input: Tensor, *args: Any, fused_loss: Any = None, **kwargs: Any) -> Any:
+        if fused_loss is None:
+            return super().forward(input, *args, **kwargs)
+        weight: Any = self.weight
+        if is_traceable_wrapper_subclass(weight) or not weight.is_floating_point():
+            raise _unsupported(
+                f"has a weight of type {type(weight).__name__} ({weight.dtype})",
+                "keep the lm_head unquantized, and out of the tensor-parallel plan",
             )
-        if isinstance(dropout, nn.Dropout) and dropout.p and training:
-            raise UserError(
-                f"LoRA dropout {dropout.p} on the lm_head cannot be fused",
-                remedy="set lora.dropout to 0, or remove lm_head from target_modules",
-            )
+        return fused_loss(input, weight, self.bias)
 
 
-def _call_nested(
-    outer: Sequence[nn.Module],
+class _LoraLinear(_Head):
+    """Plain LoRA that passes on the base weight and the active adapters' factors, unmerged.
+
+    PEFT's own `forward` would pass `fused_loss` to the base layer and leave the adapter out.
+    """
+
+    def forward(self, x: Tensor, *args: Any, fused_loss: Any = None, **kwargs: Any) -> Any:
+        if fused_loss is None:
+            return super().forward(x, *args, **kwargs)
+        _check_adapter_names(kwargs)
+        layer: Any = self
+        active = _active(layer)
+        _check_lora(layer, active, training=layer.training)
+        scaling = [layer.scaling[name] for name in active]
+        factors = [layer.lora_A[name] for name in active] + [layer.lora_B[name] for name in active]
+
+        def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor) -> HeadLoss:
+            result: HeadLoss = fused_loss(hidden, weight, bias, _joined(factors, scaling))
+            return result
+
+        return _call_lora(factors, [], layer.get_base_layer(), x, compute)
+
+
+class _Wrapper(_Head):
+    """PEFT's wrapper for `modules_to_save`; it passes `fused_loss` on to the module that is in use."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("fused_loss") is not None:
+            _check_adapter_names(kwargs)
+        return super().forward(*args, **kwargs)
+
+
+def _call_lora(
+    factors: Sequence[nn.Module],
+    weights: Sequence[Tensor],
     base: nn.Module,
     hidden: Tensor,
-    compute: Callable[..., Any],
-    factors: Sequence[nn.Module],
-) -> Any:
-    """Call the modules one within the other, and `compute(hidden, *weights of factors)` within `base`.
+    compute: Callable[..., HeadLoss],
+) -> HeadLoss:
+    """Call the factors one within the other and the base innermost: each call gathers its module's weight."""
+    if not factors:
+        return _call_linear(base, hidden, weights, compute)
 
-    Each call runs the module's hooks, which gather its weight before and release it after.
-    """
-    if outer:
-        with _forward(outer[0], lambda hidden: _call_nested(outer[1:], base, hidden, compute, factors)):
-            return outer[0](hidden)
-    weights: list[Any] = [module.weight for module in factors]
+    def within(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadLoss:
+        return _call_lora(factors[1:], [*weights, weight], base, hidden, compute)
+
+    result: HeadLoss = factors[0](hidden, fused_loss=within)
+    return result
+
+
+def _call_linear(
+    base: nn.Module, hidden: Tensor, factors: Sequence[Tensor], compute: Callable[..., HeadLoss]
+) -> HeadLoss:
+    """Return `compute(hidden, weight, bias, *factors)`, computed within the base's call."""
     partitioned = any(hasattr(p, "ds_id") for p in base.parameters(recurse=False))
     trained = any(p.requires_grad for p in base.parameters(recurse=False))
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *weights))
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *factors))
     if trained or not (partitioned and differentiated):
-        with _forward(base, lambda hidden: compute(hidden, *weights)):
-            return base(hidden)
+        result: HeadLoss = base(hidden, fused_loss=lambda h, w, b: compute(h, w, b, *factors))
+        return result
     # ZeRO-3 gathers a module again in backward if its output requires a gradient, but a frozen head is not
     # needed there. So the gradients are computed now, and the head's output has no history.
-    with _forward(base, lambda hidden: _with_gradients(compute, [hidden, *weights])):
-        loss, statistics, *gradients = base(hidden)
-    return _Known.apply(loss, gradients, hidden, *weights), statistics  # type: ignore[no-untyped-call]
+    loss, statistics, *gradients = base(
+        hidden, fused_loss=lambda h, w, b: _with_gradients(lambda x, *f: compute(x, w, b, *f), [h, *factors])
+    )
+    return HeadLoss(_Known.apply(loss, gradients, hidden, *factors), statistics)  # type: ignore[no-untyped-call]
 
 
-def _with_gradients(compute: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Any]:
+def _with_gradients(compute: Callable[..., HeadLoss], inputs: Sequence[Tensor]) -> list[Any]:
     """Return [loss, statistics, the loss's gradient for each input or None], all without history."""
     detached = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
     loss, statistics = compute(*detached)
@@ -139,19 +266,103 @@ class _Known(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         return None, None, *(None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
 
 
-@contextmanager
-def _forward(module: nn.Module, replacement: Callable[[Tensor], Any]) -> Iterator[None]:
-    """Replace the module's `forward` in this context."""
-    own = vars(module).get("forward")
-    module.forward = replacement
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+def _joined(factors: Sequence[Tensor], scaling: Sequence[float]) -> Lora | None:
+    """Return one adapter (A, B, scale) that equals the sum of the active ones."""
+    count = len(scaling)
+    if count == 0:
+        return None
+    a, b = factors[:count], factors[count:]
+    if count == 1:
+        return a[0], b[0], scaling[0]
+    scaled = [factor * scale for factor, scale in zip(b, scaling, strict=True)]
+    return torch.cat(list(a)), torch.cat(scaled, dim=1), 1.0
+
+
+# ---- which heads are supported ----
+
+
+def _parts(head: nn.Module) -> Iterator[tuple[nn.Module, type[Attached]]]:
+    """Yield the modules of a supported head with their mixins; raise for any other head."""
+    if isinstance(head, ModulesToSaveWrapper):
+        for module in (head.original_module, *head.modules_to_save.values()):
+            yield _linear(module), _Linear
+        yield head, _Wrapper
+    elif isinstance(head, LoraLinear) and plain_class(head).forward is LoraLinear.forward:
+        yield _linear(head.get_base_layer()), _Linear
+        for factors in (head.lora_A, head.lora_B):
+            for module in factors.values():
+                yield _linear(module), _Linear
+        yield head, _LoraLinear
+    else:
+        yield _linear(head), _Linear
+
+
+def _linear(module: Any) -> nn.Module:
+    """Return the module if it computes what `nn.Linear` computes, whatever its class is called."""
+    if not isinstance(module, nn.Linear):
+        raise _unsupported(f"is a {_described(module)}", _REMEDY)
+    if plain_class(module).forward is not nn.Linear.forward:
+        raise _unsupported(f"is a {_described(module)}, which has a forward of its own", _REMEDY)
+    if (own := foreign_forward(module)) is not None:
+        raise _unsupported(
+            f"has a forward that {getattr(own, '__module__', type(own).__name__)} has set on the module",
+            "keep the lm_head out of the tensor-parallel plan, or remove what replaced its forward",
+        )
+    return module
+
+
+def _described(module: nn.Module) -> str:
+    kind = plain_class(module)
+    return f"{kind.__name__} of {kind.__module__.split('.')[0]}"
+
+
+def _unsupported(problem: str, remedy: str) -> UserError:
+    return UserError(f"the lm_head {problem}; the fused loss does not support it", remedy=remedy)
+
+
+def _check_hooks(module: nn.Module) -> None:
+    for hook in module._forward_hooks.values():
+        function = getattr(hook, "func", hook)
+        origin = str(getattr(function, "__module__", type(function).__module__))
+        if not origin.startswith(_FRAMEWORKS):
+            name = getattr(function, "__qualname__", type(function).__name__)
+            raise _unsupported(
+                f"has the forward hook {name} of {origin}, which would receive the loss instead of logits",
+                "remove the hook, use a forward pre-hook, or call unfuse(model)",
+            )
+
+
+def _check_adapter_names(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise _unsupported(
+            "has another adapter for each sample (adapter_names=)",
+            "call the model once per adapter, or keep the adapters off the lm_head",
+        )
+
+
+def _active(head: Any) -> list[str]:
+    names = [] if head.disable_adapters or head.merged else head.active_adapters
+    return [name for name in names if name in head.lora_A]
+
+
+def _check_lora(head: Any, active: Sequence[str], *, training: bool) -> None:
+    for adapter in active:
+        variant = head.lora_variant.get(adapter)
+        if variant is not None or head.lora_bias.get(adapter):
+            kind = (
+                "LoRA with a bias"
+                if variant is None
+                else type(variant).__name__.removesuffix("LinearVariant")
+            )
+            raise _unsupported(f"has an adapter other than plain LoRA ({kind})", _REMEDY)
+        dropout = head.lora_dropout[adapter]
+        if isinstance(dropout, nn.Dropout) and dropout.p and training:
+            raise _unsupported(
+                f"has LoRA dropout {dropout.p}",
+                "set the adapter's dropout to 0 (lora.dropout), or remove lm_head from target_modules",
+            )

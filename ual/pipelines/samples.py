@@ -9,7 +9,8 @@ from typing import Any
 from ual.config.run import RunConfig
 from ual.data import Renderer, TokenizedSample, tokenize, training_set
 from ual.errors import UserError
-from ual.models import check_head, fuse, load_config, load_tokenizer
+from ual.models import check_head, fuse
+from ual.models.load import load_config, load_tokenizer
 from ual.models.memory import empty_model
 from ual.records import Elicited, Sample
 from ual.uncertainty.estimators import column

@@ -18,16 +18,10 @@ from ual.data import Collator, PackedCollator, training_set
 from ual.data.training_set import TrainingSet
 from ual.errors import UserError
 from ual.evaluate import Evaluation, SampleEvaluation, evaluate
-from ual.models import (
-    TokenScores,
-    attach_lora,
-    check_isolation,
-    check_logits,
-    fuse,
-    is_padding_free,
-    load_model,
-    score,
-)
+from ual.models import check_logits, fuse
+from ual.models.load import attach_lora, load_model
+from ual.models.packing_check import check_isolation, is_padding_free
+from ual.models.score import TokenScores, score
 from ual.pipelines import samples
 from ual.pipelines.samples import Rendered
 from ual.records import Elicited, Scored

@@ -12,7 +12,11 @@ from ual.config.run import ModelConfig
 from ual.data import Collator, Renderer
 from ual.errors import UserError
 from ual.files import sha256
-from ual.models import Entailment, Prompt, fuse, generate, load_model, load_tokenizer, score
+from ual.models import fuse
+from ual.models.entailment import Entailment
+from ual.models.generate import Prompt, generate
+from ual.models.load import load_model, load_tokenizer
+from ual.models.score import score
 from ual.records import Message, Sample
 from ual.uncertainty import protocol
 from ual.uncertainty.backends.batching import BatchingBackend

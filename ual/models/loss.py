@@ -1,0 +1,127 @@
+"""The loss of one labeled call: its arguments as tensors that match the labels, and its computation."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ual.models.head import HeadLoss, Lora
+from ual_kernels import (
+    IGNORE_INDEX,
+    Backend,
+    LinearCrossEntropyOptions,
+    linear_cross_entropy,
+    linear_cross_entropy_with_statistics,
+    losses,
+)
+
+
+@dataclass(frozen=True)
+class LossForm:
+    """How a model computes its logits from its head, and its loss from its logits."""
+
+    scale: float
+    """Logits are softcap(scale * head(hidden))."""
+    softcap: float | None
+    """softcap(z) = cap * tanh(z / cap); None is the identity."""
+    shifts_labels: bool
+    """Whether position t is compared with label t + 1, or with label t."""
+
+
+@dataclass
+class TokenLoss:
+    """The arguments of a loss; calling it computes the loss of hidden states.
+
+    Args:
+        targets: [B, T] the class of each position, or `ignore_index`.
+        label_smoothing, sample_weight: numbers, or tensors [B] or [B, T] that match `targets`, or functions
+            of the statistics; None is 0 and 1.
+        smoothing_over: "all" or "others".
+        form: how the model computes logits.
+        others: as in `ual_kernels.linear_cross_entropy`.
+    """
+
+    targets: Tensor
+    form: LossForm
+    label_smoothing: Any = None
+    sample_weight: Any = None
+    smoothing_over: str = "all"
+    ignore_index: int = IGNORE_INDEX
+    num_items: int | Tensor | None = None
+    max_loss_tokens: int | None = None
+    z_loss: float = 0.0
+    backend: Backend = "auto"
+    statistics: bool = False
+
+    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None) -> HeadLoss:
+        """Compute it, with every tensor on the device of `hidden` (`device_map` spreads a model)."""
+        device, num_items = hidden.device, self.num_items
+        smoothing = 0.0 if self.label_smoothing is None else _on(device, self.label_smoothing)
+        if self.smoothing_over == "others":
+            smoothing = losses.others(smoothing, len(weight))
+        arguments: dict[str, Any] = {
+            "linear_bias": bias,
+            "linear_lora": lora,
+            "label_smoothing": smoothing,
+            "sample_weight": _on(device, self.sample_weight),
+            "ignore_index": self.ignore_index,
+            "num_items": _on(device, num_items),
+            "softcap": self.form.softcap,
+            "logit_scale": self.form.scale,
+            "z_loss": self.z_loss,
+            "options": LinearCrossEntropyOptions(max_loss_tokens=self.max_loss_tokens),
+            "backend": self.backend,
+        }
+        targets = self.targets.to(device)
+        if self.statistics:
+            return HeadLoss(*linear_cross_entropy_with_statistics(hidden, weight, targets, **arguments))
+        return HeadLoss(linear_cross_entropy(hidden, weight, targets, **arguments), None)
+
+
+def shifted(labels: Tensor, ignore_index: int) -> Tensor:
+    """Return [B, T] targets: each label moved one position to the left.
+
+    The last position predicts nothing. It is dropped with the other ignored tokens, without a copy.
+    """
+    return nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+
+
+def column(name: str, value: Any, labels: Tensor, *, shift: bool) -> Any:
+    """Return a column of a batch as the loss takes it.
+
+    Args:
+        name: for the error.
+        value: None, a function of the statistics, a number, or a tensor, array or list [B] or [B, T].
+        labels: [B, T].
+        shift: whether values [B, T] are moved one position to the left, as the labels are.
+
+    Raises:
+        ValueError: the value is not numeric, or has another shape.
+    """
+    if value is None or callable(value):
+        return value
+    if isinstance(value, int | float) and name == "label_smoothing":
+        return float(value)
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{name} must be numbers [B] or [B, T], got {type(value).__name__}: {error}"
+            ) from None
+    if not value.is_floating_point():  # JSON's 0 and 1
+        value = value.to(torch.float32)
+    shapes = [list(labels.shape[:k]) for k in range(labels.ndim + 1)]
+    if list(value.shape) not in shapes:
+        raise ValueError(
+            f"{name} must have shape {shapes[-1]} like the labels, or {shapes[1]}, one value per sample; "
+            f"got {list(value.shape)}"
+        )
+    if shift and value.ndim == labels.ndim:
+        return nn.functional.pad(value[..., 1:], (0, 1))
+    return value
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

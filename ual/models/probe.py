@@ -1,0 +1,294 @@
+"""Find out how a model computes logits and loss, and check the fused loss of a few tokens against them.
+
+Config attributes do not tell: Granite divides logits by `logits_scaling` and HyperCLOVA X multiplies by it;
+MPT has a `logit_scale` that it does not use. So the head is made to return chosen numbers in place of logits,
+and the model's own `forward` shows what it makes of them.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ual.errors import UserError
+from ual.models import head as heads
+from ual.models.attach import plain_class
+from ual.models.loss import LossForm, TokenLoss, shifted
+from ual_kernels import IGNORE_INDEX
+
+_TOKENS = 6
+_LARGEST = 64.0  # logits of the check: large enough for a cap to show in any dtype
+_SMOOTHING = 0.3
+_REMEDY = "please report the architecture; train it without fuse() meanwhile"
+
+
+def loss_form(base: Any, head: nn.Module) -> LossForm:
+    """Find out the scale and the cap of the logits, and whether the model shifts its labels.
+
+    Args:
+        base: a `PreTrainedModel`, fused or not. If its weights are not in memory, its body is not computed.
+        head: its head, prepared by `ual.models.head.prepare`.
+
+    Raises:
+        UserError: the logits are not softcap(scale * head(hidden)) of one call of the head, or the loss is
+            not their cross entropy.
+    """
+    absent = _weights_are_absent(base)
+    model = _without_body(base, head) if absent else base
+    batch = _batch(base, "cpu" if absent else _device(base))
+    chosen = _chosen_logits(int(head.out_features))  # type: ignore[arg-type]
+
+    def reply(hidden: Tensor) -> Tensor:
+        if hidden.shape[:-1] != batch["input_ids"].shape:
+            raise _refusal(base, f"calls its lm_head with hidden states of shape {list(hidden.shape)}")
+        return chosen[None].to("cpu" if hidden.is_meta else hidden.device, copy=True)
+
+    with _evaluating(base), torch.no_grad(), _errors_of(base), heads.capturing(head, reply) as captured:
+        outputs = _own_forward(model, **batch)
+        captured.hidden  # noqa: B018  raises if the head was not called once
+    logits = outputs["logits"]
+    if logits.shape != (1, *chosen.shape):
+        raise _refusal(base, f"makes logits of shape {list(logits.shape)} from {[1, *chosen.shape]}")
+    scale, softcap = _scale_and_cap(base, chosen, logits[0].double().cpu())
+    loss = (outputs["loss"] - router_loss(base, outputs)).double().cpu()
+    expected = softcap_of(chosen * scale, softcap)
+    labels = batch["labels"][0].cpu()
+    for shifts in (True, False):
+        target = shifted(labels, IGNORE_INDEX) if shifts else labels
+        if (loss - cross_entropy(expected, target)).abs() <= 1e-5 * expected.abs().max():
+            return LossForm(scale, softcap, shifts)
+    raise _refusal(base, "does not compute its loss as the cross entropy of its logits")
+
+
+def check(base: Any, head: nn.Module, form: LossForm) -> None:
+    """Compare the fused loss of a few tokens with the model's own loss and with float64 from its own logits.
+
+    The head's input is scaled up, so that logits are large. A smoothed loss and the gradient of the head's
+    input are compared as well.
+
+    Args:
+        base: a fused `PreTrainedModel` whose weights are in memory.
+        head, form: as in `loss_form`.
+
+    Raises:
+        UserError: they differ by more than rounding, or the model cannot compute the probe.
+    """
+    if _weights_are_absent(base):
+        raise UserError(
+            "fuse() cannot check a model whose weights are not in memory",
+            remedy="pass verify=False, and call check_logits(model) where the model can compute",
+        )
+    batch = _batch(base, _device(base))
+    with _evaluating(base), _errors_of(base):
+        with torch.no_grad(), heads.capturing(head, None) as captured:
+            outputs = _own_forward(base, **batch)
+        hidden = captured.hidden
+        largest = outputs["logits"].abs().max().item() / abs(form.scale)
+        hidden = hidden.detach() * (_LARGEST / largest if largest > 0 else 1.0)
+        with _given(head, hidden), torch.no_grad():
+            own = _own_forward(base, **batch)
+            fused = base(**batch).loss
+            smoothed = base(**batch, label_smoothing=_SMOOTHING).loss
+    logits = own["logits"][0].double()
+    target = shifted(batch["labels"][0], IGNORE_INDEX) if form.shifts_labels else batch["labels"][0]
+    target = target.to(logits.device)
+    effect = cross_entropy(logits, target, label_smoothing=_SMOOTHING) - cross_entropy(logits, target)
+    # the model rounds its logits to its dtype, and its loss to float32; a loss changes by at most twice as much
+    # as its logits
+    eps = max(torch.finfo(hidden.dtype).eps, torch.finfo(torch.float32).eps)
+    bound = 4 * eps * max(1.0, logits.abs().max().item())
+    for what, ours, theirs in (("loss", fused, own["loss"]), ("smoothing", smoothed - fused, effect)):
+        if not abs(ours.item() - theirs.item()) <= bound:
+            raise _refusal(
+                base, f"has a {what} of {theirs.item():.6g}, and the fused one is {ours.item():.6g}"
+            )
+    if not any(hasattr(p, "ds_id") for p in head.parameters()):
+        _check_gradient(base, head, form, hidden, batch, bound)
+
+
+def _check_gradient(
+    base: Any, head: nn.Module, form: LossForm, hidden: Tensor, batch: dict[str, Tensor], bound: float
+) -> None:
+    """Compare the gradients of the head's input, for the smoothed loss."""
+    labels = batch["labels"]
+    target = shifted(labels, IGNORE_INDEX) if form.shifts_labels else labels
+    leaf = hidden.requires_grad_()
+    compute = TokenLoss(target, form, label_smoothing=_SMOOTHING)
+
+    def frozen(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: heads.Lora | None
+    ) -> heads.HeadLoss:
+        return compute(hidden, weight.detach(), bias if bias is None else bias.detach(), lora)
+
+    with _evaluating(base), torch.enable_grad(), _errors_of(base):
+        with _given(head, leaf):
+            logits = _own_forward(base, input_ids=batch["input_ids"])["logits"][0].double()
+        loss = cross_entropy(logits, target[0].to(logits.device), label_smoothing=_SMOOTHING)
+        (theirs,) = torch.autograd.grad(loss, leaf)
+        (ours,) = torch.autograd.grad(heads.call(head, leaf, frozen).loss, leaf)
+    # probabilities change by a factor of at most exp(2 d) if logits change by d; the rest is GEMM rounding
+    relative = torch.expm1(torch.tensor(bound)).item() + 16 * torch.finfo(hidden.dtype).eps
+    error = (ours - theirs).double().norm().item()
+    if not error <= relative * theirs.double().norm().item():
+        raise _refusal(base, f"has another gradient: the fused one differs by {error:.3g}")
+
+
+def router_loss(model: Any, outputs: Mapping[str, Any]) -> Tensor | float:
+    """Return the router loss of a mixture of experts, weighted as in the model; 0 if it has computed none."""
+    loss = outputs.get("aux_loss")
+    if not isinstance(loss, Tensor):
+        return 0.0
+    config = model.config.get_text_config()
+    for place, name in (
+        (model, "router_aux_loss_coef"),
+        (model, "aux_loss_coef"),
+        (config, "router_aux_loss_coef"),
+    ):
+        if (coefficient := getattr(place, name, None)) is not None:
+            return coefficient * loss  # type: ignore[no-any-return]
+    raise UserError(
+        f"{type(model).__name__} computes a router loss, and fuse() finds no coefficient for it",
+        remedy="set router_aux_loss_coef in the model's config, or output_router_logits=False",
+    )
+
+
+# ---- the model's own forward ----
+
+
+def _own_forward(model: Any, **batch: Tensor) -> Any:
+    """Call the `forward` of the class that the model had before `fuse`."""
+    forward = plain_class(model).forward
+    options: dict[str, Any] = {"return_dict": True}
+    if "use_cache" in inspect.signature(forward).parameters:
+        options["use_cache"] = False
+    return forward(model, **batch, **options)
+
+
+def _batch(base: Any, device: torch.device | str) -> dict[str, Tensor]:
+    """Return input_ids and labels [1, T] of ordinary tokens; one label is ignored."""
+    config = base.config.get_text_config()
+    special = {
+        value
+        for part in (base.config, config)
+        for name, value in vars(part).items()
+        if name.endswith(("token_id", "token_index")) and isinstance(value, int)
+    }
+    ordinary = [i for i in range(min(config.vocab_size, 1000)) if i not in special] or [0]
+    ids = torch.tensor([[ordinary[i % len(ordinary)] for i in range(_TOKENS)]], device=device)
+    labels = ids.clone()
+    labels[0, 2] = IGNORE_INDEX
+    return {"input_ids": ids, "labels": labels}
+
+
+def _device(base: Any) -> torch.device:
+    """Return where the embedding computes; with accelerate's hooks its weight may be elsewhere."""
+    embedding = base.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    for part in (hook, *getattr(hook, "hooks", ())):
+        if getattr(part, "execution_device", None) is not None:
+            return torch.device(part.execution_device)
+    return embedding.weight.device  # type: ignore[no-any-return]
+
+
+def _weights_are_absent(base: Any) -> bool:
+    """Return whether weights are partitioned (ZeRO-3) or on no device, and no hook brings them."""
+    embedding = base.get_input_embeddings()
+    weight: Tensor = embedding.weight
+    return weight.numel() == 0 or (weight.is_meta and not hasattr(embedding, "_hf_hook"))
+
+
+@contextmanager
+def _evaluating(base: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode, and each module back into its own mode."""
+    training = [module for module in base.modules() if module.training]
+    base.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _given(head: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """Give the head these hidden states in place of the model's, by a hook: a head may be tied or packed."""
+    handle = head.register_forward_pre_hook(lambda _, args: (hidden, *args[1:]), prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Body(nn.Module):
+    """Stands for a body whose weights are not in memory: hidden states of 0, and no other output."""
+
+    class _Outputs(BaseModelOutputWithPast):
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("_"):
+                raise AttributeError(name)
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self._hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return self._Outputs(last_hidden_state=self._hidden)
+
+
+def _without_body(base: Any, head: Any) -> Any:
+    """Return a shallow copy whose body is a `_Body`; modules between body and head are the model's own."""
+    shell = copy.copy(base)
+    hidden = torch.zeros(1, _TOKENS, int(head.in_features), device=next(head.parameters()).device)
+    vars(shell)["_modules"] = {**base._modules, base.base_model_prefix: _Body(hidden)}
+    return shell
+
+
+# ---- what it makes of the head's output ----
+
+
+def _chosen_logits(vocab: int) -> Tensor:
+    """Return [T, V] float64: 0, a number in the linear part of any cap, a number beyond it, and a spread."""
+    spread = torch.linspace(-3 * _LARGEST, 3 * _LARGEST, vocab, dtype=torch.float64)
+    chosen = torch.stack([spread.roll(7 * t) for t in range(_TOKENS)])
+    chosen[:3] = torch.tensor([0.0, 2.0**-10, 2.0**30], dtype=torch.float64)[:, None]
+    return chosen
+
+
+def _scale_and_cap(base: Any, chosen: Tensor, logits: Tensor) -> tuple[float, float | None]:
+    scale, top = (logits[1, 0] / chosen[1, 0]).item(), logits[2, 0].item()
+    capped = abs(top) < 0.5 * abs(scale) * chosen[2, 0].item()
+    softcap = top if capped else None
+    expected = softcap_of(chosen * scale, softcap)
+    bound = 8 * torch.finfo(torch.float32).eps * expected.abs() + 1e-30
+    if scale == 0 or not bool(((logits - expected).abs() <= bound).all()):
+        raise _refusal(base, "does not compute its logits as softcap(scale * lm_head(hidden))")
+    return scale, softcap
+
+
+def softcap_of(logits: Tensor, cap: float | None) -> Tensor:
+    """Return cap * tanh(logits / cap), or the logits for None."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _refusal(base: Any, problem: str) -> UserError:
+    return UserError(f"{type(base).__name__} {problem}, so its loss cannot be fused", remedy=_REMEDY)
+
+
+@contextmanager
+def _errors_of(base: Any) -> Iterator[None]:
+    """Name the model if it cannot compute a few tokens of text."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise _refusal(
+            base, f"cannot compute the loss of {_TOKENS} tokens ({type(error).__name__}: {first})"
+        ) from error
