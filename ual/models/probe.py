@@ -99,8 +99,8 @@ def check(base: Any, head: nn.Module, form: LossForm) -> None:
     target = shifted(batch["labels"][0], IGNORE_INDEX) if form.shifts_labels else batch["labels"][0]
     target = target.to(logits.device)
     effect = cross_entropy(logits, target, label_smoothing=_SMOOTHING) - cross_entropy(logits, target)
-    # the model rounds its logits to its dtype, and its loss to float32; a loss changes by at most twice as much
-    # as its logits
+    # the model rounds its logits to its dtype, and its loss to float32;
+    # a loss changes by at most twice as much as its logits
     eps = max(torch.finfo(hidden.dtype).eps, torch.finfo(torch.float32).eps)
     bound = 4 * eps * max(1.0, logits.abs().max().item())
     for what, ours, theirs in (("loss", fused, own["loss"]), ("smoothing", smoothed - fused, effect)):
