@@ -22,7 +22,7 @@ from ual.models.attach import plain_class
 from ual.models.loss import LossForm, TokenLoss, shifted
 from ual_kernels import IGNORE_INDEX
 
-_TOKENS = 6
+_TOKENS = 8
 _LARGEST = 64.0  # logits of the check: large enough for a cap to show in any dtype
 _SMOOTHING = 0.3
 _REMEDY = "please report the architecture; train it without fuse() meanwhile"
@@ -57,11 +57,12 @@ def loss_form(base: Any, head: nn.Module) -> LossForm:
         raise _refusal(base, f"makes logits of shape {list(logits.shape)} from {[1, *chosen.shape]}")
     scale, softcap = _scale_and_cap(base, chosen, logits[0].double().cpu())
     loss = (outputs["loss"] - router_loss(base, outputs)).double().cpu()
-    expected = softcap_of(chosen * scale, softcap)
     labels = batch["labels"][0].cpu()
+    expected = softcap_of(chosen * scale, softcap)
+    bound = 16 * torch.finfo(torch.float32).eps * expected[3:].abs().max()
     for shifts in (True, False):
         target = shifted(labels, IGNORE_INDEX) if shifts else labels
-        if (loss - cross_entropy(expected, target)).abs() <= 1e-5 * expected.abs().max():
+        if (loss - cross_entropy(expected, target)).abs() <= bound:
             return LossForm(scale, softcap, shifts)
     raise _refusal(base, "does not compute its loss as the cross entropy of its logits")
 
@@ -171,7 +172,10 @@ def _own_forward(model: Any, **batch: Tensor) -> Any:
 
 
 def _batch(base: Any, device: torch.device | str) -> dict[str, Tensor]:
-    """Return input_ids and labels [1, T] of ordinary tokens; one label is ignored."""
+    """Return input_ids and labels [1, T] of ordinary tokens.
+
+    Labels 2 and 3 are ignored, so position 2 has no loss, whether labels are shifted or not.
+    """
     config = base.config.get_text_config()
     special = {
         value
@@ -182,7 +186,7 @@ def _batch(base: Any, device: torch.device | str) -> dict[str, Tensor]:
     ordinary = [i for i in range(min(config.vocab_size, 1000)) if i not in special] or [0]
     ids = torch.tensor([[ordinary[i % len(ordinary)] for i in range(_TOKENS)]], device=device)
     labels = ids.clone()
-    labels[0, 2] = IGNORE_INDEX
+    labels[0, 2:4] = IGNORE_INDEX
     return {"input_ids": ids, "labels": labels}
 
 
@@ -253,9 +257,10 @@ def _without_body(base: Any, head: Any) -> Any:
 
 
 def _chosen_logits(vocab: int) -> Tensor:
-    """Return [T, V] float64: 0, a number in the linear part of any cap, a number beyond it, and a spread."""
-    spread = torch.linspace(-3 * _LARGEST, 3 * _LARGEST, vocab, dtype=torch.float64)
-    chosen = torch.stack([spread.roll(7 * t) for t in range(_TOKENS)])
+    """Return [T, V] float64: 0, a number in the linear part of any cap, one beyond it, and a random spread."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.empty(_TOKENS, vocab, dtype=torch.float64)
+    chosen.uniform_(-3 * _LARGEST, 3 * _LARGEST, generator=generator)
     chosen[:3] = torch.tensor([0.0, 2.0**-10, 2.0**30], dtype=torch.float64)[:, None]
     return chosen
 
