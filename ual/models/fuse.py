@@ -109,7 +109,7 @@ def fuse(
     if unknown := sorted(set(require) - set(_COLUMNS)):
         raise UserError(f"fuse: require must name columns among {_COLUMNS}, got {unknown}")
     base = _causal_lm(model)
-    _check_kind(base)
+    _check_kind(model, base)
     head = base.get_output_embeddings()
     heads.check(head)
     try:
@@ -167,8 +167,13 @@ def _causal_lm(model: nn.Module) -> Any:
     return base
 
 
-def _check_kind(base: Any) -> None:
+def _check_kind(model: nn.Module, base: Any) -> None:
     name = type(base).__name__
+    if isinstance(model, PeftModel) and any(c.peft_type == "CPT" for c in model.peft_config.values()):
+        raise UserError(
+            "fuse() does not support CPT, which computes its own loss from logits",
+            remedy="use another adapter",
+        )
     if isinstance(base, _FusedCausalLM):
         raise UserError(
             "fuse() was called on a model that is fused already", remedy="call unfuse(model) first"
@@ -267,8 +272,7 @@ class _FusedCausalLM(Attached):
         for name, entry in outputs.items():
             if name != "logits" or logits_wanted:
                 fused[name] = entry
-        wants_dict = model.config.return_dict if return_dict is None else return_dict
-        return fused if wants_dict else fused.to_tuple()
+        return fused.to_tuple() if return_dict is False else fused
 
 
 def _forward(plain: inspect.Signature) -> Any:
@@ -344,6 +348,11 @@ def _check_labeled(model: Any, asked: list[str], smoothing_over: str) -> None:
         raise UserError(
             f"the batch has no {' and no '.join(missing)}, which fuse(require=...) asks for",
             remedy="see that the data collator and Trainer(remove_unused_columns=...) keep the columns",
+        )
+    if not model.config.return_dict:
+        raise UserError(
+            "config.return_dict=False makes the model's body return tuples that its own forward cannot read",
+            remedy="set it to True, and pass return_dict=False in the call",
         )
     if "_loss_function" in vars(model):
         raise UserError(

@@ -17,7 +17,6 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ual.errors import UserError
 from ual.models.attach import Attached, attach, detach, foreign_forward, plain_class
@@ -26,6 +25,7 @@ from ual_kernels import TokenStatistics
 Lora: TypeAlias = tuple[Tensor, Tensor, float]
 
 _REMEDY = "use plain LoRA, modules_to_save, or no adapter on the lm_head"
+_TOKENS = "remove trainable_token_indices, or untie the embeddings: PEFT adapts a tied lm_head as well"
 _FRAMEWORKS = ("deepspeed.", "torch.distributed.")  # their forward hooks look for tensors in any output
 
 
@@ -126,8 +126,9 @@ def prepare(head: nn.Module) -> None:
         UserError: the fused loss does not support this head, its adapter, or a hook on it.
     """
     for module, mixin in _parts(head):
-        _check_hooks(module)
+        _check_instance(module)
         if not isinstance(module, mixin):
+            _check_class(module, mixin)
             attach(module, mixin)
 
 
@@ -137,8 +138,9 @@ def check(head: nn.Module) -> None:
     Raises:
         UserError: as `prepare`; also an adapter other than plain LoRA, or a trainable one with dropout.
     """
-    for module, _ in _parts(head):
-        _check_hooks(module)
+    for module, mixin in _parts(head):
+        _check_instance(module)
+        _check_class(module, mixin)
     if isinstance(head, LoraLinear):
         trained = any(p.requires_grad for p in head.lora_A.parameters())
         _check_lora(head, _active(head), training=trained)
@@ -173,12 +175,21 @@ class _Linear(_Head):
         if fused_loss is None:
             return super().forward(input, *args, **kwargs)
         weight: Any = self.weight
-        if is_traceable_wrapper_subclass(weight) or not weight.is_floating_point():
+        if _is_packed(weight):
             raise _unsupported(
                 f"has a weight of type {type(weight).__name__} ({weight.dtype})",
                 "keep the lm_head unquantized, and out of the tensor-parallel plan",
             )
         return fused_loss(input, weight, self.bias)
+
+
+def _is_packed(weight: Tensor) -> bool:
+    """Return whether a weight stores other numbers than it shows: quantized, or a shard of a DTensor."""
+    kind: Any = type(weight)
+    plain = kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or kind.__module__.startswith(
+        "torch._subclasses"
+    )
+    return not (plain and weight.is_floating_point())
 
 
 class _LoraLinear(_Head):
@@ -286,46 +297,51 @@ def _joined(factors: Sequence[Tensor], scaling: Sequence[float]) -> Lora | None:
 # ---- which heads are supported ----
 
 
-def _parts(head: nn.Module) -> Iterator[tuple[nn.Module, type[Attached]]]:
-    """Yield the modules of a supported head with their mixins; raise for any other head."""
+def _parts(head: Any) -> Iterator[tuple[nn.Module, type[Attached]]]:
+    """Yield the modules of a head with their mixins."""
     if isinstance(head, ModulesToSaveWrapper):
         for module in (head.original_module, *head.modules_to_save.values()):
-            yield _linear(module), _Linear
+            yield module, _Linear
         yield head, _Wrapper
-    elif isinstance(head, LoraLinear) and plain_class(head).forward is LoraLinear.forward:
-        yield _linear(head.get_base_layer()), _Linear
-        for factors in (head.lora_A, head.lora_B):
-            for module in factors.values():
-                yield _linear(module), _Linear
+    elif isinstance(head, _LoraLinear) or _is_plain_lora(head):
+        for module in (head.get_base_layer(), *head.lora_A.values(), *head.lora_B.values()):
+            yield module, _Linear
         yield head, _LoraLinear
     else:
-        yield _linear(head), _Linear
+        yield head, _Linear
 
 
-def _linear(module: Any) -> nn.Module:
-    """Return the module if it computes what `nn.Linear` computes, whatever its class is called."""
+def _is_plain_lora(head: nn.Module) -> bool:
+    return isinstance(head, LoraLinear) and plain_class(head).forward is LoraLinear.forward
+
+
+def _check_class(module: nn.Module, mixin: type[Attached]) -> None:
+    """Refuse a module in the place of a linear layer that computes anything else, whatever it is called."""
+    if mixin is not _Linear:
+        return
     if not isinstance(module, nn.Linear):
-        raise _unsupported(f"is a {_described(module)}", _REMEDY)
+        name = _described(module)
+        raise _unsupported(f"is a {name}", _TOKENS if "TrainableTokens" in name else _REMEDY)
     if plain_class(module).forward is not nn.Linear.forward:
         raise _unsupported(f"is a {_described(module)}, which has a forward of its own", _REMEDY)
-    if (own := foreign_forward(module)) is not None:
-        raise _unsupported(
-            f"has a forward that {getattr(own, '__module__', type(own).__name__)} has set on the module",
-            "keep the lm_head out of the tensor-parallel plan, or remove what replaced its forward",
-        )
-    return module
 
 
 def _described(module: nn.Module) -> str:
     kind = plain_class(module)
-    return f"{kind.__name__} of {kind.__module__.split('.')[0]}"
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _unsupported(problem: str, remedy: str) -> UserError:
     return UserError(f"the lm_head {problem}; the fused loss does not support it", remedy=remedy)
 
 
-def _check_hooks(module: nn.Module) -> None:
+def _check_instance(module: nn.Module) -> None:
+    """Refuse what somebody has set on this module: a forward, or hooks that expect logits."""
+    if (own := foreign_forward(module)) is not None:
+        raise _unsupported(
+            f"has a forward that {getattr(own, '__module__', type(own).__name__)} has set on the module",
+            "keep the lm_head out of the tensor-parallel plan, or remove what replaced its forward",
+        )
     for hook in module._forward_hooks.values():
         function = getattr(hook, "func", hook)
         origin = str(getattr(function, "__module__", type(function).__module__))

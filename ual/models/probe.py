@@ -23,7 +23,7 @@ from ual.models.loss import LossForm, TokenLoss, shifted
 from ual_kernels import IGNORE_INDEX
 
 _TOKENS = 8
-_LARGEST = 64.0  # logits of the check: large enough for a cap to show in any dtype
+_LARGEST = 64.0  # of the check's logits: a cap shows in any dtype
 _SMOOTHING = 0.3
 _REMEDY = "please report the architecture; train it without fuse() meanwhile"
 
@@ -87,11 +87,12 @@ def check(base: Any, head: nn.Module, form: LossForm) -> None:
         )
     batch = _batch(base, _device(base))
     with _evaluating(base), _errors_of(base):
-        with torch.no_grad(), heads.capturing(head, None) as captured:
-            outputs = _own_forward(base, **batch)
-        hidden = captured.hidden
-        largest = outputs["logits"].abs().max().item() / abs(form.scale)
-        hidden = hidden.detach() * (_LARGEST / largest if largest > 0 else 1.0)
+        with torch.no_grad():
+            with heads.capturing(head, None) as captured:
+                _own_forward(base, **batch)
+            largest = head(captured.hidden).abs().max().item() * abs(form.scale)
+        wanted = min(_LARGEST, 2 * form.softcap) if form.softcap else _LARGEST
+        hidden = captured.hidden.detach() * (wanted / largest if largest > 0 else 1.0)
         with _given(head, hidden), torch.no_grad():
             own = _own_forward(base, **batch)
             fused = base(**batch).loss
@@ -99,18 +100,24 @@ def check(base: Any, head: nn.Module, form: LossForm) -> None:
     logits = own["logits"][0].double()
     target = shifted(batch["labels"][0], IGNORE_INDEX) if form.shifts_labels else batch["labels"][0]
     target = target.to(logits.device)
+    own_loss = own["loss"] + _z_loss(base, logits[target != IGNORE_INDEX])
     effect = cross_entropy(logits, target, label_smoothing=_SMOOTHING) - cross_entropy(logits, target)
     # the model rounds its logits to its dtype, and its loss to float32;
     # a loss changes by at most twice as much as its logits
     eps = max(torch.finfo(hidden.dtype).eps, torch.finfo(torch.float32).eps)
     bound = 4 * eps * max(1.0, logits.abs().max().item())
-    for what, ours, theirs in (("loss", fused, own["loss"]), ("smoothing", smoothed - fused, effect)):
+    for what, ours, theirs in (("loss", fused, own_loss), ("smoothing", smoothed - fused, effect)):
         if not abs(ours.item() - theirs.item()) <= bound:
             raise _refusal(
                 base, f"has a {what} of {theirs.item():.6g}, and the fused one is {ours.item():.6g}"
             )
     if not any(hasattr(p, "ds_id") for p in head.parameters()):
         _check_gradient(base, head, form, hidden, batch, bound)
+
+
+def _z_loss(base: Any, logits: Tensor) -> Tensor:
+    """Return what `fuse(z_loss=...)` adds to the loss of these tokens, [N, V]."""
+    return base._settings.z_loss * logits.logsumexp(-1).square().mean()  # type: ignore[no-any-return]
 
 
 def _check_gradient(
@@ -257,7 +264,7 @@ def _without_body(base: Any, head: Any) -> Any:
 
 
 def _chosen_logits(vocab: int) -> Tensor:
-    """Return [T, V] float64: 0, a number in the linear part of any cap, one beyond it, and a random spread."""
+    """Return [T, V] float64: 0, a number in the linear part of any cap, one beyond it, a random spread."""
     generator = torch.Generator().manual_seed(0)
     chosen = torch.empty(_TOKENS, vocab, dtype=torch.float64)
     chosen.uniform_(-3 * _LARGEST, 3 * _LARGEST, generator=generator)
