@@ -241,7 +241,7 @@ def test_a_model_with_another_logit_transform_is_refused() -> None:
         fuse(model)
 
 
-@pytest.mark.kills("ual/models/fuse.py", 'if smoothing_over == "others":', "if False:")
+@pytest.mark.kills("ual/models/loss.py", 'if self.smoothing_over == "others":', "if False:")
 def test_a_batch_says_over_which_classes_smoothing_spreads(stories: Path) -> None:
     model = fuse(AutoModelForCausalLM.from_pretrained(stories))
     ids, labels = batch()
