@@ -14,7 +14,7 @@ UNSLOTH_ZOO := $(CURDIR)/.venv/unsloth-zoo
 # threads that wait by spinning starve each other on a busy machine
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help quickstart test bench mutants lint format clean
+.PHONY: help quickstart test bench mutants architectures lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ bench: .venv/.peers  ## error, time and memory of the losses and of other implem
 
 mutants: .venv/.dev  ## break the code on purpose, line by line, and see that the tests notice (some 20 minutes; CI tries a part)
 	$(BIN)/python tests/mutants.py --parts $(PARTS)
+
+architectures: .venv/.dev  ## fuse every model class of transformers and every adapter of PEFT; write docs/architectures.md (2 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures
 
 lint: .venv/.dev  ## formatter, linter, types, floors
 	$(BIN)/ruff format --check .
