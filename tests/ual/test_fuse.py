@@ -18,6 +18,8 @@ from accelerate import Accelerator, cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map
 from transformers import (
@@ -161,6 +163,56 @@ def test_a_replica_computes_with_its_own_head() -> None:
     replica._modules = {**model._modules, "lm_head": nn.Linear(32, 67, bias=False)}
     torch.testing.assert_close(replica(**batch()).loss, own_loss(replica))
     assert not torch.equal(smoothed(replica), smoothed(model))
+
+
+class Larger(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 1.5 * weight
+
+
+CHANGES = {
+    "resized": lambda m: m.resize_token_embeddings(80, mean_resizing=False),
+    "another head": lambda m: setattr(m, "lm_head", nn.Linear(32, 67)),
+    "parametrized": lambda m: parametrize.register_parametrization(m.lm_head, "weight", Larger()),
+    "pruned": lambda m: prune.l1_unstructured(m.lm_head, "weight", 0.3),
+    "bfloat16": lambda m: m.to(torch.bfloat16),
+    "copied": copy.copy,
+}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["fused, then changed", "changed, then fused"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_head_that_changes(change: str, before: bool) -> None:
+    torch.manual_seed(0)
+    model = model_of("llama")
+    if before:
+        fuse(model)
+    CHANGES[change](model)
+    if not before:
+        fuse(model)
+    fused = loss_and_gradients(model, **batch())
+    own = loss_and_gradients(unfuse(model), **batch())
+    if change == "bfloat16":  # the model rounds its logits, of about 6, and the fused loss does not
+        assert abs(fused[0] - own[0]) <= 8 * torch.finfo(torch.bfloat16).eps
+    else:
+        assert_same(fused, own)
+
+
+def test_weights_that_come_with_the_call() -> None:
+    model = llama()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    weights["lm_head.weight"] *= 2
+    called = functional_call(model, weights, (batch()["input_ids"],), {"labels": batch()["labels"]}).loss
+    double_the_head(model)
+    torch.testing.assert_close(called, model(**batch()).loss)
+
+
+def test_reentrant_checkpoints() -> None:
+    model = llama().train()
+    plain = loss_and_gradients(model, **batch(), label_smoothing=S)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    assert_same(loss_and_gradients(model, **batch(), label_smoothing=S), plain)
 
 
 # ---- columns ----
