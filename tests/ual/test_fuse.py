@@ -681,6 +681,33 @@ def test_a_second_adapter_without_a_saved_head() -> None:
     assert losses[0] != losses[1]
 
 
+def two_adapters() -> Any:
+    options = {"init_lora_weights": False, "target_modules": ["q_proj", "lm_head"]}
+    model = get_peft_model(llama(), LoraConfig(r=4, **options))
+    model.add_adapter("second", LoraConfig(r=2, **options))
+    model.base_model.set_adapter(["default", "second"])
+    return model.eval()
+
+
+@pytest.mark.kills(
+    HEAD, "scaled = [factor * scale for factor, scale in zip(b, scaling, strict=True)]", "scaled = b"
+)
+def test_adapters_that_are_active_together_merged_and_unloaded() -> None:
+    model = two_adapters()
+    fused = loss_and_gradients(model, **batch())
+    assert_same(fused, loss_and_gradients(unfuse(model), **batch()))
+    fuse(model)
+    for change in (model.merge_adapter, model.unmerge_adapter):
+        change()
+        torch.testing.assert_close(model(**batch()).loss.detach(), fused[0], rtol=1e-5, atol=1e-5)
+    expected = smoothed(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(smoothed(other), expected)
+    plain = model.merge_and_unload()
+    torch.testing.assert_close(smoothed(plain), expected, rtol=1e-5, atol=1e-5)
+    assert type(unfuse(plain).lm_head) is nn.Linear
+
+
 @pytest.mark.kills(
     HEAD, "        _check_adapter_names(kwargs)\n        layer: Any = self", "        layer: Any = self"
 )
