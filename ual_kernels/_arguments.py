@@ -249,7 +249,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Linear:
         )
     check_device("linear_weight", weight, input)
     kind = input.device.type
-    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
+    if not input.is_meta and torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     check_floating("input", input)

@@ -5,6 +5,7 @@ input. `schema` generates an operator's schema from the fields of the records.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +67,7 @@ class LinearInputs(NamedTuple):
     smoothing: Tensor  # [N] ACC
     token_scale: Tensor  # [N] ACC, sample weight over the reduction's divisor
     class_weight: Tensor | None  # [V] ACC
+    anchor: Tensor | None = None  # [0], connects the gradients' graph with the inputs (`ops._anchor`)
 
     @property
     def rank(self) -> int:
@@ -158,6 +160,11 @@ def fill_ignored(statistics: Tensor) -> None:
     """Fill statistics [fields, N] with those of ignored tokens: NaN, and 0 for `correct`."""
     statistics.fill_(torch.nan)
     statistics[6] = 0.0
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Disable autocast on the tensor's device; meta tensors have no autocast."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:

@@ -6,7 +6,14 @@ from torch import distributed as dist
 
 from ual_kernels import _arguments, ops, reference
 from ual_kernels._arguments import LossArguments, Operands
-from ual_kernels._operands import ALL_TOKENS, LinearInputs, LinearSpec, LogitsInputs, LogitsSpec
+from ual_kernels._operands import (
+    ALL_TOKENS,
+    LinearInputs,
+    LinearSpec,
+    LogitsInputs,
+    LogitsSpec,
+    without_autocast,
+)
 from ual_kernels._types import IGNORE_INDEX, Backend, Reduction, UnsupportedError
 from ual_kernels._vocab_parallel import ProcessGroupShards, Shards
 from ual_kernels.options import CrossEntropyOptions, LinearCrossEntropyOptions
@@ -45,7 +52,8 @@ def cross_entropy(
         label_smoothing: a float in [0, 1], or a floating-point tensor shaped like leading dimensions of
             `target`, which is broadcast ([B]: per sample, [B, T]: per token), or a function of the
             `TokenStatistics` (see `ual_kernels.losses`), for which the logits are read once more. Values up
-            to V / (V - 1), where the target has probability zero, are accepted.
+            to V / (V - 1), where the target has probability zero, are accepted. torch.compile compiles again
+            for each value of a float; pass a schedule as a tensor without dimensions.
         sample_weight: factor of each token's loss: a tensor >= 0 shaped like leading dimensions of `target`,
             a function of the `TokenStatistics`, or None for 1.
         weight: [V] class weights, as in PyTorch; not differentiable.
@@ -297,7 +305,7 @@ def _of_linear(
     if backend == "reference":
         acc = operands.smoothing.dtype
         ignored = (operands.target == arguments.ignore_index)[:, None]
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input):
             hidden = hidden.to(acc).masked_fill(ignored, 0.0)
             logits = hidden @ linear_weight.to(acc).T
             if lora.a is not None and lora.b is not None:

@@ -12,7 +12,7 @@ is 1, the usual case.
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,7 @@ from ual_kernels._operands import (
     LogitsSpec,
     schema,
     tensors,
+    without_autocast,
 )
 from ual_kernels._tokens import TokenFns
 from ual_kernels._types import UnsupportedError
@@ -56,30 +57,67 @@ def _as_called(tensor: Tensor) -> Iterator[None]:
     Autocast is applied before an operator is called. Inside, it would round the accumulator's values.
     """
     device = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
-    with torch.autocast(tensor.device.type, enabled=False), device:
+    with without_autocast(tensor), device:
         yield
 
 
-class _Once(torch.autograd.Function):
-    """Identity whose backward raises. Without it, double backward would treat the gradients as constants."""
+# ---- autograd ----
+
+# The operators know autograd for torch.compile. Elsewhere a Function calls the operator, because functorch's
+# transforms do not support operators with an autograd formula, and forward mode would be silently zero.
+
+
+def _differentiable_once() -> UnsupportedError:
+    return UnsupportedError(
+        "the fused losses are differentiable once, in reverse mode, and have neither second derivatives nor "
+        'forward mode; use backend="reference" for them'
+    )
+
+
+class _Function(torch.autograd.Function):
+    """A Function of tensors and constants, for which torch.vmap is a loop and forward mode an error."""
 
     @staticmethod
-    def forward(ctx: Any, dummy: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return gradients
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise _differentiable_once()
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *values: Any) -> Any:
+        def of(sample: int) -> tuple[Tensor | None, ...]:
+            chosen = (
+                value if dim is None else value.select(dim, sample)
+                for value, dim in zip(values, in_dims, strict=True)
+            )
+            return cls.apply(*chosen)  # type: ignore[no-any-return, no-untyped-call]
+
+        results = zip(*map(of, range(info.batch_size)), strict=True)
+        return tuple(None if of_all[0] is None else torch.stack(of_all) for of_all in results), 0
+
+
+class _Gradients(_Function):
+    """The gradients as a Function of all tensors that they depend on; it has no derivatives."""
+
+    @staticmethod
+    def forward(compute: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor | None) -> Any:
+        return compute(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Save nothing."""
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> Any:
-        raise RuntimeError(
-            'the fused losses are differentiable once; use backend="reference" for second derivatives'
-        )
+        raise _differentiable_once()
 
 
-def _once(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    if not torch.is_grad_enabled():  # backward without create_graph
-        return gradients
-    dummy = torch.zeros((), requires_grad=True)
-    given = iter(_Once.apply(dummy, *(g for g in gradients if g is not None)))  # type: ignore[no-untyped-call]
-    return tuple(None if g is None else next(given) for g in gradients)
+def _anchor(*inputs: Tensor | None) -> Tensor | None:
+    """Return a tensor without elements that depends on all inputs which require a gradient, None without.
+
+    A loss that does not save its inputs saves this tensor. So the graph of its gradients reaches every input,
+    and second derivatives meet `_Gradients.backward`. It costs no memory, and no kernel runs.
+    """
+    slices = [tensor[:0].reshape(-1) for tensor in inputs if tensor is not None and tensor.requires_grad]
+    return torch.cat(slices) if slices else None
 
 
 # ---- cross entropy of given logits ----
@@ -87,17 +125,18 @@ def _once(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def cross_entropy(inputs: LogitsInputs, spec: LogitsSpec, shards: Shards) -> LogitsOutputs:
     """Loss for a sample weight of 1, differentiable by logits and smoothing."""
-    if shards.alone:
+    if torch.compiler.is_compiling():
         return LogitsOutputs(*cross_entropy_op(*inputs, *spec))
-    return LogitsOutputs(*_CrossEntropySharded.apply(*inputs, *spec, shards))  # type: ignore[no-untyped-call]
+    return LogitsOutputs(*_CrossEntropy.apply(*inputs, *spec, shards))  # type: ignore[no-untyped-call]
 
 
 def cross_entropy_inplace(
     inputs: LogitsInputs, token_scale: Tensor, spec: LogitsSpec, shards: Shards
 ) -> tuple[Tensor, Tensor]:
     """Loss times `token_scale`, and statistics; the gradient overwrites the logits."""
-    loss, statistics = _CrossEntropyInplace.apply(  # type: ignore[no-untyped-call]
-        inputs.logits, inputs.smoothing, token_scale, inputs.target, inputs.class_weight, spec, shards
+    anchor = _anchor(inputs.logits, inputs.smoothing, token_scale)
+    loss, statistics, *_ = _CrossEntropyInplace.apply(  # type: ignore[no-untyped-call]
+        *inputs, token_scale, anchor, *spec, shards
     )
     return loss, statistics
 
@@ -151,37 +190,42 @@ def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _backward_logits(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    wants = LogitsInputs(*ctx.needs_input_grad[:_LOGITS])
+    unwanted = (None,) * len(ctx.needs_input_grad)
     if dloss is None:
-        return (None,) * len(ctx.needs_input_grad)
-    state, *inputs = ctx.saved_tensors
-    gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    if wants.logits and ctx.shards is None:
-        gradients[0] = cross_entropy_backward_op(dloss, state, *inputs, *ctx.spec)
-    elif wants.logits:
-        with torch.no_grad():  # as in an operator
-            gradients[0] = _logits_gradient(dloss, state, LogitsInputs(*inputs), ctx.spec, ctx.shards)
-    if wants.smoothing:
-        gradients[2] = dloss * state[3]
-    return _once(*gradients)
+        return unwanted
+    wants, spec, shards = LogitsInputs(*ctx.needs_input_grad[:_LOGITS]), ctx.spec, ctx.shards
+
+    def gradients(dloss: Tensor, state: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+        dlogits = None
+        if wants.logits and shards is None:
+            dlogits = cross_entropy_backward_op(dloss, state, *inputs, *spec)
+        elif wants.logits:
+            dlogits = _logits_gradient(dloss, state, LogitsInputs(*inputs), spec, shards)
+        return dlogits, dloss * state[3] if wants.smoothing else None
+
+    dlogits, dsmoothing = _Gradients.apply(gradients, dloss, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+    return dlogits, None, dsmoothing, *unwanted[3:]
 
 
 cross_entropy_op.register_autograd(_backward_logits, setup_context=_save_logits)
 
 
-class _CrossEntropySharded(torch.autograd.Function):
+class _CrossEntropy(_Function):
     """`cross_entropy` with vocab-parallel shards as the last argument; a schema cannot contain them."""
 
     @staticmethod
     def forward(*values: Any) -> tuple[Tensor, ...]:
-        inputs, spec = LogitsInputs(*values[:_LOGITS]), LogitsSpec(*values[_LOGITS:-1])
+        *operands, shards = values
+        if shards.alone:
+            return cross_entropy_op(*operands)  # type: ignore[no-any-return]
+        inputs, spec = LogitsInputs(*operands[:_LOGITS]), LogitsSpec(*operands[_LOGITS:])
         with _as_called(inputs.logits):
-            return tuple(_body(spec.backend, "cross_entropy").forward(inputs, spec, shards=values[-1]))
+            return tuple(_body(spec.backend, "cross_entropy").forward(inputs, spec, shards=shards))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _save_logits(ctx, inputs[:-1], output)
-        ctx.shards = inputs[-1]
+        ctx.shards = None if inputs[-1].alone else inputs[-1]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
@@ -206,51 +250,71 @@ def _(*values: Any) -> tuple[Tensor, ...]:
     return tuple(LogitsOutputs.empty(LogitsInputs(*values[:_LOGITS]), LogitsSpec(*values[_LOGITS + 1 :])))
 
 
-class _CrossEntropyInplace(torch.autograd.Function):
+class _Inplace(_Function):
+    """A Function that overwrites a buffer, which the samples of torch.vmap would share."""
+
+    @classmethod
+    def vmap(cls, *_: Any) -> Any:
+        raise UnsupportedError(
+            "inplace_backward is not supported under torch.vmap and jacrev; set inplace_backward=False"
+        )
+
+
+class _InplaceGradients(_Inplace, _Gradients):
+    """Gradients of which one is the overwritten buffer."""
+
+
+class _CrossEntropyInplace(_Inplace):
     """Scaled loss [N] and statistics; forward overwrites the buffer of `logits` with the gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        smoothing: Tensor,
-        token_scale: Tensor,
-        target: Tensor,
-        class_weight: Tensor | None,
-        spec: LogitsSpec,
-        shards: Shards,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(*values: Any) -> tuple[Tensor, ...]:
+        inputs, (token_scale, _, *scalars, shards) = LogitsInputs(*values[:_LOGITS]), values[_LOGITS:]
+        spec = LogitsSpec(*scalars)
         # it shares the version counter of the logits, so autograd raises if an operation has saved them
-        buffer = logits.detach()
-        inputs = LogitsInputs(buffer, target, smoothing, class_weight)
+        inputs = inputs._replace(logits=inputs.logits.detach())
         if shards.alone:
             loss, state, statistics = cross_entropy_inplace_op(*inputs, token_scale, *spec)
         else:
-            with _as_called(buffer):
+            with _as_called(inputs.logits):
                 loss, state, statistics = _body(spec.backend, "cross_entropy").forward(
                     inputs, spec, inplace_scale=token_scale, shards=shards
                 )
-        ctx.mark_non_differentiable(statistics)
-        ctx.set_materialize_grads(False)
-        ctx.buffer, ctx.backend = buffer, spec.backend
-        ctx.save_for_backward(loss, state, token_scale)
-        return loss * token_scale, statistics
+        return loss * token_scale, statistics, loss, state
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        others = (None,) * (len(ctx.needs_input_grad) - 3)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        token_scale, anchor, *scalars, _ = inputs[_LOGITS:]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.buffer, ctx.backend = inputs[0].detach(), LogitsSpec(*scalars).backend
+        ctx.save_for_backward(*output[2:], token_scale, anchor)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        unwanted = (None,) * len(ctx.needs_input_grad)
         if dloss is None:
-            return None, None, None, *others
+            return unwanted
         if ctx.buffer is None:
             raise RuntimeError(
                 "backward ran a second time through cross_entropy with inplace_backward=True, which supports "
                 "one backward; set inplace_backward=False"
             )
-        loss, state, token_scale = ctx.saved_tensors
-        with _as_called(dloss):
-            dlogits = _body(ctx.backend, "cross_entropy").scale_tokens(ctx.buffer, dloss)
+        backend = ctx.backend
+
+        # detached: the result of a Function that is one of its arguments would be a view
+        def gradients(
+            buffer: Tensor, dloss: Tensor, loss: Tensor, state: Tensor, token_scale: Tensor, _: Tensor
+        ) -> tuple[Tensor, ...]:
+            with _as_called(dloss):
+                dlogits = _body(backend, "cross_entropy").scale_tokens(buffer, dloss).detach()
+            return dlogits, dloss * token_scale * state[3], dloss * loss
+
+        dlogits, dsmoothing, dscale = _InplaceGradients.apply(  # type: ignore[no-untyped-call]
+            gradients, ctx.buffer, dloss, *ctx.saved_tensors
+        )
         ctx.buffer = None
-        return _once(dlogits, dloss * token_scale * state[3], dloss * loss, *others)
+        return dlogits, None, dsmoothing, None, dscale, *unwanted[5:]
 
 
 # ---- cross entropy of hidden states and head ----
@@ -260,15 +324,24 @@ def linear_cross_entropy(
     inputs: LinearInputs, spec: LinearSpec, token_fns: TokenFns | None, shards: Shards
 ) -> LinearOutputs:
     """Loss, gradients and statistics in one pass over chunks of tokens."""
-    if token_fns is None and shards.alone:
+    inputs = inputs._replace(anchor=_anchor(*inputs))
+    if torch.compiler.is_compiling():
         return LinearOutputs(*linear_cross_entropy_op(*inputs, *spec))
-    # a schema cannot contain functions of the statistics or a process group
     return LinearOutputs(
-        *_LinearCrossEntropyDirect.apply(*inputs, *spec, token_fns, shards)  # type: ignore[no-untyped-call]
+        *_LinearCrossEntropy.apply(*inputs, *spec, token_fns, shards)  # type: ignore[no-untyped-call]
     )
 
 
-def _compute_linear(inputs: LinearInputs, spec: LinearSpec, *direct: Any) -> LinearOutputs:
+def _compute_linear(
+    inputs: LinearInputs, spec: LinearSpec, token_fns: TokenFns | None = None, shards: Shards | None = None
+) -> LinearOutputs:
+    """Call the operator, or its body with what a schema cannot contain; meta tensors need only shapes."""
+    if inputs.input.is_meta or (token_fns is None and (shards is None or shards.alone)):
+        return LinearOutputs(*linear_cross_entropy_op(*inputs, *spec))
+    return _linear_body(inputs, spec, token_fns, shards)
+
+
+def _linear_body(inputs: LinearInputs, spec: LinearSpec, *direct: Any) -> LinearOutputs:
     with _as_called(inputs.input):
         outputs: LinearOutputs = _body(spec.backend, "linear_cross_entropy").linear_cross_entropy(
             inputs, spec, *direct
@@ -282,7 +355,7 @@ def _compute_linear(inputs: LinearInputs, spec: LinearSpec, *direct: Any) -> Lin
     schema=schema([LinearInputs, LinearSpec], tensors(LinearOutputs)),
 )
 def linear_cross_entropy_op(*values: Any) -> tuple[Tensor, ...]:
-    return tuple(_compute_linear(LinearInputs(*values[:_LINEAR]), LinearSpec(*values[_LINEAR:])))
+    return tuple(_linear_body(LinearInputs(*values[:_LINEAR]), LinearSpec(*values[_LINEAR:])))
 
 
 @linear_cross_entropy_op.register_fake
@@ -294,57 +367,69 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     given, outputs = LinearInputs(*inputs[:_LINEAR]), LinearOutputs(*output)
     ctx.mark_non_differentiable(*outputs[1:])
     ctx.set_materialize_grads(False)
-    ctx.spec, ctx.direct = LinearSpec(*inputs[_LINEAR:]), None
+    ctx.spec, ctx.direct = LinearSpec(*inputs[_LINEAR:]), ()
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in given[:5]]
     # a head's gradient is a sum over tokens and needs the upstream gradient of each token
     ctx.again = ctx.spec.per_token and any(ctx.needs_input_grad[1:5])
     extra = given if ctx.again else ()
-    ctx.save_for_backward(outputs.state, given.token_scale, *outputs[3:], *extra)
+    ctx.save_for_backward(outputs.state, given.token_scale, given.anchor, *outputs[3:], *extra)
 
 
 def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    unwanted = (None,) * len(ctx.needs_input_grad)
     if dloss is None:
-        return (None,) * len(ctx.needs_input_grad)
-    state, token_scale, *saved = ctx.saved_tensors
-    gradients, upstream = saved[:5], dloss
-    wants = LinearInputs(*ctx.needs_input_grad[:_LINEAR])
-    if ctx.again:
-        inputs = LinearInputs(*saved[5:])._replace(token_scale=dloss * token_scale)
-        spec = ctx.spec._replace(
-            statistics=False,
-            input_grad=wants.input,
-            head_grad=bool(wants.linear_weight),
-            bias_grad=bool(wants.linear_bias),
-            lora_grad=bool(wants.lora_a or wants.lora_b),
-            per_token=False,
+        return unwanted
+    wants, spec = LinearInputs(*ctx.needs_input_grad[:_LINEAR]), ctx.spec
+    dtypes, direct, again = ctx.dtypes, ctx.direct, ctx.again
+    computed = spec.input_grad, spec.head_grad, spec.bias_grad, spec.lora_grad, spec.lora_grad
+    if not again and any(wanted and not done for wanted, done in zip(wants[:5], computed, strict=True)):
+        raise UnsupportedError(
+            "torch.vmap inside of torch.func.grad hides which gradients linear_cross_entropy must compute; "
+            'apply torch.func.grad inside of torch.vmap, loop over the samples or use backend="reference"'
         )
-        if ctx.direct is None:
-            gradients = list(linear_cross_entropy_op(*inputs, *spec)[3:])
-        else:
-            with torch.no_grad():  # as in an operator
-                gradients = list(_compute_linear(inputs, spec, *ctx.direct)[3:])
-        upstream = torch.ones_like(dloss)
-    dinput = None
-    if wants.input:  # in one pass, without a float32 [N, D]
-        dinput = torch.empty_like(gradients[0], dtype=ctx.dtypes[0])
-        torch.mul(gradients[0], upstream[:, None], out=dinput)
-    # gradients that are sums over tokens exist only if all tokens have the same upstream value
-    scalar = upstream[:1].sum()
-    summed = [
-        scaled(gradient, scalar, dtype) if wanted else None
-        for gradient, dtype, wanted in zip(gradients[1:], ctx.dtypes[1:], wants[1:5], strict=True)
-    ]
-    dsmoothing = dloss * token_scale * state[1] if wants.smoothing else None
-    dscale = dloss * state[0] if wants.token_scale else None
-    unwanted = (None,) * (len(ctx.needs_input_grad) - 8)
-    return _once(dinput, *summed, None, dsmoothing, dscale, *unwanted)
+
+    def gradients(dloss: Tensor, state: Tensor, token_scale: Tensor, _: Tensor | None, *saved: Tensor) -> Any:
+        computed, upstream = list(saved[:5]), dloss
+        if again:
+            inputs = LinearInputs(*saved[5:])._replace(token_scale=dloss * token_scale)
+            computed, upstream = _computed_again(inputs, spec, wants, direct), torch.ones_like(dloss)
+        dinput = None
+        if wants.input:  # in one pass, without a float32 [N, D]
+            dinput = torch.empty_like(computed[0], dtype=dtypes[0])
+            torch.mul(computed[0], upstream[:, None], out=dinput)
+        # gradients that are sums over tokens exist only if all tokens have the same upstream value
+        scalar = upstream[:1].sum()
+        summed = [
+            scaled(gradient, scalar, dtype) if wanted else None
+            for gradient, dtype, wanted in zip(computed[1:], dtypes[1:], wants[1:5], strict=True)
+        ]
+        dsmoothing = dloss * token_scale * state[1] if wants.smoothing else None
+        return dinput, *summed, None, dsmoothing, dloss * state[0] if wants.token_scale else None
+
+    found = _Gradients.apply(gradients, dloss, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+    return *found, *unwanted[8:]
+
+
+def _computed_again(
+    inputs: LinearInputs, spec: LinearSpec, wants: LinearInputs, direct: tuple[Any, ...]
+) -> list[Tensor]:
+    """Return the five gradients, computed for a token scale that contains the upstream gradient."""
+    spec = spec._replace(
+        statistics=False,
+        input_grad=bool(wants.input),
+        head_grad=bool(wants.linear_weight),
+        bias_grad=bool(wants.linear_bias),
+        lora_grad=bool(wants.lora_a or wants.lora_b),
+        per_token=False,
+    )
+    return list(_compute_linear(inputs, spec, *direct)[3:])
 
 
 linear_cross_entropy_op.register_autograd(_backward_linear, setup_context=_save_linear)
 
 
-class _LinearCrossEntropyDirect(torch.autograd.Function):
-    """`linear_cross_entropy` without an operator; the last two arguments are `token_fns` and `shards`."""
+class _LinearCrossEntropy(_Function):
+    """`linear_cross_entropy`; the last two arguments, `token_fns` and `shards`, cannot be in a schema."""
 
     @staticmethod
     def forward(*values: Any) -> tuple[Tensor, ...]:

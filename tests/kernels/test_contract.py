@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -158,6 +159,38 @@ def test_options_of_the_head_compile(how: dict[str, Any], backend: str, device: 
         assert torch.equal(plain[name], traced[name]), name
 
 
+@pytest.mark.kills(
+    "ual_kernels/_arguments.py",
+    "    missing = (1,) * (target.ndim - value.ndim)",
+    "    value = value if value.ndim else value.new_tensor(value.item())\n"
+    "    missing = (1,) * (target.ndim - value.ndim)",
+)
+@losses
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("name", ["label_smoothing", "sample_weight"])
+def test_a_schedule_in_a_scalar_tensor_compiles_once(
+    name: str, learned: bool, loss: Callable[..., Tensor], backend: str, device: torch.device
+) -> None:
+    """A float is a constant of the compiled graph, and each of its values compiles another graph."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    leaves, target = case(loss, 5, device)
+    given = {key: leaf for key, leaf in leaves.items() if key not in ("label_smoothing", "sample_weight")}
+
+    def step(scheduled: Tensor) -> Tensor:
+        return loss(**given, target=target, reduction="sum", backend=backend, **{name: scheduled})
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for value in (0.0, 0.1, 0.2, 0.3):
+        scheduled = torch.tensor(value, device=device, requires_grad=learned)
+        wanted = [*given.values(), *([scheduled] if learned else [])]
+        results = [f(scheduled) for f in (step, compiled)]
+        plain, traced = (torch.autograd.grad(result, wanted) for result in results)
+        assert torch.equal(*results)
+        assert all(map(torch.equal, plain, traced))
+    assert counter.frame_count == 1
+
+
 def test_in_place_is_refused_under_a_compiler(device: torch.device) -> None:
     def step(logits: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(logits * 1.0, target, inplace_backward=True)
@@ -209,7 +242,7 @@ def test_under_activation_checkpointing(
 # ---- devices ----
 
 
-@pytest.mark.kills("ual_kernels/ops.py", "enabled=False), device:", "enabled=False):")
+@pytest.mark.kills("ual_kernels/ops.py", "without_autocast(tensor), device:", "without_autocast(tensor):")
 @every_loss
 def test_bodies_run_on_the_device_of_their_tensors(
     loss: Callable[..., Any], backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch

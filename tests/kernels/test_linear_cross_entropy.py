@@ -72,7 +72,7 @@ def judge(leaves: dict[str, Tensor], target: Tensor, flags: dict[str, Any], **ho
 )
 @pytest.mark.kills("ual_kernels/_matrices.py", "out.index_add_(0, label, values)", "out[label] += values")
 @pytest.mark.kills("ual_kernels/ops.py", "token_scale=dloss * token_scale", "token_scale=token_scale")
-@pytest.mark.kills("ual_kernels/ops.py", "upstream = torch.ones_like(dloss)", "pass")
+@pytest.mark.kills("ual_kernels/ops.py", "direct), torch.ones_like(dloss)", "direct), dloss")
 @pytest.mark.kills("ual_kernels/ops.py", "scalar = upstream[:1].sum()", "scalar = upstream.sum()")
 @pytest.mark.kills("ual_kernels/ops.py", "dloss * token_scale * state[1]", "dloss * state[1]")
 @pytest.mark.parametrize("head", [frozen, dict], ids=["frozen", "trainable"])
