@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import fields
 from typing import NamedTuple, TypeVar, get_args
 
 import torch
@@ -57,44 +58,88 @@ class Operands(NamedTuple):
         )
 
 
-def prepare(
-    tokens: Tensor,
-    shape: torch.Size,
-    target: Tensor,
-    arguments: LossArguments,
-    shards: Shards,
-    *,
-    statistics: bool,
-) -> Operands:
-    """Check the shared keywords and broadcast them to one value per token.
+def check(tokens: Tensor, shape: torch.Size, target: Tensor, arguments: LossArguments, classes: int) -> None:
+    """Check the shared keywords as far as one rank can: all but the largest smoothing.
 
     Args:
         tokens: [N, ...] logits or hidden states, for their dtype and device.
         shape: the expected shape of `target`.
         target: class indices.
         arguments: the shared keywords.
-        shards: the number of classes, and the classes that `arguments.weight` covers.
-        statistics: whether statistics are requested. Zero-weight tokens are then computed too.
+        classes: the number of classes that `arguments.weight` covers.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value.
     """
-    acc = accumulator(tokens)
     _check_target(target, shape, tokens)
     _check_numbers(arguments)
-    class_weight = _class_weight(arguments.weight, shards.size, tokens, acc)
+    _check_class_weight(arguments.weight, classes, tokens)
     smoothing, weight = arguments.label_smoothing, arguments.sample_weight
-    smoothing_fn: TokenFn | None = None
-    weight_fn: TokenFn | None = None
-    if callable(smoothing):
-        smoothing_fn, smoothing = smoothing, 0.0
-    if callable(weight):
-        weight_fn, weight = weight, None
-    limit = smoothing_limit(shards.vocab, acc)
-    if not isinstance(smoothing, Tensor | float | int):
+    if not (isinstance(smoothing, Tensor | float | int) or callable(smoothing)):
         raise ValueError(
             f"label_smoothing must be a number, a tensor or a function of the statistics, got {smoothing!r}"
         )
+    if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
+        raise ValueError(f"sample_weight must be a tensor or None, got {weight!r}")
+    for name, value in (("label_smoothing", smoothing), ("sample_weight", weight)):
+        if isinstance(value, Tensor):
+            _check_per_token(name, value, target)
+
+
+def shared(
+    arguments: LossArguments,
+    options: CrossEntropyOptions | LinearCrossEntropyOptions,
+    dtype: torch.dtype,
+    target: Tensor,
+    *,
+    statistics: bool,
+) -> dict[str, str]:
+    """Describe what must be the same on all ranks of a process group, by name.
+
+    It decides which collectives run. The values of tensors are not compared.
+    """
+
+    def describe(value: object) -> str:
+        if isinstance(value, Tensor):
+            return f"a tensor with requires_grad={value.requires_grad}"
+        return "a function" if callable(value) else repr(value)
+
+    chosen = {field.name: getattr(options, field.name) for field in fields(options)}
+    del chosen["process_group"]
+    return {
+        "the shape of target": str(list(target.shape)),
+        "the dtype of input": str(dtype),
+        "the request for statistics": str(statistics),
+        **{name: describe(value) for name, value in (arguments._asdict() | chosen).items()},
+    }
+
+
+def prepare(
+    tokens: Tensor, target: Tensor, arguments: LossArguments, shards: Shards, *, statistics: bool
+) -> Operands:
+    """Broadcast the shared keywords, which `check` accepted, to one value per token.
+
+    Args:
+        tokens: [N, ...] logits or hidden states, for their dtype and device.
+        target: class indices.
+        arguments: the shared keywords.
+        shards: the number of classes, and the classes that `arguments.weight` covers.
+        statistics: whether statistics are requested. Zero-weight tokens are then computed too.
+
+    Raises:
+        ValueError: a float `label_smoothing` is out of range.
+    """
+    acc = accumulator(tokens)
+    class_weight = None if arguments.weight is None else arguments.weight.to(acc).contiguous()
+    smoothing, weight = arguments.label_smoothing, arguments.sample_weight
+    limit = smoothing_limit(shards.vocab, acc)
+    token_fns = None
+    if callable(smoothing) or callable(weight):
+        token_fns = TokenFns(
+            smoothing if callable(smoothing) else None, weight if callable(weight) else None, limit
+        )
+    if callable(smoothing):
+        smoothing = 0.0
     if not isinstance(smoothing, Tensor):
         if not 0 <= smoothing <= limit:
             raise ValueError(
@@ -102,15 +147,13 @@ def prepare(
                 f"got {smoothing}"
             )
         smoothing = tokens.new_full((), smoothing, dtype=acc)
-    smoothing = nan_outside(_per_token("label_smoothing", smoothing, target, acc), limit)
+    smoothing = nan_outside(_per_token(smoothing, target, acc), limit)
 
     ignore_index = arguments.ignore_index
     labels = target.reshape(-1).contiguous()  # reshape does not copy a strided vector
     scale = None
-    if weight is not None:
-        if not isinstance(weight, Tensor):
-            raise ValueError(f"sample_weight must be a tensor or None, got {weight!r}")
-        scale = _per_token("sample_weight", weight, target, acc)
+    if isinstance(weight, Tensor):
+        scale = _per_token(weight, target, acc)
         scale = torch.where(scale >= 0, scale, torch.nan)
         if not (scale.requires_grad or statistics):
             # a zero-weight token has no loss and no gradient: it is dropped before the GEMM
@@ -121,9 +164,6 @@ def prepare(
         divisor = _divisor(arguments.num_items, token_scale, labels, class_weight, shards)
         # masked again: num_items may be a tensor of 0 if every token is ignored
         token_scale = torch.where(selected, token_scale / divisor, 0.0)
-    token_fns = None
-    if smoothing_fn is not None or weight_fn is not None:
-        token_fns = TokenFns(smoothing_fn, weight_fn, limit)
     return Operands(labels, smoothing, token_scale, class_weight, token_fns)
 
 
@@ -143,6 +183,11 @@ def _check_numbers(arguments: LossArguments) -> None:
         raise ValueError(
             f'num_items is the divisor of reduction="mean", got reduction={reduction!r}; remove one of them'
         )
+    if isinstance(arguments.num_items, Tensor):
+        if arguments.num_items.numel() != 1:
+            raise ValueError(f"num_items must have one element, got shape {list(arguments.num_items.shape)}")
+    elif arguments.num_items is not None and not arguments.num_items > 0:
+        raise ValueError(f"num_items must be positive, got {arguments.num_items}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
     if not -math.inf < arguments.logit_scale < math.inf:
@@ -151,19 +196,17 @@ def _check_numbers(arguments: LossArguments) -> None:
         raise ValueError(f"z_loss must be a number >= 0, got {arguments.z_loss}")
 
 
-def _class_weight(weight: Tensor | None, size: int, tokens: Tensor, acc: torch.dtype) -> Tensor | None:
+def _check_class_weight(weight: Tensor | None, size: int, tokens: Tensor) -> None:
     if weight is None:
-        return None
+        return
     if weight.shape != (size,):
         raise ValueError(f"weight must be [{size}], one value per class, got {list(weight.shape)}")
     if weight.requires_grad:
         raise ValueError("weight is not differentiable; pass weight.detach()")
     check_device("weight", weight, tokens)
-    return weight.to(acc).contiguous()
 
 
-def _per_token(name: str, value: Tensor, target: Tensor, acc: torch.dtype) -> Tensor:
-    """Broadcast one value per leading index of `target`: [N] in the accumulator's dtype."""
+def _check_per_token(name: str, value: Tensor, target: Tensor) -> None:
     if value.shape != target.shape[: value.ndim]:
         leading = [list(target.shape[:k]) for k in range(target.ndim + 1)]
         raise ValueError(
@@ -172,6 +215,10 @@ def _per_token(name: str, value: Tensor, target: Tensor, acc: torch.dtype) -> Te
     if not value.is_floating_point():
         raise ValueError(f"{name} must be a floating-point tensor, got {value.dtype}")
     check_device(name, value, target)
+
+
+def _per_token(value: Tensor, target: Tensor, acc: torch.dtype) -> Tensor:
+    """Broadcast one value per leading index of `target`: [N] in the accumulator's dtype."""
     missing = (1,) * (target.ndim - value.ndim)
     return value.to(acc).reshape(value.shape + missing).expand(target.shape).reshape(-1)
 
@@ -184,19 +231,15 @@ def _divisor(
     shards: Shards,
 ) -> Tensor | float:
     if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items must have one element, got shape {list(num_items.shape)}")
         return num_items.reshape(()).to(token_scale)
     if num_items is not None:
-        if not num_items > 0:
-            raise ValueError(f"num_items must be positive, got {num_items}")
         return float(num_items)
     if class_weight is not None:
         # a label out of range is clamped to the nearest class; the token's own loss is NaN anyway
         column, held = shards.place(labels.clamp(0, shards.vocab - 1))
         token_scale = token_scale * shards.sum(torch.where(held, class_weight[column.long()], 0.0))
     total = token_scale.nansum()  # negative weights are NaN here and must not affect other tokens
-    return torch.where(total == 0, 1.0, total)
+    return torch.where(total == 0, torch.inf, total)  # loss and gradient are then 0
 
 
 class Lora(NamedTuple):

@@ -9,11 +9,16 @@ The gradient of the hidden states is the sum over ranks of the contributions of 
 A chunk of M tokens costs a few all-reduces of [M] and one of [M, D].
 """
 
-from typing import NamedTuple
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+_ERROR = -1  # gathered instead of a number of classes
 
 
 class Place(NamedTuple):
@@ -57,21 +62,26 @@ class Shards:
 class ProcessGroupShards(Shards):
     """A shard with classes [start, start + size) of `vocab`; other ranks have the other classes.
 
-    The constructor gathers the sizes of all shards, the only host synchronization of a sharded loss.
+    The constructor gathers the sizes of all shards, the only host synchronization of a sharded loss. With the
+    sizes it compares `shared`, the arguments by name that must be the same on all ranks.
     """
 
     alone = False
 
     def __init__(
-        self, classes: int, group: dist.ProcessGroup, device: torch.device, *, reduce_input_grad: bool
+        self,
+        classes: int,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        shared: Mapping[str, str],
+        *,
+        reduce_input_grad: bool = True,
     ) -> None:
         super().__init__(classes)
         self._group = group
         self._ranks = dist.get_world_size(group)
         self._reduce_input_grad = reduce_input_grad
-        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self._ranks)]
-        dist.all_gather(sizes, torch.tensor([classes], device=device), group=group)
-        counts = torch.cat(sizes).tolist()
+        counts = _gather(classes, group, device, shared)
         self.start = sum(counts[: dist.get_rank(group)])
         self.vocab, self.largest = sum(counts), max(counts)
 
@@ -91,3 +101,42 @@ class ProcessGroupShards(Shards):
         gathered = [torch.empty_like(own) for _ in range(self._ranks)]
         dist.all_gather(gathered, own, group=self._group)
         return torch.cat(gathered).topk(2, dim=0).values[1]
+
+
+@contextmanager
+def raised_on_every_rank(group: dist.ProcessGroup, device: torch.device) -> Iterator[None]:
+    """Raise an error of one rank on all ranks of the group, in place of the gather of `ProcessGroupShards`.
+
+    Otherwise the other ranks would wait in a collective for the rank that raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        _gather(_ERROR, group, device, {"error": message})
+
+
+def _gather(
+    classes: int, group: dist.ProcessGroup, device: torch.device, shared: Mapping[str, str]
+) -> list[int]:
+    """Return the number of classes of every rank; raise if a rank has an error or the ranks disagree."""
+    own = torch.tensor([classes, zlib.crc32(repr(shared).encode())], device=device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own, group=group)
+    counts, checksums = torch.stack(gathered, dim=1).tolist()
+    if _ERROR in counts or len(set(checksums)) > 1:
+        with torch.cuda.device_of(own):  # type: ignore[no-untyped-call]
+            reports: list[dict[str, str]] = [{} for _ in counts]
+            dist.all_gather_object(reports, dict(shared), group=group)
+        _raise(reports)
+    return list(counts)
+
+
+def _raise(reports: list[dict[str, str]]) -> NoReturn:
+    """Raise the same error on every rank."""
+    for rank, report in enumerate(reports):
+        if "error" in report:
+            raise ValueError(f"rank {rank} of process_group: {report['error']}")
+    name = next(name for name in reports[0] if len({report.get(name) for report in reports}) > 1)
+    values = ", ".join(f"{report.get(name)} on rank {rank}" for rank, report in enumerate(reports))
+    raise ValueError(f"{name} must be the same on all ranks of process_group, got {values}")

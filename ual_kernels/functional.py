@@ -1,5 +1,7 @@
 """The public losses: they check arguments, choose a backend and reduce."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -15,7 +17,7 @@ from ual_kernels._operands import (
     without_autocast,
 )
 from ual_kernels._types import IGNORE_INDEX, Backend, Reduction, UnsupportedError
-from ual_kernels._vocab_parallel import ProcessGroupShards, Shards
+from ual_kernels._vocab_parallel import ProcessGroupShards, Shards, raised_on_every_rank
 from ual_kernels.options import CrossEntropyOptions, LinearCrossEntropyOptions
 from ual_kernels.statistics import TokenFn, TokenStatistics
 
@@ -41,7 +43,8 @@ def cross_entropy(
     With a float `label_smoothing` it equals `torch.nn.functional.cross_entropy` for class indices, except
     that the classes are always the *last* dimension and that the loss is at least float32. Per token, with
     q = (1 - s) onehot(target) + s / V:  loss = -sum_v q_v log softmax(z)_v. Gradients flow to `input`,
-    `label_smoothing` and `sample_weight`.
+    `label_smoothing` and `sample_weight`. Second derivatives and forward mode raise, except with
+    backend="reference".
 
     A target outside [0, V), a smoothing out of range or a negative weight *in a tensor* makes the loss of its
     token NaN. Other tokens are unaffected. An exception would need a device synchronization.
@@ -56,7 +59,8 @@ def cross_entropy(
             for each value of a float; pass a schedule as a tensor without dimensions.
         sample_weight: factor of each token's loss: a tensor >= 0 shaped like leading dimensions of `target`,
             a function of the `TokenStatistics`, or None for 1.
-        weight: [V] class weights, as in PyTorch; not differentiable.
+        weight: [V] class weights, as in PyTorch; not differentiable. If they are 0 for every target, "mean"
+            is 0 with gradient 0, as for a batch without loss tokens. PyTorch divides by 0 and returns NaN.
         ignore_index: tokens with this target have no loss and no gradient and are not counted in divisors.
         reduction: "none" ([...]), "sum" or "mean". "mean" divides by the sum over non-ignored tokens of
             `sample_weight` times `weight[target]`. In this sum a function as `sample_weight` counts as 1.
@@ -75,7 +79,7 @@ def cross_entropy(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value.
         UnsupportedError: the backend or an option is not supported here, e.g. `inplace_backward` or
-            `process_group` under torch.compile.
+            `process_group` under torch.compile; or a second derivative is computed.
 
     Source: uncertainty-aware learning, arXiv 2406.04854. PyTorch's convention puts s / V on every class;
     `losses.others` converts from Megatron-LM's convention.
@@ -174,7 +178,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value.
         UnsupportedError: the backend or an option is not supported here, e.g. a function as `label_smoothing`
-            or `sample_weight`, or a `process_group`, under torch.compile.
+            or `sample_weight`, or a `process_group`, under torch.compile; or a second derivative is computed.
 
     >>> import torch
     >>> hidden, head = torch.zeros(2, 3, 8), torch.zeros(4, 8)
@@ -233,7 +237,6 @@ def _of_logits(
 ) -> tuple[Tensor, Tensor]:
     """Return the reduced loss and packed statistics, [7, N] if requested, else [7, 0]."""
     options = _arguments.check_options(options, CrossEntropyOptions)
-    _arguments.check_logits(input)
     grouped = options.process_group is not None
     backend = _arguments.choose_backend(backend, input, fused="torch" if grouped else "triton")
     if grouped and backend != "torch":
@@ -242,11 +245,17 @@ def _of_logits(
         raise UnsupportedError(
             "process_group is not supported under torch.compile; call cross_entropy outside torch.compile"
         )
-    if options.inplace_backward:
-        _arguments.check_inplace(input, backend)
-    logits = input.reshape(-1, input.shape[-1])
-    shards = _shards(logits.shape[1], options.process_group, input.device)
-    operands = _arguments.prepare(logits, input.shape[:-1], target, arguments, shards, statistics=statistics)
+    with _same_errors(options.process_group, input):
+        _arguments.check_logits(input)
+        if options.inplace_backward:
+            _arguments.check_inplace(input, backend)
+        logits = input.reshape(-1, input.shape[-1])
+        _arguments.check(logits, input.shape[:-1], target, arguments, logits.shape[1])
+    shards = Shards(logits.shape[1])
+    if options.process_group is not None:
+        shared = _arguments.shared(arguments, options, input.dtype, target, statistics=statistics)
+        shards = ProcessGroupShards(logits.shape[1], options.process_group, input.device, shared)
+    operands = _arguments.prepare(logits, target, arguments, shards, statistics=statistics)
     if backend == "reference":
         return _by_definition(logits, operands, arguments, target.shape, statistics=statistics)
     if logits.stride(-1) != 1 and logits.shape[1] > 1:
@@ -289,19 +298,31 @@ def _of_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return the reduced loss and packed statistics, [8, N] ([7, N] for the reference) if requested."""
     options = _arguments.check_options(options, LinearCrossEntropyOptions)
-    input, linear_weight, linear_bias = _arguments.linear(input, linear_weight, linear_bias)
-    lora = _arguments.lora(linear_lora, input, linear_weight)
     # "auto" does not choose Triton until its speed is measured on a GPU
     backend = _arguments.choose_backend(backend, input, fused="torch")
     _check_supported(input, arguments, options, backend)
-    hidden = input.reshape(input.shape[:-1].numel(), input.shape[-1])
-    shards = _shards(
-        linear_weight.shape[0],
-        options.process_group,
-        input.device,
-        reduce_input_grad=options.reduce_input_grad,
-    )
-    operands = _arguments.prepare(hidden, input.shape[:-1], target, arguments, shards, statistics=statistics)
+    with _same_errors(options.process_group, input):
+        input, linear_weight, linear_bias = _arguments.linear(input, linear_weight, linear_bias)
+        lora = _arguments.lora(linear_lora, input, linear_weight)
+        hidden = input.reshape(input.shape[:-1].numel(), input.shape[-1])
+        _arguments.check(hidden, input.shape[:-1], target, arguments, linear_weight.shape[0])
+    shards = Shards(len(linear_weight))
+    if options.process_group is not None:
+        shared = _arguments.shared(arguments, options, input.dtype, target, statistics=statistics) | {
+            "the number of features": str(input.shape[-1]),
+            "linear_lora's rank": "none" if lora.a is None else str(len(lora.a)),
+            "requires_grad of input, linear_weight, linear_bias, A and B": str(
+                [_trained(tensor) for tensor in (input, linear_weight, linear_bias, lora.a, lora.b)]
+            ),
+        }
+        shards = ProcessGroupShards(
+            len(linear_weight),
+            options.process_group,
+            input.device,
+            shared,
+            reduce_input_grad=options.reduce_input_grad,
+        )
+    operands = _arguments.prepare(hidden, target, arguments, shards, statistics=statistics)
     if backend == "reference":
         acc = operands.smoothing.dtype
         ignored = (operands.target == arguments.ignore_index)[:, None]
@@ -349,16 +370,12 @@ def _of_linear(
     return _reduce(outputs.loss, arguments, target.shape), outputs.statistics
 
 
-def _shards(
-    classes: int,
-    group: dist.ProcessGroup | None,
-    device: torch.device,
-    *,
-    reduce_input_grad: bool = True,
-) -> Shards:
+def _same_errors(group: dist.ProcessGroup | None, input: Tensor) -> AbstractContextManager[None]:
     if group is None:
-        return Shards(classes)
-    return ProcessGroupShards(classes, group, device, reduce_input_grad=reduce_input_grad)
+        return nullcontext()
+    if input.is_meta:
+        raise UnsupportedError("process_group does not support meta tensors; call without process_group")
+    return raised_on_every_rank(group, input.device)
 
 
 def _check_supported(

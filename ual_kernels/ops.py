@@ -110,7 +110,7 @@ class _Gradients(_Function):
         raise _differentiable_once()
 
 
-def _anchor(*inputs: Tensor | None) -> Tensor | None:
+def _link(*inputs: Tensor | None) -> Tensor | None:
     """Return a tensor without elements that depends on all inputs which require a gradient, None without.
 
     A loss that does not save its inputs saves this tensor. So the graph of its gradients reaches every input,
@@ -134,9 +134,9 @@ def cross_entropy_inplace(
     inputs: LogitsInputs, token_scale: Tensor, spec: LogitsSpec, shards: Shards
 ) -> tuple[Tensor, Tensor]:
     """Loss times `token_scale`, and statistics; the gradient overwrites the logits."""
-    anchor = _anchor(inputs.logits, inputs.smoothing, token_scale)
+    link = _link(inputs.logits, inputs.smoothing, token_scale)
     loss, statistics, *_ = _CrossEntropyInplace.apply(  # type: ignore[no-untyped-call]
-        *inputs, token_scale, anchor, *spec, shards
+        *inputs, token_scale, link, *spec, shards
     )
     return loss, statistics
 
@@ -284,11 +284,11 @@ class _CrossEntropyInplace(_Inplace):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        token_scale, anchor, *scalars, _ = inputs[_LOGITS:]
+        token_scale, link, *scalars, _ = inputs[_LOGITS:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.buffer, ctx.backend = inputs[0].detach(), LogitsSpec(*scalars).backend
-        ctx.save_for_backward(*output[2:], token_scale, anchor)
+        ctx.save_for_backward(*output[2:], token_scale, link)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -324,7 +324,7 @@ def linear_cross_entropy(
     inputs: LinearInputs, spec: LinearSpec, token_fns: TokenFns | None, shards: Shards
 ) -> LinearOutputs:
     """Loss, gradients and statistics in one pass over chunks of tokens."""
-    inputs = inputs._replace(anchor=_anchor(*inputs))
+    inputs = inputs._replace(link=_link(*inputs))
     if torch.compiler.is_compiling():
         return LinearOutputs(*linear_cross_entropy_op(*inputs, *spec))
     return LinearOutputs(
@@ -372,7 +372,7 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     # a head's gradient is a sum over tokens and needs the upstream gradient of each token
     ctx.again = ctx.spec.per_token and any(ctx.needs_input_grad[1:5])
     extra = given if ctx.again else ()
-    ctx.save_for_backward(outputs.state, given.token_scale, given.anchor, *outputs[3:], *extra)
+    ctx.save_for_backward(outputs.state, given.token_scale, given.link, *outputs[3:], *extra)
 
 
 def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

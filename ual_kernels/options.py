@@ -24,7 +24,8 @@ class CrossEntropyOptions:
         process_group: the ranks of this group hold consecutive columns of the logits, in rank order (`input`
             and `weight` are this rank's); targets are classes of the complete vocabulary. On every rank, loss
             and statistics are those of the complete vocabulary, and the gradient of `input` is that of this
-            rank's columns. Only with backend="torch", which is then the default.
+            rank's columns. A wrong argument of one rank, such as a shard without classes, raises on all
+            ranks. Only with backend="torch", which is then the default.
     """
 
     inplace_backward: bool = False
@@ -50,8 +51,8 @@ class LinearCrossEntropyOptions:
             evenly over the tile. Only with backend="torch".
         process_group: the ranks of this group hold consecutive rows of the head, in rank order
             (`linear_weight`, `linear_bias`, `weight` and LoRA's B are this rank's). All ranks pass the same
-            `input` and `target`. Loss and gradients are those of the complete head. Only with
-            backend="torch".
+            `input` and `target`. Loss and gradients are those of the complete head. A wrong argument of one
+            rank, such as a shard without classes, raises on all ranks. Only with backend="torch".
         reduce_input_grad: sum the gradient of `input` over the ranks of `process_group`. False returns this
             rank's summand, for callers that all-reduce it themselves (e.g. Megatron-LM).
 

@@ -1,6 +1,7 @@
 """cross_entropy against its definition: values, gradients, shapes, edge cases, errors."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.kernels.cases import (
     assert_as_accurate_as_eager,
     cross_entropy,
     definition,
+    linear_case,
+    linear_cross_entropy,
     logits_case,
     measure,
     names,
@@ -596,7 +599,34 @@ def test_a_zero_weight_token_is_dropped(backend: str, device: torch.device) -> N
     assert torch.equal(measured["input"][selected], alone["input"])
 
 
-@pytest.mark.kills("ual_kernels/_arguments.py", "return torch.where(total == 0, 1.0, total)", "return total")
+@pytest.mark.kills("ual_kernels/_arguments.py", "torch.where(total == 0, torch.inf, total)", "total")
+@pytest.mark.kills(
+    "ual_kernels/_arguments.py", "torch.where(total == 0, torch.inf, total)", "total + (total == 0)"
+)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("loss", [cross_entropy, linear_cross_entropy])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_targets_whose_class_weights_are_zero(
+    backend: str, loss: Callable[..., Tensor], smoothing: float, device: torch.device
+) -> None:
+    """PyTorch divides by 0 and returns NaN, or infinity with smoothing."""
+    leaves, _ = (
+        linear_case(4, 17, 8, torch.float64, device)
+        if loss is linear_cross_entropy
+        else logits_case(4, 17, torch.float64, device)
+    )
+    del leaves["label_smoothing"], leaves["sample_weight"]
+    target, weight = torch.tensor([0, 1, -100, 0], device=device), torch.ones(17, device=device)
+    weight[:2] = 0.0
+    chosen = {"weight": weight, "label_smoothing": smoothing, "backend": backend}
+    for name, value in measure(loss, leaves, target, **chosen).items():
+        assert torch.equal(value, torch.zeros_like(value)), name
+    dense = torch.nn.functional.cross_entropy(
+        torch.zeros(4, 17, device=device), target, weight, label_smoothing=smoothing
+    )
+    assert not dense.isfinite()
+
+
 @backends
 def test_all_weights_zero_is_zero(backend: str, device: torch.device) -> None:
     leaves, target = logits_case(4, 17, torch.float32, device)

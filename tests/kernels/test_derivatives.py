@@ -152,7 +152,7 @@ def outcome(derivative: Callable[[Loss, Values], Any], loss: Loss, values: Value
     "ual_kernels/ops.py", "if tensor is not None and tensor.requires_grad]", "if tensor is inputs[0]]"
 )
 @pytest.mark.kills(
-    "ual_kernels/ops.py", "anchor = _anchor(inputs.logits, inputs.smoothing, token_scale)", "anchor = None"
+    "ual_kernels/ops.py", "link = _link(inputs.logits, inputs.smoothing, token_scale)", "link = None"
 )
 @pytest.mark.kills(
     "ual_kernels/ops.py",
@@ -232,7 +232,7 @@ def test_first_gradients_with_a_graph(
 
 
 def test_a_graph_of_the_gradients_keeps_no_input_alive(device: torch.device) -> None:
-    """The linear loss saves neither hidden states nor head, and the anchor has no memory."""
+    """The linear loss saves neither hidden states nor head, and the link has no memory."""
     leaves, target = problem("linear", device)
     saved: list[Tensor] = []
 
@@ -248,7 +248,7 @@ def test_a_graph_of_the_gradients_keeps_no_input_alive(device: torch.device) -> 
 
 
 def test_hooks_of_a_leaf_run_once(device: torch.device) -> None:
-    """The anchor gives every leaf a second edge, whose gradient is undefined."""
+    """The link gives every leaf a second edge, whose gradient is undefined."""
     leaves, target = problem("linear", device)
     calls = dict.fromkeys(leaves, 0)
 

@@ -33,6 +33,7 @@ from tests.kernels.cases import (
     frozen_with_adapter,
     linear_case,
     linear_cross_entropy,
+    logits_case,
     measure,
     merged_definition,
     options,
@@ -254,6 +255,103 @@ def logits_shard(name: str, split: tuple[int, ...], group: dist.ProcessGroup | N
     return measured | {f"statistics.{key}": value for key, value in found._asdict().items()}
 
 
+# Mistakes of rank 1 alone, and the errors that every rank raises. Without agreement the others would wait.
+
+MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "empty": (
+        lambda given: {"linear_weight": given["linear_weight"][:0]},
+        "rank 1 of process_group: linear_weight must be [V, D] with V >= 1, got [0, 16]",
+    ),
+    "dtype": (
+        lambda given: {"linear_weight": given["linear_weight"].float()},
+        "rank 1 of process_group: linear_weight must be torch.float64 like input, got torch.float32; ",
+    ),
+    "features": (
+        lambda given: {"linear_weight": given["linear_weight"][:, 1:]},
+        "rank 1 of process_group: input must be [..., 15] to match linear_weight, got [20, 16]",
+    ),
+    "bias": (
+        lambda given: {"linear_bias": torch.zeros(3, dtype=torch.float64)},
+        "rank 1 of process_group: linear_bias must be [",
+    ),
+    "weights": (
+        lambda given: {"sample_weight": given["sample_weight"][1:]},
+        "rank 1 of process_group: sample_weight must be shaped like a leading part of target, ",
+    ),
+    "num-items": (
+        lambda given: {"num_items": torch.ones(2)},
+        "rank 1 of process_group: num_items must have one element, got shape [2]",
+    ),
+    "no-tensor": (
+        lambda given: {"target": None},
+        "rank 1 of process_group: AttributeError: 'NoneType' object has no attribute 'dtype'",
+    ),
+    "tokens": (
+        lambda given: {
+            key: given[key][1:] for key in ("input", "target", "label_smoothing", "sample_weight")
+        },
+        "the shape of target must be the same on all ranks of process_group, got [20] on rank 0, [19] on",
+    ),
+    "smoothing": (
+        lambda given: {"label_smoothing": 1.5},
+        "label_smoothing must be the same on all ranks of process_group, got a tensor with "
+        "requires_grad=True on rank 0, 1.5 on rank 1",
+    ),
+    "frozen": (
+        lambda given: {"input": given["input"].detach()},
+        "requires_grad of input, linear_weight, linear_bias, A and B must be the same on all ranks of "
+        "process_group, got [True, True, True, False, False] on rank 0, [False, True, True, False, False] on",
+    ),
+    "chunks": (
+        lambda given: {"chunk_tokens": 3},
+        "chunk_tokens must be the same on all ranks of process_group, got None on rank 0, 3 on rank 1",
+    ),
+}
+MESSAGES = {name: message for name, (_, message) in MISTAKES.items()} | {
+    "columns": "rank 1 of process_group: input must be [..., V] with V >= 1, got [20, 0]",
+    "of-all": "rank 0 of process_group: logit_scale must be finite, got inf",
+}
+
+
+def mistakes(split: tuple[int, ...], group: dist.ProcessGroup) -> dict[str, str]:
+    """Return the error that this rank raises for every mistake of rank 1."""
+    mine, first = shard_slice(split, dist.get_rank(group)), dist.get_rank(group) != 1
+    leaves, target = linear_case(TOKENS, VOCAB, 16, torch.float64, torch.device("cpu"))
+    given = {key: leaf[mine] if key in SHARDED else leaf for key, leaf in leaves.items()}
+    given |= {"target": target, "process_group": group}
+
+    def message(loss: Callable[..., Tensor], **given: Any) -> str:
+        try:
+            loss(**given)
+        except ValueError as error:
+            return str(error)
+        return "no error"
+
+    found = {
+        name: message(linear_cross_entropy, **given | ({} if first else mistake(given)))
+        for name, (mistake, _) in MISTAKES.items()
+    }
+    columns = torch.zeros(TOKENS, 5 if first else 0, dtype=torch.float64)
+    return found | {
+        "columns": message(cross_entropy, input=columns, target=target, process_group=group),
+        "of-all": message(linear_cross_entropy, **given, logit_scale=torch.inf),
+    }
+
+
+def second_derivative(split: tuple[int, ...], group: dist.ProcessGroup) -> str:
+    """Return the error of the second derivative of given logits."""
+    mine = shard_slice(split, dist.get_rank(group))
+    leaves, target = logits_case(TOKENS, VOCAB, torch.float64, torch.device("cpu"))
+    logits = leaves["input"].detach()[:, mine].requires_grad_()
+    loss = cross_entropy(logits, target, process_group=group)
+    (gradient,) = torch.autograd.grad(loss**2, logits, create_graph=True)
+    try:
+        torch.autograd.grad(gradient.square().sum(), logits)
+    except UnsupportedError as error:
+        return str(error)
+    return "no error"
+
+
 def process(rank: int, folder: Path) -> None:
     """Run one rank. It ends with os._exit, because gloo may abort at a normal exit."""
     code = 1
@@ -272,6 +370,8 @@ def process(rank: int, folder: Path) -> None:
             split: {name: shard(name, sizes, groups[split]) for name in cases_of(split)}
             | {f"logits-{name}": logits_shard(name, sizes, groups[split]) for name in LOGITS}
             | {"own-reduction": own_reduction(sizes, groups[split])}
+            | {"mistakes": mistakes(sizes, groups[split])}
+            | {"second-derivative": second_derivative(sizes, groups[split])}
             for split, sizes in SPLITS.items()
             if rank in MEMBERS[split]
         }
@@ -288,7 +388,7 @@ def process(rank: int, folder: Path) -> None:
 # ---- tests ----
 
 
-def run(folder: Path) -> list[dict[str, dict[str, dict[str, Tensor]]]]:
+def run(folder: Path) -> list[dict[str, dict[str, Any]]]:
     """Start the ranks, wait for them and kill them at the end; return the results of each rank."""
     program = (
         "import sys; from pathlib import Path; from tests.kernels.test_parallel import process; "
@@ -323,9 +423,13 @@ def run(folder: Path) -> list[dict[str, dict[str, dict[str, Tensor]]]]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    return run(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def results(ranks: list[dict[str, dict[str, Any]]]) -> Results:
     """Return a function that returns the joined results of all ranks for a split and a case."""
-    ranks = run(tmp_path_factory.mktemp("ranks"))
 
     def of(split: str, name: str) -> dict[str, Tensor]:
         return joined([ranks[rank][split][name] for rank in MEMBERS[split]])
@@ -470,7 +574,40 @@ def test_an_upper_bound_that_is_too_small_gives_nan_on_every_rank(split: str, re
     assert actual["input"][selected].isnan().all()
 
 
+# ---- errors that every rank raises ----
+
+
+@pytest.mark.kills(
+    "ual_kernels/_vocab_parallel.py", "_ERROR in counts or len(set(checksums)) > 1", "_ERROR in counts"
+)
+@pytest.mark.kills(
+    "ual_kernels/_vocab_parallel.py", "_ERROR in counts or len(set(checksums)) > 1", "len(set(checksums)) > 1"
+)
+@pytest.mark.parametrize("name", MESSAGES)
+@splits
+def test_a_mistake_of_one_rank_is_an_error_of_every_rank(
+    split: str, name: str, ranks: list[dict[str, dict[str, Any]]]
+) -> None:
+    messages = [ranks[rank][split]["mistakes"][name] for rank in MEMBERS[split]]
+    assert messages[0].startswith(MESSAGES[name])
+    assert set(messages) == {messages[0]}
+
+
+@splits
+def test_shards_of_given_logits_have_no_second_derivatives(
+    split: str, ranks: list[dict[str, dict[str, Any]]]
+) -> None:
+    for rank in MEMBERS[split]:
+        assert "second derivatives" in ranks[rank][split]["second-derivative"]
+
+
 # ---- errors, raised before any communication ----
+
+
+def test_shards_of_meta_tensors_are_refused() -> None:
+    logits, target = torch.zeros(4, 3, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+    with pytest.raises(UnsupportedError, match="process_group does not support meta tensors"):
+        cross_entropy(logits, target, process_group=object())
 
 
 @pytest.mark.parametrize(
