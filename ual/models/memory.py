@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ual.config.run import LoraConfig, ModelConfig
 from ual.errors import UserError
-from ual.models.fuse import fuse
+from ual.models.fuse import fuse, unfuse
 from ual.models.load import attach_lora, first_line, load_config, loading, stored_dtype
 
 # (device, head is trained): MiB of logits and of a chunk's gradient within the fused loss's operator, as
@@ -102,16 +102,17 @@ def step_memory(
     model.train()
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
+    fuse(model, verify=False)  # before the tensors are fake: it reads numbers
     with FakeTensorMode():
         _make_fake(model)
         ids = torch.zeros(batch, length, dtype=torch.int64)
         inputs = {"input_ids": ids, "use_cache": False}
         labels = {"labels": ids, "max_loss_tokens": loss_tokens}
         try:
+            fused = _peak(model, lambda: model(**inputs, **labels).loss, autocast, scratch)
+            unfuse(model)
             activations = _peak(model, lambda: base.base_model(**inputs).last_hidden_state, autocast)
             naive = _peak(model, lambda: model(**inputs, labels=ids).loss, autocast)
-            fuse(model, verify=False)
-            fused = _peak(model, lambda: model(**inputs, **labels).loss, autocast, scratch)
         except (RuntimeError, NotImplementedError) as error:
             raise UserError(
                 f"a step of {type(base).__name__} cannot be run without weights: {first_line(error)}",

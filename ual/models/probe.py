@@ -39,7 +39,7 @@ def loss_form(base: Any, head: nn.Module) -> LossForm:
         UserError: the logits are not softcap(scale * head(hidden)) of one call of the head, or the loss is
             not their cross entropy.
     """
-    absent = _weights_are_absent(base)
+    absent = weights_are_absent(base)
     model = _without_body(base, head) if absent else base
     batch = _batch(base, "cpu" if absent else _device(base))
     chosen = _chosen_logits(int(head.out_features))  # type: ignore[arg-type]
@@ -74,17 +74,12 @@ def check(base: Any, head: nn.Module, form: LossForm) -> None:
     input are compared as well.
 
     Args:
-        base: a fused `PreTrainedModel` whose weights are in memory.
+        base: a fused `PreTrainedModel`. Its weights are in memory, or an engine gathers them (ZeRO-3).
         head, form: as in `loss_form`.
 
     Raises:
         UserError: they differ by more than rounding, or the model cannot compute the probe.
     """
-    if _weights_are_absent(base):
-        raise UserError(
-            "fuse() cannot check a model whose weights are not in memory",
-            remedy="pass verify=False, and call check_logits(model) where the model can compute",
-        )
     batch = _batch(base, _device(base))
     with _evaluating(base), _errors_of(base):
         with torch.no_grad():
@@ -207,7 +202,7 @@ def _device(base: Any) -> torch.device:
     return embedding.weight.device  # type: ignore[no-any-return]
 
 
-def _weights_are_absent(base: Any) -> bool:
+def weights_are_absent(base: Any) -> bool:
     """Return whether weights are partitioned (ZeRO-3) or on no device, and no hook brings them."""
     embedding = base.get_input_embeddings()
     weight: Tensor = embedding.weight
