@@ -202,7 +202,6 @@ class _FusedCausalLM(Attached):
 
     _settings: _Settings
     _parameters_by_position: tuple[str, ...]
-    _known: frozenset[str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
