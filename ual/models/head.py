@@ -17,6 +17,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from ual.errors import UserError
 from ual.models.attach import Attached, attach, detach, foreign_forward, plain_class
@@ -26,6 +27,7 @@ Lora: TypeAlias = tuple[Tensor, Tensor, float]
 
 _REMEDY = "use plain LoRA, modules_to_save, or no adapter on the lm_head"
 _TOKENS = "remove trainable_token_indices, or untie the embeddings: PEFT adapts a tied lm_head as well"
+_TENSOR_PARALLEL = ("transformers.distributed.tensor_parallel", "torch.distributed.tensor._api")
 _FRAMEWORKS = ("deepspeed.", "torch.distributed.")  # their forward hooks look for tensors in any output
 
 
@@ -65,6 +67,7 @@ class Captured:
 
 class _ThreadState(threading.local):
     captured: Captured | None = None
+    given: tuple[nn.Module, Tensor] | None = None
 
 
 _STATE = _ThreadState()
@@ -86,6 +89,16 @@ def capturing(head: nn.Module, reply: Callable[[Tensor], Tensor] | None = placeh
         _STATE.captured = outer
 
 
+@contextmanager
+def given(head: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """Give the head these hidden states in place of the model's, in this thread."""
+    _STATE.given = head, hidden
+    try:
+        yield
+    finally:
+        _STATE.given = None
+
+
 def call(
     head: nn.Module,
     hidden: Tensor,
@@ -97,7 +110,8 @@ def call(
         head: a linear layer, plain LoRA around one, or PEFT's wrapper for `modules_to_save`.
         hidden: [..., D] hidden states.
         loss: receives the hidden states on the head's device, weight [V, D], bias [V] or None, and the active
-            adapter (A [r, D], B [V, r], scale) or None.
+            adapter (A [r, D], B [V, r], scale) or None. If the head is tensor-parallel, weight and bias are
+            DTensors that are sharded over classes.
 
     Raises:
         UserError: the fused loss does not support this head.
@@ -126,7 +140,7 @@ def prepare(head: nn.Module) -> None:
         UserError: the fused loss does not support this head, its adapter, or a hook on it.
     """
     for module, mixin in _parts(head):
-        _check_instance(module)
+        _check_instance(module, alone=module is head)
         if not isinstance(module, mixin):
             _check_class(module, mixin)
             attach(module, mixin)
@@ -139,7 +153,7 @@ def check(head: nn.Module) -> None:
         UserError: as `prepare`; also an adapter other than plain LoRA, or a trainable one with dropout.
     """
     for module, mixin in _parts(head):
-        _check_instance(module)
+        _check_instance(module, alone=module is head)
         _check_class(module, mixin)
     if isinstance(head, LoraLinear):
         trained = any(p.requires_grad for p in head.lora_A.parameters())
@@ -160,11 +174,16 @@ class _Head(Attached):
     """A module whose call can be intercepted."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        captured = _STATE.captured
+        captured, given = _STATE.captured, _STATE.given
+        if given is not None and given[0] is self:
+            args = (given[1], *args[1:])
         if captured is not None and captured.head is self and "fused_loss" not in kwargs:
             captured.inputs.append(args[0])
             if captured.reply is not None:
                 return captured.reply(args[0])
+        if "fused_loss" in kwargs and is_tensor_parallel(self):
+            # what is around its forward would distribute the input and gather the output
+            return type(self).forward(self, *args, **kwargs)
         return super().__call__(*args, **kwargs)
 
 
@@ -175,10 +194,10 @@ class _Linear(_Head):
         if fused_loss is None:
             return super().forward(input, *args, **kwargs)
         weight: Any = self.weight
-        if _is_packed(weight):
+        if _is_packed(weight) and not _is_vocab_parallel(self):
             raise _unsupported(
                 f"has a weight of type {type(weight).__name__} ({weight.dtype})",
-                "keep the lm_head unquantized, and out of the tensor-parallel plan",
+                "keep the lm_head unquantized; fully_shard it only if it is not tensor-parallel",
             )
         return fused_loss(input, weight, self.bias)
 
@@ -297,6 +316,18 @@ def _joined(factors: Sequence[Tensor], scaling: Sequence[float]) -> Lora | None:
 # ---- which heads are supported ----
 
 
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """Return whether tensor parallelism, of transformers or torch, has split this module over ranks."""
+    around = [foreign_forward(module), *module._forward_hooks.values()]
+    return any(getattr(function, "__module__", None) in _TENSOR_PARALLEL for function in around)
+
+
+def _is_vocab_parallel(module: nn.Module) -> bool:
+    """Return whether each rank has this layer's weight for some of the classes, in the order of ranks."""
+    weight = module.weight
+    return is_tensor_parallel(module) and isinstance(weight, DTensor) and weight.placements == (Shard(0),)
+
+
 def _parts(head: Any) -> Iterator[tuple[nn.Module, type[Attached]]]:
     """Yield the modules of a head with their mixins."""
     if isinstance(head, ModulesToSaveWrapper):
@@ -335,12 +366,18 @@ def _unsupported(problem: str, remedy: str) -> UserError:
     return UserError(f"the lm_head {problem}; the fused loss does not support it", remedy=remedy)
 
 
-def _check_instance(module: nn.Module) -> None:
+def _check_instance(module: nn.Module, *, alone: bool) -> None:
     """Refuse what somebody has set on this module: a forward, or hooks that expect logits."""
-    if (own := foreign_forward(module)) is not None:
+    if is_tensor_parallel(module):
+        if not (alone and _is_vocab_parallel(module)):
+            raise _unsupported(
+                "is tensor-parallel, and has an adapter or is not split over classes",
+                "keep adapters off the lm_head, and give it a column-wise style in the plan",
+            )
+    elif (own := foreign_forward(module)) is not None:
         raise _unsupported(
             f"has a forward that {getattr(own, '__module__', type(own).__name__)} has set on the module",
-            "keep the lm_head out of the tensor-parallel plan, or remove what replaced its forward",
+            "remove what replaced its forward",
         )
     for hook in module._forward_hooks.values():
         function = getattr(hook, "func", hook)

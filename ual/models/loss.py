@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ual.models.head import HeadLoss, Lora
 from ual_kernels import (
@@ -60,6 +61,10 @@ class TokenLoss:
         smoothing = 0.0 if self.label_smoothing is None else _on(device, self.label_smoothing)
         if self.smoothing_over == "others":
             smoothing = losses.others(smoothing, len(weight))
+        group = None
+        if isinstance(weight, DTensor):  # tensor parallelism: this rank computes its rows of the head
+            group = weight.device_mesh.get_group()
+            weight, bias = weight.to_local(), bias.to_local() if isinstance(bias, DTensor) else None
         arguments: dict[str, Any] = {
             "linear_bias": bias,
             "linear_lora": lora,
@@ -70,7 +75,7 @@ class TokenLoss:
             "softcap": self.form.softcap,
             "logit_scale": self.form.scale,
             "z_loss": self.z_loss,
-            "options": LinearCrossEntropyOptions(max_loss_tokens=self.max_loss_tokens),
+            "options": LinearCrossEntropyOptions(max_loss_tokens=self.max_loss_tokens, process_group=group),
             "backend": self.backend,
         }
         targets = self.targets.to(device)

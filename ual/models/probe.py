@@ -88,7 +88,7 @@ def check(base: Any, head: nn.Module, form: LossForm) -> None:
             largest = head(captured.hidden).abs().max().item() * abs(form.scale)
         wanted = min(_LARGEST, 2 * form.softcap) if form.softcap else _LARGEST
         hidden = captured.hidden.detach() * (wanted / largest if largest > 0 else 1.0)
-        with _given(head, hidden), torch.no_grad():
+        with heads.given(head, hidden), torch.no_grad():
             own = _own_forward(base, **batch)
             fused = base(**batch).loss
             smoothed = base(**batch, label_smoothing=_SMOOTHING).loss
@@ -130,7 +130,7 @@ def _check_gradient(
         return compute(hidden, weight.detach(), bias if bias is None else bias.detach(), lora)
 
     with _evaluating(base), torch.enable_grad(), _errors_of(base):
-        with _given(head, leaf):
+        with heads.given(head, leaf):
             logits = _own_forward(base, input_ids=batch["input_ids"])["logits"][0].double()
         loss = cross_entropy(logits, target[0].to(logits.device), label_smoothing=_SMOOTHING)
         (theirs,) = torch.autograd.grad(loss, leaf)
@@ -219,16 +219,6 @@ def _evaluating(base: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _given(head: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """Give the head these hidden states in place of the model's, by a hook: a head may be tied or packed."""
-    handle = head.register_forward_pre_hook(lambda _, args: (hidden, *args[1:]), prepend=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 class _Body(nn.Module):
