@@ -110,11 +110,6 @@ def fuse(
         raise UserError(f"fuse: require must name columns among {_COLUMNS}, got {unknown}")
     base = _causal_lm(model)
     _check_kind(model, base)
-    if verify and probe.weights_are_absent(base):
-        raise UserError(
-            "fuse() cannot check a model whose weights are not in memory",
-            remedy="pass verify=False, and call check_logits(model) where the model can compute",
-        )
     head = base.get_output_embeddings()
     heads.check(head)
     try:

@@ -17,6 +17,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 
 from ual.errors import UserError
@@ -350,6 +351,11 @@ def _check_class(module: nn.Module, mixin: type[Attached]) -> None:
     """Refuse a module in the place of a linear layer that computes anything else, whatever it is called."""
     if mixin is not _Linear:
         return
+    if isinstance(module, FullyShardedDataParallel):
+        raise _unsupported(
+            "is wrapped in FullyShardedDataParallel of its own",
+            "use fully_shard, or an auto-wrap policy that wraps decoder layers only",
+        )
     if not isinstance(module, nn.Linear):
         name = _described(module)
         raise _unsupported(f"is a {name}", _TOKENS if "TrainableTokens" in name else _REMEDY)

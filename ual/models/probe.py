@@ -5,7 +5,6 @@ MPT has a `logit_scale` that it does not use. So the head is made to return chos
 and the model's own `forward` shows what it makes of them.
 """
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -80,6 +80,12 @@ def check(base: Any, head: nn.Module, form: LossForm) -> None:
     Raises:
         UserError: they differ by more than rounding, or the model cannot compute the probe.
     """
+    if weights_are_absent(base):
+        raise UserError(
+            "fuse() cannot check a model whose weights are not in memory",
+            remedy="call it before FSDP shards the model, or pass verify=False; with DeepSpeed, call "
+            "check_logits(model) once there is an engine",
+        )
     batch = _batch(base, _device(base))
     with _evaluating(base), _errors_of(base):
         with torch.no_grad():
@@ -203,10 +209,14 @@ def _device(base: Any) -> torch.device:
 
 
 def weights_are_absent(base: Any) -> bool:
-    """Return whether weights are partitioned (ZeRO-3) or on no device, and no hook brings them."""
+    """Return whether weights are partitioned (ZeRO-3, FSDP) or on no device, and no hook brings them."""
     embedding = base.get_input_embeddings()
     weight: Tensor = embedding.weight
-    return weight.numel() == 0 or (weight.is_meta and not hasattr(embedding, "_hf_hook"))
+    if isinstance(weight, DTensor):  # FSDP2 gathers weights when the outermost module is called
+        return not heads.is_tensor_parallel(embedding)
+    if weight.ndim != 2:  # a flat part, which may be empty: ZeRO-3 or FSDP1
+        return not (hasattr(weight, "ds_id") and embedding._forward_pre_hooks)
+    return weight.is_meta and not hasattr(embedding, "_hf_hook")
 
 
 @contextmanager
@@ -239,7 +249,8 @@ class _Body(nn.Module):
 
 def _without_body(base: Any, head: Any) -> Any:
     """Return a shallow copy whose body is a `_Body`; modules between body and head are the model's own."""
-    shell = copy.copy(base)
+    shell = object.__new__(type(base))  # FSDP's classes cannot be copied
+    vars(shell).update(vars(base))
     hidden = torch.zeros(1, _TOKENS, int(head.in_features), device=next(head.parameters()).device)
     vars(shell)["_modules"] = {**base._modules, base.base_model_prefix: _Body(hidden)}
     return shell
