@@ -126,8 +126,17 @@ def fuse(
 
 
 def unfuse(model: Model) -> Model:
-    """Undo `fuse`."""
+    """Undo `fuse`.
+
+    Raises:
+        UserError: a wrapper that was set as the model's `forward` would still call the fused one.
+    """
     base = _causal_lm(model)
+    if isinstance(base, _FusedCausalLM) and (own := foreign_forward(base)) is not None:
+        raise UserError(
+            f"the forward of this fused {type(base).__name__} was wrapped, by {_origin(own)}",
+            remedy="remove the wrapper first: accelerator.unwrap_model(model, keep_fp32_wrapper=False)",
+        )
     if (head := base.get_output_embeddings()) is not None:
         heads.release(head)
     if isinstance(base, _FusedCausalLM):
