@@ -26,6 +26,10 @@ _TOKENS = 8
 _LARGEST = 64.0  # of the check's logits: a cap shows in any dtype
 _SMOOTHING = 0.3
 _REMEDY = "please report the architecture; train it without fuse() meanwhile"
+_GATHER = (
+    "call fuse(model) while its weights are in memory: before FSDP shards them, or within "
+    "deepspeed.zero.GatheredParameters(list(model.parameters()))"
+)
 
 
 def loss_form(base: Any, head: nn.Module) -> LossForm:
@@ -49,8 +53,9 @@ def loss_form(base: Any, head: nn.Module) -> LossForm:
             raise _refusal(base, f"calls its lm_head with hidden states of shape {list(hidden.shape)}")
         return chosen[None].to("cpu" if hidden.is_meta else hidden.device, copy=True)
 
-    with _evaluating(base), torch.no_grad(), _errors_of(base), heads.capturing(head, reply) as captured:
-        outputs = _own_forward(model, **batch)
+    refusing = _errors_of(base, _GATHER if absent else _REMEDY)
+    with _evaluating(base), torch.no_grad(), refusing, heads.capturing(head, reply) as captured:
+        outputs = _own_forward(model, batch, routers=not absent)
         captured.hidden  # noqa: B018  raises if the head was not called once
     logits = outputs["logits"]
     if logits.shape != (1, *chosen.shape):
@@ -83,19 +88,18 @@ def check(base: Any, head: nn.Module, form: LossForm) -> None:
     if weights_are_absent(base):
         raise UserError(
             "fuse() cannot check a model whose weights are not in memory",
-            remedy="call it before FSDP shards the model, or pass verify=False; with DeepSpeed, call "
-            "check_logits(model) once there is an engine",
+            remedy=f"{_GATHER}; or pass verify=False, and call check_logits(model) once there is an engine",
         )
     batch = _batch(base, _device(base))
     with _evaluating(base), _errors_of(base):
         with torch.no_grad():
             with heads.capturing(head, None) as captured:
-                _own_forward(base, **batch)
+                _own_forward(base, batch)
             largest = head(captured.hidden).abs().max().item() * abs(form.scale)
         wanted = min(_LARGEST, 2 * form.softcap) if form.softcap else _LARGEST
         hidden = captured.hidden.detach() * (wanted / largest if largest > 0 else 1.0)
         with heads.given(head, hidden), torch.no_grad():
-            own = _own_forward(base, **batch)
+            own = _own_forward(base, batch)
             fused = base(**batch).loss
             smoothed = base(**batch, label_smoothing=_SMOOTHING).loss
     logits = own["logits"][0].double()
@@ -137,7 +141,7 @@ def _check_gradient(
 
     with _evaluating(base), torch.enable_grad(), _errors_of(base):
         with heads.given(head, leaf):
-            logits = _own_forward(base, input_ids=batch["input_ids"])["logits"][0].double()
+            logits = _own_forward(base, {"input_ids": batch["input_ids"]})["logits"][0].double()
         loss = cross_entropy(logits, target[0].to(logits.device), label_smoothing=_SMOOTHING)
         (theirs,) = torch.autograd.grad(loss, leaf)
         (ours,) = torch.autograd.grad(heads.call(head, leaf, frozen).loss, leaf)
@@ -170,13 +174,12 @@ def router_loss(model: Any, outputs: Mapping[str, Any]) -> Tensor | float:
 # ---- the model's own forward ----
 
 
-def _own_forward(model: Any, **batch: Tensor) -> Any:
-    """Call the `forward` of the class that the model had before `fuse`."""
+def _own_forward(model: Any, batch: Mapping[str, Tensor], *, routers: bool = True) -> Any:
+    """Call the `forward` of the class that the model had before `fuse`; optionally without router losses."""
     forward = plain_class(model).forward
-    options: dict[str, Any] = {"return_dict": True}
-    if "use_cache" in inspect.signature(forward).parameters:
-        options["use_cache"] = False
-    return forward(model, **batch, **options)
+    off = ["use_cache", *([] if routers else ["output_router_logits"])]
+    options = {name: False for name in off if name in inspect.signature(forward).parameters}
+    return forward(model, **batch, **options, return_dict=True)
 
 
 def _batch(base: Any, device: torch.device | str) -> dict[str, Tensor]:
@@ -243,6 +246,9 @@ class _Body(nn.Module):
         super().__init__()
         self._hidden = hidden
 
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name.startswith("_") else self  # OPT calls `model.decoder`
+
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         return self._Outputs(last_hidden_state=self._hidden)
 
@@ -284,12 +290,12 @@ def softcap_of(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _refusal(base: Any, problem: str) -> UserError:
-    return UserError(f"{type(base).__name__} {problem}, so its loss cannot be fused", remedy=_REMEDY)
+def _refusal(base: Any, problem: str, remedy: str = _REMEDY) -> UserError:
+    return UserError(f"{type(base).__name__} {problem}, so its loss cannot be fused", remedy=remedy)
 
 
 @contextmanager
-def _errors_of(base: Any) -> Iterator[None]:
+def _errors_of(base: Any, remedy: str = _REMEDY) -> Iterator[None]:
     """Name the model if it cannot compute a few tokens of text."""
     try:
         yield
@@ -298,5 +304,5 @@ def _errors_of(base: Any) -> Iterator[None]:
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise _refusal(
-            base, f"cannot compute the loss of {_TOKENS} tokens ({type(error).__name__}: {first})"
+            base, f"cannot compute the loss of {_TOKENS} tokens ({type(error).__name__}: {first})", remedy
         ) from error
