@@ -91,7 +91,7 @@ def check(base: Any, head: nn.Module, form: LossForm) -> None:
             remedy=f"{_GATHER}; or pass verify=False, and call check_logits(model) once there is an engine",
         )
     batch = _batch(base, _device(base))
-    with _evaluating(base), _errors_of(base):
+    with _evaluating(base), _errors_of(base), _without_autocast(base):
         with torch.no_grad():
             with heads.capturing(head, None) as captured:
                 _own_forward(base, batch)
@@ -139,7 +139,7 @@ def _check_gradient(
     ) -> heads.HeadLoss:
         return compute(hidden, weight.detach(), bias if bias is None else bias.detach(), lora)
 
-    with _evaluating(base), torch.enable_grad(), _errors_of(base):
+    with _evaluating(base), torch.enable_grad(), _errors_of(base), _without_autocast(base):
         with heads.given(head, leaf):
             logits = _own_forward(base, {"input_ids": batch["input_ids"]})["logits"][0].double()
         loss = cross_entropy(logits, target[0].to(logits.device), label_smoothing=_SMOOTHING)
@@ -220,6 +220,10 @@ def weights_are_absent(base: Any) -> bool:
     if weight.ndim != 2:  # a flat part, which may be empty: ZeRO-3 or FSDP1
         return not (hasattr(weight, "ds_id") and embedding._forward_pre_hooks)
     return weight.is_meta and not hasattr(embedding, "_hf_hook")
+
+
+def _without_autocast(base: Any) -> torch.autocast:
+    return torch.autocast(_device(base).type, enabled=False)
 
 
 @contextmanager
