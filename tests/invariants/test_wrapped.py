@@ -70,8 +70,9 @@ HEAD, LOSS, PROBE = (f"ual/models/{name}.py" for name in ("head", "loss", "probe
     only="accelerate",
 )  # fmt: skip
 @pytest.mark.kills(
-    "ual/models/attach.py", 'if "_plain" not in vars(cls):', "if False:", only="fsdp2-llama-root-before"
+    "ual/models/attach.py", "if bases == cls.__bases__:", "if True:", only="fsdp2-llama-root-before"
 )
+@pytest.mark.kills(PROBE, ".type, enabled=False)", ".type, enabled=True)", only="accelerate")
 @pytest.mark.parametrize("case", CASES)
 def test_equals_one_process(results: list[dict[str, Any]], case: str) -> None:
     for rank, found in enumerate(results):

@@ -205,9 +205,9 @@ def prepared_by_accelerate(folder: Path) -> None:
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-    single, model = fuse(llama().float()), fuse(llama().float())
+    model = fuse(llama().float())
     with torch.autocast("cpu", torch.bfloat16):
-        expected = step(single)
+        expected = step(fuse(llama().float()))
     prepared = accelerator.prepare(model)
     got = train(prepared, prepared.module)[1]
     roundings = 8 * torch.finfo(torch.float32).eps  # of the sum over samples
@@ -255,6 +255,18 @@ def fsdp2(build: Build, head: str, *, before: bool) -> None:
     model.reshard()  # the root's weights stay gathered after a forward without backward
     fuse(model, verify=False)
     assert_same(train(model, model)[1], expected)
+
+
+def fsdp2_of_transformers(folder: Path) -> None:
+    from transformers.distributed import DistributedConfig
+
+    if dist.get_rank() == 0:
+        llama().save_pretrained(folder / "llama")
+    dist.barrier()
+    config = DistributedConfig(fsdp_size=RANKS)
+    model = LlamaForCausalLM.from_pretrained(folder / "llama", dtype=torch.float64, distributed_config=config)
+    fuse(model, verify=False)
+    assert_same(train(model, model)[1], alone(llama))
 
 
 def fsdp1(*, before: bool) -> None:
@@ -347,6 +359,22 @@ def transformers_tp_plan(folder: Path) -> None:
     assert "keep adapters off the lm_head" in refusal(lambda: fuse(get_peft_model(model, config)))
 
 
+def tensor_parallel_and_fsdp(folder: Path) -> None:
+    """`fully_shard` of a model with a tensor-parallel lm_head, on a mesh [1, 2]."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("data", "tensor"))
+    style = ColwiseParallel(output_layouts=Replicate())
+    model = fuse(parallelize_module(phi(), mesh["tensor"], {"lm_head": style}))
+    fully_shard(model, mesh=mesh["data"])
+    assert_same(step(model), alone(phi))
+    unfuse(model)
+    assert "before fully_shard(model)" in refusal(lambda: fuse(model))
+
+
 def torch_parallelize_module(folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate
@@ -437,10 +465,12 @@ CASES: dict[str, Callable[[Path], None]] = {
         )
         for before in (True, False)
     },
+    "fsdp2-transformers": fsdp2_of_transformers,
     "fsdp1-before": lambda folder: fsdp1(before=True),
     "fsdp1-after": lambda folder: fsdp1(before=False),
     "zero3": zero3,
     "tp-transformers": transformers_tp_plan,
+    "tp-fsdp2": tensor_parallel_and_fsdp,
     "tp-torch": torch_parallelize_module,
     "ulysses": ulysses,
 }

@@ -377,8 +377,9 @@ def _check_instance(module: nn.Module, *, alone: bool) -> None:
     if is_tensor_parallel(module):
         if not (alone and _is_vocab_parallel(module)):
             raise _unsupported(
-                "is tensor-parallel, and has an adapter or is not split over classes",
-                "keep adapters off the lm_head, and give it a column-wise style in the plan",
+                "is tensor-parallel, and has an adapter, or FSDP's shards, or is not split over classes",
+                "keep adapters off the lm_head, give it a column-wise style in the plan, and call "
+                "fuse(model) before fully_shard(model), which must leave the lm_head to the root",
             )
     elif (own := foreign_forward(module)) is not None:
         raise _unsupported(

@@ -43,7 +43,7 @@ def loss_form(base: Any, head: nn.Module) -> LossForm:
         UserError: the logits are not softcap(scale * head(hidden)) of one call of the head, or the loss is
             not their cross entropy.
     """
-    absent = weights_are_absent(base)
+    absent = _weights_are_absent(base)
     model = _without_body(base, head) if absent else base
     batch = _batch(base, "cpu" if absent else _device(base))
     chosen = _chosen_logits(int(head.out_features))  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ def check(base: Any, head: nn.Module, form: LossForm) -> None:
     Raises:
         UserError: they differ by more than rounding, or the model cannot compute the probe.
     """
-    if weights_are_absent(base):
+    if _weights_are_absent(base):
         raise UserError(
             "fuse() cannot check a model whose weights are not in memory",
             remedy=f"{_GATHER}; or pass verify=False, and call check_logits(model) once there is an engine",
@@ -211,7 +211,7 @@ def _device(base: Any) -> torch.device:
     return embedding.weight.device  # type: ignore[no-any-return]
 
 
-def weights_are_absent(base: Any) -> bool:
+def _weights_are_absent(base: Any) -> bool:
     """Return whether weights are partitioned (ZeRO-3, FSDP) or on no device, and no hook brings them."""
     embedding = base.get_input_embeddings()
     weight: Tensor = embedding.weight
