@@ -67,7 +67,6 @@ class LinearInputs(NamedTuple):
     smoothing: Tensor  # [N] ACC
     token_scale: Tensor  # [N] ACC, sample weight over the reduction's divisor
     class_weight: Tensor | None  # [V] ACC
-    link: Tensor | None = None  # [0], connects the gradients' graph with the inputs (`ops._link`)
 
     @property
     def rank(self) -> int:

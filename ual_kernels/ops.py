@@ -12,7 +12,7 @@ is 1, the usual case.
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,14 +110,18 @@ class _Gradients(_Function):
         raise _differentiable_once()
 
 
-def _link(*inputs: Tensor | None) -> Tensor | None:
+def _link(inputs: Iterable[Any]) -> Tensor | None:
     """Return a tensor without elements that depends on all inputs which require a gradient, None without.
 
-    A loss that does not save its inputs saves this tensor. So the graph of its gradients reaches every input,
-    and second derivatives meet `_Gradients.backward`. It costs no memory, and no kernel runs.
+    The context of a loss that does not save its inputs saves this tensor. So the graph of the gradients
+    reaches every input, and second derivatives meet `_Gradients.backward`. It costs no memory, and no kernel
+    runs. It is not an argument of the loss, because a second edge to an input breaks compiled autograd.
     """
-    slices = [tensor[:0].reshape(-1) for tensor in inputs if tensor is not None and tensor.requires_grad]
-    return torch.cat(slices) if slices else None
+    with torch.enable_grad():
+        found = [
+            value[:0].reshape(-1) for value in inputs if isinstance(value, Tensor) and value.requires_grad
+        ]
+        return torch.cat(found) if found else None
 
 
 # ---- cross entropy of given logits ----
@@ -134,9 +138,8 @@ def cross_entropy_inplace(
     inputs: LogitsInputs, token_scale: Tensor, spec: LogitsSpec, shards: Shards
 ) -> tuple[Tensor, Tensor]:
     """Loss times `token_scale`, and statistics; the gradient overwrites the logits."""
-    link = _link(inputs.logits, inputs.smoothing, token_scale)
     loss, statistics, *_ = _CrossEntropyInplace.apply(  # type: ignore[no-untyped-call]
-        *inputs, token_scale, link, *spec, shards
+        *inputs, token_scale, *spec, shards
     )
     return loss, statistics
 
@@ -269,7 +272,7 @@ class _CrossEntropyInplace(_Inplace):
 
     @staticmethod
     def forward(*values: Any) -> tuple[Tensor, ...]:
-        inputs, (token_scale, _, *scalars, shards) = LogitsInputs(*values[:_LOGITS]), values[_LOGITS:]
+        inputs, (token_scale, *scalars, shards) = LogitsInputs(*values[:_LOGITS]), values[_LOGITS:]
         spec = LogitsSpec(*scalars)
         # it shares the version counter of the logits, so autograd raises if an operation has saved them
         inputs = inputs._replace(logits=inputs.logits.detach())
@@ -284,11 +287,11 @@ class _CrossEntropyInplace(_Inplace):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        token_scale, link, *scalars, _ = inputs[_LOGITS:]
+        token_scale, *scalars, _ = inputs[_LOGITS:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.buffer, ctx.backend = inputs[0].detach(), LogitsSpec(*scalars).backend
-        ctx.save_for_backward(*output[2:], token_scale, link)
+        ctx.save_for_backward(*output[2:], token_scale, _link(inputs))
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -304,7 +307,7 @@ class _CrossEntropyInplace(_Inplace):
 
         # detached: the result of a Function that is one of its arguments would be a view
         def gradients(
-            buffer: Tensor, dloss: Tensor, loss: Tensor, state: Tensor, token_scale: Tensor, _: Tensor
+            buffer: Tensor, dloss: Tensor, loss: Tensor, state: Tensor, token_scale: Tensor, _: Tensor | None
         ) -> tuple[Tensor, ...]:
             with _as_called(dloss):
                 dlogits = _body(backend, "cross_entropy").scale_tokens(buffer, dloss).detach()
@@ -324,7 +327,6 @@ def linear_cross_entropy(
     inputs: LinearInputs, spec: LinearSpec, token_fns: TokenFns | None, shards: Shards
 ) -> LinearOutputs:
     """Loss, gradients and statistics in one pass over chunks of tokens."""
-    inputs = inputs._replace(link=_link(*inputs))
     if torch.compiler.is_compiling():
         return LinearOutputs(*linear_cross_entropy_op(*inputs, *spec))
     return LinearOutputs(
@@ -372,7 +374,7 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     # a head's gradient is a sum over tokens and needs the upstream gradient of each token
     ctx.again = ctx.spec.per_token and any(ctx.needs_input_grad[1:5])
     extra = given if ctx.again else ()
-    ctx.save_for_backward(outputs.state, given.token_scale, given.link, *outputs[3:], *extra)
+    ctx.save_for_backward(outputs.state, given.token_scale, _link(given), *outputs[3:], *extra)
 
 
 def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
