@@ -42,6 +42,7 @@ LEAVES = {
     ),
 }
 EACH = [(kind, (name,)) for kind, names in LEAVES.items() for name in names]
+PAIRS = [(kind, ("input", name)) for kind, names in LEAVES.items() for name in names[1:]]
 ALL = list(LEAVES.items())
 
 
@@ -154,11 +155,11 @@ def outcome(derivative: Callable[[Loss, Values], Any], loss: Loss, values: Value
     "dlogits, dsmoothing = (lambda compute, *tensors: compute(*tensors))(",
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize(("kind", "names"), [*EACH, *ALL], ids=str)
+@pytest.mark.parametrize(("kind", "names"), [*EACH, *PAIRS, *ALL], ids=str)
 def test_second_derivatives_are_right_or_refused(
     kind: str, names: tuple[str, ...], reduction: str, device: torch.device
 ) -> None:
-    """By every route and for every differentiable input, alone and together."""
+    """By every route and for every differentiable input, alone and with others."""
     values, ours, reference = losses_of(kind, names, reduction, device, return_statistics=reduction == "none")
     for route, derivative in ROUTES.items():
         found = outcome(derivative, ours, values)
