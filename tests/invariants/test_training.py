@@ -16,6 +16,7 @@ from tests.ual.runs import configure, gsm8k, history, start, ual
 from ual.config.run import load
 from ual.data import Collator, Renderer
 from ual.data import load as load_rows
+from ual.errors import UserError
 from ual.models import fuse
 from ual.pipelines.train import run
 from ual.train import UALTrainer
@@ -162,6 +163,26 @@ def test_averages(features: list[dict[str, Any]], stories: Path, tmp_path: Path,
     )  # fmt: skip
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.kills("ual/train/trainer.py", 'if "labels" not in inputs:', "if False:")
+def test_batches_of_sequence_parallelism_are_refused(
+    features: list[dict[str, Any]], stories: Path, tmp_path: Path
+) -> None:
+    """It replaces `labels` by `shift_labels` before a trainer computes the loss."""
+
+    def collate(rows: list[Any]) -> dict[str, Any]:
+        batch = Collator(0)(rows)
+        return batch | {"shift_labels": batch.pop("labels")}
+
+    trainer = UALTrainer(
+        model=fuse(AutoModelForCausalLM.from_pretrained(stories)),
+        args=TrainingArguments(str(tmp_path), use_cpu=True, remove_unused_columns=False, report_to="none"),
+        train_dataset=features,
+        data_collator=collate,
+    )
+    with pytest.raises(UserError, match=r"no labels.*\n.*set sp_size and cp_size to 1"):
+        trainer.compute_loss(trainer.model.train(), collate(features[:2]))
 
 
 def test_thirty_steps_of_a_run_on_real_samples(shared: Path, stories: Path, tmp_path: Path) -> None:

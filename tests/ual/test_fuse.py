@@ -4,8 +4,6 @@ import copy
 import inspect
 import io
 import pickle
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import MethodType
@@ -32,6 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from tests.test_architecture import in_a_fresh_process
 from tests.ual.test_fused_loss import SMALL, assert_same, loss_and_gradients, model_of
 from ual.errors import UserError
 from ual.models import fuse, unfuse
@@ -213,6 +212,26 @@ def test_reentrant_checkpoints() -> None:
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     assert_same(loss_and_gradients(model, **batch(), label_smoothing=S), plain)
+
+
+@pytest.mark.kills(LOSS, "import ual_kernels.flops  # noqa", "import ual_kernels  # noqa")
+def test_flop_counters_see_the_loss() -> None:
+    """Forward and backward take the products of the model's own loss, no more and no fewer."""
+    program = """
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+from ual.models import fuse
+model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                     num_attention_heads=2, pad_token_id=0))
+ids = torch.arange(1, 13)[None]
+for model in (model, fuse(model)):
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids).loss.backward()
+    print(counter.get_total_flops())
+"""
+    own, fused = in_a_fresh_process(program).split()
+    assert int(own) == int(fused) > 0
 
 
 # ---- columns ----
@@ -810,13 +829,4 @@ before = {name.split(".")[0] for name in sys.modules}
 from ual.models import fuse
 print(*sorted({name.split(".")[0] for name in sys.modules} - before))
 """
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert done.stdout.split() == ["ual", "ual_kernels"]
+    assert in_a_fresh_process(program).split() == ["ual", "ual_kernels"]

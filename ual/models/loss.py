@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+import ual_kernels.flops  # noqa: F401  registers formulas, so that FLOP counters see the loss
 from ual.models.head import HeadLoss, Lora
 from ual_kernels import (
     IGNORE_INDEX,

@@ -73,6 +73,12 @@ class UALTrainer(CheckpointingTrainer):
         ids, groups = inputs.pop(_IDS, []), inputs.pop("groups", None)
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if "labels" not in inputs:
+            raise UserError(
+                f"a training batch has no labels, only {sorted(inputs)}",
+                remedy="UALTrainer does not support sequence and context parallelism, which replace labels "
+                "by shift_labels: set sp_size and cp_size to 1",
+            )
         if self.metrics.is_empty:
             self._since = time.monotonic()
         valid = inputs["labels"][:, 1:] != IGNORE_INDEX
