@@ -138,8 +138,10 @@ def cross_entropy_inplace(
     inputs: LogitsInputs, token_scale: Tensor, spec: LogitsSpec, shards: Shards
 ) -> tuple[Tensor, Tensor]:
     """Loss times `token_scale`, and statistics; the gradient overwrites the logits."""
+    # before forward overwrites the logits, and in a tuple, where autograd sees no argument
+    linked = (_link((*inputs, token_scale)),)
     loss, statistics, *_ = _CrossEntropyInplace.apply(  # type: ignore[no-untyped-call]
-        *inputs, token_scale, *spec, shards
+        *inputs, token_scale, linked, *spec, shards
     )
     return loss, statistics
 
@@ -272,7 +274,7 @@ class _CrossEntropyInplace(_Inplace):
 
     @staticmethod
     def forward(*values: Any) -> tuple[Tensor, ...]:
-        inputs, (token_scale, *scalars, shards) = LogitsInputs(*values[:_LOGITS]), values[_LOGITS:]
+        inputs, (token_scale, _, *scalars, shards) = LogitsInputs(*values[:_LOGITS]), values[_LOGITS:]
         spec = LogitsSpec(*scalars)
         # it shares the version counter of the logits, so autograd raises if an operation has saved them
         inputs = inputs._replace(logits=inputs.logits.detach())
@@ -287,11 +289,11 @@ class _CrossEntropyInplace(_Inplace):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        token_scale, *scalars, _ = inputs[_LOGITS:]
+        token_scale, linked, *scalars, _ = inputs[_LOGITS:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.buffer, ctx.backend = inputs[0].detach(), LogitsSpec(*scalars).backend
-        ctx.save_for_backward(*output[2:], token_scale, _link(inputs))
+        ctx.save_for_backward(*output[2:], token_scale, *linked)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

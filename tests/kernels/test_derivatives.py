@@ -148,7 +148,7 @@ def outcome(derivative: Callable[[Loss, Values], Any], loss: Loss, values: Value
 
 @pytest.mark.kills("ual_kernels/ops.py", "return torch.cat(found) if found else None", "return None")
 @pytest.mark.kills("ual_kernels/ops.py", "torch.cat(found) if found", "found[0] if found")
-@pytest.mark.kills("ual_kernels/ops.py", "token_scale, _link(inputs))", "token_scale, None)")
+@pytest.mark.kills("ual_kernels/ops.py", "linked = (_link((*inputs, token_scale)),)", "linked = (None,)")
 @pytest.mark.kills(
     "ual_kernels/ops.py",
     "dlogits, dsmoothing = _Gradients.apply(",
@@ -224,6 +224,35 @@ def test_first_gradients_with_a_graph(
         ]
 
     compare(gradients(ours), gradients(reference))
+
+
+class AsIs(torch.autograd.Function):
+    """Return a buffer that it was given, as kernels of quantized layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, buffer: Tensor) -> Tensor:
+        return buffer.copy_(leaf)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.clone(), None
+
+
+@pytest.mark.kills(
+    "ual_kernels/ops.py",
+    "ctx.save_for_backward(*output[2:], token_scale, *linked)",
+    "ctx.save_for_backward(*output[2:], token_scale, _link(inputs))",
+)
+def test_logits_in_place_are_a_view_of_the_result_of_a_function(device: torch.device) -> None:
+    """Autograd refuses to differentiate such a view after it was overwritten."""
+    leaves, target = logits_case(4, VOCAB, torch.float64, device)
+
+    def gradient(**how: Any) -> Tensor:
+        logits = AsIs.apply(leaves["input"], torch.empty_like(leaves["input"])).reshape(2, 2, VOCAB)
+        loss = cross_entropy(logits, target.reshape(2, 2), **how)
+        return torch.autograd.grad(loss, leaves["input"])[0]
+
+    compare(gradient(inplace_backward=True), gradient(backend="reference"))
 
 
 def test_the_linear_loss_saves_no_input(device: torch.device) -> None:
