@@ -97,7 +97,7 @@ _UNTRACED = ("triton", "tests/invariants/", "the_real_model")
 # files whose tests share what took processes or a model to make: in one worker, so that it is made once
 _TOGETHER = (
     "test_launches", "test_sharded", "test_parallel", "test_transformers_serve", "test_local",
-    "test_adapters", "test_report", "test_quickstart_model", "test_ahead_of_time",
+    "test_adapters", "test_report", "test_quickstart_model", "test_ahead_of_time", "test_wrapped",
 )  # fmt: skip
 
 
