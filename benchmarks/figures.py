@@ -117,12 +117,13 @@ def summary(link: Link) -> str:
         memory = naive["peak_bytes"] // ours["peak_bytes"]
         relative.append(f"{1 / naive['of_ours']:.2f} and 1/{memory} for V {ours['vocab']}")
     return (
-        f"On real hidden states in bfloat16, the relative gradient error is {errors['ours']:.1e}.\n"
+        f"On SmolLM2's hidden states in bfloat16, the relative gradient error is {errors['ours']:.1e}.\n"
         f"The exact gradient, rounded to bfloat16, has an error of {errors['exact, rounded once']:.1e}.\n"
         f"Implementations that round logits to 16 bits reach {errors['naive']:.1e}.\n"
         f"On a CPU with {found['machine']['threads']} threads, "
         f"time and memory relative to the naive loss are\n{', and '.join(relative)}.\n"
-        "The naive loss computes complete logits. Ratios are medians over rounds, not quotients of the table."
+        "The naive loss computes complete logits. The ratio of times is a median over rounds,\n"
+        "so it differs from the quotient of the medians in the table:"
     )
 
 
