@@ -5,6 +5,7 @@ import inspect
 import io
 import pickle
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator, cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -434,10 +436,17 @@ def _renamed(result: Any, prefix: str) -> Any:
 # ---- wrappers and hooks ----
 
 
-def test_accelerate_unwraps_a_prepared_model_without_harm() -> None:
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    """In bfloat16; accelerate keeps its state in the process, and other tests have made others."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(mixed_precision="bf16", cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerate_unwraps_a_prepared_model_without_harm(accelerator: Accelerator) -> None:
     model = llama()
     expected = smoothed(model)
-    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     prepared = accelerator.prepare(model)
     assert abs(smoothed(prepared) - expected) < 0.05
     for keep in (True, False):
