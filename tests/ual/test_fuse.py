@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
@@ -350,6 +351,7 @@ def test_columns_without_labels_are_refused() -> None:
             model(batch()["input_ids"], **columns)
 
 
+@pytest.mark.kills(FUSE, "(require,) if isinstance(require, str) else tuple(require)", "require")
 @pytest.mark.kills(FUSE, "if missing and _is_training(model):", "if False:")
 def test_a_required_column_must_come() -> None:
     model = llama(require=("label_smoothing",)).train()
@@ -360,6 +362,9 @@ def test_a_required_column_must_come() -> None:
     smoothed(model)
     with torch.no_grad():
         model(**batch())  # an evaluation needs no smoothing
+    for require in ("label_smoothing", (name for name in ["label_smoothing"])):
+        with pytest.raises(UserError, match="the batch has no label_smoothing"):
+            llama(require=require).train()(**batch())
     with pytest.raises(UserError, match="require must name columns"):
         fuse(model_of("llama"), require=("smoothing",))
 
@@ -399,7 +404,7 @@ def test_logits_to_keep_and_return_dict() -> None:
         model(**inputs)
 
 
-@pytest.mark.kills(FUSE, "return_statistics or model.training or torch.is_grad_enabled()", "True")
+@pytest.mark.kills(FUSE, "return_statistics or self.training or torch.is_grad_enabled()", "True")
 def test_evaluation_gets_logits() -> None:
     model = llama()
     with torch.no_grad():
@@ -599,11 +604,21 @@ def test_a_trainer_whose_data_lost_a_required_column_is_refused(tmp_path: Path) 
         trainer(llama(require=["label_smoothing"]), tmp_path, drop="label_smoothing").train()
 
 
+@pytest.mark.kills(FUSE, "inspect.Parameter(_ColumnName(name),", "inspect.Parameter(name,")
+def test_an_evaluation_without_smoothing_has_a_loss(tmp_path: Path) -> None:
+    """The Trainer takes parameters with "label" in their names for labels, and wants them all."""
+    model = llama()
+    expected = model(**batch()).loss.item()
+    evaluated = trainer(model, tmp_path, drop="label_smoothing").evaluate()
+    assert evaluated["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_metrics_of_a_trainer_get_logits(tmp_path: Path) -> None:
     shapes = []
 
     def metrics(prediction: Any) -> dict[str, float]:
         shapes.append(prediction.predictions.shape)
+        assert prediction.label_ids.shape == (3, 11)
         return {"shapes": float(len(shapes))}
 
     made = trainer(llama(), tmp_path, compute_metrics=metrics)
@@ -685,6 +700,35 @@ def _t5() -> T5Config:
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(UserError, match=r"backend must be one of .*got 'tritn'"):
         fuse(model_of("llama"), backend="tritn")  # type: ignore[arg-type]
+    for z_loss in (-1.0, float("nan"), [1e-4]):
+        with pytest.raises(UserError, match="z_loss must be a finite number >= 0"):
+            fuse(model_of("llama"), z_loss=z_loss)  # type: ignore[arg-type]
+
+
+@pytest.mark.kills(PROBE, "if padded_loss != loss:", "if False:")
+def test_a_model_that_drops_the_labels_of_padding_is_refused() -> None:
+    sizes = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    config = AutoConfig.for_model(
+        "qwen2_audio", audio_config={**sizes, "num_mel_bins": 8, "max_source_positions": 8},
+        text_config={"model_type": "qwen2", **SMALL}, audio_token_index=66,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="drops the labels of padding"):
+        fuse(AutoModelForMultimodalLM.from_config(config))
+
+
+class Passing(LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.kills(FUSE, 'if getattr(outputs, "loss", None) is not None:', "if False:")
+def test_labels_that_fuse_does_not_see_are_refused() -> None:
+    model, inputs = fuse(Passing(model_of("llama").config)), batch()
+    assert model(inputs["input_ids"]).loss is None
+    with pytest.raises(UserError, match=r"returned a loss.*\n.*labels by name"):
+        model(inputs["input_ids"], None, None, None, None, inputs["labels"])
+    with pytest.raises(ValueError, match=r"labels must have shape \[3, 11\], got \[3, 10\]"):
+        model(inputs["input_ids"], labels=inputs["labels"][:, 1:])
 
 
 ADAPTERS = {

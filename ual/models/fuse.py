@@ -7,6 +7,7 @@ lm_head compute `ual_kernels.linear_cross_entropy` in place of logits (`ual.mode
 
 import difflib
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
@@ -61,7 +62,7 @@ def fuse(
     *,
     z_loss: float = 0.0,
     backend: Backend = "auto",
-    require: Iterable[str] = (),
+    require: str | Iterable[str] = (),
     eval_logits: bool = True,
     verify: bool = True,
 ) -> Model:
@@ -84,12 +85,12 @@ def fuse(
     - num_items_in_batch: the divisor, in place of the sum of weights.
     - max_loss_tokens: upper bound on the number of labels that are not ignored. Avoids a device
       synchronization.
-    - return_statistics: add `TokenStatistics`.
+    - return_statistics: add `TokenStatistics`; logits are not returned then.
 
     Args:
         model: a `PreTrainedModel` with an lm_head, or a `PeftModel` around one (wrap before or after).
         z_loss, backend: as in `ual_kernels.linear_cross_entropy`.
-        require: names among "label_smoothing" and "sample_weight". A training call without them raises, so
+        require: one or both of "label_smoothing" and "sample_weight". A training call without them raises, so
             that a collator that drops columns is noticed.
         eval_logits: in eval mode without gradients, a labeled call also returns logits, [B, T, V], as the
             metrics of transformers' Trainer need. False saves their memory.
@@ -106,7 +107,10 @@ def fuse(
     """
     if backend not in get_args(Backend):
         raise UserError(f"fuse: backend must be one of {get_args(Backend)}, got {backend!r}")
-    if unknown := sorted(set(require) - set(_COLUMNS)):
+    if not (isinstance(z_loss, int | float) and 0 <= z_loss < math.inf):
+        raise UserError(f"fuse: z_loss must be a finite number >= 0, got {z_loss!r}")
+    require = (require,) if isinstance(require, str) else tuple(require)
+    if unknown := [name for name in require if name not in _COLUMNS]:
         raise UserError(f"fuse: require must name columns among {_COLUMNS}, got {unknown}")
     base = _causal_lm(model)
     _check_kind(model, base)
@@ -115,7 +119,7 @@ def fuse(
     try:
         heads.prepare(head)
         form = probe.loss_form(base, head)
-        settings = _Settings(z_loss, backend, tuple(require), eval_logits, form)
+        settings = _Settings(z_loss, backend, require, eval_logits, form)
         attach(base, _FusedCausalLM, _settings=settings)
         if verify:
             probe.check(base, head, form)
@@ -160,10 +164,15 @@ def check_logits(model: nn.Module) -> None:
         model: fused; partitioned weights need an engine that gathers them.
 
     Raises:
-        UserError: they differ by more than rounding: the loss of this architecture cannot be fused.
+        UserError: the model is not fused, or they differ by more than rounding: the loss of this architecture
+            cannot be fused.
     """
     base = _causal_lm(model)
-    probe.check(base, base.get_output_embeddings(), base._settings.form)
+    if (settings := getattr(base, "_settings", None)) is None:
+        raise UserError(
+            f"check_logits() takes a fused model, got {type(base).__name__}", remedy="fuse(model)"
+        )
+    probe.check(base, base.get_output_embeddings(), settings.form)
 
 
 def _causal_lm(model: nn.Module) -> Any:
@@ -171,7 +180,8 @@ def _causal_lm(model: nn.Module) -> Any:
     if not isinstance(base, PreTrainedModel):
         raise UserError(
             f"fuse() takes a transformers model or a PeftModel, got {type(base).__name__}",
-            remedy="call fuse(model) before the model is wrapped, or on the model inside (wrapped.module)",
+            remedy="call fuse(model) before the model is wrapped, or on the model inside (wrapped.module, "
+            "compiled._orig_mod, PEFT's mixed.base_model.model)",
         )
     return base
 
@@ -199,6 +209,19 @@ def _check_kind(model: nn.Module, base: Any) -> None:
 
 
 # ---- the class of a fused model ----
+
+
+class _ColumnName(str):
+    """A parameter's name that does not count as a label.
+
+    transformers' Trainer takes each parameter with "label" in its name for labels. It would compute no
+    evaluation loss without `label_smoothing`, and give it to `compute_metrics` among the labels.
+    """
+
+    __slots__ = ()
+
+    def __contains__(self, part: object) -> bool:
+        return False  # for `"label" in name`
 
 
 class _FusedCausalLM(Attached):
@@ -235,38 +258,28 @@ class _FusedCausalLM(Attached):
         **kwargs: Any,
     ) -> Any:
         model: Any = self
-        settings = self._settings
         args, labels = _take_labels(self._parameters_by_position, args, labels)
         _check_names(kwargs, self._parameters_by_position)
-        asked = [
-            name
-            for name, value in (("label_smoothing", label_smoothing), ("sample_weight", sample_weight))
-            if value is not None
-        ]
+        columns = {"label_smoothing": label_smoothing, "sample_weight": sample_weight}
+        asked = [name for name, value in columns.items() if value is not None]
         given = labels if shift_labels is None else shift_labels
         if given is None:
-            _check_unlabeled(model, [*asked, *(["return_statistics"] if return_statistics else [])])
+            _check_unlabeled(self, [*asked, *(["return_statistics"] if return_statistics else [])])
             if return_dict is not None:
                 kwargs["return_dict"] = return_dict
-            return super().forward(*args, **kwargs)
-        _check_labeled(model, asked, smoothing_over)
-        if kwargs.get("position_ids") is not None and "use_cache" in self._parameters_by_position:
-            # a cache, which transformers makes unasked, would hide from it that a sequence is packed
-            kwargs.setdefault("use_cache", False)
+            return _without_loss(super().forward(*args, **kwargs))
+        _check_labeled(self, asked, smoothing_over)
 
-        logits_wanted = settings.eval_logits and not (
-            return_statistics or model.training or torch.is_grad_enabled()
-        )
-        head = model.get_output_embeddings()
-        heads.prepare(head)
-        with heads.capturing(head, None if logits_wanted else heads.placeholder) as captured:
-            outputs = super().forward(*args, **kwargs, return_dict=True)
+        settings = self._settings
+        logits = not (return_statistics or self.training or torch.is_grad_enabled())
+        hidden, outputs = self._hidden_and_outputs(args, kwargs, logits=settings.eval_logits and logits)
+        if given.shape != hidden.shape[:-1]:
+            raise ValueError(f"labels must have shape {list(hidden.shape[:-1])}, got {list(given.shape)}")
         shift = shift_labels is None and settings.form.shifts_labels
         loss = TokenLoss(
             targets=shifted(given, ignore_index) if shift else given,
             form=settings.form,
-            label_smoothing=column("label_smoothing", label_smoothing, given, shift=shift),
-            sample_weight=column("sample_weight", sample_weight, given, shift=shift),
+            **{name: column(name, value, given, shift=shift) for name, value in columns.items()},
             smoothing_over=smoothing_over,
             ignore_index=ignore_index,
             num_items=num_items_in_batch,
@@ -275,12 +288,30 @@ class _FusedCausalLM(Attached):
             backend=settings.backend,
             statistics=bool(return_statistics),
         )
-        value, statistics = heads.call(head, captured.hidden, loss)
-        fused = FusedOutput(loss=value + probe.router_loss(model, outputs), statistics=statistics)
+        value, statistics = heads.call(model.get_output_embeddings(), hidden, loss)
+        fused = FusedOutput(loss=value + probe.router_loss(self, outputs), statistics=statistics)
         for name, entry in outputs.items():
-            if name != "logits" or logits_wanted:
-                fused[name] = entry
+            fused[name] = entry
         return fused.to_tuple() if return_dict is False else fused
+
+    def _hidden_and_outputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, logits: bool
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Run the model's own `forward`, without labels.
+
+        Returns:
+            hidden: [B, T, D] the input of the lm_head.
+            outputs: what `forward` returns; `logits` [B, T, V] only if they are asked for.
+        """
+        if kwargs.get("position_ids") is not None and "use_cache" in self._parameters_by_position:
+            # a cache, which transformers makes unasked, would hide from it that a sequence is packed
+            kwargs.setdefault("use_cache", False)
+        model: Any = self
+        head = model.get_output_embeddings()
+        heads.prepare(head)
+        with heads.capturing(head, None if logits else heads.placeholder) as captured:
+            outputs = _without_loss(super().forward(*args, **kwargs, return_dict=True))
+        return captured.hidden, {k: v for k, v in outputs.items() if logits or k != "logits"}
 
 
 def _forward(plain: inspect.Signature) -> Any:
@@ -297,7 +328,7 @@ def _forward(plain: inspect.Signature) -> Any:
     named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     present = {p.name for p in named}
     added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        inspect.Parameter(_ColumnName(name), inspect.Parameter.KEYWORD_ONLY, default=None)
         for name in _ADDED
         if name not in present
     ]
@@ -346,6 +377,16 @@ def _check_unlabeled(model: Any, asked: list[str]) -> None:
         "label_smoothing_factor or compute_loss_func, and TRL's SFTTrainer needs "
         "ual.integrations.trl.UALSFTTrainer",
     )
+
+
+def _without_loss(outputs: Any) -> Any:
+    """Return the outputs of the model's own `forward`, which received no labels; refuse a loss in them."""
+    if getattr(outputs, "loss", None) is not None:
+        raise UserError(
+            "the model's own forward has returned a loss, from something else than the argument labels=",
+            remedy="pass labels by name; a forward that adds a loss of its own cannot be fused",
+        )
+    return outputs
 
 
 def _check_labeled(model: Any, asked: list[str], smoothing_over: str) -> None:

@@ -7,7 +7,7 @@ and the model's own `forward` shows what it makes of them.
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -53,15 +53,23 @@ def loss_form(base: Any, head: nn.Module) -> LossForm:
             raise _refusal(base, f"calls its lm_head with hidden states of shape {list(hidden.shape)}")
         return chosen[None].to("cpu" if hidden.is_meta else hidden.device, copy=True)
 
-    refusing = _errors_of(base, _GATHER if absent else _REMEDY)
-    with _evaluating(base), torch.no_grad(), refusing, heads.capturing(head, reply) as captured:
-        outputs = _own_forward(model, batch, routers=not absent)
-        captured.hidden  # noqa: B018  raises if the head was not called once
-    logits = outputs["logits"]
+    def own(**more: Tensor) -> tuple[Tensor, Tensor]:
+        with _evaluating(base), torch.no_grad(), heads.capturing(head, reply) as captured:
+            outputs = _own_forward(model, {**batch, **more}, routers=not absent)
+            captured.hidden  # noqa: B018  raises if the head was not called once
+        return outputs["logits"], (outputs["loss"] - router_loss(base, outputs)).double().cpu()
+
+    with _errors_of(base, _GATHER if absent else _REMEDY):
+        logits, loss = own()
     if logits.shape != (1, *chosen.shape):
         raise _refusal(base, f"makes logits of shape {list(logits.shape)} from {[1, *chosen.shape]}")
     scale, softcap = _scale_and_cap(base, chosen, logits[0].double().cpu())
-    loss = (outputs["loss"] - router_loss(base, outputs)).double().cpu()
+    padding = (torch.arange(_TOKENS) < _TOKENS - 2).to(batch["input_ids"])[None]
+    padded_loss = loss
+    with suppress(Exception):  # not every model takes a mask
+        _, padded_loss = own(attention_mask=padding)
+    if padded_loss != loss:
+        raise _refusal(base, "drops the labels of padding (where attention_mask is 0) from its loss")
     labels = batch["labels"][0].cpu()
     expected = softcap_of(chosen * scale, softcap)
     bound = 16 * torch.finfo(torch.float32).eps * expected[3:].abs().max()
