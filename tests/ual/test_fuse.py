@@ -297,6 +297,16 @@ def test_columns_of_any_kind(made: Any) -> None:
     assert torch.equal(model(**batch(), label_smoothing=made(S)).loss.detach(), smoothed(model))
 
 
+@pytest.mark.kills(
+    LOSS, "torch.stack(list(value)) if tensors else torch.as_tensor(value)", "torch.as_tensor(value)"
+)
+def test_a_list_of_tensors_keeps_its_gradients() -> None:
+    model, learned = llama(), S.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(**batch(), label_smoothing=learned).loss, learned)
+    (found,) = torch.autograd.grad(model(**batch(), label_smoothing=list(learned)).loss, learned)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.kills(LOSS, "if not value.is_floating_point():  # JSON's 0 and 1", "if False:")
 def test_integers_are_numbers_and_none_is_nothing() -> None:
     model = llama()

@@ -274,7 +274,8 @@ class _FusedCausalLM(Attached):
         logits = not (return_statistics or self.training or torch.is_grad_enabled())
         hidden, outputs = self._hidden_and_outputs(args, kwargs, logits=settings.eval_logits and logits)
         if given.shape != hidden.shape[:-1]:
-            raise ValueError(f"labels must have shape {list(hidden.shape[:-1])}, got {list(given.shape)}")
+            name = "labels" if shift_labels is None else "shift_labels"
+            raise ValueError(f"{name} must have shape {list(hidden.shape[:-1])}, got {list(given.shape)}")
         shift = shift_labels is None and settings.form.shifts_labels
         loss = TokenLoss(
             targets=shifted(given, ignore_index) if shift else given,

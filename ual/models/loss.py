@@ -61,7 +61,7 @@ class TokenLoss:
         device, num_items = hidden.device, self.num_items
         smoothing = 0.0 if self.label_smoothing is None else _on(device, self.label_smoothing)
         if self.smoothing_over == "others":
-            smoothing = losses.others(smoothing, len(weight))
+            smoothing = losses.others(smoothing, len(weight))  # a DTensor's length counts all ranks' classes
         group = None
         if isinstance(weight, DTensor):  # tensor parallelism: this rank computes its rows of the head
             group = weight.device_mesh.get_group()
@@ -107,11 +107,12 @@ def column(name: str, value: Any, labels: Tensor, *, shift: bool) -> Any:
     """
     if value is None or callable(value):
         return value
-    if isinstance(value, int | float) and name == "label_smoothing":
+    if isinstance(value, int | float) and name == "label_smoothing":  # a weight must be a tensor
         return float(value)
     if not isinstance(value, Tensor):
+        tensors = isinstance(value, list | tuple) and all(isinstance(v, Tensor) for v in value)
         try:
-            value = torch.as_tensor(value)
+            value = torch.stack(list(value)) if tensors else torch.as_tensor(value)  # stack keeps gradients
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{name} must be numbers [B] or [B, T], got {type(value).__name__}: {error}"
