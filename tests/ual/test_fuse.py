@@ -333,7 +333,8 @@ def test_columns_of_another_shape_are_refused(column: dict[str, Any], message: s
         llama()(**batch(), **column)
 
 
-@pytest.mark.kills(FUSE, "meant = meant or difflib.get_close_matches(name, _ADDED, n=1, cutoff=0.8)", "pass")
+@pytest.mark.kills(FUSE, "difflib.get_close_matches(name, _ADDED, n=1, cutoff=0.82)", "[]")
+@pytest.mark.kills(FUSE, "if re.fullmatch(pattern, name)]", "if False]")
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
@@ -341,7 +342,12 @@ def test_columns_of_another_shape_are_refused(column: dict[str, Any], message: s
         ("labels_smoothing", "label_smoothing"),
         ("smoothing", "label_smoothing"),
         ("sample_weights", "sample_weight"),
+        ("sampel_weigth", "sample_weight"),
         ("weights", "sample_weight"),
+        ("token_weights", "sample_weight"),
+        ("per_sample_weight", "sample_weight"),
+        ("smooth", "label_smoothing"),
+        ("num_items", "num_items_in_batch"),
         ("return_statistic", "return_statistics"),
     ],
 )
@@ -429,6 +435,9 @@ def test_evaluation_gets_logits() -> None:
 # ---- compilers ----
 
 
+@pytest.mark.kills(
+    FUSE, "@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]\n", "", only="plain"
+)
 @pytest.mark.parametrize("adapter", [False, True], ids=["plain", "lora"])
 def test_compiled_whole(adapter: bool) -> None:
     model = llama()
@@ -439,7 +448,11 @@ def test_compiled_whole(adapter: bool) -> None:
     plain = loss_and_gradients(model, **batch(), label_smoothing=S)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=not adapter)
-    assert_same(loss_and_gradients(compiled, **batch(), label_smoothing=S), _renamed(plain, "_orig_mod."))
+    inputs = batch() | {
+        "label_smoothing": S,
+        "max_length_q": 11,
+    }  # attention's, as collators without padding add it
+    assert_same(loss_and_gradients(compiled, **inputs), _renamed(plain, "_orig_mod."))
     model.compile(backend="aot_eager")
     assert_same(loss_and_gradients(model, **batch(), label_smoothing=S), plain)
 

@@ -8,6 +8,7 @@ lm_head compute `ual_kernels.linear_cross_entropy` in place of logits (`ual.mode
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
@@ -29,7 +30,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _COLUMNS = ("label_smoothing", "sample_weight")
 _ADDED = (*_COLUMNS, "smoothing_over", "num_items_in_batch", "max_loss_tokens", "return_statistics")
-_MISNOMERS = ("smoothing", "smoothings", "weight", "weights", "loss_weight", "loss_weights")
+_MISNOMERS = {  # whole names: vision models take interp_weights
+    "label_smoothing": r".*smooth.*",
+    "sample_weight": r"(per_)?((loss|class|label|sample|token)s?_)*weight(s|ing)?",
+    "num_items_in_batch": "num_items",
+}
 
 
 @dataclass
@@ -290,7 +295,7 @@ class _FusedCausalLM(Attached):
             statistics=bool(return_statistics),
         )
         value, statistics = heads.call(model.get_output_embeddings(), hidden, loss)
-        fused = FusedOutput(loss=value + probe.router_loss(self, outputs), statistics=statistics)
+        fused = FusedOutput(loss=value + probe.router_loss(model, outputs), statistics=statistics)
         for name, entry in outputs.items():
             fused[name] = entry
         return fused.to_tuple() if return_dict is False else fused
@@ -355,12 +360,15 @@ def _take_labels(
 def _check_names(kwargs: Mapping[str, Any], parameters: tuple[str, ...]) -> None:
     """Refuse names that are near ours: transformers' `**kwargs` would take them without a word."""
     for name in kwargs:
-        if name in parameters:
-            continue
-        meant = [w for w in _COLUMNS if w.split("_")[1] in name] if name in _MISNOMERS else []
-        meant = meant or difflib.get_close_matches(name, _ADDED, n=1, cutoff=0.8)
-        if meant:
-            raise TypeError(f"a fused model has no argument {name!r}; did you mean {meant[0]!r}?")
+        if name not in parameters and (meant := _meant(name)) is not None:
+            raise TypeError(f"a fused model has no argument {name!r}; did you mean {meant!r}?")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _meant(name: str) -> str | None:
+    """Return which of our arguments a name is near to, or None."""
+    named = [ours for ours, pattern in _MISNOMERS.items() if re.fullmatch(pattern, name)]
+    return next(iter([*named, *difflib.get_close_matches(name, _ADDED, n=1, cutoff=0.82)]), None)
 
 
 def _check_unlabeled(model: Any, asked: list[str]) -> None:

@@ -60,8 +60,8 @@ class Captured:
         """
         if len(self.inputs) != 1:
             raise _unsupported(
-                f"was called {len(self.inputs)} times by the model's forward, which must call it once",
-                "please report the architecture; train it without fuse() meanwhile",
+                f"was called {len(self.inputs)} times during the model's forward, which must call it once",
+                "remove hooks that call it or the model; otherwise, please report the architecture",
             )
         return self.inputs[0]
 
