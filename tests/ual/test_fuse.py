@@ -129,6 +129,20 @@ def test_fuse_keeps_the_mode_of_every_module() -> None:
     assert not any(m.training for m in model.model.layers[0].modules())
 
 
+@pytest.mark.kills(
+    ATTACH, "if args or kwargs else super().__new__(cls)", "if False else super().__new__(cls)"
+)
+def test_a_new_model_of_the_class_is_plain() -> None:
+    """Its scale and cap may be others than those of the fused model."""
+    model = fuse(model_of("granite"))
+    other = copy.deepcopy(model.config)
+    other.logits_scaling = 2.0
+    made = type(model)(other)
+    assert type(made) is plain_class(model)
+    assert type(type(model.lm_head)(4, 5)) is nn.Linear
+    torch.testing.assert_close(fuse(made).eval()(**batch()).loss, own_loss(made))
+
+
 def test_save_pretrained_names_the_plain_class(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path)
@@ -407,6 +421,18 @@ def test_a_loss_function_of_the_user_is_refused() -> None:
     with pytest.raises(UserError, match="does not compute its loss as the cross entropy"):
         fuse(plain)
     assert type(plain) is LlamaForCausalLM
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"labels": batch()["labels"].tolist()}, "labels must be an integer tensor"),
+        ({"ignore_index": None}, "ignore_index must be an integer"),
+    ],
+)
+def test_labels_of_another_type_are_refused(inputs: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        llama()(**(batch() | inputs))
 
 
 def test_logits_to_keep_and_return_dict() -> None:

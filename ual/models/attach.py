@@ -22,6 +22,11 @@ class Attached(nn.Module):
     _constants: tuple[tuple[str, Any], ...]
     """The class attributes given to `attach`."""
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a plain module if called as a constructor: the mixin knows about the attached one only."""
+        own: Any = cls
+        return _without(own)(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         cls = type(self)
         reduced = super().__reduce_ex__(max(int(protocol), 2))

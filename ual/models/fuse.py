@@ -140,7 +140,7 @@ def unfuse(model: Model) -> Model:
     Raises:
         UserError: a wrapper that was set as the model's `forward` would still call the fused one.
     """
-    base = _causal_lm(model)
+    base = _causal_lm(model, "unfuse")
     if isinstance(base, _FusedCausalLM) and (own := foreign_forward(base)) is not None:
         raise UserError(
             f"the forward of this fused {type(base).__name__} was wrapped, by {_origin(own)}",
@@ -159,7 +159,7 @@ def check_head(model: nn.Module) -> None:
     Raises:
         UserError: see `ual.models.head.check`.
     """
-    heads.check(_causal_lm(model).get_output_embeddings())
+    heads.check(_causal_lm(model, "check_head").get_output_embeddings())
 
 
 def check_logits(model: nn.Module) -> None:
@@ -172,7 +172,7 @@ def check_logits(model: nn.Module) -> None:
         UserError: the model is not fused, or they differ by more than rounding: the loss of this architecture
             cannot be fused.
     """
-    base = _causal_lm(model)
+    base = _causal_lm(model, "check_logits")
     if (settings := getattr(base, "_settings", None)) is None:
         raise UserError(
             f"check_logits() takes a fused model, got {type(base).__name__}", remedy="fuse(model)"
@@ -180,11 +180,11 @@ def check_logits(model: nn.Module) -> None:
     probe.check(base, base.get_output_embeddings(), settings.form)
 
 
-def _causal_lm(model: nn.Module) -> Any:
+def _causal_lm(model: nn.Module, caller: str = "fuse") -> Any:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel):
         raise UserError(
-            f"fuse() takes a transformers model or a PeftModel, got {type(base).__name__}",
+            f"{caller}() takes a transformers model or a PeftModel, got {type(base).__name__}",
             remedy="call fuse(model) before the model is wrapped, or on the model inside (wrapped.module, "
             "compiled._orig_mod, PEFT's mixed.base_model.model)",
         )
@@ -273,7 +273,7 @@ class _FusedCausalLM(Attached):
             if return_dict is not None:
                 kwargs["return_dict"] = return_dict
             return _without_loss(super().forward(*args, **kwargs))
-        _check_labeled(self, asked, smoothing_over)
+        _check_labeled(self, asked, given, ignore_index, smoothing_over)
 
         settings = self._settings
         logits = not (return_statistics or self.training or torch.is_grad_enabled())
@@ -398,7 +398,13 @@ def _without_loss(outputs: Any) -> Any:
     return outputs
 
 
-def _check_labeled(model: Any, asked: list[str], smoothing_over: str) -> None:
+def _check_labeled(
+    model: Any, asked: list[str], labels: Tensor, ignore_index: int, smoothing_over: str
+) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be an integer tensor [B, T], got {type(labels).__name__}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     if smoothing_over not in ("all", "others"):
         raise ValueError(f'smoothing_over must be "all" or "others", got {smoothing_over!r}')
     missing = [name for name in model._settings.require if name not in asked]

@@ -124,7 +124,7 @@ def call(
 
     if isinstance(head, _LoraLinear):
         result = head(hidden, fused_loss=loss)
-    elif isinstance(head, _Wrapper):
+    elif isinstance(head, _SavedModules):
         result = head(hidden, fused_loss=without_lora)
     else:
         result = _call_linear(head, hidden, [], without_lora)
@@ -164,7 +164,7 @@ def check(head: nn.Module) -> None:
 def release(head: nn.Module) -> None:
     """Undo `prepare`."""
     for module in head.modules():
-        if isinstance(module, _Linear | _LoraLinear | _Wrapper):
+        if isinstance(module, _Linear | _LoraLinear | _SavedModules):
             detach(module)
 
 
@@ -235,7 +235,7 @@ class _LoraLinear(_Head):
         return _call_lora(factors, [], layer.get_base_layer(), x, compute)
 
 
-class _Wrapper(_Head):
+class _SavedModules(_Head):
     """PEFT's wrapper for `modules_to_save`; it passes `fused_loss` on to the module that is in use."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -277,7 +277,7 @@ def _call_linear(
     loss, statistics, *gradients = base(
         hidden, fused_loss=lambda h, w, b: _with_gradients(lambda x, *f: compute(x, w, b, *f), [h, *factors])
     )
-    return HeadLoss(_Known.apply(loss, gradients, hidden, *factors), statistics)  # type: ignore[no-untyped-call]
+    return HeadLoss(_PrecomputedGradients.apply(loss, gradients, hidden, *factors), statistics)  # type: ignore[no-untyped-call]
 
 
 def _with_gradients(compute: Callable[..., HeadLoss], inputs: Sequence[Tensor]) -> list[Any]:
@@ -288,7 +288,7 @@ def _with_gradients(compute: Callable[..., HeadLoss], inputs: Sequence[Tensor]) 
     return [loss.detach(), statistics, *(next(known) if t.requires_grad else None for t in detached)]
 
 
-class _Known(torch.autograd.Function):
+class _PrecomputedGradients(torch.autograd.Function):
     """A loss whose gradients are known; backward scales them by the incoming gradient."""
 
     @staticmethod
@@ -334,7 +334,7 @@ def _parts(head: Any) -> Iterator[tuple[nn.Module, type[Attached]]]:
     if isinstance(head, ModulesToSaveWrapper):
         for module in (head.original_module, *head.modules_to_save.values()):
             yield module, _Linear
-        yield head, _Wrapper
+        yield head, _SavedModules
     elif isinstance(head, _LoraLinear) or _is_plain_lora(head):
         for module in (head.get_base_layer(), *head.lora_A.values(), *head.lora_B.values()):
             yield module, _Linear

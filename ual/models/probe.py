@@ -68,11 +68,11 @@ def loss_form(base: Any, head: nn.Module) -> LossForm:
     padded_loss = loss
     with suppress(Exception):  # not every model takes a mask
         _, padded_loss = own(attention_mask=padding)
-    if padded_loss != loss:
-        raise _refusal(base, "drops the labels of padding (where attention_mask is 0) from its loss")
     labels = batch["labels"][0].cpu()
     expected = softcap_of(chosen * scale, softcap)
     bound = 16 * torch.finfo(torch.float32).eps * expected[3:].abs().max()
+    if (padded_loss - loss).abs() > bound:
+        raise _refusal(base, "drops the labels of padding (where attention_mask is 0) from its loss")
     for shifts in (True, False):
         target = shifted(labels, IGNORE_INDEX) if shifts else labels
         if (loss - cross_entropy(expected, target)).abs() <= bound:
