@@ -16,7 +16,7 @@ from ual.records import Sample
 
 
 class Survey(NamedTuple):
-    """What a first pass over the data keeps of each sample: about 40 bytes."""
+    """What a first pass over the data keeps of each sample: some numbers, not its text."""
 
     uncertainty: NDArray[np.float64]  # [n], NaN if missing
     label_smoothing: NDArray[np.float64]  # [n], NaN if the sample has none of its own

@@ -156,8 +156,8 @@ def _settle_for_cpu(values: dict[str, Any]) -> None:
     if values.get("fp16", {}).get("enabled") is True:
         remedy = "use bf16 or float32"
         raise UserError("DeepSpeed has no float16 on a CPU", place=f"{_PLACE}, fp16", remedy=remedy)
-    # DeepSpeed's all-reduce over shared memory is compiled on first use. That needs a compiler and ninja and
-    # takes half a minute; after a killed build, its stale lock blocks every later run. gloo needs nothing.
+    # DeepSpeed's all-reduce over shared memory is compiled on first use. That needs a compiler and ninja,
+    # and after a killed build a stale lock blocks every later run. gloo needs nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name in ("offload_optimizer", "offload_param"):
         if isinstance(offload := values["zero_optimization"].get(name), dict):

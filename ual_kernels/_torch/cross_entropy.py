@@ -16,8 +16,8 @@ from ual_kernels._tokens import Labels, labels, token_statistics, token_terms
 from ual_kernels._torch.gemm import even
 from ual_kernels._vocab_parallel import Place, Shards
 
-# fp32 numbers in one chunk of logits. On a CPU 2 MiB fit the cache after the first pass (on one core with
-# V = 49152 it takes a third of the time of 64 MiB). Elsewhere larger chunks need fewer launches.
+# fp32 numbers in one chunk of logits. On a CPU 2 MiB stay in the cache after the first pass. Elsewhere larger
+# chunks need fewer launches.
 _CHUNK_ELEMENTS = {"cpu": 1 << 19}
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
 
