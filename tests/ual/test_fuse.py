@@ -73,6 +73,16 @@ def double_the_head(model: Any) -> None:
         model.get_output_embeddings().weight.mul_(2)
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """accelerate keeps its state in the process, and other tests have made it part of a process group."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 # ---- copies ----
 
 
@@ -490,17 +500,10 @@ def _renamed(result: Any, prefix: str) -> Any:
 # ---- wrappers and hooks ----
 
 
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    """In bfloat16; accelerate keeps its state in the process, and other tests have made others."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield Accelerator(mixed_precision="bf16", cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def test_accelerate_unwraps_a_prepared_model_without_harm(accelerator: Accelerator) -> None:
+def test_accelerate_unwraps_a_prepared_model_without_harm() -> None:
     model = llama()
     expected = smoothed(model)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     prepared = accelerator.prepare(model)
     assert abs(smoothed(prepared) - expected) < 0.05
     for keep in (True, False):
