@@ -27,7 +27,9 @@ from ual_kernels import TokenStatistics
 Lora: TypeAlias = tuple[Tensor, Tensor, float]
 
 _REMEDY = "use plain LoRA, modules_to_save, or no adapter on the lm_head"
-_TOKENS = "remove trainable_token_indices, or untie the embeddings: PEFT adapts a tied lm_head as well"
+_REMEDY_FOR_TOKENS = (
+    "remove trainable_token_indices, or untie the embeddings: PEFT adapts a tied lm_head as well"
+)
 _TENSOR_PARALLEL = ("transformers.distributed.tensor_parallel", "torch.distributed.tensor._api")
 _FRAMEWORKS = ("deepspeed.", "torch.distributed.")  # their forward hooks look for tensors in any output
 
@@ -358,7 +360,7 @@ def _check_class(module: nn.Module, mixin: type[Attached]) -> None:
         )
     if not isinstance(module, nn.Linear):
         name = _described(module)
-        raise _unsupported(f"is a {name}", _TOKENS if "TrainableTokens" in name else _REMEDY)
+        raise _unsupported(f"is a {name}", _REMEDY_FOR_TOKENS if "TrainableTokens" in name else _REMEDY)
     if plain_class(module).forward is not nn.Linear.forward:
         raise _unsupported(f"is a {_described(module)}, which has a forward of its own", _REMEDY)
 

@@ -41,7 +41,7 @@ def loss_form(base: Any, head: nn.Module) -> LossForm:
 
     Raises:
         UserError: the logits are not softcap(scale * head(hidden)) of one call of the head, or the loss is
-            not their cross entropy.
+            not their cross entropy over all labels that are not ignored.
     """
     absent = _weights_are_absent(base)
     model = _without_body(base, head) if absent else base
@@ -66,7 +66,7 @@ def loss_form(base: Any, head: nn.Module) -> LossForm:
     scale, softcap = _scale_and_cap(base, chosen, logits[0].double().cpu())
     padding = (torch.arange(_TOKENS) < _TOKENS - 2).to(batch["input_ids"])[None]
     padded_loss = loss
-    with suppress(Exception):  # not every model takes a mask
+    with suppress(Exception):  # a model that takes no mask cannot drop labels by it
         _, padded_loss = own(attention_mask=padding)
     labels = batch["labels"][0].cpu()
     expected = softcap_of(chosen * scale, softcap)
