@@ -879,6 +879,17 @@ def test_the_router_loss_of_a_mixture_of_experts(when: str) -> None:
     assert when == "in the config" or not torch.isclose(plain, fused[0], rtol=1e-3)
 
 
+@pytest.mark.kills(PROBE, "                    del module._forward_hooks[key]", "                    pass")
+@pytest.mark.kills(PROBE, "vars(module).pop(_RECORDING, None)", "pass")
+def test_a_mixture_of_experts_is_pickled_before_its_first_step() -> None:
+    """transformers records router outputs by hooks that cannot be pickled, and `fuse` leaves none."""
+    model = fuse(moe(output_router_logits=True))
+    other = pickle.loads(pickle.dumps(model))
+    fused = loss_and_gradients(other, **batch())
+    assert_same(fused, loss_and_gradients(model, **batch()))
+    assert_same(fused, loss_and_gradients(unfuse(model), **batch()))
+
+
 @pytest.mark.kills(PROBE, "return LossForm(scale, softcap, shifts)", "return LossForm(scale, softcap, True)")
 def test_a_model_that_does_not_shift_its_labels() -> None:
     torch.manual_seed(0)

@@ -26,6 +26,7 @@ _TOKENS = 8
 _LARGEST = 64.0  # of the check's logits: a cap shows in any dtype
 _SMOOTHING = 0.3
 _REMEDY = "please report the architecture; train it without fuse() meanwhile"
+_RECORDER, _RECORDING = "transformers.utils.output_capturing", "_output_capturing_hooks_installed"
 _GATHER = (
     "call fuse(model) while its weights are in memory: before FSDP shards them, or within "
     "deepspeed.zero.GatheredParameters(list(model.parameters()))"
@@ -236,14 +237,27 @@ def _without_autocast(base: Any) -> torch.autocast:
 
 @contextmanager
 def _evaluating(base: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode, and each module back into its own mode."""
-    training = [module for module in base.modules() if module.training]
+    """Put the model in eval mode, and each module back into its own mode.
+
+    transformers installs hooks in the first forward that records outputs, such as a router loss, and a model
+    with these hooks cannot be pickled. So hooks that this forward has installed are removed.
+    """
+    modules = list(base.modules())
+    training = [module for module in modules if module.training]
+    unhooked = [module for module in modules if _RECORDING not in vars(module)]
+    hooks = {id(hook) for module in modules for hook in module._forward_hooks.values()}
     base.eval()
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for module in unhooked:
+            vars(module).pop(_RECORDING, None)
+        for module in modules:
+            for key, hook in list(module._forward_hooks.items()):
+                if id(hook) not in hooks and getattr(hook, "__module__", "") == _RECORDER:
+                    del module._forward_hooks[key]
 
 
 class _Body(nn.Module):
