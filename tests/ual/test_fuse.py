@@ -882,7 +882,7 @@ def test_the_router_loss_of_a_mixture_of_experts(when: str) -> None:
 @pytest.mark.kills(PROBE, "                    del module._forward_hooks[key]", "                    pass")
 @pytest.mark.kills(PROBE, "vars(module).pop(_RECORDING, None)", "pass")
 def test_a_mixture_of_experts_is_pickled_before_its_first_step() -> None:
-    """transformers records router outputs by hooks that cannot be pickled, and `fuse` leaves none."""
+    """transformers records router outputs by hooks that cannot be pickled; `fuse` removes its own."""
     model = fuse(moe(output_router_logits=True))
     other = pickle.loads(pickle.dumps(model))
     fused = loss_and_gradients(other, **batch())
