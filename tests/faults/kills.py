@@ -101,7 +101,7 @@ class Launch:
 
 def history_rows(config: Path) -> int:
     path = config.parent / "run" / "history.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
+    return path.read_text().count('"loss"') if path.exists() else 0
 
 
 def being_saved(config: Path) -> bool:

@@ -136,7 +136,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(shared: Path, stories: Pat
     assert not list(run.rglob("*partial*"))
     assert not list((run / "checkpoints").iterdir())
     assert json.loads((run / "metrics.json").read_text())["status"] == "interrupted"
-    resumed = ual("train", config, "--resume")
+    refused = ual("train", config, "--resume")
+    assert refused.returncode == 2
+    assert "--resume auto" in refused.stderr, "it does not start from the base model unasked"
+    resumed = ual("train", config, "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
 

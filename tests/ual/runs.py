@@ -79,6 +79,15 @@ def start(*words: object) -> "subprocess.Popen[str]":
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
+    """The logged steps; `legs` are the lines between them."""
+    return [row for row in _history(folder) if "event" not in row]
+
+
+def legs(folder: Path) -> list[tuple[str, int]]:
+    return [(row["event"], row["step"]) for row in _history(folder) if "event" in row]
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ual.pipelines.preview import Plan, Preview, Shown
     from ual.pipelines.weak_labels import Group as Questions
     from ual.pipelines.weak_labels import Summary
+    from ual.train.resume import Start
 
 
 def _table(*names: str, left: int = 1) -> Table:
@@ -61,8 +62,12 @@ def paired(found: list[dict[str, Any]]) -> RenderableType:
     return table
 
 
-def plan(found: "Plan") -> RenderableType:
-    """The size of a run, and the first samples of its data."""
+def plan(found: "Plan | Start") -> RenderableType:
+    """The size of a run, and the first samples of its data; or that it is finished."""
+    from ual.train.resume import Start
+
+    if isinstance(found, Start):
+        return _said(found)
     look = found.preview
     pairs = _pairs(numbers=False)
     for name, value in (
@@ -72,6 +77,7 @@ def plan(found: "Plan") -> RenderableType:
         ("parameters", f"{found.parameters:,}, of which {found.trained_parameters:,} are trained"),
         ("processes", f"{found.processes}" + (f", ZeRO-{found.zero_stage}" if found.zero_stage else "")),
         ("steps", f"{found.steps:,}, of {found.samples_per_step} samples each"),
+        ("start", _said(found.start)),
         (
             "checkpoint",
             f"about {found.checkpoint_bytes / 1e6:,.1f} MB; {found.free_bytes / 1e9:,.1f} GB are free",
@@ -83,6 +89,10 @@ def plan(found: "Plan") -> RenderableType:
         smoothing = "unknown yet" if s.smoothing is None else f"{s.smoothing:.3f}"
         batch.add_row(escape(s.sample.id), str(s.tokens), str(s.loss_tokens), smoothing, f"{s.weight:g}")
     return Group(pairs, batch, "no weights were loaded, nothing was trained or written")
+
+
+def _said(start: "Start") -> Text:
+    return Text("\n".join((start.sentence, *start.notes)))
 
 
 def preview(found: "Preview") -> RenderableType:

@@ -70,6 +70,12 @@ def train(
             help="Check everything, show the size of the run and its first samples; train nothing.",
         ),
     ] = False,
+    accept_changed_data: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changed-data", help="Resume although data files have changed since the run began."
+        ),
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     local_rank: Annotated[  # the deepspeed launcher passes it; LOCAL_RANK has the same value
         int, typer.Option("--local_rank", "--local-rank", hidden=True)
@@ -95,6 +101,7 @@ def train(
             found = plan(
                 resolved,
                 resume="auto" if auto else resume,
+                accept_changed_data=accept_changed_data,
                 trust_remote_code=trust_remote_code,
                 console=err,
                 cache=cache_folder(os.environ),
@@ -107,6 +114,7 @@ def train(
             resolved,
             command=["ual", *sys.argv[1:]],
             resume="auto" if auto else resume,
+            accept_changed_data=accept_changed_data,
             trust_remote_code=trust_remote_code,
             console=err,
             cache=cache_folder(os.environ),

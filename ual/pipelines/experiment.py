@@ -16,6 +16,7 @@ from ual.files import sha256, write_text
 from ual.pipelines.train import run as train
 from ual.report import write as write_report
 from ual.runs.folder import File, RunFolder
+from ual.train.matching import check_configuration
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,8 @@ def _check_earlier(cell: Cell) -> None:
     """Refuse a run folder that was made with another budget or configuration, or from other data."""
     folder = Path(cell.config.output_dir)
     remedy = "choose another output folder, or remove this one"
+    if not RunFolder(folder).holds_run():
+        return
     if (folder / File.CONFIG).exists():
         earlier = load(folder / File.CONFIG).training
         for key in BUDGET:
@@ -130,7 +133,7 @@ def _check_earlier(cell: Cell) -> None:
                     place=str(folder),
                     remedy=remedy,
                 )
-    RunFolder(folder).check(cell.config, resume="auto")
+    check_configuration(RunFolder(folder), cell.config)
     if (folder / File.ENVIRONMENT).exists():
         recorded = json.loads((folder / File.ENVIRONMENT).read_text(encoding="utf-8"))
         for path, digest in recorded["data_sha256"].items():

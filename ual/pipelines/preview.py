@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
@@ -24,6 +24,7 @@ from ual.runs.progress import Progress
 from ual.train import distributed
 from ual.train.arguments import training_arguments
 from ual.train.deepspeed import stage
+from ual.train.resume import Resume, Start, decide
 
 STREAMED = 1000  # samples of a stream that are looked at
 
@@ -93,6 +94,7 @@ class Plan:
     steps: int
     checkpoint_bytes: int
     free_bytes: int
+    start: Start
 
 
 def preview(
@@ -163,12 +165,15 @@ def preview(
 def plan(
     config: RunConfig,
     *,
-    resume: bool | Literal["auto"] = False,
+    resume: Resume = False,
+    accept_changed_data: bool = False,
     trust_remote_code: bool = False,
     console: Console | None = None,
     cache: Path | None = None,
-) -> Plan:
+) -> Plan | Start:
     """Do everything that `ual.pipelines.train.run` does before it loads weights, and write nothing.
+
+    Of a finished run, which loads none, only the decision is returned.
 
     Args: as those of `run`.
 
@@ -178,7 +183,9 @@ def plan(
     model = samples.check_model(config, trust_remote_code=trust_remote_code)
     folder = RunFolder(config.output_dir)
     arguments = training_arguments(config, folder.checkpoints)
-    folder.check(config, resume=resume)
+    start = decide(folder, config, arguments, resume=resume, accept_changed_data=accept_changed_data)
+    if start.action == "finished":
+        return start
     found = preview(
         config,
         count=arguments.per_device_train_batch_size,
@@ -204,6 +211,7 @@ def plan(
         steps=steps,
         checkpoint_bytes=sum(p.numel() * (p.element_size() + 12) for p in trained),
         free_bytes=shutil.disk_usage(_existing(Path(config.output_dir))).free,
+        start=start,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import transformers
 from rich.console import Console
@@ -30,12 +30,14 @@ from ual.report import write as write_report
 from ual.report.publish import publish
 from ual.runs.environment import environment
 from ual.runs.folder import File, RunFolder
+from ual.runs.lock import Lock
 from ual.runs.progress import Progress, log_file
 from ual.train import UALTrainer, deepspeed, distributed
 from ual.train.arguments import training_arguments
 from ual.train.callbacks import History, ProgressBar, StopOnNonFinite, StopOnSignal
-from ual.train.checkpoint import newest_complete
+from ual.train.checkpoint import copy_model, load_weights
 from ual.train.objective import objective
+from ual.train.resume import Resume, Start, decide
 from ual.uncertainty.estimators import white_box
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,8 @@ def run(
     config: RunConfig,
     *,
     command: Sequence[str] = (),
-    resume: bool | Literal["auto"] = False,
+    resume: Resume = False,
+    accept_changed_data: bool = False,
     trust_remote_code: bool = False,
     console: Console | None = None,
     cache: Path | None = None,
@@ -68,43 +71,79 @@ def run(
         config: see `ual.config.run`.
         command: the words of the command line, recorded in environment.json.
         resume: continue from the last checkpoint of an interrupted run, with the uncertainties that it asked
-            for; "auto" begins a run if there is none.
+            for; "auto" begins a run if there is none. A finished run is left as it is.
+        accept_changed_data: resume although data files have changed; both hashes are recorded.
         trust_remote_code: run code from the model's repository.
         console: where progress is drawn; None is silent.
         cache: the folder of tokenized samples; None keeps none.
 
     Raises:
         UserError: an error that the user can correct. The run folder is complete and, after the first
-            checkpoint, can be resumed.
+            checkpoint, can be resumed. What is refused before weights are loaded writes nothing.
     """
     samples.check_model(config, trust_remote_code=trust_remote_code)
     arguments = training_arguments(
         config, RunFolder(config.output_dir).checkpoints
     )  # starts the process group
     folder = RunFolder(config.output_dir, writes=distributed.is_writer())
-    folder.create(config, resume=resume)
-    distributed.wait()  # until the folder is there, or its refusal ends the run
-    with log_file(folder.log, distributed.is_writer()), Progress(console) as progress:
-        log.info("command: %s", " ".join(command))
-        transformers.set_seed(arguments.seed)
-        rendered = _render(config, trust_remote_code, progress, cache)
-        known = _recorded(rendered, folder) or samples.own_uncertainties(config, rendered.train)
-        scored = None if known is None else _score(rendered, known, folder)  # before weights are loaded
-        loaded = _load(rendered, arguments, progress, trust_remote_code)
-        with _computing(loaded):
-            if scored is None:
-                scored = _score(rendered, _ask(loaded), folder)
-            training = _pack(rendered, scored, progress)
-            folder.write_rows(File.SAMPLES, _described(rendered, training))
-            before = _evaluate_before(loaded, folder, resume=bool(resume))
-        model = attach_lora(loaded.model, config.lora) if config.lora else loaded.model
-        folder.write_json(File.ENVIRONMENT, _environment(config, command, model))
-        metrics = _summary(config, training, before)
-        stopped_by, metrics = _train(loaded, model, training, folder, metrics, resume=bool(resume))
-        if stopped_by is None:
-            metrics = _finish(loaded, model, folder, metrics, before)
-        report = distributed.from_first(lambda: write_report([folder.path]))
+    with _claimed(folder) as taken, Progress(console) as progress:
+        start = distributed.from_first(
+            lambda: decide(folder, config, arguments, resume=resume, accept_changed_data=accept_changed_data)
+        )
+        for note in (*taken, *start.notes, *([start.sentence] if resume else [])):
+            progress.say(note)
+        if start.action == "finished":
+            return Result(folder.path, start.metrics, folder.path / File.REPORT, None)
+        with log_file(folder.log, distributed.is_writer()) as begin_log:
+            log.info("command: %s", " ".join(command))
+            for note in (*start.notes, start.sentence):
+                log.info(note)
+            transformers.set_seed(arguments.seed)
+            rendered = _render(config, trust_remote_code, progress, cache)
+            known = _known(rendered, folder, start)
+            if known is not None:  # what is wrong with them is found before weights are loaded
+                training_set.score(rendered.train, known, config)
+            folder.create(config)
+            distributed.wait()
+            begin_log()
+            loaded = _load(rendered, arguments, progress, trust_remote_code)
+            metrics, stopped_by = _trained(loaded, folder, start, known, command)
+            report = distributed.from_first(lambda: write_report([folder.path]))
     return Result(folder.path, metrics, report, stopped_by)
+
+
+@contextmanager
+def _claimed(folder: RunFolder) -> Iterator[list[str]]:
+    """Hold the folder's lock; yield what is to say of it."""
+    lock = Lock(folder.path, "a run")
+    try:
+        note = distributed.from_first(lock.acquire)
+        yield [note] if note else []
+    finally:
+        lock.release()
+
+
+def _trained(
+    loaded: "_Loaded", folder: RunFolder, start: Start, known: list[Elicited] | None, command: Sequence[str]
+) -> tuple[dict[str, Any], int | None]:
+    """Train and evaluate, or what remains of that; return the metrics, and the signal that stopped it."""
+    rendered = loaded.rendered
+    config = rendered.config
+    with _computing(loaded):
+        scored = _score(rendered, _ask(loaded) if known is None else known, folder)
+        training = _pack(rendered, scored, loaded.progress)
+        folder.write_rows(File.SAMPLES, _described(rendered, training))
+        before = _evaluate_before(loaded, folder, reuse=start.reuse)
+    model = attach_lora(loaded.model, config.lora) if config.lora else loaded.model
+    folder.write_json(File.ENVIRONMENT, _environment(config, command, model, folder, start))
+    metrics, stopped_by = _summary(config, training, before), None
+    if start.action == "finish":
+        metrics = _restore(model, folder, folder.path / _weights(config), start, metrics)
+    else:
+        stopped_by, metrics = _train(loaded, model, training, folder, metrics, start)
+    if stopped_by is None:
+        metrics = _finish(loaded, model, folder, metrics, before)
+    return metrics, stopped_by
 
 
 # ---- samples: read, render, ask, score, pack ----
@@ -130,11 +169,12 @@ def _render(config: RunConfig, trust_remote_code: bool, progress: Progress, cach
     return rendered
 
 
-def _recorded(rendered: Rendered, folder: RunFolder) -> list[Elicited] | None:
-    """Return the uncertainties that the run has recorded for just these samples, if any."""
-    rows = distributed.from_first(lambda: folder.read_rows(File.UNCERTAINTY))
-    complete = {row["sample_id"] for row in rows} == {s.id for s in rendered.train}
-    return [Elicited(**row) for row in rows] if rows and complete else None
+def _known(rendered: Rendered, folder: RunFolder, start: Start) -> list[Elicited] | None:
+    """Return the recorded uncertainties of these samples, or their own; None if a model must be asked."""
+    rows = distributed.from_first(lambda: folder.read_rows(File.UNCERTAINTY) if start.reuse else [])
+    if rows and {row["sample_id"] for row in rows} == {s.id for s in rendered.train}:
+        return [Elicited(**row) for row in rows]
+    return samples.own_uncertainties(rendered.config, rendered.train)
 
 
 def _ask(loaded: "_Loaded") -> list[Elicited]:
@@ -240,11 +280,11 @@ def _shared(score: Callable[..., Iterator[TokenScores]]) -> Callable[..., Iterat
 # ---- evaluation ----
 
 
-def _evaluate_before(loaded: _Loaded, folder: RunFolder, *, resume: bool) -> Evaluation | None:
+def _evaluate_before(loaded: _Loaded, folder: RunFolder, *, reuse: bool) -> Evaluation | None:
     path = folder.path / File.EVALUATION
 
     def saved() -> tuple[bool, Evaluation | None]:
-        known = resume and path.exists()
+        known = reuse and path.exists()
         return known, json.loads(path.read_text(encoding="utf-8"))["before"] if known else None
 
     known, earlier = distributed.from_first(saved)
@@ -281,21 +321,20 @@ def _train(
     training: TrainingSet,
     folder: RunFolder,
     metrics: dict[str, Any],
-    *,
-    resume: bool,
+    start: Start,
 ) -> tuple[int | None, dict[str, Any]]:
     """Train and save; return the signal that stopped it, if any, and the metrics so far."""
     stop = StopOnSignal()
     trainer = _trainer(loaded, model, training, folder, stop)
-    checkpoint = distributed.from_first(lambda: newest_complete(folder.checkpoints)) if resume else None
-    log.info("starting from %s", checkpoint.path if checkpoint else "the base model")
-    folder.forget_after(checkpoint.step if checkpoint else 0)
+    log.info("starting from %s", start.checkpoint.path if start.checkpoint else "the base model")
+    folder.begin_leg(start.step)
+    metrics = metrics | {"steps_per_epoch": trainer.steps_per_epoch}
     folder.write_json(File.METRICS, metrics | {"status": "running"})
     started = time.monotonic()
     status = "interrupted"
     stop.install()
     try:
-        trainer.train_to_the_end(checkpoint, folder.path / _weights(loaded.rendered.config))
+        trainer.train_to_the_end(start.checkpoint, folder.path / _weights(loaded.rendered.config))
         status = "interrupted" if stop.received else "completed"
     except OSError as error:
         raise UserError(
@@ -331,6 +370,23 @@ def _trainer(
     trainer.add_callback(StopOnNonFinite(trainer.suspects))
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def _restore(
+    model: Any, folder: RunFolder, target: Path, start: Start, metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """Load the weights of a run that was interrupted after its last step; return the metrics so far."""
+    if start.weights is not None:
+        source = start.weights
+        distributed.from_first(lambda: copy_model(source, target))
+    load_weights(model, target)
+    recorded = start.metrics
+    if recorded.get("status") != "completed":
+        folder.begin_leg(start.step)
+        recorded = recorded | _speed(folder, recorded.get("seconds") or 0.0) | {"status": "completed"}
+    metrics = recorded | metrics
+    folder.write_json(File.METRICS, metrics)
+    return metrics
 
 
 def _finish(
@@ -378,15 +434,19 @@ def _described(rendered: Rendered, training: TrainingSet) -> Iterator[dict[str, 
         }
 
 
-def _environment(config: RunConfig, command: Sequence[str], model: Any) -> dict[str, Any]:
-    files = [Path(p) for p in (config.data.train, config.data.eval) if p is not None]
+def _environment(
+    config: RunConfig, command: Sequence[str], model: Any, folder: RunFolder, start: Start
+) -> dict[str, Any]:
     parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return environment(
         config,
         command,
-        [file for file in files if file.is_file()],
+        start.contents.data,
+        earlier={} if start.action == "begin" else folder.read_json(File.ENVIRONMENT),
+        step=start.step,
         model={
             "path": config.model.path,
+            "fingerprint": start.contents.model,
             "parameters": sum(n for n, _ in parameters),
             "trainable_parameters": sum(n for n, trainable in parameters if trainable),
         },
@@ -406,7 +466,7 @@ def _summary(config: RunConfig, training: TrainingSet, before: Evaluation | None
 
 
 def _speed(folder: RunFolder, seconds: float) -> dict[str, Any]:
-    logged = [row for row in folder.read_rows(File.HISTORY) if "live_tokens" in row]
+    logged = [row for row in folder.read_history() if "live_tokens" in row]
     tokens = sum(row["live_tokens"] for row in logged)
     busy = sum(row["live_tokens"] / row["tokens_per_second"] for row in logged)
     return {

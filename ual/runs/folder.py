@@ -1,12 +1,14 @@
 """The folder of a run: configuration, environment, history, metrics, checkpoints, report."""
 
+import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ual.config import run as configuration
 from ual.config.base import dump
 from ual.config.run import RunConfig
 from ual.errors import UserError
@@ -28,6 +30,9 @@ class File(StrEnum):
     REPORT = "report.html"
 
 
+_WEIGHTS = ("adapter", "model")
+
+
 class RunFolder:
     """The folder of one run. Each `File` is written to a scratch file and renamed: readers see it complete.
 
@@ -45,44 +50,26 @@ class RunFolder:
         self.log = self.path / File.LOG
         self.history = self.path / File.HISTORY
 
-    def check(self, config: RunConfig, *, resume: bool | Literal["auto"]) -> None:
-        """Check what `create` checks, and write nothing.
+    def check_writable(self) -> None:
+        """Check that the folder can be written, and write nothing.
 
         Raises:
-            UserError: the folder holds a run and `resume` is False; it holds none and `resume` is True
-                ("auto" accepts both); its run has another configuration; it cannot be written.
+            UserError: it cannot.
         """
-        existing = self.path / File.CONFIG
-        if existing.exists():
-            if not resume:
-                raise UserError(
-                    f"{self.path} already holds a run",
-                    remedy="pass --resume to continue it, or choose another output_dir",
-                )
-            if _what_must_match(configuration.load(existing)) != _what_must_match(config):
-                raise UserError(
-                    f"{existing} differs from this configuration, so its checkpoints do not fit",
-                    remedy="resume with the configuration of the run, or choose another output_dir",
-                )
-        elif resume is True:
-            raise UserError(
-                f"{self.path} holds no run to resume", remedy="remove --resume, or pass --resume auto"
-            )
         for folder in (self.path, self.checkpoints):
             above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
             if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
                 problem = "no write permission" if above.is_dir() else f"{above} is not a folder"
                 raise UserError(f"cannot write to {folder}: {problem}", place="configuration, output_dir")
 
-    def create(self, config: RunConfig, *, resume: bool | Literal["auto"]) -> None:
-        """Create the folder, or open it to resume.
+    def create(self, config: RunConfig) -> None:
+        """Create the folder, or open it to resume. Its configuration is from now on `config`.
 
         Raises:
-            UserError: as `check`.
+            UserError: the folder cannot be written.
         """
         if not self._writes:
             return
-        self.check(config, resume=resume)
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.write(File.CONFIG, dump(config))
@@ -90,6 +77,22 @@ class RunFolder:
             raise UserError(
                 f"cannot write to {self.path}: {error.strerror}", place="configuration, output_dir"
             ) from error
+
+    @property
+    def weights(self) -> Path | None:
+        """The folder of the trained weights, if there is one."""
+        return next((path for name in _WEIGHTS if (path := self.path / name).is_dir()), None)
+
+    def holds_run(self) -> bool:
+        """Return whether a step of a run is recorded here: logged, saved, or in trained weights.
+
+        A folder of a run that was refused, or that failed before its first step, holds none.
+        """
+        return (
+            self.weights is not None
+            or any(self.checkpoints.glob("checkpoint-*"))
+            or any(row.get("step") for row in self.read_history() if "event" not in row)
+        )
 
     def write(self, name: str, content: str) -> Path:
         """Write a text file, complete or not at all."""
@@ -114,6 +117,35 @@ class RunFolder:
         path = self.path / name
         return [record for _, record in read_jsonl(path)] if path.exists() else []
 
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return the object of a file; an empty one if the file is absent.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.path / name
+        try:
+            value = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise UserError(f"not valid JSON: {error}", place=str(path), remedy="restore the file") from error
+        if not isinstance(value, dict):
+            raise UserError("expected a JSON object", place=str(path), remedy="restore the file")
+        return value
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """Return the intact lines of history.jsonl; a killed run may have written half a line."""
+        if not self.history.exists():
+            return []
+        found = []
+        for line in self.history.read_bytes().splitlines():
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    found.append(row)
+        return found
+
     def append_history(self, row: Mapping[str, Any]) -> None:
         """Add one step to history.jsonl."""
         if not self._writes:
@@ -121,21 +153,13 @@ class RunFolder:
         with self.history.open("a", encoding="utf-8") as file:
             file.write(json_line(row))
 
-    def forget_after(self, step: int) -> None:
-        """Remove the history of steps that a resumed run will repeat."""
-        kept = [row for row in self.read_rows(File.HISTORY) if row["step"] <= step]
-        self.write_rows(File.HISTORY, kept)
+    def begin_leg(self, step: int) -> None:
+        """Record that training begins after `step`; remove the history of steps that will be repeated."""
+        kept = [row for row in self.read_history() if "event" in row or 0 < row["step"] <= step]
+        leg = {"event": "resume" if step else "start", "step": step, "time": now()}
+        self.write_rows(File.HISTORY, [*kept, leg])
 
 
-def _what_must_match(config: RunConfig) -> dict[str, Any]:
-    """Return the keys of a configuration that a resumed run may not change.
-
-    Samples per step are compared with the checkpoint's instead (`CheckpointingTrainer.train`).
-    """
-    values = config.model_dump(exclude={"name", "output_dir", "evaluation", "deepspeed"})
-    free = {
-        "max_steps", "num_train_epochs", "report_to", "logging_steps", "save_steps", "save_total_limit",
-        "per_device_train_batch_size", "gradient_accumulation_steps",
-    }  # fmt: skip
-    values["training"] = {k: v for k, v in values["training"].items() if k not in free}
-    return values
+def now() -> str:
+    """Return the time of day in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

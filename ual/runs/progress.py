@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from rich.console import Console
@@ -56,25 +57,37 @@ class Progress:
 
 
 @contextmanager
-def log_file(path: Path, writes: bool) -> Iterator[None]:
-    """Write every logger's messages, and warnings, to the log file, if this process writes it."""
+def log_file(path: Path, writes: bool) -> Iterator[Callable[[], None]]:
+    """Write every logger's messages, and warnings, to the log file, if this process writes it.
+
+    Yields the function that opens the file. Messages are kept until then, so a run that is refused before
+    writes nothing.
+    """
     if not writes:
-        yield
+        yield lambda: None
         return
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    kept = MemoryHandler(capacity=1, flushLevel=logging.CRITICAL + 1)
     root = logging.getLogger()
     level = root.level
-    root.addHandler(handler)
+    root.addHandler(kept)
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
+
+    def begin() -> None:
+        handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        kept.setTarget(handler)
+        kept.flush()
+
     try:
-        yield
+        yield begin
     except BaseException as error:
         log.error("stopped: %s", error)
         raise
     finally:
         logging.captureWarnings(False)
         root.setLevel(level)
-        root.removeHandler(handler)
-        handler.close()
+        root.removeHandler(kept)
+        if isinstance(kept.target, logging.Handler):
+            kept.target.close()
+        kept.close()

@@ -13,7 +13,7 @@ from ual.config.run import RunConfig
 from ual.errors import UserError
 from ual.train.deepspeed import deepspeed_config, join
 
-_DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3,
     "per_device_train_batch_size": 8,
     "learning_rate": 2e-4,
@@ -77,7 +77,7 @@ def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArgument
         )
     if given.get("fsdp") and config.deepspeed:
         raise UserError("fsdp and deepspeed exclude each other", place=place, remedy="remove one")
-    values = _DEFAULTS | {"bf16": cuda and torch.cuda.is_bf16_supported()} | given
+    values = DEFAULTS | {"bf16": cuda and torch.cuda.is_bf16_supported()} | given
     if config.deepspeed:
         values["deepspeed"] = deepspeed_config(config.deepspeed)
     try:

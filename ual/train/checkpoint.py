@@ -2,19 +2,31 @@
 
 import hashlib
 import json
-import logging
 import os
 import shutil
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers.trainer import SCHEDULER_NAME
 
 from ual.errors import UserError
 from ual.files import sha256
-
-log = logging.getLogger(__name__)
+from ual.train import adapter_state
 
 MANIFEST = "manifest.json"
+_COUNTS = ("step", "world_size", "samples_per_step", "zero_stage")
+_LOADED = (
+    "*.pt", "*.pth", "*.bin", "*.pkl", "*.safetensors", "*.index.json", "latest", "trainer_state.json",
+    "config.json", "adapter_config.json",
+)  # fmt: skip
+"""Names of files that DeepSpeed, transformers and PEFT load if they are in a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +52,8 @@ class Checkpoint:
             OSError, ValueError: there is no readable manifest.
         """
         manifest = _manifest(path)
-        values = {name: manifest[name] for name in ("step", "world_size", "samples_per_step", "zero_stage")}
-        return cls(path, **values, size=sum(file["bytes"] for file in manifest["files"].values()))
+        counts = {name: manifest[name] for name in _COUNTS}
+        return cls(path, **counts, size=sum(file["bytes"] for file in manifest["files"].values()))
 
 
 def seal(checkpoint: Checkpoint) -> None:
@@ -79,54 +91,173 @@ def publish(scratch: Path, target: Path) -> None:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if not (
-        isinstance(manifest, dict)
-        and isinstance(manifest.get("files"), dict)
-        and "samples_per_step" in manifest
-    ):
-        raise ValueError("not a manifest of this version")
-    return manifest
+    try:
+        files = {name: {"bytes": int(file["bytes"]), "sha256": str(file["sha256"])}
+                 for name, file in manifest["files"].items()}  # fmt: skip
+        counts = {name: int(manifest[name]) for name in _COUNTS}
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError("not a manifest of this version") from error
+    return counts | {"files": files}
 
 
 def damage(folder: Path) -> str | None:
     """Return what differs from the manifest, in words, or None for a complete checkpoint.
 
-    A file that the manifest does not name is damage too: DeepSpeed unpickles what it finds by name.
+    Files that another program has added (a file manager, an editor, NFS) are ignored, unless DeepSpeed,
+    transformers or PEFT would load them by name: DeepSpeed unpickles what it finds.
     """
     try:
         files = _manifest(folder)["files"]
     except (OSError, ValueError) as error:
         return f"no {MANIFEST} that can be read ({error})"
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
-    if present != set(files):
-        missing, added = sorted(set(files) - present), sorted(present - set(files))
-        return f"{missing[0]} is missing" if missing else f"{added[0]} is not in the manifest"
+    if missing := sorted(set(files) - present):
+        return f"{missing[0]} is missing"
+    if loaded := sorted(name for name in present - set(files) if _is_loaded_by_name(name)):
+        return f"{loaded[0]} is not in the manifest, and would be loaded"
     for name, recorded in files.items():
-        if sha256(folder / name) != recorded["sha256"]:
-            return f"{name} does not have the recorded hash"
+        try:
+            if sha256(folder / name) != recorded["sha256"]:
+                return f"{name} does not have the recorded hash"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
     return None
+
+
+def _is_loaded_by_name(name: str) -> bool:
+    last = name.rpartition("/")[2]
+    return any(fnmatchcase(last, pattern) for pattern in _LOADED)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The newest complete checkpoint of a run, and what is wrong with each newer one, by its path."""
+
+    newest: Checkpoint | None
+    damaged: Mapping[Path, str]
+
+
+def numbered(checkpoints: Path) -> list[tuple[int, Path]]:
+    """Return the folders `checkpoint-N` with their numbers, the newest first."""
+    return sorted(
+        (
+            (int(number), path)
+            for path in checkpoints.glob("checkpoint-*")
+            if (number := path.name.rpartition("-")[2]).isdecimal() and path.is_dir()
+        ),
+        reverse=True,
+    )
+
+
+def find(checkpoints: Path) -> Found:
+    """Look for the newest `checkpoint-N` that is complete."""
+    damaged: dict[Path, str] = {}
+    for _, path in numbered(checkpoints):
+        problem = damage(path)
+        if problem is None:
+            return Found(Checkpoint.read(path), damaged)
+        damaged[path] = problem
+    return Found(None, damaged)
 
 
 def newest_complete(checkpoints: Path) -> Checkpoint | None:
-    """Return the newest `checkpoint-N` that is complete. The log names those that were passed over."""
-    numbered = [
-        (int(number), path)
-        for path in checkpoints.glob("checkpoint-*")
-        if (number := path.name.rpartition("-")[2]).isdecimal()
-    ]
-    for _, path in sorted(numbered, reverse=True):
-        problem = damage(path)
-        if problem is None:
-            return Checkpoint.read(path)
-        log.warning("passed over the damaged checkpoint %s: %s", path, problem)
-    return None
+    """Return the newest `checkpoint-N` that is complete."""
+    return find(checkpoints).newest
+
+
+def rotate(
+    checkpoints: Path, *, limit: int | None, until: int, complete: Collection[Path], best: Path | None
+) -> None:
+    """Remove the checkpoints that are older than the newest `limit` complete ones.
+
+    A damaged checkpoint does not count, so it never displaces a complete one.
+
+    Args:
+        checkpoints: the folder of `checkpoint-N`.
+        limit: None or 0 removes nothing.
+        until: the step whose checkpoint has just been written. Later ones, which were passed over when the
+            run was resumed, neither count nor are they removed.
+        complete: checkpoints that are known to be complete; others are verified before they count.
+        best: counts, and is not removed.
+    """
+    if not limit:
+        return
+    kept = {checkpoints / f"checkpoint-{until}", *([best] if best else [])}
+    for step, path in numbered(checkpoints):
+        if step > until or path in kept:
+            continue
+        if len(kept) >= limit:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path in complete or damage(path) is None:
+            kept.add(path)
+
+
+def resumable(checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint holds optimizer and schedule, which `save_only_model` omits."""
+    files = _manifest(checkpoint.path)["files"]
+    return SCHEDULER_NAME in files or any(name.endswith("_optim_states.pt") for name in files)
+
+
+def check_fit(saved: Checkpoint, *, samples_per_step: int, world_size: int, zero_stage: int) -> None:
+    """Check that training can resume from a checkpoint in this many processes.
+
+    Raises:
+        UserError: the checkpoint has another number of samples in a step or, if partitions were saved,
+            another number of processes.
+    """
+    if saved.samples_per_step != samples_per_step:
+        raise UserError(
+            f"the checkpoint has {saved.samples_per_step} samples per step, this run has "
+            f"{samples_per_step} (samples per device x accumulation x processes)",
+            place=str(saved.path),
+            remedy="choose training.per_device_train_batch_size and gradient_accumulation_steps so that "
+            "the product is the same",
+        )
+    same = (saved.world_size, saved.zero_stage) == (world_size, zero_stage)
+    gathered = (saved.path / adapter_state.FILE).is_file() and zero_stage
+    if not same and not gathered and (saved.zero_stage or zero_stage):
+        raise UserError(
+            f"the checkpoint has partitions of ZeRO-{saved.zero_stage} in {saved.world_size} processes; "
+            f"this run uses ZeRO-{zero_stage} in {world_size}",
+            place=str(saved.path),
+            remedy="resume with the same number of processes and the same stage; only an adapter's ZeRO "
+            "checkpoints fit any number and stage",
+        )
 
 
 def copy_model(source: Path, target: Path) -> None:
     """Copy weights, configuration and tokenizer of a checkpoint, without the state of its training."""
-    state = ("*.pt", "*.pth", "*.bin", "global_step*", "latest", "zero_to_fp32.py", "trainer_state.json")
-    names = shutil.ignore_patterns(*state, MANIFEST, "adapter_state.safetensors")
-    shutil.copytree(source, target, ignore=names, dirs_exist_ok=True)
+    state = ("*.pt", "*.pth", "*.bin", "latest", "zero_to_fp32.py", "trainer_state.json", adapter_state.FILE)
+    for name in _manifest(source)["files"]:
+        last = name.rpartition("/")[2]
+        if not any(fnmatchcase(last, pattern) for pattern in state):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, target / name)
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Load trained weights, an adapter's or a whole model's, into the base model that they were trained from.
+
+    Weights in ZeRO-3 partitions are gathered one by one; every process must call this.
+    """
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                if name in parameters:
+                    with _gathered(parameters[name]):
+                        parameters[name].copy_(file.get_tensor(name))
+
+
+def _gathered(parameter: Any) -> AbstractContextManager[Any]:
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return cast(AbstractContextManager[Any], deepspeed.zero.GatheredParameters([parameter], modifier_rank=0))
 
 
 def require_room(folder: Path, size: int) -> None:

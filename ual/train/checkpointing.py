@@ -1,5 +1,6 @@
 """`CheckpointingTrainer`: checkpoints are complete or absent, and training resumes from any that fits."""
 
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -9,13 +10,15 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ual.errors import UserError
 from ual.train import adapter_state, distributed
-from ual.train.checkpoint import Checkpoint, copy_model, publish, require_room, seal
+from ual.train.checkpoint import Checkpoint, check_fit, damage, publish, require_room, rotate, seal
+
+log = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"
 
@@ -29,6 +32,10 @@ class CheckpointingTrainer(Trainer):
 
     _partial: Path | None = None
     _last_size: int | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._written: set[Path] = set()  # complete checkpoints of this process, and the resumed one
+        super().__init__(*args, **kwargs)
 
     @property
     def zero_stage(self) -> int:
@@ -45,37 +52,29 @@ class CheckpointingTrainer(Trainer):
         return samples
 
     @property
-    def planned_steps(self) -> int:
-        """Optimizer steps of the complete run."""
-        if self.args.max_steps > 0:
-            return int(self.args.max_steps)
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps of one pass over the data; None for a stream."""
         dataset: Any = self.train_dataset
-        batches = math.ceil(len(dataset) / (self.args.train_batch_size * self.args.world_size))
-        per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
-        steps: int = math.ceil(self.args.num_train_epochs * per_epoch)
-        return steps
+        try:
+            return math.ceil(len(dataset) / self.samples_per_step)
+        except TypeError:
+            return None
 
     def train_to_the_end(self, checkpoint: Checkpoint | None, target: Path) -> None:
         """Train, from a checkpoint if one is given, and write the trained weights to the folder `target`.
 
-        A checkpoint of the last step is copied: transformers, asked to resume from it, would train one step
-        too many.
+        Args:
+            checkpoint: of a step before the last one: transformers, asked to resume from the last step,
+                would train one step too many.
+            target: the folder of the weights.
 
         Raises:
             UserError: see `train`.
         """
-        if checkpoint is None or checkpoint.step < self.planned_steps:
-            self.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-            self.save_model(str(target))
-            if distributed.is_writer():  # a pickle, of no use there
-                (target / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            return
-        if self.zero_stage == 3 and not isinstance(self.model, PeftModel):
-            raise UserError(f"the run is finished; {checkpoint.path} holds its model")
-        self._load_from_checkpoint(str(checkpoint.path))
-        self.state = TrainerState.load_from_json(str(checkpoint.path / TRAINER_STATE_NAME))
-        if distributed.is_writer():
-            copy_model(checkpoint.path, target)
+        self.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        self.save_model(str(target))
+        if distributed.is_writer():  # a pickle, of no use there
+            (target / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     # ---- saving ----
 
@@ -104,7 +103,10 @@ class CheckpointingTrainer(Trainer):
             SafetensorError,
         ) as error:  # the last two wrap the disk's
             problem = f"the checkpoint of step {self.state.global_step} could not be written: {error}"
-            remedy = "free some space, then pass --resume to continue from the last complete checkpoint"
+            remedy = (
+                "free some space, then pass --resume auto, which continues from the last complete checkpoint "
+                "or, without one, begins again"
+            )
             if distributed.is_lost(error):
                 problem = (
                     f"another process of the run ended while the checkpoint of step {self.state.global_step} "
@@ -117,11 +119,14 @@ class CheckpointingTrainer(Trainer):
                 shutil.rmtree(self._partial, ignore_errors=True)
             self._partial = None
         if self.is_world_process_zero():
-            rotate_checkpoints(
-                output_dir=str(checkpoints),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
+            best = self.state.best_model_checkpoint
+            self._written.add(checkpoints / name)
+            rotate(
+                checkpoints,
+                limit=self.args.save_total_limit,
+                until=self.state.global_step,
+                complete=self._written,
+                best=Path(best) if best else None,
             )
         distributed.wait()
 
@@ -180,28 +185,48 @@ class CheckpointingTrainer(Trainer):
                 another number of processes.
         """
         if resume_from_checkpoint is not None:
-            self._check_fit(Checkpoint.read(Path(resume_from_checkpoint)))
+            check_fit(
+                Checkpoint.read(Path(resume_from_checkpoint)),
+                samples_per_step=self.samples_per_step,
+                world_size=self.args.world_size,
+                zero_stage=self.zero_stage,
+            )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _check_fit(self, saved: Checkpoint) -> None:
-        if saved.samples_per_step != self.samples_per_step:
-            raise UserError(
-                f"the checkpoint has {saved.samples_per_step} samples per step, this run has "
-                f"{self.samples_per_step} (samples per device x accumulation x processes)",
-                place=str(saved.path),
-                remedy="choose training.per_device_train_batch_size and gradient_accumulation_steps so that "
-                "the product is the same",
-            )
-        same = (saved.world_size, saved.zero_stage) == (self.args.world_size, self.zero_stage)
-        gathered = (saved.path / adapter_state.FILE).is_file() and self.zero_stage
-        if not same and not gathered and (saved.zero_stage or self.zero_stage):
-            raise UserError(
-                f"the checkpoint has partitions of ZeRO-{saved.zero_stage} in {saved.world_size} processes; "
-                f"this run uses ZeRO-{self.zero_stage} in {self.args.world_size}",
-                place=str(saved.path),
-                remedy="resume with the same number of processes and the same stage; only an adapter's ZeRO "
-                "checkpoints fit any number and stage",
-            )
+    def _init_training_state(
+        self,
+        max_steps: int,
+        steps_per_epoch: int,
+        epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> Any:
+        """Load the state; the best checkpoint lies beside the resumed one, also in a run that was moved."""
+        if resume_from_checkpoint is not None:
+            self._written = {Path(resume_from_checkpoint)}
+        init: Any = super()._init_training_state
+        started = init(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
+        if resume_from_checkpoint is not None and self.state.best_global_step:
+            best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            path = Path(resume_from_checkpoint).with_name(best)
+            problem = distributed.from_first(lambda: damage(path))
+            self.state.best_model_checkpoint = None if problem else str(path)
+            if problem:
+                self.state.best_metric = self.state.best_global_step = None
+                log.warning("the best model so far, %s, cannot be used: %s", path, problem)
+        return started
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        """Load the best model if wanted. The newest checkpoint stays: --resume needs it, if not for this run.
+
+        transformers removes it under `save_total_limit: 1` if it is not the best.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            finalize: Any = super()._finalize_training
+            return finalize(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None

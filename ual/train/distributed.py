@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ual.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -32,13 +34,31 @@ def wait() -> None:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """Return the result of `make` in rank 0, the only process that calls it."""
+    """Return the result of `make` in rank 0, the only process that calls it.
+
+    Raises:
+        UserError: as `make`, in every process. Another exception of `make` is a UserError in the others.
+    """
     if world_size() == 1:
         return make()
-    box: list[Any] = [make() if is_writer() else None]
+    box: list[Any] = [None, None]
+    failed: Exception | None = None
+    if is_writer():
+        try:
+            box[0] = make()
+        except Exception as error:
+            failed = error
+            user = error if isinstance(error, UserError) else UserError(f"the first process failed: {error}")
+            box[1] = (user.problem, user.place, user.remedy)
     dist.broadcast_object_list(box, src=0, group=_host_group(dist.group.WORLD))
-    value: T = box[0]
-    return value
+    if failed is not None:
+        raise failed
+    value, refusal = box
+    if refusal is not None:
+        problem, place, remedy = refusal
+        raise UserError(problem, place=place, remedy=remedy)
+    result: T = value
+    return result
 
 
 def gather(value: T) -> list[T]:

@@ -1,0 +1,243 @@
+"""`--resume`: a refusal writes nothing, a finished run stays, and training never starts again unasked."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tests.faults.test_bad_input import ROWS, refuse
+from tests.ual.runs import configure, history, legs
+from ual.cli.main import app
+from ual.train import checkpoint
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+
+def train(config: Path, *words: str) -> str:
+    """Run `ual train` in this process to a good end; return what it printed."""
+    result = CliRunner().invoke(app, ["train", str(config), *words])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return " ".join(result.output.split())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@contextmanager
+def unchanged(folder: Path) -> Iterator[None]:
+    before = contents(folder)
+    yield
+    after = contents(folder)
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] == []
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """A finished run of six steps, three epochs, that saved each second step; copied by `finished`."""
+    folder = tmp_path_factory.mktemp("made")
+    config = configure(
+        folder, tiny, ROWS, uncertainty="column", data={"eval_fraction": 0.3},
+        training={"max_steps": -1, "num_train_epochs": 3},
+    )  # fmt: skip
+    train(config)
+    return folder
+
+
+@pytest.fixture
+def finished(made: Path, tmp_path: Path) -> Path:
+    """The configuration of a copy of the finished run; its data stay where they were."""
+    folder = tmp_path / "moved"
+    shutil.copytree(made, folder)
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    values["output_dir"] = str(folder / "run")
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return folder / "config.yaml"
+
+
+def stop_after(config: Path, step: int) -> Path:
+    """Make a finished run one that was killed after a step; return its folder."""
+    run = config.parent / "run"
+    for number, path in checkpoint.numbered(run / "checkpoints"):
+        if number > step:
+            shutil.rmtree(path)
+    for name in ("adapter", "plots"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    for name in ("report.html", "report.json", "held_out.jsonl"):
+        (run / name).unlink(missing_ok=True)
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(metrics | {"status": "running", "eval": None}))
+    rows = [json.dumps(row) for row in history(run) if row["step"] <= step]
+    (run / "history.jsonl").write_text("\n".join(rows) + "\n")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps(evaluation | {"after": None}))
+    return run
+
+
+@pytest.mark.kills("ual/train/resume.py", "if completed and steps >= planned and", "if False and")
+@pytest.mark.parametrize(
+    "words", [(), ("auto",), ("auto", "--dry-run")], ids=lambda w: " ".join(w) or "plain"
+)
+def test_a_finished_run_stays_as_it_is(finished: Path, words: tuple[str, ...]) -> None:
+    """With and without checkpoints, and whatever the number of samples in a step."""
+    with unchanged(finished.parent):
+        said = train(finished, "--resume", *words)
+    assert "the run is finished: all 6 steps are trained" in said
+    assert ("report" in said) == ("--dry-run" not in words)
+    shutil.rmtree(finished.parent / "run" / "checkpoints")
+    with unchanged(finished.parent):
+        train(finished, "--resume", *words)
+        train(finished, "training.per_device_train_batch_size=3", "--resume", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ((), "already holds a run"),
+        (
+            ("--resume", "training.learning_rate=0.1"),
+            "training.learning_rate is 0.005 in the run, and 0.1 here",
+        ),
+        (("--resume", "smoothing.max=0.3"), "smoothing.max is 0.2 in the run, and 0.3 here"),
+        (
+            ("--resume", "training.num_train_epochs=5", "training.per_device_train_batch_size=3"),
+            "has 4 samples per step, this run has 3",
+        ),
+        (("--resume", "training.num_train_epochs=5", "data.train=elsewhere.jsonl"), "data.train is"),
+    ],
+)
+def test_a_refusal_writes_nothing(finished: Path, words: tuple[str, ...], problem: str) -> None:
+    with unchanged(finished.parent):
+        assert problem in refuse(finished, *words)
+        assert problem in refuse(finished, *words, "--dry-run")
+        if "--resume" in words:
+            assert problem in refuse(finished, *words, "auto")
+
+
+def test_more_epochs_are_trained_from_the_newest_checkpoint(finished: Path) -> None:
+    run = finished.parent / "run"
+    more = "training.num_train_epochs=4"
+    assert "training resumes after step 6" in train(finished, "--resume", more, "--dry-run")
+    assert "training resumes after step 6" in train(finished, "--resume", more)
+    assert [row["step"] for row in history(run)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert legs(run) == [("start", 0), ("resume", 6)]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (metrics["status"], metrics["steps"]) == ("completed", 8)
+    assert yaml.safe_load((run / "config.yaml").read_text())["training"]["num_train_epochs"] == 4
+    shutil.rmtree(run / "checkpoints")
+    with unchanged(finished.parent):
+        said = refuse(finished, "training.num_train_epochs=5", "--resume")
+        assert "finished after 8 steps, and there is no checkpoint to train more steps from" in said
+
+
+def test_foreign_files_in_a_checkpoint_are_ignored(finished: Path) -> None:
+    run = stop_after(finished, 4)
+    newest = run / "checkpoints" / "checkpoint-4"
+    (newest / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/trainer_state-checkpoint.json", ".DS_Store", ".nfs0001", "notes.txt"):
+        (newest / name).write_text("of another program")
+    assert "training resumes after step 4" in train(finished, "--resume", "training.save_total_limit=1")
+    assert [row["step"] for row in history(run)] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in checkpoint.numbered(run / "checkpoints")] == [6]
+
+
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "optimizer.bin", "latest", "rng_state_1.pth"])
+def test_what_a_library_would_load_is_not_ignored(finished: Path, name: str) -> None:
+    newest = finished.parent / "run" / "checkpoints" / "checkpoint-6"
+    (newest / name).write_text("of another program")
+    assert f"{name} is not in the manifest" in (checkpoint.damage(newest) or "")
+
+
+@pytest.mark.kills("ual/train/checkpoint.py", "if step > until or path in kept:", "if path in kept:")
+def test_a_damaged_checkpoint_is_named_and_does_not_count(finished: Path) -> None:
+    """The newest is damaged: training resumes from the one before, and keeps it until there is another."""
+    run = finished.parent / "run"
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / "checkpoint-6", checkpoints / "checkpoint-20")
+    (checkpoints / "checkpoint-20" / "trainer_state.json").write_text("{}")
+    words = ("training.num_train_epochs=4", "training.save_total_limit=1", "training.save_steps=1")
+    said = train(finished, "--resume", *words)
+    assert "passed over the damaged checkpoint" in said
+    assert "trainer_state.json does not have the recorded hash" in said
+    assert [step for step, _ in checkpoint.numbered(checkpoints)] == [20, 8]
+
+    (checkpoints / "checkpoint-8" / "adapter_model.safetensors").unlink()
+    with unchanged(finished.parent):
+        for words in (("--resume",), ("--resume", "auto")):
+            said = refuse(finished, "training.num_train_epochs=9", *words)
+            assert "every checkpoint is damaged" in said
+            assert "checkpoint-8: adapter_model.safetensors is missing" in said
+
+
+def test_rotation_counts_complete_checkpoints_only(tmp_path: Path) -> None:
+    from tests.faults.test_checkpoints import flip, sealed
+
+    paths = {step: sealed(tmp_path, step) for step in (1, 2, 3, 4, 5, 9)}
+    flip(paths[4])
+    checkpoint.rotate(tmp_path, limit=2, until=5, complete={paths[5]}, best=None)
+    assert [step for step, _ in checkpoint.numbered(tmp_path)] == [9, 5, 4, 3]
+    checkpoint.rotate(tmp_path, limit=1, until=5, complete={paths[5]}, best=paths[3])
+    assert [step for step, _ in checkpoint.numbered(tmp_path)] == [9, 5, 3]
+    checkpoint.rotate(tmp_path, limit=None, until=5, complete=(), best=None)
+    assert len(checkpoint.numbered(tmp_path)) == 3
+
+
+def test_half_a_line_of_history_ends_no_run(finished: Path) -> None:
+    run = stop_after(finished, 4)
+    with (run / "history.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    train(finished, "--resume")
+    assert [row["step"] for row in history(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_without_checkpoints_begins_again_only_by_auto(finished: Path) -> None:
+    run = stop_after(finished, 0)
+    with (run / "history.jsonl").open("w") as file:
+        file.write('{"step": 1, "loss": 2.0}\n')
+    with unchanged(finished.parent):
+        assert "--resume auto" in refuse(finished, "--resume")
+    said = train(finished, "--resume", "auto")
+    assert "holds no checkpoint: the run begins again from the base model" in said
+    assert [row["step"] for row in history(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_weights_of_an_interrupted_run_are_not_overwritten(finished: Path) -> None:
+    run = finished.parent / "run"
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(metrics | {"status": "interrupted", "steps": 3}))
+    shutil.rmtree(run / "checkpoints")
+    with unchanged(finished.parent):
+        for words in (("--resume",), ("--resume", "auto")):
+            assert "there is no checkpoint to resume from" in refuse(finished, *words)
+
+
+@pytest.mark.parametrize("after", ["checkpoint", "weights"])
+def test_what_was_interrupted_after_the_last_step_is_finished(finished: Path, after: str) -> None:
+    run = finished.parent / "run"
+    expected, measured = contents(run / "adapter"), json.loads((run / "evaluation.json").read_text())
+    adapter = run.parent / "adapter"
+    shutil.copytree(run / "adapter", adapter)
+    stop_after(finished, 6)
+    if after == "weights":
+        shutil.copytree(adapter, run / "adapter")
+        metrics = json.loads((run / "metrics.json").read_text())
+        (run / "metrics.json").write_text(json.dumps(metrics | {"status": "completed"}))
+        shutil.rmtree(run / "checkpoints")
+    assert "all 6 steps are trained; evaluation and report remain" in train(finished, "--resume")
+    assert json.loads((run / "evaluation.json").read_text()) == measured
+    name = "adapter_model.safetensors"
+    assert contents(run / "adapter")[name] == expected[name]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (metrics["status"], metrics["steps"]) == ("completed", 6)
+    assert metrics["eval"]["nll"] == pytest.approx(measured["after"]["nll"])
+    with unchanged(finished.parent):
+        assert "the run is finished" in train(finished, "--resume")
