@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -111,8 +112,8 @@ def test_limit_and_dry_run(tmp_path: Path, server: Server) -> None:
     assert len(server.asked) == len(lines(tmp_path / "run" / "rows.jsonl")) == 2
 
 
-def interrupt(config: Path, server: Server, by: signal.Signals) -> tuple[int, str]:
-    """Run in a process, and signal it during the eleventh request; return exit status and stderr."""
+def started(config: Path, server: Server) -> "subprocess.Popen[str]":
+    """Run in a process, until the eleventh request."""
     process = subprocess.Popen(
         [sys.executable, "-m", "ual", "elicit", str(config)],
         env=ENVIRONMENT | {"PLANTED": KEY},
@@ -125,6 +126,12 @@ def interrupt(config: Path, server: Server, by: signal.Signals) -> tuple[int, st
     deadline = time.monotonic() + 60
     while len(server.asked) < 11 and time.monotonic() < deadline:
         time.sleep(0.05)
+    return process
+
+
+def interrupt(config: Path, server: Server, by: signal.Signals) -> tuple[int, str]:
+    """Run in a process, and signal it during the eleventh request; return exit status and stderr."""
+    process = started(config, server)
     process.send_signal(by)
     _, said = process.communicate(timeout=20)
     return process.returncode, said
@@ -141,6 +148,23 @@ def test_a_killed_run_repeats_no_answered_request(tmp_path: Path, server: Server
         "values": 10, "mean": 0.75, "missing": 2, "missing_because": {"request failed": 2},
     }  # fmt: skip
     assert server.asked == []
+
+
+@pytest.mark.kills("ual/pipelines/elicit.py", 'holding(folder, "an elicitation", say)', "ExitStack()")
+def test_two_processes_do_not_elicit_into_one_folder(tmp_path: Path, server: Server) -> None:
+    """The second is refused and sends nothing; once the first is killed, its lock is taken over."""
+    config = configure(tmp_path, server.url("hang"), rows(12), backend={"concurrency": 1, "timeout": 60})
+    process = started(config, server)
+    try:
+        said = invoke(config, code=2)
+        assert f"process {process.pid} on host {socket.gethostname()} uses this folder" in said
+        assert len(server.asked) == 11
+    finally:
+        process.kill()
+        process.communicate()
+    said = invoke(config, f"backend.base_url={server.url('well')}")
+    assert "ended without releasing the lock" in said
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 def _load(path: Path) -> ElicitConfig:

@@ -114,6 +114,26 @@ def test_other_rows_in_a_step_are_refused(whole: Path) -> None:
     assert "Traceback" not in said
 
 
+@pytest.mark.kills(
+    "ual/train/distributed.py", "box[1] = (user.problem, user.place, user.remedy)", "pass", slow=True
+)
+def test_a_refusal_and_a_finished_run_are_the_same_in_every_process(whole: Path) -> None:
+    """No process waits for the first one, and none prints a traceback of gloo. Nothing is written."""
+    run = whole.parent / "run"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    launch = Launch(
+        whole, "torchrun", ["training.per_device_train_batch_size=3", "training.max_steps=80", *AUTO]
+    )
+    assert launch.end() == 1
+    said = " ".join(launch.printed().split())
+    assert "has 4 samples per step, this run has 6" in said
+    assert "gloo" not in said
+    launch = Launch(whole, "torchrun", ["deepspeed=zero3", *AUTO])
+    assert launch.end() == 0, launch.printed()[-3000:]
+    assert launch.printed().count("the run is finished: all 60 steps are trained") == 1
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_time_is_bounded() -> None:
     """The waiting loop gives up: a hanging run fails the test instead of the machine."""
     launch = Launch.__new__(Launch)

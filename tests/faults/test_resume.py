@@ -2,16 +2,19 @@
 
 import json
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from tests.faults.test_bad_input import ROWS, refuse
-from tests.ual.runs import configure, history, legs
+from tests.ual.runs import configure, history, legs, start, ual
 from ual.cli.main import app
 from ual.train import checkpoint
 
@@ -19,6 +22,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}{{ eos_token }}{% endgeneration %}{% else %}{{ m['content'] }}\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def train(config: Path, *words: str) -> str:
@@ -70,7 +80,7 @@ def stop_after(config: Path, step: int) -> Path:
     for number, path in checkpoint.numbered(run / "checkpoints"):
         if number > step:
             shutil.rmtree(path)
-    for name in ("adapter", "plots"):
+    for name in ("adapter", "model", "plots"):
         shutil.rmtree(run / name, ignore_errors=True)
     for name in ("report.html", "report.json", "held_out.jsonl"):
         (run / name).unlink(missing_ok=True)
@@ -241,3 +251,196 @@ def test_what_was_interrupted_after_the_last_step_is_finished(finished: Path, af
     assert metrics["eval"]["nll"] == pytest.approx(measured["after"]["nll"])
     with unchanged(finished.parent):
         assert "the run is finished" in train(finished, "--resume")
+
+
+def test_the_best_model_stays_the_best(tmp_path: Path, tiny: Path) -> None:
+    """The best is the first one: the highest loss wins. Killed after the last step, moved, trained longer."""
+    training = {
+        "max_steps": 6, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+        "greater_is_better": True, "metric_for_best_model": "loss", "save_total_limit": 1,
+    }  # fmt: skip
+    config = configure(
+        tmp_path, tiny, ROWS, uncertainty="column", data={"eval_fraction": 0.3}, training=training
+    )
+    train(config)
+    run = tmp_path / "run"
+    saved = [step for step, _ in checkpoint.numbered(run / "checkpoints")]
+    assert saved == [6, 2], "the best and the newest"
+    name = "adapter_model.safetensors"
+    best = (run / "adapter" / name).read_bytes()
+    assert best == (run / "checkpoints" / "checkpoint-2" / name).read_bytes()
+    with unchanged(tmp_path):
+        train(config, "--resume")
+
+    stop_after(config, 6)
+    train(config, "--resume")
+    assert (run / "adapter" / name).read_bytes() == best
+
+    stop_after(config, 6)
+    run.rename(tmp_path / "elsewhere")
+    train(config, "--resume", f"output_dir={tmp_path / 'elsewhere'}", "training.max_steps=8")
+    assert (tmp_path / "elsewhere" / "adapter" / name).read_bytes() == best
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "dropout": 0.0}], ids=["model", "adapter"])
+def test_weights_in_partitions_are_restored_to_finish_a_run(
+    tmp_path: Path, tiny: Path, lora: dict[str, Any] | None
+) -> None:
+    """Under ZeRO-3. The run is killed after its last checkpoint, which has the weights."""
+    config = configure(
+        tmp_path, tiny, ROWS, uncertainty="column", lora=lora, deepspeed="zero3",
+        data={"eval_fraction": 0.3}, evaluation={"before": False}, training={"max_steps": 2},
+    )  # fmt: skip
+    done = ual("train", config)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    measured = json.loads((run / "evaluation.json").read_text())
+    path = run / ("adapter/adapter_model.safetensors" if lora else "model/model.safetensors")
+    weights = path.read_bytes()
+    stop_after(config, 2)
+    done = ual("train", config, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == weights
+    after = json.loads((run / "evaluation.json").read_text())["after"]
+    assert after["nll"] == pytest.approx(measured["after"]["nll"], rel=1e-5)
+
+
+def test_a_whole_model_is_restored_to_finish_a_run(tmp_path: Path, tiny: Path) -> None:
+    config = configure(
+        tmp_path, tiny, ROWS, uncertainty="column", lora=None, data={"eval_fraction": 0.3},
+        evaluation={"before": False}, training={"max_steps": 2},
+    )  # fmt: skip
+    train(config)
+    measured = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    stop_after(config, 2)
+    train(config, "--resume")
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == measured
+
+
+@pytest.mark.kills("ual/train/resume.py", "if not checkpoint.resumable(newest):", "if False:")
+def test_checkpoints_without_optimizer_are_not_resumed_from(tmp_path: Path, tiny: Path) -> None:
+    config = configure(
+        tmp_path, tiny, ROWS, uncertainty="column", training={"max_steps": 2, "save_only_model": True}
+    )
+    assert "this run cannot be resumed" in train(config, "--dry-run")
+    assert "this run cannot be resumed" in train(config)
+    with unchanged(tmp_path):
+        assert "holds weights only (training.save_only_model)" in refuse(
+            config, "--resume", "training.max_steps=4"
+        )
+        assert "the run is finished" in train(config, "--resume")
+
+
+@pytest.mark.kills("ual/train/matching.py", "if changed and not accept_changed_data:", "if False:")
+@pytest.mark.parametrize("field", ["train", "eval", "chat_template"])
+def test_changed_data_are_refused(tmp_path: Path, tiny: Path, field: str) -> None:
+    """Also by an equal id of a sample, in held-out samples, and in the file of the chat template."""
+    rows = [row | {"id": str(i)} for i, row in enumerate(ROWS)]
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "What is 9 + 9?", "completion": "It is 18."}) + "\n")
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    config = configure(
+        tmp_path, tiny, rows, uncertainty="column",
+        data={"eval": str(held_out), "chat_template": str(template)}, training={"max_steps": 2},
+    )  # fmt: skip
+    train(config)
+    run = tmp_path / "run"
+    path = {"train": tmp_path / "rows.jsonl", "eval": held_out, "chat_template": template}[field]
+    before = json.loads((run / "environment.json").read_text())["data_sha256"][str(path)]
+    path.write_text(
+        path.read_text().replace("What is", "What was") + (" " if field == "chat_template" else "")
+    )
+    with unchanged(tmp_path):
+        said = refuse(config, "training.max_steps=4", "--resume", "auto")
+        assert path.name in said.replace(" ", "")
+        assert f"(data.{field})" in said
+        assert "has changed" in said
+        assert "--accept-changed-data" in said
+    train(config, "training.max_steps=4", "--resume", "--accept-changed-data")
+    environment = json.loads((run / "environment.json").read_text())
+    first, second = (leg["data_sha256"][str(path)] for leg in environment["legs"])
+    assert first == before != second == environment["data_sha256"][str(path)]
+    assert [leg["step"] for leg in environment["legs"]] == [0, 2]
+    if field == "train":  # the recorded uncertainties are not those of the changed samples
+        assert "training resumes after step 4" in train(
+            config, "training.max_steps=5", "--resume", "--dry-run"
+        )
+
+
+def test_moved_data_and_model_are_the_same(tmp_path: Path, tiny: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    config = configure(tmp_path, model, ROWS, uncertainty="column", training={"max_steps": 2})
+    train(config)
+    model.rename(tmp_path / "moved")
+    (tmp_path / "rows.jsonl").rename(tmp_path / "moved.jsonl")
+    moved = (f"model={tmp_path / 'moved'}", f"data.train={tmp_path / 'moved.jsonl'}")
+    more = ("--resume", "training.max_steps=3")
+    train(config, *moved, *more)
+    weights = tmp_path / "moved" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with unchanged(tmp_path):
+        assert "the base model is not that of the run" in refuse(
+            config, *moved, "--resume", "training.max_steps=4"
+        )
+
+
+def test_keys_that_change_nothing_may_change(finished: Path) -> None:
+    free = (
+        "training.eval_strategy=steps", "training.eval_steps=1", "training.dataloader_num_workers=1",
+        "training.logging_first_step=false", "training.save_strategy=epoch", "training.report_to=tensorboard",
+        "training.warmup_steps=0.03", "training.learning_rate=5e-3", "evaluation.bins=5", "name=other",
+        "training.push_to_hub=true", "training.hub_model_id=owner/name", "statistics=every",
+        "training.gradient_checkpointing=true", "training.per_device_eval_batch_size=2", "loss.backend=torch",
+    )  # fmt: skip
+    assert "training resumes after step 6" in train(
+        finished, *free, "--resume", "--dry-run", "training.num_train_epochs=4"
+    )
+
+
+@pytest.mark.parametrize("wrong", ["data", "model", "first step"])
+def test_a_refused_first_run_does_not_block_the_corrected_one(tmp_path: Path, tiny: Path, wrong: str) -> None:
+    config = configure(tmp_path, tiny, ROWS, uncertainty="column", training={"max_steps": 1})
+    words = {
+        "data": ("data.train=none.jsonl",),
+        "model": ("model=/no/such/model",),
+        "first step": ("training.learning_rate=1e38", "loss.average=tokens"),
+    }[wrong]
+    if wrong == "first step":
+        rows = [row | {"sample_weight": 3e38} for row in ROWS]
+        (tmp_path / "heavy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        words = (*words, f"data.train={tmp_path / 'heavy.jsonl'}")
+    refuse(config, *words)
+    assert (tmp_path / "run").exists() == (wrong == "first step")
+    train(config)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["path"] == str(tiny)
+
+
+@pytest.mark.kills("ual/runs/lock.py", "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass")
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path, tiny: Path) -> None:
+    """A second process is refused with host and process id; of a killed process, the lock is taken over."""
+    training = {"max_steps": 5000, "save_steps": 1, "logging_steps": 1}
+    config = configure(tmp_path, tiny, ROWS, uncertainty="column", training=training)
+    run, words = tmp_path / "run", ("--resume", "auto")
+    first = start("train", config, *words)
+    try:
+        deadline = time.monotonic() + 120
+        while len(checkpoint.numbered(run / "checkpoints")) < 2:
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        said = refuse(config, *words)
+        assert f"process {first.pid} on host {socket.gethostname()} uses this folder for a run" in said
+        assert "training resumes" in train(config, "--dry-run", *words), "which only looks"
+        assert first.poll() is None
+        first.kill()
+        first.wait(60)
+        said = train(config, *words, "training.max_steps=2")
+        assert f"process {first.pid} on host {socket.gethostname()} ended without releasing the lock" in said
+        assert not (run / ".lock").exists()
+    finally:
+        first.kill()
+        first.communicate()

@@ -168,6 +168,7 @@ def _elicit(config: "ElicitConfig", limit: int | None, replay: bool, trust_remot
             replay=replay,
             trust_remote_code=trust_remote_code,
             progress=advance,
+            say=progress.say,
         )
     folder = Path(config.output_dir)
     out.print(tables.elicitation(summary))

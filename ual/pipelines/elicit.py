@@ -28,6 +28,7 @@ from ual.data import stream
 from ual.errors import UserError
 from ual.files import aside, json_line, open_jsonl, write_json, write_text, writing
 from ual.records import Elicited, Sample
+from ual.runs.lock import holding
 from ual.uncertainty.backends.replay import Replay
 from ual.uncertainty.budget import Budget, BudgetReachedError
 from ual.uncertainty.cache import Cache
@@ -94,6 +95,7 @@ def run(
     replay: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Elicit as `config` says, into the folder `config.output_dir`; return the content of summary.json.
 
@@ -104,9 +106,11 @@ def run(
         replay: send nothing; a request that the cache does not answer fails.
         trust_remote_code: run code from a local model's repository.
         progress: called after every sample.
+        say: called with a sentence for the screen.
 
     Raises:
-        UserError: the user can correct the cause. Replies are in the cache; the same command resumes.
+        UserError: another process uses the folder, or the user can correct the cause. Replies are in the
+            cache; the same command resumes.
     """
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -114,7 +118,7 @@ def run(
     folder = Path(config.output_dir)
     run_id = str(folder.resolve())
     remedy = "free some space, then run the same command again; it resumes from the cache"
-    with closing(Cache(config.cache_path)) as cache:
+    with holding(folder, "an elicitation", say), closing(Cache(config.cache_path)) as cache:
         budget = Budget(
             config.budget, config.prices, cache.spent(run_id), lambda spent: cache.note(run_id, spent)
         )

@@ -5,6 +5,8 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,22 @@ class Lock:
             place=str(self._path.parent),
             remedy="wait until it has ended, or stop it",
         )
+
+
+@contextmanager
+def holding(folder: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a folder; say whose it was, if it is taken over.
+
+    Raises:
+        UserError: as `Lock.acquire`.
+    """
+    lock = Lock(folder, what)
+    try:
+        if note := lock.acquire():
+            say(note)
+        yield
+    finally:
+        lock.release()
 
 
 def _same(file: int, path: Path) -> bool:
