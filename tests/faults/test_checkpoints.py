@@ -144,7 +144,7 @@ def test_a_process_that_is_gone_is_not_taken_for_a_full_disk() -> None:
             process.kill()
 
 
-@pytest.mark.kills("ual/runs/folder.py", "elif resume is True:", "elif resume:")
+@pytest.mark.kills("ual/train/resume.py", "if resume is True:", "if resume:")
 def test_nothing_to_go_on_with(tmp_path: Path, tiny: Path) -> None:
     config = configure(tmp_path, tiny, ROWS, uncertainty="column", training={"max_steps": 2})
     assert "--resume auto" in refuse(config, "--resume")

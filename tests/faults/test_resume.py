@@ -149,6 +149,9 @@ def test_more_epochs_are_trained_from_the_newest_checkpoint(finished: Path) -> N
         assert "finished after 8 steps, and there is no checkpoint to train more steps from" in said
 
 
+@pytest.mark.kills(
+    "ual/train/checkpoint.py", "any(fnmatchcase(last, pattern) for pattern in _LOADED)", "True"
+)
 def test_foreign_files_in_a_checkpoint_are_ignored(finished: Path) -> None:
     run = stop_after(finished, 4)
     newest = run / "checkpoints" / "checkpoint-4"
@@ -188,6 +191,7 @@ def test_a_damaged_checkpoint_is_named_and_does_not_count(finished: Path) -> Non
             assert "checkpoint-8: adapter_model.safetensors is missing" in said
 
 
+@pytest.mark.kills("ual/train/checkpoint.py", "elif path in complete or damage(path) is None:", "else:")
 def test_rotation_counts_complete_checkpoints_only(tmp_path: Path) -> None:
     from tests.faults.test_checkpoints import flip, sealed
 
@@ -201,6 +205,7 @@ def test_rotation_counts_complete_checkpoints_only(tmp_path: Path) -> None:
     assert len(checkpoint.numbered(tmp_path)) == 3
 
 
+@pytest.mark.kills("ual/runs/folder.py", "with suppress(ValueError):", "with suppress(KeyError):")
 def test_half_a_line_of_history_ends_no_run(finished: Path) -> None:
     run = stop_after(finished, 4)
     with (run / "history.jsonl").open("a") as file:
@@ -209,6 +214,7 @@ def test_half_a_line_of_history_ends_no_run(finished: Path) -> None:
     assert [row["step"] for row in history(run)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.kills("ual/train/resume.py", 'if resume == "auto" and not', "if not")
 def test_a_run_without_checkpoints_begins_again_only_by_auto(finished: Path) -> None:
     run = stop_after(finished, 0)
     with (run / "history.jsonl").open("w") as file:
@@ -220,6 +226,9 @@ def test_a_run_without_checkpoints_begins_again_only_by_auto(finished: Path) -> 
     assert [row["step"] for row in history(run)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.kills(
+    "ual/train/resume.py", "not found.damaged and folder.weights is None:", "not found.damaged:"
+)
 def test_weights_of_an_interrupted_run_are_not_overwritten(finished: Path) -> None:
     run = finished.parent / "run"
     metrics = json.loads((run / "metrics.json").read_text())
@@ -230,6 +239,7 @@ def test_weights_of_an_interrupted_run_are_not_overwritten(finished: Path) -> No
             assert "there is no checkpoint to resume from" in refuse(finished, *words)
 
 
+@pytest.mark.kills("ual/pipelines/train.py", "    load_weights(model, target)", "    pass")
 @pytest.mark.parametrize("after", ["checkpoint", "weights"])
 def test_what_was_interrupted_after_the_last_step_is_finished(finished: Path, after: str) -> None:
     run = finished.parent / "run"
@@ -253,6 +263,8 @@ def test_what_was_interrupted_after_the_last_step_is_finished(finished: Path, af
         assert "the run is finished" in train(finished, "--resume")
 
 
+@pytest.mark.kills("ual/train/resume.py", 'if not config.training.get("load_best_model_at_end"):', "if True:")
+@pytest.mark.kills("ual/train/checkpointing.py", "None if problem else str(path)", "None")
 def test_the_best_model_stays_the_best(tmp_path: Path, tiny: Path) -> None:
     """The best is the first one: the highest loss wins. Killed after the last step, moved, trained longer."""
     training = {
@@ -368,6 +380,10 @@ def test_changed_data_are_refused(tmp_path: Path, tiny: Path, field: str) -> Non
         )
 
 
+@pytest.mark.kills(
+    "ual/train/matching.py", "if recorded.model and now.model and recorded.model != now.model:", "if False:"
+)
+@pytest.mark.kills("ual/train/matching.py", "if before[key] in known.data and", "if False and")
 def test_moved_data_and_model_are_the_same(tmp_path: Path, tiny: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
@@ -388,6 +404,11 @@ def test_moved_data_and_model_are_the_same(tmp_path: Path, tiny: Path) -> None:
         )
 
 
+@pytest.mark.kills(
+    "ual/train/matching.py",
+    "return not isinstance(a, bool) and not isinstance(b, bool) and float(a) == float(b)",
+    "return False",
+)
 def test_keys_that_change_nothing_may_change(finished: Path) -> None:
     free = (
         "training.eval_strategy=steps", "training.eval_steps=1", "training.dataloader_num_workers=1",
@@ -401,6 +422,7 @@ def test_keys_that_change_nothing_may_change(finished: Path) -> None:
     )
 
 
+@pytest.mark.kills("ual/train/resume.py", "if not folder.holds_run():", "if not folder.path.exists():")
 @pytest.mark.parametrize("wrong", ["data", "model", "first step"])
 def test_a_refused_first_run_does_not_block_the_corrected_one(tmp_path: Path, tiny: Path, wrong: str) -> None:
     config = configure(tmp_path, tiny, ROWS, uncertainty="column", training={"max_steps": 1})

@@ -44,7 +44,7 @@ def invoke(*words: object, code: int = 0) -> str:
 @pytest.mark.kills("ual/pipelines/experiment.py", 'if metrics["status"] == "completed" and', "if False and")
 @pytest.mark.kills("ual/pipelines/experiment.py", "!= digest:", "!= digest and False:")
 @pytest.mark.kills(
-    "ual/pipelines/experiment.py", 'RunFolder(folder).check(cell.config, resume="auto")', "pass"
+    "ual/pipelines/experiment.py", "check_configuration(RunFolder(folder), cell.config)", "pass"
 )
 @pytest.mark.kills("ual/config/experiment.py", '{"seed": seed}', '{"seed": 1}')
 def test_every_arm_is_trained_once_with_every_seed(tmp_path: Path, tiny: Path) -> None:
