@@ -115,8 +115,9 @@ def test_spread() -> None:
     assert spread(torch.tensor([[1.0, 2, 3], [4, 5, 6]]), mask).tolist() == [[1, 0], [4, 5]]
 
 
-def test_the_line_beside_the_progress_bar() -> None:
-    assert describe({"loss": 2.0}) == "training, loss 2.000"
+def test_the_line_below_the_progress_bar() -> None:
+    assert describe({"loss": 2.0}) == "loss 2.000"
+    assert describe({"train_runtime": 2.0}) == ""
 
 
 values = st.lists(st.floats(-5, 5) | st.just(float("nan")), min_size=1, max_size=40)

@@ -150,16 +150,16 @@ def _elicit(config: "ElicitConfig", limit: int | None, replay: bool, trust_remot
     from ual.runs.progress import Progress
 
     with Progress(err) as progress:
-        bar = progress.bars.add_task("eliciting", total=None)
+        task = progress.task("eliciting", total=None)
 
         def advance(done: int, total: int, counts: "Counts", budget: "Budget") -> None:
             if done % max(1, total // 1000) and done != total:
                 return
             cost = budget.cost(budget.spent)
-            said = f"eliciting: {budget.spent.requests} sent, {counts.cached} cached"
-            said += f", {counts.failed} failed" if counts.failed else ""
+            said = f"{budget.spent.requests:,} sent, {counts.cached:,} cached"
+            said += f", {counts.failed:,} failed" if counts.failed else ""
             said += f", cost {cost:.4f} of about {cost * total / done:.4f}" if cost else ""
-            progress.bars.update(bar, total=total, completed=done, description=said)
+            task.update(done, total, said)
 
         summary = run(
             config,

@@ -34,7 +34,7 @@ from ual.runs.lock import Lock
 from ual.runs.progress import Progress, log_file
 from ual.train import UALTrainer, deepspeed, distributed
 from ual.train.arguments import training_arguments
-from ual.train.callbacks import History, ProgressBar, StopOnNonFinite, StopOnSignal
+from ual.train.callbacks import History, ShowProgress, StopOnNonFinite, StopOnSignal
 from ual.train.checkpoint import copy_model, load_weights
 from ual.train.objective import objective
 from ual.train.resume import Resume, Start, decide
@@ -365,7 +365,7 @@ def _trainer(
         data_collator=loaded.collate,
         processing_class=rendered.tokenizer,
         objective=objective(rendered.config.loss),
-        callbacks=[History(folder), ProgressBar(loaded.progress.bars), stop],
+        callbacks=[History(folder), ShowProgress(loaded.progress), stop],
     )
     trainer.add_callback(StopOnNonFinite(trainer.suspects))
     trainer.remove_callback(transformers.PrinterCallback)

@@ -1,15 +1,18 @@
-"""Progress of a run: bars on a terminal, and the log file."""
+"""Progress of a run: bars on a terminal, plain lines elsewhere, and the log file."""
 
 import logging
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -17,43 +20,107 @@ from rich.progress import (
 from rich.progress import (
     Progress as Bars,
 )
+from rich.table import Column
+from rich.text import Text
 
 log = logging.getLogger(__name__)
 
+_PAUSE = 10.0
+"""Seconds between two lines of a task, where lines replace its bar."""
+_NEVER = float("inf")
+
 
 class Progress:
-    """Progress bars on a console, or nowhere."""
+    """Tasks of a run: bars on a terminal, lines in a pipe or a log, nothing without a console."""
 
     def __init__(self, console: Console | None) -> None:
-        self.bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(),
+        self._bars = _Bars(console or Console(quiet=True))
+        self.is_drawn = self._bars.console.is_terminal
+
+    def __enter__(self) -> "Progress":
+        if self.is_drawn:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def task(self, what: str, total: int | None, *, completed: int = 0, logs: bool = False) -> "Task":
+        """Add a task.
+
+        Args:
+            what: its name, a few words.
+            total: units of work; None if their number is unknown.
+            completed: units that an earlier process has completed.
+            logs: where lines replace the bar, print one for each `Task.log`, and no others.
+        """
+        id = self._bars.add_task(what, total=total, completed=completed)
+        return Task(self, self._bars, id, _NEVER if logs else _PAUSE)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bars."""
+        self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class Task:
+    """A part of the work. Called with a number of units, it advances by as many."""
+
+    def __init__(self, progress: Progress, bars: "_Bars", id: TaskID, pause: float) -> None:
+        self._progress, self._bars, self._id, self._pause = progress, bars, id, pause
+        self._said_at = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        of = self._bars.tasks[self._id]
+        done += int(of.completed)  # shares of several processes are rounded up
+        self.update(done if of.total is None else min(done, int(of.total)))
+
+    def update(self, completed: int, total: int | None = None, figures: str | None = None) -> None:
+        """Set the units that are completed and, if given, the number of all units and the figures to show."""
+        self._bars.update(self._id, total=total, completed=completed, figures=figures)
+        complete = completed == self._bars.tasks[self._id].total and self._pause < _NEVER
+        if complete or time.monotonic() - self._said_at >= self._pause:
+            self._line()
+
+    def log(self, figures: str) -> None:
+        """Show figures: below the bars, or at once as a line."""
+        self._bars.update(self._id, figures=figures)
+        self._line()
+
+    def _line(self) -> None:
+        if self._progress.is_drawn:
+            return
+        self._said_at = time.monotonic()
+        of = self._bars.tasks[self._id]
+        count = f"{int(of.completed):,}" + ("" if of.total is None else f" of {int(of.total):,}")
+        parts = [f"{of.description} {count}", of.fields.get("figures"), f"{_clock(of.elapsed)} elapsed"]
+        if of.time_remaining:
+            parts.append(f"{_clock(of.time_remaining)} left")
+        self._progress.say(", ".join(part for part in parts if part))
+
+
+class _Bars(Bars):
+    """Bars that fit 80 columns, and below them the last task's figures."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, max_width=40)),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=console or Console(quiet=True),
+            console=console,
         )
 
-    def __enter__(self) -> "Progress":
-        self.bars.start()
-        return self
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        figures = next((f for task in reversed(self.tasks) if (f := task.fields.get("figures"))), None)
+        if figures:
+            yield Text(f"  {figures}")
 
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
 
-    def task(self, what: str, total: int | None) -> Callable[[int], None]:
-        """Add a bar; return the function that advances it."""
-        task = self.bars.add_task(what, total=total)
-
-        def advance(done: int) -> None:  # shares of several processes are rounded up
-            done += int(self.bars.tasks[task].completed)
-            self.bars.update(task, completed=done if total is None else min(done, total))
-
-        return advance
-
-    def say(self, line: str) -> None:
-        self.bars.console.print(line, highlight=False)
+def _clock(seconds: float | None) -> str:
+    return str(timedelta(seconds=int(seconds or 0)))
 
 
 @contextmanager

@@ -7,12 +7,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from rich.progress import Progress, TaskID
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ual.errors import UserError
 from ual.runs.folder import RunFolder
+from ual.runs.progress import Progress, Task
 from ual.train import distributed
 
 _ONE_PRESS = 1.0
@@ -39,23 +39,25 @@ class History(TrainerCallback):
         self._folder.append_history({"step": state.global_step, **logs})
 
 
-class ProgressBar(TrainerCallback):
+class ShowProgress(TrainerCallback):
     """Show steps and the last logged figures on the caller's display."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._task: TaskID | None = None
+        self._task: Task | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step)
+        self._task = self._progress.task(
+            "training", state.max_steps, completed=state.global_step, logs=True
+        )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         assert self._task is not None
-        self._progress.update(self._task, completed=state.global_step)
+        self._task.update(state.global_step)
 
     def on_log(
         self,
@@ -65,15 +67,17 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if self._task is not None and logs and "loss" in logs:
-            self._progress.update(self._task, description=describe(logs))
+        if self._task is not None and logs and (figures := describe(logs)):
+            self._task.log(figures)
 
 
 def describe(logs: Mapping[str, Any]) -> str:
-    """Return the text beside the bar.
+    """Return the figures of a log entry in words; none if it is not about training or evaluation.
 
     >>> describe({"loss": 1.5, "tokens_per_second": 1234.5, "mean_smoothing": 0.1, "live_fraction": 0.25})
-    'training, loss 1.500, 1,234 tokens/s, smoothing 0.100, 25% loss tokens'
+    'loss 1.500, 1,234 tokens/s, smoothing 0.100, 25% loss tokens'
+    >>> describe({"eval_loss": 3.5714, "epoch": 1.0})
+    'eval_loss 3.571'
     """
     parts = [
         f"{title}{logs[name]:{form}}{unit}"
@@ -82,10 +86,11 @@ def describe(logs: Mapping[str, Any]) -> str:
             ("tokens_per_second", "", ",.0f", " tokens/s"),
             ("mean_smoothing", "smoothing ", ".3f", ""),
             ("live_fraction", "", ".0%", " loss tokens"),
+            ("eval_loss", "eval_loss ", ".3f", ""),
         )
         if name in logs
     ]
-    return ", ".join(["training", *parts])
+    return ", ".join(parts)
 
 
 class StopOnSignal(TrainerCallback):
