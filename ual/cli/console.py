@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,14 +17,22 @@ from ual.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Uncertainty-aware fine-tuning: each sample has its own label smoothing.",
 )
-out = Console()
-err = Console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    """Return a console. Only a terminal has a width; lines in a pipe or a file are not broken."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=_UNBROKEN)
+
+
+_UNBROKEN = 10_000
+out = _console(stderr=False)
+err = _console(stderr=True)
 _PATIENCE = 5.0
 """Seconds that a process other than the first waits before it prints an error."""
 
@@ -38,7 +46,15 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")
 ]
 Page = Annotated[Path | None, typer.Option("--output", "-o", help="The page to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables; progress is on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a user error.")]
+
+
+def print_json(value: Any) -> None:
+    """Print a result, which may contain dataclasses and paths, as one JSON document. NaN becomes null."""
+    from pydantic_core import to_json
+
+    out.print_json(to_json(value, inf_nan_mode="null").decode(), indent=1)
 
 
 @contextmanager

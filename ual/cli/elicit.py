@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ual.cli import tables
-from ual.cli.console import Debug, Page, TrustRemoteCode, app, err, errors, out, settle
+from ual.cli.console import Debug, Json, Page, TrustRemoteCode, app, err, errors, out, print_json, settle
 from ual.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def elicit(
         bool, typer.Option("--allow-plain-http", help="Allow unencrypted HTTP to another machine.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Give each sample an uncertainty, and write the samples for `ual train`."""
@@ -99,11 +100,14 @@ def elicit(
         if resolved.backend.kind == "local" or resolved.nli is not None:
             settle(Path(resolved.output_dir))
         if dry_run:
-            _dry_run(resolved, limit)
+            _dry_run(resolved, limit, as_json)
         elif export_batch is not None:
             from ual.pipelines.elicit_batch import export
 
             done = export(resolved, export_batch, limit=limit)
+            if as_json:
+                print_json(done._asdict())
+                return
             out.print(
                 f"{done.requests} requests in {len(done.files)} files; {done.cached} replies are cached"
             )
@@ -111,10 +115,14 @@ def elicit(
         elif import_batch:
             from ual.pipelines.elicit_batch import import_files
 
-            for what, count in import_files(resolved, import_batch).most_common():
+            counts = import_files(resolved, import_batch)
+            if as_json:
+                print_json(counts)
+                return
+            for what, count in counts.most_common():
                 out.print(f"{count:>9,} {what}", highlight=False, markup=False)
         else:
-            _elicit(resolved, limit, replay, trust_remote_code)
+            _elicit(resolved, limit, replay, trust_remote_code, as_json)
 
 
 @elicit_app.command(
@@ -134,10 +142,13 @@ def elicit_report(
         out.print(str(write_elicitation(run, output)), highlight=False, soft_wrap=True)
 
 
-def _dry_run(config: "ElicitConfig", limit: int | None) -> None:
+def _dry_run(config: "ElicitConfig", limit: int | None, as_json: bool) -> None:
     from ual.pipelines.elicit_dry_run import dry_run
 
     found = dry_run(config, limit=limit)
+    if as_json:
+        print_json(found)
+        return
     for estimate in found.estimates:
         if estimate.prompt:
             out.print(f"{estimate.label}, its first prompt", style="bold", markup=False)
@@ -145,7 +156,9 @@ def _dry_run(config: "ElicitConfig", limit: int | None) -> None:
     out.print(tables.elicitation_plan(found), highlight=False)
 
 
-def _elicit(config: "ElicitConfig", limit: int | None, replay: bool, trust_remote_code: bool) -> None:
+def _elicit(
+    config: "ElicitConfig", limit: int | None, replay: bool, trust_remote_code: bool, as_json: bool
+) -> None:
     from ual.pipelines.elicit import run
     from ual.runs.progress import Progress
 
@@ -171,12 +184,15 @@ def _elicit(config: "ElicitConfig", limit: int | None, replay: bool, trust_remot
             say=progress.say,
         )
     folder = Path(config.output_dir)
-    out.print(tables.elicitation(summary))
     page: Path | str = "needs matplotlib: pip install 'ual-kernels[eval]', then ual elicit report"
     with suppress(ModuleNotFoundError):
         from ual.report.elicitation import write_elicitation
 
         page = write_elicitation(folder)
+    if as_json:
+        print_json(summary | {"samples": folder / "rows.jsonl", "report": page})
+        return
+    out.print(tables.elicitation(summary))
     out.print(
         f"{summary['requests']['sent']} requests, cost {summary['cost']:.4f}\n"
         f"samples  {folder / 'rows.jsonl'}\nreport   {page}",

@@ -2,19 +2,23 @@
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 
 from ual.cli import tables
 from ual.cli.console import (
     Debug,
+    Json,
     TrustRemoteCode,
     app,
     err,
     errors,
     out,
+    print_json,
     set_single_process,
     settle,
     tensorboard_in,
@@ -57,6 +61,7 @@ def reliability(
         Literal["class", "drop_question"],
         typer.Option(help="How to count an answer that could not be parsed."),
     ] = "class",
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Filter or re-weight a weak supervisor's labels by how well its answers agree (arXiv 2406.19032)."""
@@ -69,6 +74,9 @@ def reliability(
             answers, method=method, rule=rule, value=value, temperature=temperature, unparsed=unparsed
         )
         reading.write(rows, output)
+        if as_json:
+            print_json(asdict(summary) | {"output": output})
+            return
         out.print(tables.levels(summary))
         out.print(f"{summary.samples} samples of {summary.questions} questions in {output}", highlight=False)
 
@@ -104,6 +112,7 @@ def compare(
         bool, typer.Option("--dry-run", help="Check every arm and show its size; train nothing.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train several arms with several seeds at equal budgets, and compare them on one page."""
@@ -120,16 +129,26 @@ def compare(
             from ual.pipelines.experiment import checked
             from ual.pipelines.preview import plan
 
-            for cell in checked(resolved):
-                if cell.seed == resolved.seeds[0]:
-                    out.print(f"[bold]{cell.arm}[/bold]  seeds {', '.join(map(str, resolved.seeds))}")
-                    out.print(tables.plan(plan(cell.config, resume="auto", console=err, **common)))
+            plans = {
+                cell.arm: plan(cell.config, resume="auto", console=err, **common)
+                for cell in checked(resolved)
+                if cell.seed == resolved.seeds[0]
+            }
+            if as_json:
+                print_json({"arms": plans, "seeds": resolved.seeds})
+                return
+            for arm, found in plans.items():
+                out.print(f"[bold]{escape(arm)}[/bold]  seeds {', '.join(map(str, resolved.seeds))}")
+                out.print(tables.plan(found))
             return
         from ual.pipelines.experiment import run
 
         result = run(
             resolved, command=["ual", *sys.argv[1:]], console=err, before_each=tensorboard_in, **common
         )
+        if as_json:
+            print_json(result)
+            return
         out.print(tables.arms(result.metrics))
         out.print()
         out.print(tables.paired(result.paired))
@@ -145,6 +164,7 @@ def quickstart(
     ] = Path("quickstart-run"),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each arm.")] = 36,
     rows: Annotated[int, typer.Option(min=6, help="Training samples; a third as many are held out.")] = 288,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune a real 135M-parameter model three ways on a CPU: plain, uniform smoothing, UAL."""
@@ -156,6 +176,9 @@ def quickstart(
         result = run(
             output, steps=steps, samples=rows, cache=cache_folder(os.environ), command=command, console=err
         )
+        if as_json:
+            print_json(result)
+            return
         out.print(tables.arms(result.metrics))
         out.print()
         out.print(tables.paired(result.paired))

@@ -2,9 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as Columns
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -16,17 +17,43 @@ if TYPE_CHECKING:
     from ual.train.resume import Start
 
 
-def _table(*names: str, left: int = 1) -> Table:
+class _Table(Columns):
+    """A table that is never cut. Where it is too wide, each table row is a list of names and values."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self._needed <= options.max_width:
+            yield from super().__rich_console__(console, options)
+            return
+        names = [Text(str(column.header), style="bold") for column in self.columns]
+        width = max(len(name) for name in names)
+        for cells in zip(*(column.cells for column in self.columns), strict=True):
+            for name, cell in zip(names, cells, strict=True):
+                yield name + " " * (width - len(name) + 2) + Text.from_markup(str(cell))
+            yield ""
+
+    @property
+    def _needed(self) -> int:
+        """Columns of the terminal: all of a number, and the longest word of a text."""
+        longest = []
+        for column in self.columns:
+            texts = [Text.from_markup(str(cell)).plain for cell in (column.header, *column.cells)]
+            parts = texts if column.no_wrap else [word for text in texts for word in text.split()]
+            longest.append(max(map(cell_len, parts), default=0))
+        return sum(longest) + 2 * (len(longest) - 1)
+
+
+def _table(*names: str, left: int = 1) -> _Table:
     """Return a table with a header; its first `left` columns hold text, the others numbers."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = _Table(box=None, pad_edge=False, header_style="bold")
     for column, name in enumerate(names):
-        table.add_column(name, justify="left" if column < left else "right", no_wrap=column >= left)
+        number = column >= left
+        table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
     return table
 
 
-def _pairs(*, numbers: bool) -> Table:
+def _pairs(*, numbers: bool) -> Columns:
     """Return a table of two columns without a header."""
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = Columns(box=None, pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right" if numbers else "left")
     return table

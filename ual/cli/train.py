@@ -2,16 +2,19 @@
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand
 
 from ual.cli import tables
 from ual.cli.console import (
     Config,
     Debug,
+    Json,
     Overrides,
     Page,
     TrustRemoteCode,
@@ -20,6 +23,7 @@ from ual.cli.console import (
     errors,
     one_of_several,
     out,
+    print_json,
     set_single_process,
     settle,
 )
@@ -53,16 +57,34 @@ _EXAMPLE = """\b
 """
 
 
-@app.command(epilog=_EXAMPLE)
+class _MayResume(TyperCommand):
+    """Accepts `--resume` alone, `--resume auto` and `--resume=auto`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words: list[str] = []
+        for word in args:
+            if word == "auto" and words and words[-1] == _RESUME:
+                words[-1] = "--resume=auto"
+            else:
+                words.append(_RESUME if word == "--resume" else word)
+        return super().parse_args(ctx, words)
+
+
+_RESUME = "--resume=last"  # what `--resume` alone means
+
+
+@app.command(epilog=_EXAMPLE, cls=_MayResume)
 def train(
     config: Config,
     overrides: Overrides = None,
     resume: Annotated[
-        bool,
+        Literal["last", "auto"] | None,
         typer.Option(
-            "--resume", help="Continue from the last checkpoint; `--resume auto` also begins a new run."
+            metavar="[auto]",
+            help="Continue from the last checkpoint; `--resume auto` also begins a new run.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -77,6 +99,7 @@ def train(
         ),
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
     local_rank: Annotated[  # the deepspeed launcher passes it; LOCAL_RANK has the same value
         int, typer.Option("--local_rank", "--local-rank", hidden=True)
     ] = 0,
@@ -89,9 +112,8 @@ def train(
     with one_of_several(), errors(debug):
         from ual.config.run import load
 
-        words = overrides or []
-        auto = resume and "auto" in words
-        resolved = load(config, [word for word in words if not (auto and word == "auto")])
+        resolved = load(config, overrides or [])
+        continues: bool | Literal["auto"] = "auto" if resume == "auto" else resume is not None
         settle(Path(resolved.output_dir))
         if resolved.deepspeed and "RANK" not in os.environ:
             set_single_process()
@@ -100,27 +122,30 @@ def train(
 
             found = plan(
                 resolved,
-                resume="auto" if auto else resume,
                 accept_changed_data=accept_changed_data,
+                resume=continues,
                 trust_remote_code=trust_remote_code,
                 console=err,
                 cache=cache_folder(os.environ),
             )
-            out.print(tables.plan(found))
+            print_json(found) if as_json else out.print(tables.plan(found))
             return
         from ual.pipelines.train import run
 
         result = run(
             resolved,
             command=["ual", *sys.argv[1:]],
-            resume="auto" if auto else resume,
             accept_changed_data=accept_changed_data,
+            resume=continues,
             trust_remote_code=trust_remote_code,
             console=err,
             cache=cache_folder(os.environ),
         )
-        out.print(tables.arms([result.metrics]))
-        out.print(f"report   {result.report}", highlight=False, soft_wrap=True)
+        if as_json:
+            print_json(result.metrics | {"report": result.report, "stopped_by": result.stopped_by})
+        else:
+            out.print(tables.arms([result.metrics]))
+            out.print(f"report   {result.report}", highlight=False, soft_wrap=True)
         if result.stopped_by is not None:
             err.print(
                 f"stopped by a signal after step {result.metrics['steps']}; --resume continues from there"
@@ -137,6 +162,7 @@ def preview(
     overrides: Overrides = None,
     count: Annotated[int, typer.Option("-n", "--rows", min=0, help="Samples to show.")] = 3,
     trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show the loss tokens with their smoothing and weight, and how many samples are dropped and why."""
@@ -154,6 +180,9 @@ def preview(
             console=err,
             cache=cache_folder(os.environ),
         )
+        if as_json:
+            print_json(found)
+            return
         for sample in found.shown:
             facts, text = tables.preview_sample(sample, colored=out.color_system is not None)
             out.print(facts, highlight=False, soft_wrap=True)
@@ -176,6 +205,7 @@ def estimate(
     live: Annotated[float, typer.Option(help="Share of loss tokens; `ual preview` prints it.")] = 1,
     cpu: Annotated[bool, typer.Option("--cpu", help="Estimate training without a GPU.")] = False,
     trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Print the memory of a run on each GPU, from the model's config.json alone: no weights are loaded."""
@@ -194,7 +224,10 @@ def estimate(
             device="cpu" if cpu else "cuda",
             trust_remote_code=trust_remote_code,
         )
-        out.print(tables.estimate(found))
+        if as_json:
+            print_json(asdict(found) | {"naive": found.naive, "fused": found.fused})
+        else:
+            out.print(tables.estimate(found))
 
 
 @app.command(

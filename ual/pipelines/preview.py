@@ -249,13 +249,13 @@ def _show(sample: Sample, rendered: samples.Rendered, scored: Scored | None) -> 
 
 
 def _is_cut(tokens: TokenizedSample, tokenizer: Any, made_by: Renderer) -> bool:
-    return len(tokens.input_ids) == made_by.max_length and tokens.input_ids[-1] != tokenizer.eos_token_id
+    return len(tokens.input_ids) == made_by.max_length and int(tokens.input_ids[-1]) != tokenizer.eos_token_id
 
 
 def _spans(tokens: TokenizedSample, tokenizer: Any) -> Iterator[Span]:
     start, shown = 0, 0
     # no token precedes the first one, so it has no loss
-    trained = [False, *(label != IGNORE_INDEX for label in tokens.labels[1:])]
+    trained = [False, *(bool(label != IGNORE_INDEX) for label in tokens.labels[1:])]
     for i in range(1, len(trained) + 1):
         if i == len(trained) or trained[i] != trained[start]:
             # decoded from the beginning, since some tokenizers strip the first space

@@ -49,9 +49,7 @@ class ShowProgress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._task = self._progress.task(
-            "training", state.max_steps, completed=state.global_step, logs=True
-        )
+        self._task = self._progress.task("training", state.max_steps, completed=state.global_step, logs=True)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
