@@ -82,6 +82,14 @@ def test_two_runs_and_their_comparison(tmp_path: Path, stories: Path) -> None:
     assert "no such folder" in invoke("report", tmp_path / "elsewhere", code=2)
 
 
+@pytest.mark.parametrize("words", [["--resume=auto"], ["--resume", "auto"]])
+def test_resume_auto_in_both_spellings(tmp_path: Path, stories: Path, words: list[str]) -> None:
+    config = configure(tmp_path, stories, ROWS, uncertainty="column", training={"max_steps": 1})
+    assert "nothing was trained or written" in invoke("train", config, *words, "--dry-run")
+    assert "holds no run to resume" in invoke("train", config, "--resume", "--dry-run", code=2)
+    assert "'later' is not one of" in invoke("train", config, "--resume=later", code=2)
+
+
 def test_rows_may_bring_their_own_smoothing_and_weight(tmp_path: Path, stories: Path) -> None:
     rows = [row | {"label_smoothing": 0.3, "sample_weight": 2.0} for row in ROWS[:3]] + ROWS[3:]
     config = configure(tmp_path, stories, rows, uncertainty="column", training={"max_steps": 1})

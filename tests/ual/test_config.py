@@ -81,6 +81,12 @@ def test_refusals_name_the_place(tmp_path: Path, text: str, message: str) -> Non
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.kills("ual/config/run.py", "if self.eval is not None and self.eval_fraction:", "if False:")
+def test_samples_are_held_out_in_one_way(file: Path) -> None:
+    with pytest.raises(UserError, match="eval and eval_fraction both name held-out samples: remove one"):
+        configuration.load(file, ["data.eval=held_out.jsonl", "data.eval_fraction=0.1"])
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.yaml: cannot read the configuration: No such file"):
         configuration.load(tmp_path / "none.yaml")

@@ -150,3 +150,20 @@ def test_the_estimate_as_a_table(config: Path) -> None:
     assert "no such folder" in invoke("estimate", config, "model=/no/model", code=2)
     for command in ("preview", "estimate"):
         assert "Examples" in invoke(command, "--help")
+
+
+@pytest.mark.kills("ual/pipelines/preview.py", "    checked(config)\n", "    \n")
+@pytest.mark.kills("ual/pipelines/estimate.py", "training = checked(config)", "training = config.training")
+@pytest.mark.parametrize("command", ["preview", "estimate"])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.max_step=3", 'unknown key "max_step"; did you mean "max_steps"?'),
+        ("training.learning_rate=fast", "learning_rate: Input should be a valid number"),
+        ("training.label_smoothing_factor=0.1", '"label_smoothing_factor" cannot be set'),
+    ],
+)
+def test_keys_of_training_are_checked_without_a_run(
+    config: Path, command: str, override: str, said: str
+) -> None:
+    assert said in " ".join(invoke(command, config, override, code=2).split())

@@ -27,7 +27,7 @@ class DataConfig(Section):
     """Which samples are read, and how they are tokenized."""
 
     train: str = Field(description="JSONL, JSON or parquet file, or a data set on the hub")
-    eval: str | None = Field(None, description="held-out samples; or set `eval_fraction`, a share of `train`")
+    eval: str | None = Field(None, description="held-out samples; or `eval_fraction`, a share of `train`")
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     train_split: str = "train"
     eval_split: str = "test"
@@ -50,6 +50,15 @@ class DataConfig(Section):
     shuffle_buffer: Annotated[int, Field(ge=1)] = Field(
         1024, description="streamed samples that are shuffled, and packed, together"
     )
+
+    @model_validator(mode="after")
+    def _held_out_once(self) -> Self:
+        if self.eval is not None and self.eval_fraction:
+            raise ValueError(
+                "eval and eval_fraction both name held-out samples: remove one of them, "
+                f"got eval={self.eval!r} and eval_fraction={self.eval_fraction:g}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _streamable(self) -> Self:
@@ -180,7 +189,7 @@ class RunConfig(CommandConfig):
     loss: Annotated[LossConfig, from_name("kind")] = LossConfig()
     uncertainty: Annotated[UncertaintyConfig, from_name("estimator")] = UncertaintyConfig()
     smoothing: SmoothingConfig = SmoothingConfig()
-    lora: LoraConfig | None = LoraConfig()
+    lora: LoraConfig | None = Field(LoraConfig(), description="null trains all weights, without an adapter")
     evaluation: EvaluationConfig = EvaluationConfig()
     statistics: Literal["every", "logged", "never"] = Field(
         "logged", description="steps whose tokens' entropy, margin, p and loss by source are recorded"

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,11 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "alpaca": (("instruction", "output"),),
 }
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+# no data set of the hub: asking the hub for a missing file takes half a minute without a network
+_FILE_NAME = re.compile(
+    r"\.(jsonl?|ndjson|parquet|arrow|feather|csv|tsv|txt|xlsx?|ya?ml|sqlite|db|gz|bz2|xz|zst|zip|tar)$",
+    re.IGNORECASE,
+)
 _SHOWN = 5
 
 
@@ -87,7 +93,10 @@ def _written(name: str, split: str, *, streaming: bool = False) -> Iterator[tupl
     folder = Path(repository).expanduser()
     is_folder = repository != "" and folder.is_dir()
     names_a_file = (
-        name.lower().endswith(_SUFFIXES) or name.startswith(("./", "../", "~")) or path.is_absolute()
+        _FILE_NAME.search(name) is not None
+        or name.startswith(("./", "../", "~"))
+        or path.is_absolute()
+        or repository.count("/") > 1  # the hub has names and owners, no folders
     )
     if is_folder or not (path.exists() or names_a_file):
         repository = str(folder) if is_folder else repository

@@ -9,6 +9,7 @@ import torch
 from ual.config.run import RunConfig
 from ual.errors import UserError
 from ual.models.memory import StepMemory, empty_model, step_memory
+from ual.train.arguments import checked
 
 # optimizer states per trained parameter, in parameter sizes; an optimizer that is not named has two, as Adam
 _STATES = {"sgd": 0.0, "adafactor": 0.01, "rmsprop": 1.0, "adagrad": 1.0, "lion_32bit": 1.0}
@@ -63,11 +64,11 @@ def estimate(
         trust_remote_code: run model code that is shipped with the weights.
 
     Raises:
-        UserError: there is no such model, or the adapter does not fit it.
+        UserError: a key of `training` is wrong, there is no such model, or the adapter does not fit it.
     """
     if not (gpus >= 1 and 0 < live <= 1):
         raise UserError(f"expected at least 1 GPU and a live share in (0, 1], got {gpus} and {live}")
-    training = config.training
+    training = checked(config)
     model = empty_model(config.model, config.lora, trust_remote_code=trust_remote_code)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _DEFAULT_LENGTH
     step = step_memory(

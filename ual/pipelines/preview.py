@@ -22,7 +22,7 @@ from ual.records import Elicited, Sample, Scored
 from ual.runs.folder import File, RunFolder
 from ual.runs.progress import Progress
 from ual.train import distributed
-from ual.train.arguments import training_arguments
+from ual.train.arguments import checked, training_arguments
 from ual.train.deepspeed import stage
 from ual.train.resume import Resume, Start, decide
 
@@ -114,8 +114,9 @@ def preview(
         trust_remote_code, console, cache: as those of `ual.pipelines.train.run`.
 
     Raises:
-        UserError: a sample is wrong, or cannot be rendered.
+        UserError: a key of `training` is wrong; a sample is wrong, or cannot be rendered.
     """
+    checked(config)
     notes = []
     train, held_out = training_set.read(config)
     if config.data.streaming:

@@ -43,7 +43,8 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if self.is_drawn:
+            self._bars.stop()
 
     def task(self, what: str, total: int | None, *, completed: int = 0, logs: bool = False) -> "Task":
         """Add a task.

@@ -42,16 +42,12 @@ _OWNED = {
 }
 
 
-def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArguments:
-    """Build the TrainingArguments of a run.
-
-    Args:
-        config: its `training` section has transformers' names; other arguments have ual's defaults or theirs.
-        checkpoints: the folder for `checkpoint-N`.
+def checked(config: RunConfig) -> dict[str, Any]:
+    """Return the `training` section with its values in the types of transformers' fields.
 
     Raises:
-        UserError: an unknown name (the nearest valid one is given), a name that `ual` owns, a value that
-            transformers refuses, or a combination that cannot run here.
+        UserError: an unknown name (the nearest valid one is given), a name that `ual` owns, or a value of the
+            wrong type.
     """
     place = "configuration, training"
     valid = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
@@ -64,7 +60,21 @@ def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArgument
                 place=place,
                 remedy="the names are those of transformers.TrainingArguments",
             )
-    given = {name: _checked(name, value, place) for name, value in config.training.items()}
+    return {name: _checked(name, value, place) for name, value in config.training.items()}
+
+
+def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArguments:
+    """Build the TrainingArguments of a run.
+
+    Args:
+        config: its `training` section has transformers' names; other arguments have ual's defaults or theirs.
+        checkpoints: the folder for `checkpoint-N`.
+
+    Raises:
+        UserError: see `checked`; or a value that transformers refuses, or a combination that cannot run here.
+    """
+    place = "configuration, training"
+    given = checked(config)
     cuda = torch.cuda.is_available()
     given.pop("push_to_hub", None)  # `ual.report.publish` does, at the end: what is uploaded is then whole
     if config.data.streaming:  # every process reads for itself: what rank 0 sent would be tensors only
