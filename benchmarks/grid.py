@@ -72,6 +72,24 @@ def add_options(parser: pytest.Parser) -> None:
     )
 
 
+# options of pytest-benchmark for tests whose rounds it chooses itself
+_WITHOUT_EFFECT = (
+    "min-time",
+    "max-time",
+    "min-rounds",
+    "timer",
+    "calibration-precision",
+    "warmup",
+    "warmup-iterations",
+)
+
+
+def is_recorded(config: pytest.Config) -> bool:
+    """Return whether the run writes results. With --benchmark-disable every step runs once, untimed."""
+    off: bool = config.getoption("benchmark_disable") and not config.getoption("benchmark_enable")
+    return not off
+
+
 def check(config: pytest.Config) -> None:
     """Check the options before any test runs.
 
@@ -86,10 +104,17 @@ def check(config: pytest.Config) -> None:
                 raise pytest.UsageError(
                     f"--{option}: unknown name {name!r}; available: {', '.join(sorted(known))}"
                 )
+    given = {word.partition("=")[0] for word in map(str, config.invocation_params.args)}
+    for name in _WITHOUT_EFFECT:
+        if f"--benchmark-{name}" in given:
+            raise pytest.UsageError(
+                f"--benchmark-{name} has no effect: the form sets clock, warm-up and rounds; use --rounds to "
+                "measure fewer rounds, or --short or --smoke"
+            )
     for option in ("rows", "rounds"):
-        given = config.getoption(option)
-        if given is not None and given < 1:
-            raise pytest.UsageError(f"--{option} must be at least 1, got {given}")
+        number = config.getoption(option)
+        if number is not None and number < 1:
+            raise pytest.UsageError(f"--{option} must be at least 1, got {number}")
     all_providers = {p.name: p for p in (*PROVIDERS, *LOGITS_PROVIDERS)}
     try:
         chosen(tuple(all_providers.values()), config.getoption("provider"))

@@ -32,6 +32,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_DEADLINE] = grid.Deadline(config.getoption("budget"))
 
 
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Write problems, settings and providers by their names; pytest-benchmark would write their memory."""
+    for test in output_json["benchmarks"]:
+        for one in benchmarks:
+            if one.fullname == test["fullname"]:
+                test["params"] = {name: getattr(value, "name", value) for name, value in one.params.items()}
+        test["options"].pop("timer", None)  # an object
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:  # a warning of another implementation is not a failure
         item.add_marker(pytest.mark.filterwarnings("ignore"))
@@ -67,7 +76,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
         found = item.config.stash[_FOUND]
         new = {"suite": module, "test": item.name} | about | row | _outcome(call)
         found["rows"] = [r for r in found["rows"] if (r["suite"], r["test"]) != (module, item.name)] + [new]
-        _write(item.config)
+        if grid.is_recorded(item.config):
+            _write(item.config)
     return report
 
 
@@ -133,7 +143,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         name = " ".join(str(r[k]) for k in ("suite", "problem", "setting", "provider") if k in r)
         terminalreporter.line(f"{name}: {'incorrect: ' + r['wrong'] if 'wrong' in r else r['raised']}")
     skipped = sum("skipped" in r for r in rows)
-    terminalreporter.line(
-        f"{len(rows) - skipped - len(bad)} measured, {skipped} skipped, {len(bad)} failed: {path}"
-    )
+    counts = f"{len(rows) - skipped - len(bad)} measured, {skipped} skipped, {len(bad)} failed"
+    if not grid.is_recorded(config):
+        terminalreporter.line(
+            f"{counts}; --benchmark-disable: nothing was recorded".replace("measured", "run")
+        )
+        return
+    terminalreporter.line(f"{counts}: {path}")
     terminalreporter.line(f"tables and plots: python -m benchmarks report {path}")
