@@ -185,6 +185,30 @@ def test_every_suite_runs_and_its_report_is_complete(tmp_path: Path) -> None:
     assert "nan" not in page
 
 
+@pytest.mark.kills("benchmarks/grid.py", "return not off", "return True")
+@pytest.mark.kills("benchmarks/suites/conftest.py", 'test["params"] = {', 'test["unused"] = {')
+def test_the_options_of_pytest_benchmark(tmp_path: Path) -> None:
+    few = ("benchmarks/suites/bench_cross_entropy.py", "--smoke", "--provider", "naive")
+    storage = f"--benchmark-storage={tmp_path / 'saved'}"
+    done, results = suite(tmp_path, *few, "--benchmark-disable")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 run, 0 skipped, 0 failed; --benchmark-disable: nothing was recorded" in done.stdout
+    assert not results.exists()
+    written = tmp_path / "written.json"
+    done, _ = suite(tmp_path, *few, storage, "--benchmark-save=first", f"--benchmark-json={written}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (test,) = json.loads(written.read_text())["benchmarks"]
+    assert test["params"] == {"problem": "tiny", "dtype": "bf16", "provider": "naive"}
+    seconds = sorted(report.load(results)["rows"][0]["seconds"]["it"])
+    assert (test["stats"]["min"], test["stats"]["max"]) == pytest.approx((seconds[0], seconds[-1]))
+    done, _ = suite(
+        tmp_path, *few, storage, "--benchmark-compare=0001", "--benchmark-compare-fail=min:10000%"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "(0001_first)" in done.stdout
+    assert "(NOW)" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -192,6 +216,8 @@ def test_every_suite_runs_and_its_report_is_complete(tmp_path: Path) -> None:
         (("--setting", "thawed"), "--setting: unknown name 'thawed'; available: frozen, "),
         (("--provider", "our"), "--provider: unknown provider 'our'; give a name"),
         (("--rounds", "0"), "--rounds must be at least 1, got 0"),
+        (("--benchmark-min-rounds", "2"), "--benchmark-min-rounds has no effect: the form sets clock"),
+        (("--benchmark-timer=time.time",), "--benchmark-timer has no effect: the form sets clock"),
         (("-n", "2"), "benchmarks run one after another; run them without -n"),
     ],
 )

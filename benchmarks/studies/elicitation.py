@@ -195,7 +195,7 @@ def _interval(estimate: dict[str, float]) -> str:
     return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.studies.elicitation",
         description=__doc__,
@@ -220,3 +220,7 @@ if __name__ == "__main__":
         tables = (gsm8k_table(found), truthfulqa_table(found), chaosnli_table(found))
         text = "\n\n".join((f"# Elicited uncertainties\n\n{machine.headline(found['machine'])}", *tables))
         machine.save(found, text, "elicitation")
+
+
+if __name__ == "__main__":
+    main()

@@ -89,7 +89,7 @@ def scale_table(found: dict[str, Any]) -> str:
     return machine.table(header, rows)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.studies.elicitation_scale",
         description=__doc__,
@@ -111,3 +111,7 @@ if __name__ == "__main__":
     found = {"machine": about, "runs": runs}
     text = f"# Scale of `ual elicit`\n\n{machine.headline(about)}\n\n{scale_table(found)}"
     machine.save(found, text, "elicitation_scale", given.json, given.markdown)
+
+
+if __name__ == "__main__":
+    main()
