@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ual.data import Collator, Renderer
 from ual.data import load as load_rows
 from ual.errors import UserError
 from ual.models import fuse
+from ual.models.score import TokenScores, score
 from ual.pipelines.train import run
 from ual.train import UALTrainer
 
@@ -260,15 +262,14 @@ def test_the_best_checkpoint_is_found_again(
 
     Evaluation makes no logits, which take more memory than the training step.
     """
-    logits, compute_loss = [], UALTrainer.compute_loss
+    logits = []
 
-    def watched(self: UALTrainer, model: Any, *args: Any, **kwargs: Any) -> Any:
-        result = compute_loss(self, model, *args, **kwargs)
-        if not model.training:
-            logits.append(result[1].logits)
-        return result
+    def watched(model: Any, *args: Any, **kwargs: Any) -> Iterator[TokenScores]:
+        hook = model.register_forward_hook(lambda _, __, outputs: logits.append(outputs.logits))
+        yield from score(model, *args, **kwargs)
+        hook.remove()
 
-    monkeypatch.setattr(UALTrainer, "compute_loss", watched)
+    monkeypatch.setattr("ual.train.trainer.score", watched)
     training = {
         "eval_strategy": "steps",
         "eval_steps": 2,

@@ -325,12 +325,12 @@ def _train(
 ) -> tuple[int | None, dict[str, Any]]:
     """Train and save; return the signal that stopped it, if any, and the metrics so far."""
     stop = StopOnSignal()
-    trainer = _trainer(loaded, model, training, folder, stop)
+    seconds = _clock(folder, start)
+    trainer = _trainer(loaded, model, training, folder, stop, seconds)
     log.info("starting from %s", start.checkpoint.path if start.checkpoint else "the base model")
     folder.begin_leg(start.step)
     metrics = metrics | {"steps_per_epoch": trainer.steps_per_epoch}
-    folder.write_json(File.METRICS, metrics | {"status": "running"})
-    started = time.monotonic()
+    folder.write_json(File.METRICS, metrics | {"status": "running", "seconds": seconds()})
     status = "interrupted"
     stop.install()
     try:
@@ -344,14 +344,33 @@ def _train(
         ) from error
     finally:
         stop.restore()
-        spent = time.monotonic() - started
-        metrics = metrics | _speed(folder, spent) | {"steps": trainer.state.global_step, "status": status}
+        spent = {"seconds": seconds(), "steps": trainer.state.global_step}
+        metrics = metrics | _speed(folder) | spent | {"status": status}
         folder.write_json(File.METRICS, metrics)
     return stop.received, metrics
 
 
+def _clock(folder: RunFolder, start: Start) -> Callable[[], float]:
+    """Return a function that returns the seconds of training so far, of earlier starts of the run too."""
+    earlier, since = _spent(folder, start), time.monotonic()
+    return lambda: earlier + time.monotonic() - since
+
+
+def _spent(folder: RunFolder, start: Start) -> float:
+    """Return the seconds of training that are recorded: at the end of a start, or by its last log entry."""
+    if start.action == "begin":
+        return 0.0
+    logged = [row["seconds"] for row in folder.read_history() if "seconds" in row]
+    return float(max([start.metrics.get("seconds") or 0.0, *logged]))
+
+
 def _trainer(
-    loaded: _Loaded, model: Any, training: TrainingSet, folder: RunFolder, stop: StopOnSignal
+    loaded: _Loaded,
+    model: Any,
+    training: TrainingSet,
+    folder: RunFolder,
+    stop: StopOnSignal,
+    seconds: Callable[[], float],
 ) -> UALTrainer:
     rendered = loaded.rendered
     trainer = UALTrainer(
@@ -365,7 +384,7 @@ def _trainer(
         data_collator=loaded.collate,
         processing_class=rendered.tokenizer,
         objective=objective(rendered.config.loss),
-        callbacks=[History(folder), ShowProgress(loaded.progress), stop],
+        callbacks=[History(folder, seconds), ShowProgress(loaded.progress), stop],
     )
     trainer.add_callback(StopOnNonFinite(trainer.suspects))
     trainer.remove_callback(transformers.PrinterCallback)
@@ -382,8 +401,9 @@ def _restore(
     load_weights(model, target)
     recorded = start.metrics
     if recorded.get("status") != "completed":
+        seconds = _spent(folder, start)
         folder.begin_leg(start.step)
-        recorded = recorded | _speed(folder, recorded.get("seconds") or 0.0) | {"status": "completed"}
+        recorded = recorded | _speed(folder) | {"seconds": seconds, "status": "completed"}
     metrics = recorded | metrics
     folder.write_json(File.METRICS, metrics)
     return metrics
@@ -465,16 +485,15 @@ def _summary(config: RunConfig, training: TrainingSet, before: Evaluation | None
     }
 
 
-def _speed(folder: RunFolder, seconds: float) -> dict[str, Any]:
+def _speed(folder: RunFolder) -> dict[str, Any]:
     logged = [row for row in folder.read_history() if "live_tokens" in row]
     tokens = sum(row["live_tokens"] for row in logged)
-    busy = sum(row["live_tokens"] / row["tokens_per_second"] for row in logged)
+    busy = sum(row["live_tokens"] / row["tokens_per_second"] for row in logged if row["live_tokens"])
     return {
         "train_loss_first": logged[0]["loss"] if logged else None,
         "train_loss_last": logged[-1]["loss"] if logged else None,
         "trained_tokens": tokens,
         "tokens_per_second": tokens / busy if busy else None,
-        "seconds": seconds,
     }
 
 

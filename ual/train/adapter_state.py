@@ -45,6 +45,16 @@ def load_weights(path: Path, model: nn.Module) -> None:
             p.copy_(gathered[f"weight/{name}"])
 
 
+def restore_weights(path: Path, model: nn.Module) -> None:
+    """Load the trained weights into a model that DeepSpeed has trained. Every process must call this."""
+    import deepspeed
+
+    gathered = load_file(path)
+    for name, p in _trained(model):
+        with deepspeed.zero.GatheredParameters([p], modifier_rank=0), torch.no_grad():
+            p.copy_(gathered[f"weight/{name}"])
+
+
 def load_moments(path: Path, model: nn.Module, zero: Any) -> None:
     """Load this process's partition of weights and moments into a ZeRO optimizer before its first step."""
     gathered = load_file(path)

@@ -20,10 +20,16 @@ _ONE_PRESS = 1.0
 
 
 class History(TrainerCallback):
-    """Append every log of the trainer to history.jsonl."""
+    """Append every log of the trainer to history.jsonl.
 
-    def __init__(self, folder: RunFolder) -> None:
+    Args:
+        folder: of the run.
+        seconds: returns the seconds that the run has trained for; each entry records them.
+    """
+
+    def __init__(self, folder: RunFolder, seconds: Callable[[], float]) -> None:
         self._folder = folder
+        self._seconds = seconds
 
     def on_log(
         self,
@@ -36,7 +42,7 @@ class History(TrainerCallback):
         logs = dict(logs or {})
         if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
-        self._folder.append_history({"step": state.global_step, **logs})
+        self._folder.append_history({"step": state.global_step, **logs, "seconds": self._seconds()})
 
 
 class ShowProgress(TrainerCallback):

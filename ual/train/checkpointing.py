@@ -94,6 +94,8 @@ class CheckpointingTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             distributed.wait()
+            if self.state.best_model_checkpoint == str(self._partial / name):  # every process may load it
+                self.state.best_model_checkpoint = str(checkpoints / name)
             if self.is_world_process_zero():
                 self._publish(self._partial / name, checkpoints / name)
             distributed.wait()
@@ -131,9 +133,7 @@ class CheckpointingTrainer(Trainer):
         distributed.wait()
 
     def _publish(self, scratch: Path, target: Path) -> None:
-        if self.state.best_model_checkpoint == str(scratch):  # refer to the final name
-            self.state.best_model_checkpoint = str(target)
-            self.state.save_to_json(str(scratch / TRAINER_STATE_NAME))
+        self.state.save_to_json(str(scratch / TRAINER_STATE_NAME))  # refers to the final name of the best one
         (scratch / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that is never read
         step, world_size = self.state.global_step, self.args.world_size
         seal(Checkpoint(scratch, step, world_size, self.samples_per_step, self.zero_stage))
@@ -158,6 +158,14 @@ class CheckpointingTrainer(Trainer):
         if path is not None:
             scheduler: Any = self.lr_scheduler
             torch.save(scheduler.state_dict(), path.with_name(SCHEDULER_NAME))
+
+    def _load_best_model(self) -> None:
+        """Load an adapter that ZeRO trains from its gathered weights; DeepSpeed would look for partitions."""
+        path = Path(self.state.best_model_checkpoint or "", adapter_state.FILE)
+        if self._has_adapter_state and path.is_file():
+            adapter_state.restore_weights(path, self._module)
+        else:
+            super()._load_best_model()
 
     # ---- resuming ----
 

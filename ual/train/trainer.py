@@ -1,13 +1,18 @@
 """`UALTrainer`: transformers.Trainer whose model computes the fused loss, per sample."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from ual.errors import UserError
+from ual.models.score import score
+from ual.train import distributed
 from ual.train.checkpointing import CheckpointingTrainer
 from ual.train.metrics import BatchStatistics, spread
 from ual.train.objective import PLAIN, Objective
@@ -48,6 +53,7 @@ class UALTrainer(CheckpointingTrainer):
         statistics: Literal["every", "logged", "never"] = "never",
         **kwargs: Any,
     ) -> None:
+        self._collate = data_collator
         kwargs["data_collator"] = _WithIds(data_collator, objective.token_weight is not None)
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
@@ -96,7 +102,8 @@ class UALTrainer(CheckpointingTrainer):
 
     def _will_be_logged(self) -> bool:
         step, every = self.state.global_step + 1, max(1, round(self.state.logging_steps))
-        return step % every == 0 or (step == 1 and self.args.logging_first_step)
+        first, last = step == 1 and self.args.logging_first_step, step >= self.state.max_steps
+        return step % every == 0 or first or last
 
     def suspects(self) -> list[str]:
         """Return the ids of this process's samples whose micro-batch has a non-finite loss in this step.
@@ -131,6 +138,53 @@ class UALTrainer(CheckpointingTrainer):
         total = total / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
         # every token is ignored or has weight 0: the loss is 0 for any divisor
         return torch.where(total == 0, 1.0, total)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Also log before a checkpoint and at the end, so that no step is missing from the history."""
+        control, may_save = self.control, self.args.save_strategy == SaveStrategy.BEST
+        if control.should_save or control.should_training_stop or (control.should_evaluate and may_save):
+            control.should_log = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Return the mean NLL of the held-out loss tokens as the loss, as `ual.evaluate` computes it.
+
+        transformers averages the means of batches, and counts the samples twice that fill the last batch of
+        several processes. Predictions and the user's metrics remain those of transformers.
+        """
+        samples: Any = dataloader.dataset
+        output = EvalLoopOutput(None, None, {}, len(samples))  # type: ignore[arg-type]
+        if not prediction_loss_only:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        assert output.metrics is not None
+        output.metrics[f"{metric_key_prefix}_loss"] = self._mean_nll(samples)
+        return output
+
+    def _mean_nll(self, samples: Sequence[Any]) -> float:
+        optimizer: Any = self.optimizer
+        if hasattr(optimizer, "eval"):  # schedule-free ones keep other weights for training
+            optimizer.eval()
+        share = distributed.rank(), distributed.world_size()
+        size = self.args.eval_batch_size
+        scores = score(self._module, samples, self._collate, batch_size=size, share=share)
+        mine = [(-float(of_sample.log_prob.sum()), len(of_sample.log_prob)) for of_sample in scores]
+        every = [pair for pairs in distributed.gather(mine) for pair in pairs]
+        tokens = sum(count for _, count in every)
+        if not tokens:
+            raise UserError(
+                "the held-out samples have no loss token, so there is no eval_loss",
+                remedy="check data.eval, or raise data.max_length so that responses are not cut off",
+            )
+        return math.fsum(nll for nll, _ in every) / tokens
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the statistics of the batches since the last log, over all devices, and their speed."""
