@@ -1,4 +1,6 @@
-"""The exception for users' mistakes; the command line prints it without a traceback."""
+"""The exceptions that the command line prints without a traceback: users' mistakes, and signals."""
+
+import signal
 
 
 class UserError(Exception):
@@ -17,3 +19,15 @@ class UserError(Exception):
     def __init__(self, problem: str, *, place: str = "", remedy: str = "") -> None:
         self.problem, self.place, self.remedy = problem, place, remedy
         super().__init__((f"{place}: " if place else "") + problem + (f"\n{remedy}" if remedy else ""))
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal outside of training, where no step must be saved first.
+
+    >>> str(Stopped(15)), Stopped(15).number
+    ('stopped by SIGTERM', 15)
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(f"stopped by {signal.Signals(number).name}")

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ual.errors import UserError
+from ual.errors import Stopped, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -77,7 +77,7 @@ def one_of_several() -> Iterator[None]:
 
 @contextmanager
 def errors(debug: bool) -> Iterator[None]:
-    """Turn a `UserError` into one screen of text and exit code 2, Ctrl-C into exit code 130."""
+    """Turn a `UserError` into one screen of text and exit code 2, a signal n into exit code 128 + n."""
     try:
         yield
     except UserError as error:
@@ -92,6 +92,9 @@ def errors(debug: bool) -> Iterator[None]:
         remedy = f"\n[green]{escape(error.remedy)}[/green]" if error.remedy else ""
         err.print(f"[bold red]error[/bold red] {place}{escape(error.problem)}{remedy}", highlight=False)
         raise typer.Exit(2) from error
+    except Stopped as error:
+        err.print(f"{error} outside of training; --resume auto continues the run", highlight=False)
+        raise typer.Exit(128 + error.number) from error
     except KeyboardInterrupt as error:
         err.print("interrupted")
         raise typer.Exit(130) from error

@@ -86,7 +86,8 @@ def run(
         config, RunFolder(config.output_dir).checkpoints
     )  # starts the process group
     folder = RunFolder(config.output_dir, writes=distributed.is_writer())
-    with _claimed(folder) as taken, Progress(console) as progress:
+    stop = StopOnSignal()
+    with stop.listening(), _claimed(folder) as taken, Progress(console) as progress:
         start = distributed.from_first(
             lambda: decide(folder, config, arguments, resume=resume, accept_changed_data=accept_changed_data)
         )
@@ -107,7 +108,7 @@ def run(
             distributed.wait()
             begin_log()
             loaded = _load(rendered, arguments, progress, trust_remote_code)
-            metrics, stopped_by = _trained(loaded, folder, start, known, command)
+            metrics, stopped_by = _trained(loaded, folder, start, known, command, stop)
             report = distributed.from_first(lambda: write_report([folder.path]))
     return Result(folder.path, metrics, report, stopped_by)
 
@@ -124,7 +125,12 @@ def _claimed(folder: RunFolder) -> Iterator[list[str]]:
 
 
 def _trained(
-    loaded: "_Loaded", folder: RunFolder, start: Start, known: list[Elicited] | None, command: Sequence[str]
+    loaded: "_Loaded",
+    folder: RunFolder,
+    start: Start,
+    known: list[Elicited] | None,
+    command: Sequence[str],
+    stop: StopOnSignal,
 ) -> tuple[dict[str, Any], int | None]:
     """Train and evaluate, or what remains of that; return the metrics, and the signal that stopped it."""
     rendered = loaded.rendered
@@ -140,7 +146,8 @@ def _trained(
     if start.action == "finish":
         metrics = _restore(model, folder, folder.path / _weights(config), start, metrics)
     else:
-        stopped_by, metrics = _train(loaded, model, training, folder, metrics, start)
+        with stop.deferred():
+            stopped_by, metrics = _train(loaded, model, training, folder, metrics, start, stop)
     if stopped_by is None:
         metrics = _finish(loaded, model, folder, metrics, before)
     return metrics, stopped_by
@@ -322,9 +329,9 @@ def _train(
     folder: RunFolder,
     metrics: dict[str, Any],
     start: Start,
+    stop: StopOnSignal,
 ) -> tuple[int | None, dict[str, Any]]:
     """Train and save; return the signal that stopped it, if any, and the metrics so far."""
-    stop = StopOnSignal()
     seconds = _clock(folder, start)
     trainer = _trainer(loaded, model, training, folder, stop, seconds)
     log.info("starting from %s", start.checkpoint.path if start.checkpoint else "the base model")
@@ -332,10 +339,9 @@ def _train(
     metrics = metrics | {"steps_per_epoch": trainer.steps_per_epoch}
     folder.write_json(File.METRICS, metrics | {"status": "running", "seconds": seconds()})
     status = "interrupted"
-    stop.install()
     try:
         trainer.train_to_the_end(start.checkpoint, folder.path / _weights(loaded.rendered.config))
-        status = "interrupted" if stop.received else "completed"
+        status = "interrupted" if stop.agree() else "completed"
     except OSError as error:
         raise UserError(
             f"cannot write to the run folder: {error.strerror or error}",
@@ -343,7 +349,6 @@ def _train(
             remedy="free some space, then pass --resume to continue from the last checkpoint",
         ) from error
     finally:
-        stop.restore()
         spent = {"seconds": seconds(), "steps": trainer.state.global_step}
         metrics = metrics | _speed(folder) | spent | {"status": status}
         folder.write_json(File.METRICS, metrics)

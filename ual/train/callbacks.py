@@ -1,8 +1,10 @@
 """Callbacks of a training run: progress on the terminal, history on disk, signals, non-finite gradients."""
 
 import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -10,11 +12,13 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ual.errors import UserError
+from ual.errors import Stopped, UserError
 from ual.runs.folder import RunFolder
 from ual.runs.progress import Progress, Task
 from ual.train import distributed
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""From a terminal, a launcher, a lost connection, and schedulers before the end of a job's time."""
 _ONE_PRESS = 1.0
 """Seconds within which two SIGINTs are one: a terminal and a launcher both send it on Ctrl-C."""
 
@@ -98,40 +102,77 @@ def describe(logs: Mapping[str, Any]) -> str:
 
 
 class StopOnSignal(TrainerCallback):
-    """Turn the first SIGINT or SIGTERM into a checkpoint at the end of the step and a clean stop.
+    """Turn the first of `SIGNALS` into a checkpoint at the end of the step and a clean stop.
 
     If one process of several receives it, all stop after the same step. A later second SIGINT interrupts at
-    once. `received` is the signal, or None. Signal handlers belong to the process: call `install` before
-    training and `restore` after it.
+    once. Outside of training there is no step to save, and a signal raises `Stopped`.
+
+    Attributes:
+        received: the signal that all processes stop for, or None.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._deferred = False
+        self._mine: signal.Signals | None = None
         self._since = 0.0
-        self._before: dict[signal.Signals, Any] = {}
 
-    def install(self) -> None:
-        """Install handlers of SIGINT and SIGTERM; possible only in the main thread."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._on_signal)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle signals within, and then call the handler that the received signal had before.
 
-    def restore(self) -> None:
-        """Restore the previous handlers."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
+        Such a handler belongs to a scheduler, which for example queues the job again. Ignored signals (nohup
+        ignores SIGHUP) stay ignored. Only the main thread can handle signals; in others nothing changes.
+        """
+        before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+        for number in before:
+            signal.signal(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            handler = before[self._mine] if self._mine else None
+            if callable(handler) and handler is not signal.default_int_handler:
+                handler(self._mine, None)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let signals within wait for the end of a step.
+
+        Raises:
+            Stopped: a signal arrived after the last agreement.
+        """
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self._mine and not self.received:
+            raise Stopped(self._mine)
+
+    def agree(self) -> bool:
+        """Return whether any process has received a signal; then `received` is set in all of them."""
+        number = distributed.highest(self._mine or 0)
+        self.received = signal.Signals(number) if number else None
+        return bool(number)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received, self._since = signal.Signals(number), time.monotonic()
+        again, self._mine = self._mine, self._mine or signal.Signals(number)
+        if not (self._deferred or self.received):
+            raise Stopped(number)
+        if again is None:
+            self._since = time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._since > _ONE_PRESS:
             raise KeyboardInterrupt
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if number := distributed.highest(self.received or 0):
-            self.received = signal.Signals(number)
+        if self.agree():
             control.should_save = True
             control.should_training_stop = True
 
