@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from tests.ual.runs import ENVIRONMENT, ROOT
+from tests.faults.test_bad_input import ROWS
+from tests.ual.runs import ENVIRONMENT, ROOT, configure, free_port
+from ual.cli.main import app
 
 PROGRAM = """
 import sys
@@ -84,16 +88,25 @@ def hub() -> Iterator[Any]:
     server.server_close()
 
 
-def published(folder: Path, hub: Any, home: Path) -> str:
-    """In a process of its own, for the hub's client reads its address when it is imported.
-
-    It publishes twice; once it has a commit, the server refuses.
-    """
-    address = f"http://127.0.0.1:{hub.server_address[1]}"
-    environment = ENVIRONMENT | {
-        "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "planted", "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1",
+def of_hub(address: str, home: Path) -> dict[str, str]:
+    """The environment of a process that speaks to the server: the client reads it when it is imported."""
+    return ENVIRONMENT | {
+        "HF_ENDPOINT": f"http://{address}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "planted",
+        "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
     }  # fmt: skip
+
+
+def ual(address: str, folder: Path, *words: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "ual", *map(str, words)], env=of_hub(address, folder / "home"),
+        capture_output=True, text=True, timeout=300, cwd=ROOT, check=False,
+    )  # fmt: skip
+
+
+def published(folder: Path, hub: Any, home: Path) -> str:
+    """Publish twice; once the server has a commit, it refuses."""
+    environment = of_hub(f"127.0.0.1:{hub.server_address[1]}", home)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder)],
         env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False,
@@ -119,5 +132,52 @@ def test_the_folder_arrives_whole_or_the_user_is_told(hub: Any, tmp_path: Path) 
     created = hub.created[0]  # the word depends on the client's version
     assert created.get("private") is True or created.get("visibility") == "private"
     said = "\n".join(refused)
-    assert said.startswith("UserError configuration, training.push_to_hub: the hub refused the upload")
-    assert f"hf upload me/name {folder}" in said
+    assert said.startswith(f"UserError {folder}: the upload of me/name to the hub failed: ")
+    assert f"ual publish {folder.parent}" in said
+
+
+@pytest.mark.kills("ual/pipelines/train.py", "        return error\n", "        raise\n")
+@pytest.mark.kills("ual/cli/train.py", "            raise result.unpublished", "            pass")
+@pytest.mark.kills(
+    "ual/report/publish.py", "except Exception as error:", "except (OSError, ValueError) as error:"
+)
+def test_a_run_whose_upload_failed_is_complete_and_is_published_later(
+    hub: Any, tmp_path: Path, tiny: Path
+) -> None:
+    """First nothing answers at the hub's address, then the hub refuses, then it accepts."""
+    training = {"max_steps": 1, "push_to_hub": True, "hub_model_id": "me/name"}
+    config = configure(tmp_path, tiny, ROWS, uncertainty="column", training=training)
+    run = tmp_path / "run"
+    failed = ual(f"127.0.0.1:{free_port()}", tmp_path, "train", config)
+    assert failed.returncode == 2, failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "upload of me/name to the hub failed" in failed.stderr
+    assert f"ual publish {run}" in " ".join(failed.stderr.split())
+    assert "report" in failed.stdout
+    assert (run / "report.html").is_file()
+    assert json.loads((run / "metrics.json").read_text())["status"] == "completed"
+
+    address = f"127.0.0.1:{hub.server_address[1]}"
+    hub.refuse = True
+    refused = ual(address, tmp_path, "publish", run)
+    assert refused.returncode == 2, refused.stderr
+    assert "Traceback" not in refused.stderr
+    hub.refuse = False
+    done = ual(address, tmp_path, "publish", run, "--hub-model-id", "me/other", "--private")
+    assert done.returncode == 0, done.stderr
+    assert "published" in done.stdout
+    assert hub.created[0]["name"] == "other"
+    assert {"README.md", "adapter_model.safetensors", "chat_template.jinja"} <= set(hub.files)
+
+
+@pytest.mark.kills("ual/pipelines/publish.py", 'if found.status != "completed" or', "if")
+def test_a_run_that_is_not_finished_is_not_published(tmp_path: Path, tiny: Path) -> None:
+    config = configure(tmp_path, tiny, ROWS, uncertainty="column")
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "README.md").touch()
+    shutil.copy(config, tmp_path / "run" / "config.yaml")
+    (tmp_path / "run" / "metrics.json").write_text('{"status": "interrupted", "steps": 3}')
+    result = CliRunner().invoke(app, ["publish", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert "not finished (status: interrupted)" in " ".join(result.output.split())
+    assert "config.yaml --resume" in " ".join(result.output.split())

@@ -1,4 +1,4 @@
-"""`ual train`, and the looks before and after it: preview, estimate, report, merge."""
+"""`ual train`, and the looks before and after it: preview, estimate, report, merge, publish."""
 
 import os
 import sys
@@ -151,6 +151,8 @@ def train(
                 f"stopped by a signal after step {result.metrics['steps']}; --resume continues from there"
             )
             raise typer.Exit(128 + result.stopped_by)
+        if result.unpublished is not None:
+            raise result.unpublished
 
 
 @app.command(
@@ -278,3 +280,27 @@ def merge(
         model = trained.model.model_copy(update={"path": base} if base else {})
         merge_weights(model, run / "adapter", output, trust_remote_code=trust_remote_code)
         out.print(f"model    {output}", highlight=False, soft_wrap=True)
+
+
+@app.command(
+    epilog="\b\n[bold]Examples[/bold]\n  ual publish runs/first\n"
+    "  ual publish runs/first --hub-model-id me/name --private"
+)
+def publish(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.", show_default=False)],
+    hub_model_id: Annotated[
+        str | None, typer.Option(help="owner/name; by default that of the run, or its name.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a finished run's adapter or model to the Hugging Face hub, with its model card.
+
+    Log in with `hf auth login`, or set HF_TOKEN. A failed upload can be repeated.
+    """
+    with errors(debug):
+        settle(run)
+        from ual.pipelines.publish import publish as upload
+
+        url = upload(run, repo_id=hub_model_id, private=private or None)
+        out.print(f"published {url}", highlight=False, soft_wrap=True)

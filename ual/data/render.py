@@ -143,6 +143,11 @@ class Renderer:
         self.counts: Counter[str] = Counter()
 
     @property
+    def chat_template(self) -> str:
+        """The template in use, as text."""
+        return self._template
+
+    @property
     def fingerprint(self) -> str:
         made_by = {
             "tokenizer": self._tokenizer.backend_tokenizer.to_str(),

@@ -14,7 +14,9 @@ from ual.models.load import load_config, load_model, load_tokenizer, save_model,
 
 
 def merge(base: ModelConfig, adapter: Path, target: Path, *, trust_remote_code: bool = False) -> None:
-    """Write base and adapter as one model in safetensors, with its tokenizer, as `save_pretrained` does.
+    """Write base and adapter as one model in safetensors, as `save_pretrained` does.
+
+    The tokenizer is the adapter's, with the chat template of its training, or else the base's.
 
     Weights are added in float32 and rounded once, to the base's dtype. A base that was quantized for training
     is merged unquantized.
@@ -42,10 +44,12 @@ def merge(base: ModelConfig, adapter: Path, target: Path, *, trust_remote_code: 
         _tie_if_equal(merged)
     merged.to(stored_dtype(base, pretrained))
     merged.config.use_cache = getattr(pretrained, "use_cache", True)  # load_model turns it off for training
+    saved = (adapter / "tokenizer_config.json").is_file()
+    source = base.model_copy(update={"tokenizer": str(adapter)} if saved else {})
     remedy = "free some space, or choose another --output"
     with writing("the merged model", target, remedy), folder_aside(target) as scratch:
         save_model(merged, scratch)
-        load_tokenizer(base, trust_remote_code=trust_remote_code).save_pretrained(scratch)
+        load_tokenizer(source, trust_remote_code=trust_remote_code).save_pretrained(scratch)
 
 
 def _untie(model: Any) -> None:

@@ -51,10 +51,11 @@ def run(
         before_each: called with the folder of each run before it is trained.
 
     Raises:
-        UserError: as `checked`; or a run was stopped.
+        UserError: as `checked`; a run was stopped; or an upload failed, after the page was written.
     """
     say = (console or Console(quiet=True)).print
     metrics = []
+    failed: UserError | None = None
     cells = checked(config)
     for number, cell in enumerate(cells, start=1):
         folder = Path(cell.config.output_dir)
@@ -79,6 +80,7 @@ def run(
                     remedy="run the same command again to resume",
                 )
             done = result.metrics
+            failed = failed or result.unpublished
         several = f" (seed {cell.seed})" if len(config.seeds) > 1 else ""
         metrics.append(done | {"name": cell.arm + several})
     folders = [Path(cell.config.output_dir) for cell in cells]
@@ -92,6 +94,8 @@ def run(
         paired = [
             pair | {side: arms[pair[side][0]] for side in ("arm", "baseline")} for pair in figures["paired"]
         ]
+    if failed is not None:  # every arm is trained and compared
+        raise failed
     return Comparison(metrics, paired, report)
 
 

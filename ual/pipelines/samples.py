@@ -39,10 +39,12 @@ class Rendered:
 
 
 def renderer(config: RunConfig, *, trust_remote_code: bool = False) -> tuple[Any, Renderer]:
-    """Return the tokenizer and the renderer of a run."""
+    """Return the tokenizer and the renderer of a run; the tokenizer is saved with the renderer's template."""
     tokenizer = load_tokenizer(config.model, trust_remote_code=trust_remote_code)
     of_model = load_config(config.model, trust_remote_code=trust_remote_code)
-    return tokenizer, training_set.renderer(config, tokenizer, of_model)
+    made_by = training_set.renderer(config, tokenizer, of_model)
+    tokenizer.chat_template = made_by.chat_template
+    return tokenizer, made_by
 
 
 def render(

@@ -23,11 +23,11 @@ from ual.models.load import attach_lora, load_model
 from ual.models.packing_check import check_isolation, is_padding_free
 from ual.models.score import TokenScores, score
 from ual.pipelines import samples
+from ual.pipelines.publish import publish
 from ual.pipelines.samples import Rendered
 from ual.records import Elicited, Scored
 from ual.report import card
 from ual.report import write as write_report
-from ual.report.publish import publish
 from ual.runs.environment import environment
 from ual.runs.folder import File, RunFolder
 from ual.runs.lock import Lock
@@ -47,12 +47,16 @@ _TEXT_SHOWN = 2000  # characters of a prompt or response kept in samples.jsonl
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A run's folder, the figures of metrics.json, its report, and the signal that stopped it, if any."""
+    """A run's folder, the figures of metrics.json, its report, and the signal that stopped it, if any.
+
+    `unpublished` is the error of a failed upload; the run is complete nevertheless.
+    """
 
     folder: Path
     metrics: dict[str, Any]
     report: Path
     stopped_by: int | None
+    unpublished: UserError | None = None
 
 
 def run(
@@ -110,7 +114,8 @@ def run(
             loaded = _load(rendered, arguments, progress, trust_remote_code)
             metrics, stopped_by = _trained(loaded, folder, start, known, command, stop)
             report = distributed.from_first(lambda: write_report([folder.path]))
-    return Result(folder.path, metrics, report, stopped_by)
+            unpublished = None if stopped_by else _publish(config, folder, progress)
+    return Result(folder.path, metrics, report, stopped_by, unpublished)
 
 
 @contextmanager
@@ -417,7 +422,7 @@ def _restore(
 def _finish(
     loaded: _Loaded, model: Any, folder: RunFolder, metrics: dict[str, Any], before: Evaluation | None
 ) -> dict[str, Any]:
-    """Evaluate the trained model, write its model card, and upload it if `push_to_hub` is set."""
+    """Evaluate the trained model and write its model card."""
     config = loaded.rendered.config
     with _computing(loaded):
         after, measured = _evaluate(loaded, model, "evaluating the trained model")
@@ -429,11 +434,19 @@ def _finish(
     if distributed.is_writer():
         about = json.loads((folder.path / File.ENVIRONMENT).read_text("utf-8"))
         folder.write(f"{_weights(config)}/README.md", card(config, metrics, about))
-        if config.training.get("push_to_hub"):
-            name = config.training.get("hub_model_id") or config.label
-            url = publish(folder.path / _weights(config), name, config.training.get("hub_private_repo"))
-            loaded.progress.say(f"published at {url}")
     return metrics
+
+
+def _publish(config: RunConfig, folder: RunFolder, progress: Progress) -> UserError | None:
+    """Upload the finished run if `push_to_hub` is set. Return the error of a failed upload."""
+    if not (distributed.is_writer() and config.training.get("push_to_hub")):
+        return None
+    try:
+        progress.say(f"published at {publish(folder.path)}")
+    except UserError as error:
+        log.error("%s", error)
+        return error
+    return None
 
 
 def _weights(config: RunConfig) -> str:

@@ -30,6 +30,7 @@ def card(config: RunConfig, metrics: Mapping[str, Any], environment: Mapping[str
         "",
         *_training(config, metrics),
         "",
+        *_usage(config),
         *_figures(metrics),
         *_origin(environment),
     ]
@@ -59,6 +60,36 @@ def _training(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[str]:
         f"- {metrics['trained_rows']:,} samples, {metrics['steps']:,} steps, "
         f"{tokens or 0:,.0f} loss tokens in {duration(seconds)}; status: {metrics['status']}"
     )
+
+
+def _usage(config: RunConfig) -> Iterator[str]:
+    """Yield a program that asks the model as it was trained, with its template and system prompt."""
+    template = _name(config.data.chat_template) if config.data.chat_template else "of the base model"
+    prompt = config.data.system_prompt
+    yield f"Samples were rendered with the chat template {template}, which the tokenizer here has."
+    if prompt:
+        yield f"Conversations without a system turn have the system prompt {prompt!r}."
+    of, auto = "transformers", "AutoModelForCausalLM"
+    if config.lora:
+        of, auto = "peft", "AutoPeftModelForCausalLM"
+    system = [f'{{"role": "system", "content": {prompt!r}}}'] if prompt else []
+    messages = ", ".join([*system, '{"role": "user", "content": "..."}'])
+    yield from f"""
+```python
+from {of} import {auto}
+from transformers import AutoTokenizer
+
+name = "."  # this folder, or its name on the hub
+model = {auto}.from_pretrained(name)
+tokenizer = AutoTokenizer.from_pretrained(name)
+messages = [{messages}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+""".splitlines()
 
 
 def _figures(metrics: Mapping[str, Any]) -> Iterator[str]:

@@ -25,11 +25,12 @@ def publish(folder: Path, repo_id: str, private: bool | None = None) -> str:
         huggingface_hub.upload_folder(
             repo_id=repo.repo_id, folder_path=folder, commit_message="Trained with ual"
         )
-    except (OSError, ValueError) as error:  # the base classes of the client's errors
-        said = next(iter(str(error).splitlines()), type(error).__name__)
+    except Exception as error:  # the client's errors, and those of its HTTP library, have no common base
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"the hub refused the upload: {said}",
-            place="configuration, training.push_to_hub",
-            remedy=f"the run is complete; `hf auth login`, then: hf upload {repo_id} {folder}",
+            f"the upload of {repo_id} to the hub failed: {said}",
+            place=str(folder),
+            remedy="the run is complete. Check the network and the login (`hf auth login`), then: "
+            f"ual publish {folder.parent}",
         ) from error
     return str(repo)
