@@ -68,7 +68,7 @@ def reliability(
     with errors(debug):
         from ual.pipelines import weak_labels as reading
 
-        if output.exists() and output.samefile(answers):
+        if output.exists() and answers.exists() and output.samefile(answers):
             raise UserError("--output is the file of answers", remedy="choose another output file")
         rows, summary = reading.process(
             answers, method=method, rule=rule, value=value, temperature=temperature, unparsed=unparsed

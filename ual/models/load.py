@@ -94,8 +94,12 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def _quantization_options(kind: str) -> dict[str, Any]:
-    """Return options for QLoRA's base: linear layers but the head in 4 or 8 bits, on this process's GPU."""
+def check_quantization(kind: str) -> None:
+    """Refuse quantization where it cannot run.
+
+    Raises:
+        UserError: there is no CUDA GPU, or bitsandbytes is not installed.
+    """
     place = "configuration, model.quantization"
     if not torch.cuda.is_available():
         remedy = "remove the key to train LoRA on unquantized weights"
@@ -103,6 +107,11 @@ def _quantization_options(kind: str) -> dict[str, Any]:
     if importlib.util.find_spec("bitsandbytes") is None:
         remedy = "pip install 'ual-kernels[qlora]'"
         raise UserError(f"{kind!r} needs bitsandbytes, which is not installed", place=place, remedy=remedy)
+
+
+def _quantization_options(kind: str) -> dict[str, Any]:
+    """Return options for QLoRA's base: linear layers but the head in 4 or 8 bits, on this process's GPU."""
+    check_quantization(kind)
     four_bits = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",

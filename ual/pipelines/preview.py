@@ -6,7 +6,7 @@
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -104,6 +104,7 @@ def preview(
     trust_remote_code: bool = False,
     console: Console | None = None,
     cache: Path | None = None,
+    check: Callable[[samples.Rendered], None] = lambda _: None,
 ) -> Preview:
     """Read and render all samples (of a stream, the first thousand) as training would.
 
@@ -112,6 +113,7 @@ def preview(
             already holds it.
         count: samples to show.
         trust_remote_code, console, cache: as those of `ual.pipelines.train.run`.
+        check: called with the rendered samples; it may refuse them.
 
     Raises:
         UserError: a key of `training` is wrong; a sample is wrong, or cannot be rendered.
@@ -132,6 +134,7 @@ def preview(
             cache=cache,
             advance=progress.task("rendering", len(train) + len(held_out)),
         )
+    check(rendered)
     elicited = samples.own_uncertainties(config, rendered.train)
     if elicited is None:
         elicited = _recorded(config, rendered.train)
@@ -184,6 +187,7 @@ def plan(
     model = samples.check_model(config, trust_remote_code=trust_remote_code)
     folder = RunFolder(config.output_dir)
     arguments = training_arguments(config, folder.checkpoints)
+    samples.check_training(config, arguments, model)
     start = decide(folder, config, arguments, resume=resume, accept_changed_data=accept_changed_data)
     if start.action == "finished":
         return start
@@ -193,6 +197,7 @@ def plan(
         trust_remote_code=trust_remote_code,
         console=console,
         cache=cache,
+        check=lambda rendered: samples.check_rendered(rendered, arguments, model),
     )
     samples.check_left(config, found.sequences)
     micro = arguments.per_device_train_batch_size * distributed.world_size()

@@ -10,9 +10,10 @@ from ual.config.run import RunConfig
 from ual.data import Renderer, TokenizedSample, tokenize, training_set
 from ual.errors import UserError
 from ual.models import check_head, fuse
-from ual.models.load import load_config, load_tokenizer
+from ual.models.load import check_quantization, load_config, load_tokenizer
 from ual.models.memory import empty_model
 from ual.records import Elicited, Sample
+from ual.train import feasible
 from ual.uncertainty.estimators import column
 
 log = logging.getLogger(__name__)
@@ -91,11 +92,56 @@ def check_model(config: RunConfig, *, trust_remote_code: bool = False) -> Any:
     """Return the model with its adapter, without weights.
 
     Raises:
-        UserError: there is no such model, the adapter does not fit it, or its loss cannot be fused.
+        UserError: there is no such model, the adapter does not fit it, its loss cannot be fused, or its
+            quantization cannot run on this machine.
     """
+    if config.model.quantization:
+        check_quantization(config.model.quantization)
     empty = fuse(empty_model(config.model, config.lora, trust_remote_code=trust_remote_code), verify=False)
     check_head(empty)
     return empty
+
+
+def check_training(config: RunConfig, arguments: Any, model: Any) -> None:
+    """Refuse arguments with which training could not begin, or would fail later.
+
+    Args:
+        config, arguments: of the run.
+        model: as `check_model` returns it.
+
+    Raises:
+        UserError: see `ual.train.feasible.check`.
+    """
+    held_out = config.data.eval is not None or config.data.eval_fraction > 0
+    feasible.check(arguments, model, held_out=held_out, packing=config.data.packing)
+
+
+def check_rendered(rendered: Rendered, arguments: Any, model: Any) -> None:
+    """Refuse samples that the model or the arguments do not fit.
+
+    Raises:
+        UserError: a token has no embedding, or all held-out samples were dropped and some must be evaluated.
+    """
+    if rendered.config.data.eval is not None or rendered.config.data.eval_fraction:
+        feasible.check_evaluation(arguments, bool(rendered.held_out))
+    size, tokenizer = model.get_input_embeddings().num_embeddings, rendered.tokenizer
+    used = {"the padding token": tokenizer.pad_token_id}
+    if rendered.config.data.streaming:  # its samples are not known yet
+        used["the tokenizer"] = max(tokenizer.get_vocab().values())
+    for sample in (*rendered.train, *rendered.held_out):
+        largest = int(rendered.tokens[sample.id].input_ids.max())
+        if largest >= size:
+            used[f"sample {sample.id!r}"] = largest
+            break
+    for what, token in used.items():
+        if token >= size:
+            raise UserError(
+                f"{what} has token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), and the embedding "
+                f"of the model has {size} tokens",
+                place="configuration, model.tokenizer",
+                remedy="use the model's own tokenizer, or add the tokens to the model with "
+                "resize_token_embeddings and save it",
+            )
 
 
 def own_uncertainties(config: RunConfig, samples: Sequence[Sample]) -> list[Elicited] | None:

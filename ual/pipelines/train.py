@@ -85,10 +85,11 @@ def run(
         UserError: an error that the user can correct. The run folder is complete and, after the first
             checkpoint, can be resumed. What is refused before weights are loaded writes nothing.
     """
-    samples.check_model(config, trust_remote_code=trust_remote_code)
+    empty = samples.check_model(config, trust_remote_code=trust_remote_code)
     arguments = training_arguments(
         config, RunFolder(config.output_dir).checkpoints
     )  # starts the process group
+    samples.check_training(config, arguments, empty)
     folder = RunFolder(config.output_dir, writes=distributed.is_writer())
     stop = StopOnSignal()
     with stop.listening(), _claimed(folder) as taken, Progress(console) as progress:
@@ -105,6 +106,7 @@ def run(
                 log.info(note)
             transformers.set_seed(arguments.seed)
             rendered = _render(config, trust_remote_code, progress, cache)
+            samples.check_rendered(rendered, arguments, empty)
             known = _known(rendered, folder, start)
             if known is not None:  # what is wrong with them is found before weights are loaded
                 training_set.score(rendered.train, known, config)

@@ -40,6 +40,19 @@ _OWNED = {
     "hub_token": "log in with `hf auth login`, or set HF_TOKEN: configurations are kept with the run",
     "resume_from_checkpoint": "pass --resume",
 }
+_POSITIVE = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "eval_accumulation_steps",
+    "torch_empty_cache_steps", "ddp_bucket_cap_mb", "ddp_timeout", "dataloader_prefetch_factor",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "seed",
+    "dataloader_num_workers",
+    "max_grad_norm",
+    "warmup_steps",
+    "weight_decay",
+    "eval_delay",
+)
 
 
 def checked(config: RunConfig) -> dict[str, Any]:
@@ -100,8 +113,8 @@ def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArgument
             label_names=["labels"],
             **values,
         )
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(str(error).strip().splitlines()[0], place=place) from error
+    except Exception as error:  # transformers checks values by what they do, as by opening a file
+        raise UserError(" ".join(str(error).split()), place=place) from error
     if config.deepspeed:
         join()
     if arguments.n_gpu > 1:
@@ -114,11 +127,18 @@ def training_arguments(config: RunConfig, checkpoints: Path) -> TrainingArgument
 
 
 def _checked(name: str, value: Any, place: str) -> Any:
-    """Hold a value to the annotation that transformers gives the field but does not check itself."""
+    """Hold a value to the annotation and the range of the field, which transformers does not check itself."""
     try:
-        return TypeAdapter(get_type_hints(TrainingArguments)[name]).validate_python(value)
+        checked = TypeAdapter(get_type_hints(TrainingArguments)[name]).validate_python(value)
     except ValidationError as error:
         raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}", place=place) from error
+    if name in _POSITIVE and checked is not None and not checked > 0:
+        raise UserError(f"{name} must be above 0, got {value!r}", place=place)
+    if name in _NOT_NEGATIVE and checked is not None and not checked >= 0:
+        raise UserError(f"{name} must not be negative, got {value!r}", place=place)
+    if name == "max_steps" and checked == 0:
+        raise UserError("max_steps must be above 0, got 0", place=place, remedy="-1 trains num_train_epochs")
+    return checked
 
 
 def _suggest(name: str, valid: list[str]) -> str:
