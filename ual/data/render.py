@@ -8,14 +8,17 @@ belong to an assistant turn. One of two sources says which characters those are:
   the rendering of the messages through turn k. The turn is T_k without P_k: what the model must write after
   this prompt, through its end-of-turn marker. P_k, and T_k through the marker, must be prefixes of the
   complete text; other templates are refused.
+
+If P_k is not a prefix only for the last turn, the complete text is P_k and the turn (`Renderer._behind`).
 """
 
+import copy
+import datetime
 import hashlib
 import importlib.metadata
 import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +26,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ual.data import markers, template
+from ual.data.markers import Markers
+from ual.data.remedies import remedies
+from ual.data.template import ChatTemplate, RefusalError, Span
 from ual.errors import UserError
 from ual.records import Message, Sample
 
@@ -31,32 +38,9 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 
-_BUILT_IN = {
-    "chatml": (
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message.role + '\n' }}"
-        "{% if message.role == 'assistant' %}"
-        "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
-        "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}"
-        "{{ '\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    # The space after "Assistant:" belongs to the response, since tokenizers join it to the next word.
-    "plain": (
-        "{% for message in messages %}"
-        "{{ message.role.capitalize() + ':' }}"
-        "{% if message.role == 'assistant' %}"
-        "{% generation %}{{ ' ' + message.content + eos_token }}{% endgeneration %}"
-        "{% else %}{{ ' ' + message.content + '\n' }}{% endif %}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-    ),
-}
 _DEFAULT_LENGTH = 2048
 _PROBE = "probe-5a1f"
-
-_Span = tuple[int, int]  # characters [start, end)
+_QUESTION = Message("user", "question")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +61,10 @@ class TokenizedSample:
 class Renderer:
     """Renders samples with one chat template.
 
-    Every assistant turn is trained, with its end-of-turn marker. The last turn ends with the tokenizer's EOS.
-    EOS is trained, and is appended if the template does not write it. White space after the end of the last
-    turn is dropped, since no later token could learn from it.
+    Every assistant turn is trained, with its end-of-turn marker. The last turn ends with a token that stops
+    generation: the first one that the template writes after the response, or else EOS, which is appended.
+    The text behind it is dropped, since no later token could learn from it. White space behind a marker is
+    not trained. A stop token directly behind a turn is trained, also if a template writes it elsewhere.
 
     A token that crosses the boundary of a turn belongs to the assistant if it holds more of the turn than
     white space. So the first word of a response is trained if the prompt ends with a space.
@@ -89,22 +74,26 @@ class Renderer:
         chat_template: None for the tokenizer's own; ``chatml``; ``plain`` for base models, which is
             ``User: ...``, ``Assistant: ...`` and EOS; or the path of a Jinja file. The built-in templates
             begin with BOS if the tokenizer adds one itself.
+        chat_template_kwargs: more variables of the template, such as ``enable_thinking``.
+        date: the day that templates read; None for today.
+        stop_ids: tokens that stop generation, beside the tokenizer's EOS.
         max_length: the most tokens of a sample; None for min(context, 2048).
         context_length: of the model, in tokens; None for the tokenizer's, if it has one.
         overlong: ``refuse``; ``truncate`` to the first `max_length` tokens, without EOS, or drop the sample
             if none of them is the assistant's; or ``drop``.
         system_prompt: the system turn of conversations that have none.
-        train_on: ``all`` assistant turns, or only the ``last`` one. Of a template with ``{% generation %}``,
-            the last turn is its last block.
+        train_on: ``all`` assistant turns, or only the ``last`` one.
 
     Attributes:
         max_length: the limit in use.
+        template: the chat template in use.
+        opening: the generation prompt of a short conversation.
         fingerprint: a hash of everything but the conversation that decides its tokens.
         counts: the number of samples that were "rendered" (completely), "truncated" and "dropped" so far.
 
     Raises:
-        UserError: the tokenizer has no offsets, no EOS or no template; the template is unknown or broken;
-            `max_length` exceeds the context.
+        UserError: the tokenizer has no offsets, no EOS or no template; the template is unknown or broken, or
+            has no such variable; `max_length` exceeds the context.
     """
 
     def __init__(
@@ -112,6 +101,9 @@ class Renderer:
         tokenizer: "PreTrainedTokenizerBase",
         *,
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
+        stop_ids: Collection[int] = (),
         max_length: int | None = None,
         context_length: int | None = None,
         overlong: Literal["refuse", "truncate", "drop"] = "refuse",
@@ -130,31 +122,35 @@ class Renderer:
                 place="model.tokenizer",
                 remedy='set "eos_token" in its tokenizer_config.json',
             )
-        self._tokenizer = tokenizer
-        self._template = _resolve(tokenizer, chat_template)
-        self._place = f"chat template {chat_template!r}" if chat_template else "the model's chat template"
-        self._marks_turns = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self._template))
-        self._closing = self._probe()
+        self.tokenizer = tokenizer
+        self._markers = Markers(tokenizer, {tokenizer.eos_token_id, *stop_ids})
+        self.template = ChatTemplate(tokenizer, chat_template, chat_template_kwargs, date)
         self._context_length = _context_length(tokenizer, context_length)
         self.max_length = _max_length(max_length, self._context_length)
         self._overlong = overlong
         self._system_prompt = system_prompt
-        self._train_on = train_on
+        self.train_on = train_on
         self.counts: Counter[str] = Counter()
+        self._probe()
 
-    @property
-    def chat_template(self) -> str:
-        """The template in use, as text."""
-        return self._template
+    def using(self, template: ChatTemplate, train_on: Literal["all", "last"] | None = None) -> "Renderer":
+        """Return the renderer with another template, or for other turns.
+
+        Raises:
+            UserError: the template is broken.
+        """
+        other = copy.copy(self)
+        other.template, other.train_on = template, train_on or self.train_on
+        other._probe()
+        return other
 
     @property
     def fingerprint(self) -> str:
-        made_by = {
-            "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
-            "special": {k: str(v) for k, v in self._tokenizer.special_tokens_map.items()},
-            "template": self._template,
-            "options": [self.max_length, self._overlong, self._system_prompt, self._train_on],
-            "code": Path(__file__).read_text(encoding="utf-8"),
+        made_by = self.template.made_by | {
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            "stop": sorted(self._markers.stop_ids),
+            "options": [self.max_length, self._overlong, self._system_prompt, self.train_on],
+            "code": [Path(f).read_text("utf-8") for f in (__file__, markers.__file__, template.__file__)],
             "versions": [importlib.metadata.version(p) for p in ("transformers", "tokenizers")],
         }
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
@@ -163,29 +159,14 @@ class Renderer:
         """Return the sample's tokens and labels, or None if it is dropped for its length.
 
         Raises:
-            UserError: the template refuses the conversation, does not show exactly which characters are the
-                assistant's, or renders none of them; or the sample is too long, and `overlong` is "refuse".
+            UserError: the template refuses the conversation, does not show a part of it or exactly which
+                characters are the assistant's; or the sample is too long, and `overlong` is "refuse".
         """
-        text, spans = self._turns(self._with_system(sample))
-        if self._train_on == "last":
-            spans = spans[-1:]
-        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        end = max([len(text.rstrip()), *(b for _, b in spans)])
-        tokens = [
-            (token, _belongs(text, offset, spans))
-            for token, offset in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-            if offset[0] < end or offset[1] == end
-        ]
-        if not any(trained for _, trained in tokens):
-            raise UserError(
-                f"{self._place} renders no assistant tokens, so there is nothing to train",
-                place=sample.place,
-                remedy="set data.chat_template to a template that renders the assistant's turns",
-            )
-        eos = self._tokenizer.eos_token_id
-        if tokens[-1][0] == eos:
-            tokens.pop()
-        tokens.append((eos, True))
+        whole = self._with_system(sample)
+        try:
+            tokens = self._tokens(*self.turns(whole))
+        except RefusalError as refused:
+            raise self._error(refused, whole) from refused
         return self._fit(
             sample,
             TokenizedSample(
@@ -198,9 +179,16 @@ class Renderer:
         )
 
     def render_prompt(self, sample: Sample) -> str:
-        """Return the text before the final response, with its generation prompt."""
+        """Return the text before the final response, with its generation prompt.
+
+        Raises:
+            UserError: the template refuses the conversation.
+        """
         sample = self._with_system(sample)
-        return self._text(sample.prompt, sample, generation_prompt=True)
+        try:
+            return self._prompt(sample, len(sample.messages) - 1)
+        except RefusalError as refused:
+            raise self._error(refused, sample) from refused
 
     def _with_system(self, sample: Sample) -> Sample:
         if not self._system_prompt or sample.messages[0].role == "system":
@@ -230,129 +218,172 @@ class Renderer:
         self.counts["dropped"] += 1
         return None
 
-    def _turns(self, sample: Sample) -> tuple[str, list[_Span]]:
-        text, spans = self._render(sample.messages, sample.place, sample.tools, marks=self._marks_turns)
-        self._check_tools(sample, text)
-        return text, spans if self._marks_turns else list(self._prefix_spans(sample, text))
-
-    def _check_tools(self, sample: Sample, text: str) -> None:
-        """Refuse a template that does not show the sample's tools: the prompt would be another one."""
-        bare = tuple(replace(message, tool_calls=()) for message in sample.messages)
-        for field, there, messages, tools in (
-            ("tools", bool(sample.tools), sample.messages, ()),
-            ("tool_calls", bare != sample.messages, bare, sample.tools),
-        ):
-            if there and self._render(messages, sample.place, tools)[0] == text:
-                raise UserError(
-                    f"{self._place} does not show the sample's {field}",
-                    place=sample.place,
-                    remedy=f"set data.chat_template to one that shows {field}, or remove the {field}",
-                )
-
-    def _prefix_spans(self, sample: Sample, text: str) -> Iterator[_Span]:
-        for k, message in enumerate(sample.messages):
-            if message.role != "assistant":
-                continue
-            before = self._text(sample.messages[:k], sample, generation_prompt=True)
-            through = self._text(sample.messages[: k + 1], sample)
-            body = through.removesuffix(self._closing)
-            if not (through.endswith(self._closing) and text.startswith(body) and body.startswith(before)):
-                raise self._inexact(sample, k, "renders the turn differently if other turns surround it")
-            if _squeeze(message.content) not in _squeeze(body[len(before) :]):
-                raise self._inexact(sample, k, "changes its text")
-            yield len(before), len(body) + len(self._closing_within(text[len(body) :]))
-
-    def _closing_within(self, rest: str) -> str:
-        """Return the part of the end-of-turn marker that `rest` begins with, in complete added tokens.
-
-        A template may write more at the end of the conversation than between turns.
-        """
-        added = self._tokenizer.get_added_vocab()
-        pieces = re.split(f"({'|'.join(map(re.escape, added))})", self._closing) if added else [self._closing]
-        matched = ""
-        for piece in pieces:
-            if not rest.startswith(matched + piece):
-                break
-            matched += piece
-        return matched.rstrip()
-
-    def _inexact(self, sample: Sample, k: int, why: str) -> UserError:
+    def _error(self, refused: RefusalError, sample: Sample) -> UserError:
         return UserError(
-            f"{self._place} does not show which tokens are assistant turn {k} (counted from 0): it {why}",
+            f"{self.template.place} {refused}",
             place=sample.place,
-            remedy='set data.chat_template to "chatml" or to a Jinja file with {% generation %} around the '
-            "assistant's text, or make a sample of each assistant turn",
+            remedy=", or ".join(remedies(self, sample)) or "change or remove the sample",
         )
 
-    def _probe(self) -> str:
-        """Render a short conversation, to fail early, and return the text after its last response."""
-        turns = (Message("user", "question"), Message("assistant", _PROBE))
-        probe = Sample("", turns)
-        self._text(turns[:1], probe, generation_prompt=True)
-        _, found, closing = self._text(turns, probe).rpartition(_PROBE)
+    def _tokens(self, text: str, spans: Sequence[Span]) -> list[tuple[int, bool]]:
+        """Return every token, and whether it is trained. The last one stops generation."""
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        trained = [_belongs(text, offset, spans) for offset in offsets]
+        if not any(trained):
+            raise RefusalError("renders no assistant tokens, so there is nothing to train")
+        stops = self._markers.stop_ids
+        for i in range(1, len(ids)):
+            trained[i] |= trained[i - 1] and ids[i] in stops and ids[i - 1] not in stops
+        last = max(i for i, belongs in enumerate(trained) if belongs)
+        stop = next((i for i in range(last, len(ids)) if ids[i] in stops), None)
+        if stop is not None:
+            trained[stop] = True
+            return list(zip(ids[: stop + 1], trained, strict=False))
+        end = max([len(text.rstrip()), *(b for _, b in spans)])
+        kept = [i for i, (a, b) in enumerate(offsets) if a < end or b == end]
+        return [(ids[i], trained[i]) for i in kept] + [(self.tokenizer.eos_token_id, True)]
+
+    def _text(self, sample: Sample, count: int) -> str:
+        """Return the text of the first messages."""
+        return self.template.render(sample.messages[:count], sample.tools)[0]
+
+    def _prompt(self, sample: Sample, count: int) -> str:
+        """Return the text of the first messages, and of the generation prompt behind them."""
+        if not count:
+            raise _inexact(0, "no message is before it, so inference has no prompt for it")
+        return self.template.render(sample.messages[:count], sample.tools, generation_prompt=True)[0]
+
+    def turns(self, sample: Sample) -> tuple[str, list[Span]]:
+        """Return the text of a conversation, and the characters of the assistant turns to train.
+
+        Raises:
+            RefusalError: the template does not show them.
+        """
+        self.template.check_shown(sample)
+        turns = _assistant(sample)[-1:] if self.train_on == "last" else _assistant(sample)
+        if self.template.marks_turns:
+            return self._marked(sample, turns)
+        return self._between_prefixes(sample, turns)
+
+    def _marked(self, sample: Sample, turns: Sequence[int]) -> tuple[str, list[Span]]:
+        text, blocks = self.template.render(sample.messages, sample.tools)
+        found: list[Span] = []
+        for k, of_turn in self._by_turn(sample, text, blocks).items():
+            if k in turns and of_turn:
+                message = sample.messages[k]
+                *before, (start, end) = of_turn
+                found += [*before, (start, start + self._markers.end_of_block(text[start:end], message))]
+                region = text[max(of_turn[0][0] - len(self.opening), 0) : end]
+                _check_said(message, k, region)
+        return text, found
+
+    def _by_turn(self, sample: Sample, text: str, blocks: Sequence[Span]) -> dict[int, list[Span]]:
+        """Return the blocks of each assistant turn. A template may write several in a turn, or none."""
+        turns = _assistant(sample)
+        if len(blocks) == len(turns):
+            return {k: [block] for k, block in zip(turns, blocks, strict=True)}
+        starts = [_common(text, self._text(sample, k)) if k else 0 for k in turns]
+        found: dict[int, list[Span]] = {k: [] for k in turns}
+        for block in blocks:
+            found[turns[max(sum(start <= block[0] for start in starts) - 1, 0)]].append(block)
+        return found
+
+    def _between_prefixes(self, sample: Sample, turns: Sequence[int]) -> tuple[str, list[Span]]:
+        final = len(sample.messages) - 1
+        text, prompt = self._text(sample, final + 1), self._prompt(sample, final)
+        if final in turns and not text.startswith(prompt):
+            text = self._behind(prompt, sample, text)
+        spans = []
+        for k in turns:
+            before = prompt if k == final else self._prompt(sample, k)
+            through = text if k == final else self._text(sample, k + 1)
+            spans.append(self._span(sample.messages[k], k, before, through, text))
+        return text, spans
+
+    def _span(self, message: Message, k: int, before: str, through: str, text: str) -> Span:
+        """Return the characters of turn k in `text`: behind `before`, to where `through` ends."""
+        closing = self._markers.trailing(through) if message.tool_calls else self._closing
+        body = through.removesuffix(closing)
+        if not (through.endswith(closing) and text.startswith(body) and body.startswith(before)):
+            raise _inexact(k, "it renders the turn differently if other turns surround it")
+        closed = self._markers.shared(closing, text[len(body) :])
+        if self._markers.any_in(closing) and not self._markers.any_in(closed):
+            raise _inexact(k, "it renders the turn differently if other turns follow")
+        opening = len(self.opening) if before.endswith(self.opening) else 0
+        _check_said(message, k, body[len(before) - opening :])
+        return len(before), len(body) + self._markers.end(closed)
+
+    def _behind(self, before: str, sample: Sample, text: str) -> str:
+        """Return the prompt of the last turn, and the turn, for a template that renders them otherwise.
+
+        The template either renders earlier turns otherwise in a prompt, or drops the reasoning that its
+        prompts open. Then the turn is what it is without earlier turns, or the rest of the response, which
+        begins as the prompt ends.
+        """
+        turn = self._alone(sample)
+        if turn is not None and text.endswith(turn):
+            return before + turn
+        response = sample.response.lstrip()
+        for i in range(len(self.opening)):
+            opened = self.opening[i:]
+            tag, begun = opened.strip(), before.removesuffix(opened)
+            if tag and response.startswith(tag) and begun != before and text.startswith(begun):
+                rest = response.removeprefix(tag).removeprefix(opened[len(opened.rstrip()) :])
+                if text.endswith(self._closing):
+                    return before + rest + self._closing
+        raise _inexact(
+            len(sample.messages) - 1,
+            f"it renders the turn differently behind its generation prompt, {self.opening!r}",
+        )
+
+    def _alone(self, sample: Sample) -> str | None:
+        """Return the last turn as it is behind the prompt of a short conversation, if it is behind one."""
+        short = replace(sample, messages=(_QUESTION, sample.messages[-1]))
+        try:
+            before, text = self._prompt(short, 1), self._text(short, 2)
+        except RefusalError:
+            return None
+        return text.removeprefix(before) if text.startswith(before) else None
+
+    def _probe(self) -> None:
+        """Render a short conversation, to fail early. Find the generation prompt, and the end of a turn."""
+        probe = Sample("", (_QUESTION, Message("assistant", _PROBE)))
+        try:
+            prompt, alone, text = self._prompt(probe, 1), self._text(probe, 1), self._text(probe, 2)
+        except RefusalError as refused:
+            raise UserError(f"{self.template.place} {refused}") from refused
+        self.opening = prompt[_common(prompt, alone) :]
+        _, found, self._closing = text.rpartition(_PROBE)
         if not found:
             raise UserError(
-                f"{self._place} does not show the assistant's text",
+                f"{self.template.place} does not show the assistant's text",
                 remedy="set data.chat_template to a template that renders the assistant's turns",
             )
-        return closing
-
-    def _text(self, messages: Sequence[Message], sample: Sample, *, generation_prompt: bool = False) -> str:
-        return self._render(messages, sample.place, sample.tools, generation_prompt=generation_prompt)[0]
-
-    def _render(
-        self,
-        messages: Sequence[Message],
-        place: str,
-        tools: Sequence[Mapping[str, Any]] = (),
-        *,
-        generation_prompt: bool = False,
-        marks: bool = False,
-    ) -> tuple[str, list[_Span]]:
-        from jinja2 import TemplateError
-
-        # apply_chat_template renders with this function. Its own mask (return_assistant_tokens_mask) looks up
-        # the tokens of a span's first and last characters. It loses half an emoji at the end of a span, and
-        # the complete span if its first character has no token (transformers 5.23).
-        from transformers.utils import chat_template_utils
-
-        render: Any = chat_template_utils.render_jinja_template  # annotated -> str, returns a pair of lists
-        try:
-            texts, spans = render(
-                conversations=[[message.as_dict() for message in messages]],
-                tools=list(tools) or None,
-                chat_template=self._template,
-                add_generation_prompt=generation_prompt,
-                return_assistant_tokens_mask=marks,
-                **self._tokenizer.special_tokens_map,
-            )
-        except TemplateError as error:
-            raise UserError(f"{self._place} refuses the conversation: {error}", place=place) from error
-        return texts[0], spans[0] if marks else []
 
 
-def _resolve(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> str:
-    valid = f"valid: {', '.join(_BUILT_IN)}, or the path of a Jinja file"
-    if chat_template is None:
-        try:
-            return tokenizer.get_chat_template()
-        except ValueError as error:
-            raise UserError(
-                "the tokenizer has no chat template",
-                place="configuration, data.chat_template or backend.chat_template",
-                remedy=valid,
-            ) from error
-    if chat_template in _BUILT_IN:
-        adds_bos = tokenizer.bos_token_id in tokenizer("").input_ids
-        return ("{{ bos_token }}" if adds_bos else "") + _BUILT_IN[chat_template]
-    try:
-        return Path(chat_template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"unknown chat template {chat_template!r}; as a file: {error}",
-            place="configuration, data.chat_template or backend.chat_template",
-            remedy=valid,
-        ) from error
+def _common(first: str, second: str) -> int:
+    """Return the number of characters with which both texts begin."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _assistant(sample: Sample) -> list[int]:
+    return [k for k, message in enumerate(sample.messages) if message.role == "assistant"]
+
+
+def _check_said(message: Message, k: int, region: str) -> None:
+    squeezed = _squeeze(region)
+    if _squeeze(message.content) not in squeezed:
+        raise _inexact(k, "it changes its text")
+    if "<think>" in message.content and region.count("<think>") > message.content.count("<think>"):
+        raise RefusalError(f"writes another reasoning before that of assistant turn {k} (counted from 0)")
+    if _squeeze(message.reasoning_content) not in squeezed:
+        raise RefusalError(f"does not show the reasoning_content of assistant turn {k} (counted from 0)")
+
+
+def _inexact(k: int, why: str) -> RefusalError:
+    return RefusalError(f"does not show which tokens are assistant turn {k} (counted from 0): {why}")
 
 
 def _context_length(tokenizer: "PreTrainedTokenizerBase", context_length: int | None) -> int | None:
@@ -374,7 +405,7 @@ def _max_length(max_length: int | None, context_length: int | None) -> int:
     return max_length
 
 
-def _belongs(text: str, offset: _Span, spans: Sequence[_Span]) -> bool:
+def _belongs(text: str, offset: Span, spans: Sequence[Span]) -> bool:
     start, end = offset
     for a, b in spans:
         if start == end:  # white space, of a byte-level tokenizer that trims offsets

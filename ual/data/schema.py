@@ -18,7 +18,8 @@ from pydantic import (
 from ual.records import Message, Role
 
 _MAX = sys.float_info.max
-_UNSUPPORTED = ("function_call", "reasoning_content", "weight")  # of messages
+_UNSUPPORTED = ("function_call", "weight")  # of messages
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same field
 
 
 class FieldError(Exception):
@@ -81,6 +82,7 @@ def _objects(value: Any) -> Any:
         return []
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         raise ValueError("expected a list of objects, or its JSON")
+    json.dumps(value, ensure_ascii=False, default=str).encode()  # half of a surrogate pair raises
     return _without_nulls(value)
 
 
@@ -116,6 +118,7 @@ class Turn(BaseModel):
     tool_calls: Objects = []
     name: Text | None = None
     tool_call_id: Text | None = None
+    reasoning_content: Text | None = Field(None, validation_alias=AliasChoices(*_REASONING))
 
 
 class SampleRecord(BaseModel):
@@ -193,14 +196,57 @@ def _message(value: Any, field: str, content: str = "") -> Message:
         raise FieldError(content or fault.field, fault.problem) from fault
     content = content or f"{field}.{'value' if 'from' in value and 'role' not in value else 'content'}"
     role = _ROLES[turn.role]
-    text, calls = turn.content or "", tuple(turn.tool_calls)
+    calls = tuple(_call(call, f"{field}.tool_calls[{i}]") for i, call in enumerate(turn.tool_calls))
+    text, reasoning = turn.content or "", turn.reasoning_content or ""
     if calls and role != "assistant":
         raise FieldError(f"{field}.tool_calls", f"only the assistant calls tools, got the role {role!r}")
+    thoughts = [key for key in _REASONING if value.get(key)]
+    if thoughts and role != "assistant":
+        raise FieldError(f"{field}.{thoughts[0]}", f"only the assistant reasons, got the role {role!r}")
+    if any(value[key] != reasoning for key in thoughts):
+        raise FieldError(f"{field}.{thoughts[1]}", f"differs from {thoughts[0]}, which has the same meaning")
     if turn.content is None and not calls:
         raise FieldError(content, "expected a string, got null")
     if role in ("user", "assistant") and not (text.strip() or calls):
         raise FieldError(content, f"the {'prompt' if role == 'user' else 'response'} is empty")
-    return Message(role, text, calls, turn.name or "", turn.tool_call_id or "")
+    return Message(role, text, calls, turn.name or "", turn.tool_call_id or "", reasoning)
+
+
+def _call(call: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """Return a tool call with its arguments as a mapping, as inference servers pass it to chat templates."""
+    if "function" in call:
+        field += ".function"
+    else:  # the name and the arguments without OpenAI's `function` around them
+        inner = {key: call[key] for key in ("name", "arguments") if key in call}
+        call = {key: value for key, value in call.items() if key not in inner} | {"function": inner}
+    function = call["function"]
+    if not isinstance(function, Mapping):
+        raise FieldError(field, f"expected an object, got {show(function)}")
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise FieldError(f"{field}.name", f"expected a non-empty string, got {show(function.get('name'))}")
+    arguments = _decoded(function.get("arguments"), f"{field}.arguments")
+    typed = call if "type" in call else {"type": "function", **call}
+    return {**typed, "function": {**function, "arguments": arguments}}
+
+
+def _decoded(arguments: Any, field: str) -> dict[str, Any]:
+    """Return the arguments of a tool call, which OpenAI's API writes as a JSON text."""
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    written = arguments
+    if isinstance(written, str):
+        try:
+            arguments = json.loads(written, parse_constant=refuse) if written.strip() else {}
+            json.dumps(arguments, ensure_ascii=False).encode()  # half of a surrogate pair raises
+        except (ValueError, RecursionError) as error:
+            raise FieldError(field, f"invalid JSON: {error}, got {show(written)}") from error
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, Mapping):
+        raise FieldError(field, f"expected an object, or its JSON, got {show(written)}")
+    return dict(arguments)
 
 
 def conversation(written: Mapping[str, Any], columns: Sequence[str]) -> tuple[Message, ...]:

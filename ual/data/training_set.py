@@ -1,8 +1,9 @@
 """The samples of a run with their smoothing, weights and groups; in memory, packed, or streamed."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -13,6 +14,7 @@ from ual.config.run import RunConfig
 from ual.data import Groups, Renderer, Stream, TokenizedSample, hold_out, load, pack, stream
 from ual.data.groups import assign
 from ual.data.streaming import survey
+from ual.data.turns import each_turn
 from ual.errors import UserError
 from ual.methods import smoothing
 from ual.records import Elicited, Sample, Scored
@@ -47,6 +49,7 @@ def read(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
         UserError: a sample is wrong, or the two sets share ids.
     """
     data = config.data
+    apart = each_turn if data.train_on == "each" else iter
     train = [] if data.streaming else load(data.train, format=data.format, split=data.train_split)
     if data.eval is not None:
         held_out = load(data.eval, format=data.format, split=data.eval_split)
@@ -59,7 +62,18 @@ def read(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
             place=f"{data.train} and {data.eval}",
             remedy="remove them from one of the files",
         )
-    return train, held_out
+    return list(apart(train)), list(apart(held_out))
+
+
+def streamed_samples(config: RunConfig) -> Iterator[Sample]:
+    """Yield the training samples of a stream.
+
+    Raises:
+        UserError: a sample is wrong.
+    """
+    data = config.data
+    found = (sample for _, sample in stream(data.train, format=data.format, split=data.train_split))
+    return each_turn(found) if data.train_on == "each" else found
 
 
 def check_weights(samples: Sequence[Sample], config: RunConfig) -> None:
@@ -84,17 +98,22 @@ def check_weights(samples: Sequence[Sample], config: RunConfig) -> None:
         )
 
 
-def renderer(config: RunConfig, tokenizer: Any, model_config: Any) -> Renderer:
-    """Return the renderer that a run of this configuration uses."""
+def renderer(
+    config: RunConfig, tokenizer: Any, model_config: Any, stop_ids: Collection[int] = ()
+) -> Renderer:
+    """Return the renderer that a run of this configuration uses. The model stops at `stop_ids`."""
     data = config.data
     return Renderer(
         tokenizer,
         chat_template=data.chat_template,
+        chat_template_kwargs=data.chat_template_kwargs,
+        date=data.date,
+        stop_ids=stop_ids,
         max_length=data.max_length,
         context_length=getattr(model_config.get_text_config(), "max_position_embeddings", None),
         overlong=data.overlong,
         system_prompt=data.system_prompt,
-        train_on=data.train_on,
+        train_on="last" if data.train_on == "each" else data.train_on,
     )
 
 
@@ -145,10 +164,7 @@ def streamed(
         UserError: a sample is wrong, or all of the first ten thousand are dropped.
     """
     data = config.data
-
-    def samples() -> Iterator[Sample]:
-        return (sample for _, sample in stream(data.train, format=data.format, split=data.train_split))
-
+    samples = partial(streamed_samples, config)
     found = survey(samples(), advance)
     keep, scaled, smoothings = _smoothings(found.label_smoothing, found.uncertainty, config)
     groups = assign(found.sources, found.uncertainty)

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -53,6 +54,25 @@ def load_config(config: ModelConfig, *, trust_remote_code: bool = False) -> PreT
         found = AutoConfig.from_pretrained(config.path, **options)
     assert isinstance(found, PreTrainedConfig)
     return found
+
+
+def stop_ids(config: ModelConfig, pretrained: PreTrainedConfig) -> frozenset[int]:
+    """Return the tokens that stop the model's generation, by its generation_config.json or else config.json.
+
+    Raises:
+        UserError: generation_config.json cannot be read.
+    """
+    found = pretrained.get_text_config().eos_token_id
+    try:
+        found = (
+            GenerationConfig.from_pretrained(config.path, revision=config.revision or "main").eos_token_id
+            or found
+        )
+    except OSError as error:  # also for a model without the file
+        if (Path(config.path) / "generation_config.json").exists():
+            place = f"{config.path}/generation_config.json"
+            raise UserError(first_line(error), place=place, remedy="repair or remove the file") from error
+    return frozenset(found if isinstance(found, list) else [] if found is None else [found])
 
 
 def stored_dtype(config: ModelConfig, pretrained: PreTrainedConfig) -> torch.dtype:

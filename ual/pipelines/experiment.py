@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,8 @@ def checked(config: ExperimentConfig) -> list[Cell]:
         UserError: a configuration is wrong, or an earlier run had another one, another budget or other data.
     """
     cells = list(config.cells())
+    dates = [RunFolder(cell.config.output_dir).date() for cell in cells]
+    cells = [replace(cell, config=cell.config.on(min(dates))) for cell in cells]  # the same in all runs
     for cell in cells:
         _check_earlier(cell)
     return cells

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from ual.config.run import RunConfig
-from ual.data import Renderer, TokenizedSample, pack, stream, training_set
+from ual.data import TokenizedSample, pack, training_set
 from ual.data.render import IGNORE_INDEX
 from ual.pipelines import samples
 from ual.records import Elicited, Sample, Scored
@@ -120,10 +120,12 @@ def preview(
     """
     checked(config)
     notes = []
+    config = config.on(RunFolder(config.output_dir).date())
     train, held_out = training_set.read(config)
+    if config.data.train_on == "each":
+        notes.append("every assistant turn is a sample of its own (data.train_on: each)")
     if config.data.streaming:
-        found = stream(config.data.train, format=config.data.format, split=config.data.train_split)
-        train = [sample for _, sample in islice(found, STREAMED)]
+        train = list(islice(training_set.streamed_samples(config), STREAMED))
         notes.append(f"a stream: the first {len(train)} samples are shown, with their ranks among themselves")
     with Progress(console) as progress:
         rendered = samples.render(
@@ -186,6 +188,7 @@ def plan(
     """
     model = samples.check_model(config, trust_remote_code=trust_remote_code)
     folder = RunFolder(config.output_dir)
+    config = config.on(folder.date())
     arguments = training_arguments(config, folder.checkpoints)
     samples.check_training(config, arguments, model)
     start = decide(folder, config, arguments, resume=resume, accept_changed_data=accept_changed_data)
@@ -244,18 +247,14 @@ def _dropped(train: list[Sample], rendered: samples.Rendered, kept: set[str]) ->
 
 
 def _show(sample: Sample, rendered: samples.Rendered, scored: Scored | None) -> Shown:
-    tokens, tokenizer, made_by = rendered.tokens[sample.id], rendered.tokenizer, rendered.renderer
+    tokens = rendered.tokens[sample.id]
     return Shown(
         sample=sample,
-        spans=tuple(_spans(tokens, tokenizer)),
+        spans=tuple(_spans(tokens, rendered.tokenizer)),
         smoothing=None if scored is None else scored.label_smoothing,
         weight=sample.sample_weight,
-        truncated=_is_cut(tokens, tokenizer, made_by),
+        truncated=tokens.truncated,
     )
-
-
-def _is_cut(tokens: TokenizedSample, tokenizer: Any, made_by: Renderer) -> bool:
-    return len(tokens.input_ids) == made_by.max_length and int(tokens.input_ids[-1]) != tokenizer.eos_token_id
 
 
 def _spans(tokens: TokenizedSample, tokenizer: Any) -> Iterator[Span]:

@@ -10,7 +10,7 @@ from ual.config.run import RunConfig
 from ual.data import Renderer, TokenizedSample, tokenize, training_set
 from ual.errors import UserError
 from ual.models import check_head, fuse
-from ual.models.load import check_quantization, load_config, load_tokenizer
+from ual.models.load import check_quantization, load_config, load_tokenizer, stop_ids
 from ual.models.memory import empty_model
 from ual.records import Elicited, Sample
 from ual.train import feasible
@@ -43,8 +43,8 @@ def renderer(config: RunConfig, *, trust_remote_code: bool = False) -> tuple[Any
     """Return the tokenizer and the renderer of a run; the tokenizer is saved with the renderer's template."""
     tokenizer = load_tokenizer(config.model, trust_remote_code=trust_remote_code)
     of_model = load_config(config.model, trust_remote_code=trust_remote_code)
-    made_by = training_set.renderer(config, tokenizer, of_model)
-    tokenizer.chat_template = made_by.chat_template
+    made_by = training_set.renderer(config, tokenizer, of_model, stop_ids(config.model, of_model))
+    tokenizer.chat_template = made_by.template.text
     return tokenizer, made_by
 
 

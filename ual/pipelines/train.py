@@ -91,6 +91,7 @@ def run(
     )  # starts the process group
     samples.check_training(config, arguments, empty)
     folder = RunFolder(config.output_dir, writes=distributed.is_writer())
+    config = config.on(distributed.from_first(folder.date))
     stop = StopOnSignal()
     with stop.listening(), _claimed(folder) as taken, Progress(console) as progress:
         start = distributed.from_first(

@@ -1,14 +1,15 @@
 """The folder of a run: configuration, environment, history, metrics, checkpoints, report."""
 
+import datetime
 import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from ual.config import run as configuration
 from ual.config.base import dump
 from ual.config.run import RunConfig
 from ual.errors import UserError
@@ -49,6 +50,12 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.log = self.path / File.LOG
         self.history = self.path / File.HISTORY
+
+    def date(self) -> datetime.date:
+        """Return the date that templates read in this folder's run; of a new run, today."""
+        existing = self.path / File.CONFIG
+        began = configuration.load(existing).data.date if existing.exists() else None
+        return began or datetime.date.today()
 
     def check_writable(self) -> None:
         """Check that the folder can be written, and write nothing.
@@ -162,4 +169,4 @@ class RunFolder:
 
 def now() -> str:
     """Return the time of day in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
