@@ -1,6 +1,7 @@
 """Chat templates to tokens and labels: exactly the assistant's tokens are trained, in whatever template."""
 
 import copy
+import datetime
 import importlib.metadata
 from pathlib import Path
 
@@ -424,6 +425,153 @@ class TestTemplates:
             .render_prompt(sample)
             .endswith("a<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n")
         )
+
+
+def stops(tokenizer: PreTrainedTokenizerBase, *words: str) -> list[int]:
+    return [tokenizer.convert_tokens_to_ids(word) for word in words]
+
+
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + END }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class TestStop:
+    """A turn ends where generation does. The end-of-turn marker need not be the tokenizer's EOS."""
+
+    @pytest.mark.kills(
+        "ual/data/markers.py",
+        "return length\n        return len(closing.rstrip())",
+        "pass\n        return len(closing)",
+    )
+    @pytest.mark.parametrize(
+        "end", ["<|im_end|>", "<|im_end|>\n", "<|im_end|> \n\n", "<|im_end|>\n<|endoftext|>\n"]
+    )
+    def test_white_space_and_more_behind_the_marker_in_a_block(self, smollm2, tmp_path, end):
+        path = template(tmp_path, MARKED.replace("END", repr(end)))
+        rendered = Renderer(smollm2, chat_template=path).render(chat("q", "a <|im_end|>\n", "r", " b  "))
+        assert trained_runs(smollm2, rendered) == ["a <|im_end|>\n<|im_end|>", " b  <|im_end|>"]
+        assert rendered.input_ids.tolist().count(smollm2.eos_token_id) == 5
+
+    @pytest.mark.kills("ual/data/render.py", "trained[i] |= trained[i - 1]", "trained[i] |= False")
+    @pytest.mark.parametrize("between", ["", "{{ '\\n' }}"])
+    def test_a_marker_outside_of_the_block_is_trained(self, smollm2, tmp_path, between):
+        text = MARKED.replace(
+            "m.content + END }}{% endgeneration %}", f"m.content }}}}{{% endgeneration %}}{between}<|im_end|>"
+        )
+        rendered = Renderer(smollm2, chat_template=template(tmp_path, text)).render(chat("q", "a", "r", "b"))
+        ends = [["a<|im_end|>", "b<|im_end|>"], ["a", "b", "<|im_end|>"]]
+        assert trained_runs(smollm2, rendered) == ends[bool(between)]
+        assert rendered.input_ids.tolist().count(smollm2.eos_token_id) == 4
+
+    @pytest.mark.parametrize("marked", [False, True])
+    def test_an_end_of_turn_that_is_not_eos(self, smollm2, tmp_path, marked):
+        """Gemma's and Phi's: EOS is appended only where generation does not stop at the marker."""
+        text = (MARKED.replace("END", "'<|im_end|>\n'") if marked else CHATML).replace(
+            "<|im_end|>", "<|im_start|>."
+        )
+        text = text.replace("<|im_start|>.", "<file_sep>")
+        path = template(tmp_path, text)
+        known = Renderer(smollm2, chat_template=path, stop_ids=stops(smollm2, "<file_sep>"))
+        unknown = Renderer(smollm2, chat_template=path)
+        assert trained_runs(smollm2, known.render(chat("q", "a", "r", "b"))) == ["a<file_sep>", "b<file_sep>"]
+        assert trained_runs(smollm2, unknown.render(chat("q", "a", "r", "b"))) == [
+            "a<file_sep>",
+            "b<file_sep><|im_end|>",
+        ]
+        assert known.fingerprint != unknown.fingerprint
+
+    @pytest.mark.parametrize(("known", "last"), [(False, "b<file_sep>\n<|im_end|>"), (True, "b<file_sep>")])
+    def test_a_template_that_writes_eos_behind_the_conversation(self, smollm2, tmp_path, known, last):
+        """Phi's."""
+        text = CHATML.replace("<|im_end|>", "<file_sep>").replace(
+            "{% endif %}", "{% else %}{{ eos_token }}{% endif %}"
+        )
+        renderer = Renderer(
+            smollm2,
+            chat_template=template(tmp_path, text),
+            stop_ids=stops(smollm2, "<file_sep>") if known else [],
+        )
+        assert trained_runs(smollm2, renderer.render(chat("q", "a", "r", "b"))) == ["a<file_sep>", last]
+
+    @pytest.mark.kills("ual/data/render.py", "_check_said(message, k, region)", "pass")
+    def test_a_block_without_a_part_of_the_response_is_refused(self, smollm2, tmp_path):
+        text = MARKED.replace("m.content + END", "m.content.split('</think>')[-1] + '<|im_end|>'")
+        renderer = Renderer(smollm2, chat_template=template(tmp_path, text))
+        with pytest.raises(UserError, match="it changes its text"):
+            renderer.render(chat("q", "<think>x</think>a"))
+
+    @pytest.mark.kills(
+        "ual/data/render.py", "*before, (start, end) = of_turn", "before, (start, end) = [], of_turn[-1]"
+    )
+    def test_several_blocks_in_a_turn(self, smollm2, tmp_path):
+        split = (
+            "{% generation %}{{ m.content[:1] }}{% endgeneration %}{% generation %}{{ m.content[1:] + END }}"
+        )
+        text = MARKED.replace("{% generation %}{{ m.content + END }}", split).replace("END", "'<|im_end|>\n'")
+        for train_on, runs in (("all", ["ab<|im_end|>", "cd<|im_end|>"]), ("last", ["cd<|im_end|>"])):
+            renderer = Renderer(smollm2, chat_template=template(tmp_path, text), train_on=train_on)
+            assert trained_runs(smollm2, renderer.render(chat("q", "ab", "r", "cd"))) == runs
+
+
+CLOCK = "{{ strftime_now('%d %b %Y %H:%M') }}"
+DATED = CLOCK + CHATML
+
+
+class TestDate:
+    """The date that a template reads is part of what is rendered, not of when it is rendered."""
+
+    @pytest.mark.kills(
+        "ual/data/template.py", "with self._dated():", "with __import__('contextlib').nullcontext():"
+    )
+    @pytest.mark.parametrize("macro", [False, True])
+    def test_it_is_the_runs(self, smollm2, tmp_path, macro):
+        text = f"{{% macro now() %}}{CLOCK}{{% endmacro %}}{{{{ now() }}}}{CHATML}" if macro else DATED
+        path = template(tmp_path, text)
+        renderer = Renderer(smollm2, chat_template=path, date=datetime.date(2024, 2, 29))
+        rendered = renderer.render(chat("q", "a"))
+        assert decode(smollm2, rendered.input_ids).startswith("29 Feb 2024 00:00<|im_start|>")
+        assert renderer.render_prompt(chat("q", "a")).startswith("29 Feb 2024 00:00")
+        today = Renderer(smollm2, chat_template=path).render_prompt(chat("q", "a"))
+        assert datetime.datetime.strptime(today[:11], "%d %b %Y").date() in near_today()
+
+    def test_other_users_of_the_template_keep_the_clock(self, smollm2, tmp_path):
+        path = template(tmp_path, DATED)
+        Renderer(smollm2, chat_template=path, date=datetime.date(2024, 2, 29)).render(chat("q", "a"))
+        text = smollm2.apply_chat_template(
+            [{"role": "user", "content": "q"}], chat_template=Path(path).read_text(), tokenize=False
+        )
+        assert datetime.datetime.strptime(text[:11], "%d %b %Y").date() in near_today()
+
+    @pytest.mark.kills("ual/data/template.py", "if _CLOCK in self.text else {}", "if False else {}")
+    def test_it_is_in_the_key_of_templates_that_read_it(self, smollm2, tmp_path):
+        days = [datetime.date(2024, 2, 28), datetime.date(2024, 2, 29)]
+        for text, count in ((DATED, 2), (CHATML, 1)):
+            path = template(tmp_path, text)
+            keys = {Renderer(smollm2, chat_template=path, date=day).fingerprint for day in days}
+            assert len(keys) == count
+
+    def test_a_variable_of_the_template(self, smollm2, tmp_path):
+        path = template(tmp_path, "{% if enable_thinking %}{{ 'Think. ' }}{% endif %}" + CHATML)
+        quiet, thinking = (
+            Renderer(smollm2, chat_template=path, chat_template_kwargs={"enable_thinking": on})
+            for on in (False, True)
+        )
+        assert thinking.render_prompt(chat("q", "a")).startswith("Think. ")
+        assert quiet.render_prompt(chat("q", "a")).startswith("<|im_start|>")
+        assert quiet.fingerprint != thinking.fingerprint
+        with pytest.raises(
+            UserError, match=r'no variable \'enable_thinkng\'\ndid you mean "enable_thinking"'
+        ):
+            Renderer(smollm2, chat_template=path, chat_template_kwargs={"enable_thinkng": True})
+
+
+def near_today() -> list[datetime.date]:
+    """Today, and yesterday in case that midnight has passed during the test."""
+    today = datetime.date.today()
+    return [today, today - datetime.timedelta(days=1)]
 
 
 class TestLength:

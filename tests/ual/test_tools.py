@@ -141,3 +141,89 @@ def test_only_the_last_turn_may_be_trained(template: str | None, tokenizer: Any,
     assert "two" in trained["all"]
     assert "one" not in trained["last"]
     assert "two" in trained["last"]
+
+
+def load_calls(folder: Path, *calls: Any) -> Any:
+    path = folder / "rows.jsonl"
+    chat = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": list(calls)},
+    ]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n"))
+    return load(str(path))[0]
+
+
+@pytest.mark.kills(
+    "ual/data/schema.py", '"arguments": arguments}}', '"arguments": function.get("arguments")}}'
+)
+@pytest.mark.parametrize("arguments", [{"a": 2, "note": None}, {}, {"a": {"b": [1.0, "é\u2028"]}}])
+@pytest.mark.parametrize("flat", [False, True])
+def test_arguments_as_json_are_those_of_the_object(arguments: Any, flat: bool, tmp_path: Path) -> None:
+    function = {"name": "add", "arguments": json.dumps(arguments)}
+    sample = load_calls(tmp_path, function if flat else {"id": "1", "function": function})
+    assert sample.messages[1].tool_calls[0]["function"] == {"name": "add", "arguments": arguments}
+    assert sample.messages[1].tool_calls[0]["type"] == "function"
+
+
+def test_the_form_of_arguments_changes_neither_the_id_nor_the_key(tmp_path: Path, tokenizer: Any) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    written = {"type": "function", "function": {"name": "add", "arguments": '{ "a" :2}'}}
+    plain, decoded = load_calls(tmp_path, call), load_calls(tmp_path, written)
+    assert (plain.id, plain.messages) == (decoded.id, decoded.messages)
+    other = load_calls(tmp_path, {"function": {"name": "add", "arguments": '{"a": 3}'}})
+    assert other.id != plain.id
+
+
+@pytest.mark.parametrize("empty", ["", " ", None])
+def test_a_call_without_arguments_has_none(empty: Any, tmp_path: Path) -> None:
+    sample = load_calls(tmp_path, {"function": {"name": "now", "arguments": empty}})
+    assert sample.messages[1].tool_calls[0]["function"] == {"name": "now", "arguments": {}}
+
+
+@pytest.mark.kills("ual/data/schema.py", "json.loads(written, parse_constant=refuse)", "json.loads(written)")
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ('{"a": 2', "invalid JSON"),
+        ('{"a": NaN}', "NaN is not JSON"),
+        ('{"a": "\\ud800"}', "surrogates not allowed"),
+        ("[2]", "expected an object, or its JSON, got"),
+        (json.dumps('{"a": 2}'), "expected an object, or its JSON, got"),
+        (3, "expected an object, or its JSON, got 3"),
+    ],
+)
+def test_arguments_that_are_no_object_are_refused(arguments: Any, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=problem) as caught:
+        load_calls(tmp_path, {"function": {"name": "add", "arguments": arguments}})
+    assert str(caught.value.place).endswith(
+        'rows.jsonl, line 1, field "messages[1].tool_calls[0].function.arguments"'
+    )
+
+
+@pytest.mark.parametrize("call", [{"function": {"arguments": "{}"}}, {"function": "add"}, {"name": ""}])
+def test_a_call_without_a_name_is_refused(call: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected"):
+        load_calls(tmp_path, call)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_has_three_names(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: "hm"}]
+    other = [chat[0], {"role": "assistant", "content": "a", key: "ah"}]
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (chat, other)))
+    first, second = load(str(path))
+    assert first.messages[1].reasoning_content == "hm"
+    assert first.id.partition("-")[0] != second.id.partition("-")[0]
+    chat[0][key] = "hm"
+    path.write_text(json.dumps({"messages": chat}) + "\n")
+    with pytest.raises(UserError, match="only the assistant reasons"):
+        load(str(path))
+
+
+def test_two_reasonings_of_one_turn_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    said = {"role": "assistant", "content": "a", "thinking": "hm", "reasoning_content": "ah"}
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, said]}) + "\n")
+    with pytest.raises(UserError, match="differs from reasoning_content"):
+        load(str(path))

@@ -49,7 +49,7 @@ def read(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
         UserError: a sample is wrong, or the two sets share ids.
     """
     data = config.data
-    apart = each_turn if data.train_on == "each" else iter
+    apart = _each_turn if data.train_on == "each" else iter
     train = [] if data.streaming else load(data.train, format=data.format, split=data.train_split)
     if data.eval is not None:
         held_out = load(data.eval, format=data.format, split=data.eval_split)
@@ -63,6 +63,20 @@ def read(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
             remedy="remove them from one of the files",
         )
     return list(apart(train)), list(apart(held_out))
+
+
+def _each_turn(samples: Sequence[Sample]) -> Iterator[Sample]:
+    """Yield a sample for each assistant turn; raise an error if two get the same id."""
+    ids: set[str] = set()
+    for sample in each_turn(samples):
+        if sample.id in ids:
+            raise UserError(
+                f'two samples have the id {sample.id!r}, since data.train_on is "each"',
+                place=sample.place,
+                remedy="rename one of the samples",
+            )
+        ids.add(sample.id)
+        yield sample
 
 
 def streamed_samples(config: RunConfig) -> Iterator[Sample]:
