@@ -16,6 +16,8 @@ class UserError(Exception):
     remove the sample
     """
 
+    exit_code = 2
+
     def __init__(self, problem: str, *, place: str = "", remedy: str = "") -> None:
         self.problem, self.place, self.remedy = problem, place, remedy
         super().__init__((f"{place}: " if place else "") + problem + (f"\n{remedy}" if remedy else ""))
@@ -31,3 +33,9 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         self.number = number
         super().__init__(f"stopped by {signal.Signals(number).name}")
+
+
+class FailedRequestsError(UserError):
+    """Too many requests of an elicitation gave no value. The same command sends them again."""
+
+    exit_code = 3

@@ -80,7 +80,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON as `write_text` does. NaN and infinities become null."""
-    write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -98,8 +98,8 @@ def open_jsonl(path: Path) -> IO[str]:
 
 
 def json_line(record: Mapping[str, Any]) -> str:
-    """Return an object as a line of JSONL."""
-    return json.dumps(finite(record), ensure_ascii=False, default=str) + "\n"
+    """Return an object as a line of JSONL. NaN and infinities, which JSON does not have, become null."""
+    return json.dumps(finite(record), ensure_ascii=False, default=str, allow_nan=False) + "\n"
 
 
 def finite(value: Any) -> Any:

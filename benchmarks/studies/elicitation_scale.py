@@ -36,6 +36,9 @@ class Instant:
         await self._budget.settle(most, used)
         return Reply("0.25", prompt_tokens=used.prompt_tokens, completion_tokens=3)
 
+    async def drain(self, seconds: float) -> None:
+        """Do nothing."""
+
     async def close(self) -> None:
         """Do nothing."""
 

@@ -27,6 +27,8 @@ class Server:
 
     port: int = 0
     asked: list[Asked] = field(default_factory=list)
+    canned: dict[str, list[bytes]] = field(default_factory=dict)
+    """Replies by address, in turn; the last one repeats."""
     at_once: int = 0
     most_at_once: int = 0
 
@@ -156,11 +158,67 @@ async def hang(asked: Asked, send: Send) -> None:
     await send(response(completion()))
 
 
+_EFFORT = {"minimal": 20, "low": 200, "medium": 900, "high": 3000}  # reasoning tokens
+
+
+def _refusal(body: dict[str, Any]) -> dict[str, Any] | None:
+    """Return OpenAI's error for a field that its reasoning models refuse."""
+    error = {"type": "invalid_request_error", "param": None, "code": None}
+    if "max_tokens" in body:
+        said = "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+        said += "'max_completion_tokens' instead."
+        return error | {"message": said, "param": "max_tokens", "code": "unsupported_parameter"}
+    if body.get("temperature", 1) != 1:
+        said = (
+            f"Unsupported value: 'temperature' does not support {body['temperature']} with this model. Only "
+        )
+        said += "the default (1) value is supported."
+        return error | {"message": said, "param": "temperature", "code": "unsupported_value"}
+    if body.get("logprobs") or "top_logprobs" in body:
+        return error | {"message": "You are not allowed to request logprobs from this model"}
+    return None
+
+
+async def reasoner(asked: Asked, send: Send) -> None:
+    """Like OpenAI's reasoning models: refuses fields, and spends tokens on reasoning before the answer."""
+    if refusal := _refusal(asked.body):
+        status = "403 Forbidden" if refusal["param"] is None else "400 Bad Request"
+        await send(response({"error": refusal}, status))
+        return
+    limit = asked.body.get("max_completion_tokens", 10**6)
+    reasoning = min(limit, _EFFORT[asked.body.get("reasoning_effort", "medium")])
+    answered = limit > reasoning + 10
+    text = '{"score": 3}' if "response_format" in asked.body else "0.25"
+    usage = {"prompt_tokens": 10, "completion_tokens": reasoning + 10 if answered else limit}
+    usage["total_tokens"] = sum(usage.values())
+    message = {"role": "assistant", "content": text if answered else "", "refusal": None}
+    choice = {"index": 0, "message": message, "finish_reason": "stop" if answered else "length"}
+    details = {"completion_tokens_details": {"reasoning_tokens": reasoning}}
+    await send(response({"object": "chat.completion", "choices": [choice], "usage": usage | details}))
+
+
+async def half(asked: Asked, send: Send) -> None:
+    """Fails every second question for good."""
+    number = int(asked.body["messages"][-1]["content"].split("What is ")[1].split()[0])
+    if number % 2:
+        await send(response({"error": {"message": f"request req_{number}x is bad"}}, "400 Bad Request"))
+    else:
+        await send(response(completion()))
+
+
+async def stops(asked: Asked, send: Send) -> None:
+    """Refuses the key at the second request, while the first one takes a second."""
+    if asked.number == 2:
+        await send(response({"error": {"message": "revoked"}}, "401 Unauthorized"))
+    await asyncio.sleep(1)
+    await send(response(completion()))
+
+
 BEHAVIORS: dict[str, Behavior] = {
     f.__name__: f
     for f in (
         well, uncounted, storm, patient, broken, drip, endless, bomb, endless_error, away, prose, schema,
-        reset, flaky, refuses_key, echo, echo_error, slow, hang,
+        reset, flaky, refuses_key, echo, echo_error, slow, hang, reasoner, half, stops,
     )
 }  # fmt: skip
 
@@ -190,7 +248,11 @@ def serving() -> Iterator[Server]:
                 server.at_once += 1
                 server.most_at_once = max(server.most_at_once, server.at_once)
                 try:
-                    await BEHAVIORS[name](asked, send)
+                    if name in server.canned:
+                        replies = server.canned[name]
+                        await send(replies[min(counts[name], len(replies)) - 1])
+                    else:
+                        await BEHAVIORS[name](asked, send)
                 finally:
                     server.at_once -= 1
                 if name in ("reset", "flaky") and (name == "reset" or asked.number % 2):

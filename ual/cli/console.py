@@ -77,7 +77,7 @@ def one_of_several() -> Iterator[None]:
 
 @contextmanager
 def errors(debug: bool) -> Iterator[None]:
-    """Turn a `UserError` into one screen of text and exit code 2, a signal n into exit code 128 + n."""
+    """Turn a `UserError` into one screen of text and its exit code, a signal n into exit code 128 + n."""
     try:
         yield
     except UserError as error:
@@ -91,7 +91,7 @@ def errors(debug: bool) -> Iterator[None]:
         place = f"[bold]{escape(error.place)}[/bold]\n" if error.place else ""
         remedy = f"\n[green]{escape(error.remedy)}[/green]" if error.remedy else ""
         err.print(f"[bold red]error[/bold red] {place}{escape(error.problem)}{remedy}", highlight=False)
-        raise typer.Exit(2) from error
+        raise typer.Exit(error.exit_code) from error
     except Stopped as error:
         err.print(f"{error} outside of training; --resume auto continues the run", highlight=False)
         raise typer.Exit(128 + error.number) from error

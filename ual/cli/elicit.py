@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from ual.cli import tables
 from ual.cli.console import Debug, Json, Page, TrustRemoteCode, app, err, errors, out, print_json, settle
-from ual.errors import UserError
+from ual.errors import FailedRequestsError, UserError
 
 if TYPE_CHECKING:
     from ual.config.elicit import ElicitConfig
@@ -22,8 +22,12 @@ _ELICIT_EXAMPLE = """\b
   data: rows.jsonl        # messages, prompt/completion or instruction/output
   backend:
     kind: endpoint                          # or local: a model loaded here
-    model: gpt-5-mini
+    model: gpt-5-mini                       # reasons, so it needs four more keys
     api_key_env: OPENAI_API_KEY             # the variable's name, not the key
+    max_tokens_field: max_completion_tokens
+    omit: \\[temperature, logprobs, top_logprobs]
+    reasoning_effort: low
+    reasoning_tokens: 4000                  # room for reasoning before each answer
     prices: {prompt: 0.25, completion: 2.0} # per million tokens
   estimators: \\[judge, {name: self_consistency, samples: 5}]
   budget: {money: 20}
@@ -115,12 +119,17 @@ def elicit(
         elif import_batch:
             from ual.pipelines.elicit_batch import import_files
 
-            counts = import_files(resolved, import_batch)
+            outcomes = import_files(resolved, import_batch)
             if as_json:
-                print_json(counts)
-                return
-            for what, count in counts.most_common():
-                out.print(f"{count:>9,} {what}", highlight=False, markup=False)
+                print_json(outcomes)
+            else:
+                for what, count in outcomes.most_common():
+                    out.print(f"{count:>9,} {what}", highlight=False, markup=False, soft_wrap=True)
+            if not outcomes["imported"]:
+                raise FailedRequestsError(
+                    "no answer was imported",
+                    remedy="correct what the lines say, and export the requests again",
+                )
         else:
             _elicit(resolved, limit, replay, trust_remote_code, as_json)
 
@@ -159,7 +168,7 @@ def _dry_run(config: "ElicitConfig", limit: int | None, as_json: bool) -> None:
 def _elicit(
     config: "ElicitConfig", limit: int | None, replay: bool, trust_remote_code: bool, as_json: bool
 ) -> None:
-    from ual.pipelines.elicit import run
+    from ual.pipelines.elicit import check, run
     from ual.runs.progress import Progress
 
     with Progress(err) as progress:
@@ -181,7 +190,7 @@ def _elicit(
             replay=replay,
             trust_remote_code=trust_remote_code,
             progress=advance,
-            say=progress.say,
+            notice=lambda said: progress.say(f"notice: {said}"),
         )
     folder = Path(config.output_dir)
     page: Path | str = "needs matplotlib: pip install 'ual-kernels[eval]', then ual elicit report"
@@ -191,12 +200,13 @@ def _elicit(
         page = write_elicitation(folder)
     if as_json:
         print_json(summary | {"samples": folder / "rows.jsonl", "report": page})
-        return
-    out.print(tables.elicitation(summary))
-    out.print(
-        f"{summary['requests']['sent']} requests, cost {summary['cost']:.4f}\n"
-        f"samples  {folder / 'rows.jsonl'}\nreport   {page}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    else:
+        out.print(tables.elicitation(summary))
+        out.print(
+            f"{summary['requests']['sent']} requests, cost {summary['cost']:.4f}\n"
+            f"samples  {folder / 'rows.jsonl'}\nreport   {page}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    check(summary, config)

@@ -1,16 +1,30 @@
 """The configuration of `ual elicit`: samples, estimators, the backend that answers, the budget."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from ual.config.base import CommandConfig, Section, from_name
+from ual.config.base import CommandConfig, Fraction, Section, from_name
 from ual.config.run import ModelConfig
 
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Price = Annotated[float, Field(ge=0)]
+ReasoningTokens = Annotated[
+    int, Field(ge=0, le=2**20, description="added to the token limit of each reply, for a model that reasons")
+]
+
+
+def _sendable(body: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(body, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected values that JSON has, without NaN, infinity and dates: {error}"
+        ) from error
+    return body
 
 
 class RowsConfig(Section):
@@ -46,7 +60,11 @@ class EndpointConfig(Section):
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     seed: int | None = Field(0, description="sent with each request, plus the draw's number; null: not sent")
     omit: list[str] = Field([], description="fields that this server refuses, such as temperature")
-    extra_body: dict[str, Any] = Field({}, description="additional fields of each request")
+    reasoning_effort: str | None = Field(None, description="sent with each request; null: not sent")
+    reasoning_tokens: ReasoningTokens = 0
+    extra_body: Annotated[dict[str, Any], AfterValidator(_sendable)] = Field(
+        {}, description="additional fields of each request"
+    )
     prices: PricesConfig = PricesConfig()
     allow_plain_http: bool = False
 
@@ -58,6 +76,7 @@ class LocalConfig(Section):
     model: Annotated[ModelConfig, from_name("path")]
     batch_size: Positive = 8
     max_length: Positive = Field(2048, description="tokens of a prompt and its reply; a longer request fails")
+    reasoning_tokens: ReasoningTokens = 0
     chat_template: str | None = Field(
         None, description="'chatml', 'plain', or a Jinja file; null: the model's"
     )
@@ -86,6 +105,9 @@ class ElicitConfig(CommandConfig):
         None, description="a sequence classifier of entailment, for semantic_entropy"
     )
     budget: BudgetConfig = BudgetConfig()
+    max_failed: Fraction = Field(
+        0.1, description="the share of an estimator's values that may be missing because requests failed"
+    )
     cache: str | None = Field(None, description="the file of replies; null: replies.sqlite in output_dir")
 
     @property

@@ -11,6 +11,7 @@ The run folder holds
 
 import asyncio
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from pydantic import SecretStr
 from ual.config.base import dump
 from ual.config.elicit import ElicitConfig, EndpointConfig
 from ual.data import stream
-from ual.errors import UserError
+from ual.errors import FailedRequestsError, UserError
 from ual.files import aside, json_line, open_jsonl, write_json, write_text, writing
 from ual.records import Elicited, Sample
 from ual.runs.lock import holding
@@ -33,12 +34,16 @@ from ual.uncertainty.backends.replay import Replay
 from ual.uncertainty.budget import Budget, BudgetReachedError
 from ual.uncertainty.cache import Cache
 from ual.uncertainty.estimators.registry import build
-from ual.uncertainty.protocol import Ask, Backend, Estimator, Task
+from ual.uncertainty.protocol import Ask, Backend, Estimator, NotRecordedError, RequestError, Task
 from ual.uncertainty.session import Counts, Session, elicit
 
 _OUTPUTS = ("rows.jsonl", "elicited.jsonl")
+_FAILED = (RequestError.reason, NotRecordedError.reason)
+_FIRST = 20  # samples without any value after which a run stops
+_LONGEST_DRAIN = 3600.0  # seconds; each request has its own deadline
 _QUIET = ("openai", "httpx2", "httpcore2")  # log a line per request
 
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, Counts, Budget], None]
 """Takes the number of samples done, the number of all samples, the counts of requests, and what is spent."""
@@ -80,6 +85,7 @@ def prepare(config: ElicitConfig, limit: int | None = None) -> Job:
                 place="configuration, output_dir",
                 remedy="choose another output_dir",
             )
+    _check_logprobs(job)
     total = 0
     for row, sample in job.samples():
         _label(row, sample, config.data.label)
@@ -95,7 +101,7 @@ def run(
     replay: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = lambda *_: None,
-    say: Callable[[str], None] = lambda _: None,
+    notice: Callable[[str], None] = _log.warning,
 ) -> dict[str, Any]:
     """Elicit as `config` says, into the folder `config.output_dir`; return the content of summary.json.
 
@@ -106,9 +112,10 @@ def run(
         replay: send nothing; a request that the cache does not answer fails.
         trust_remote_code: run code from a local model's repository.
         progress: called after every sample.
-        say: called with a sentence for the screen.
+        notice: called with what the user is told once, while the run continues.
 
     Raises:
+        FailedRequestsError: only failures, or many consecutive ones. No file is written.
         UserError: another process uses the folder, or the user can correct the cause. Replies are in the
             cache; the same command resumes.
     """
@@ -118,17 +125,75 @@ def run(
     folder = Path(config.output_dir)
     run_id = str(folder.resolve())
     remedy = "free some space, then run the same command again; it resumes from the cache"
-    with holding(folder, "an elicitation", say), closing(Cache(config.cache_path)) as cache:
+    with holding(folder, "an elicitation", notice), closing(Cache(config.cache_path)) as cache:
         budget = Budget(
             config.budget, config.prices, cache.spent(run_id), lambda spent: cache.note(run_id, spent)
         )
         opened = backends(job, budget, environment, replay=replay, trust_remote_code=trust_remote_code)
-        session = Session(opened, cache, patience=2**62 if replay else 20)
+        session = Session(
+            opened,
+            cache,
+            patience=2**62 if replay else 20,
+            reasoning_tokens=config.backend.reasoning_tokens,
+            logprobs=not _omitted(config),
+            notice=notice,
+        )
         with writing("the run folder", folder, remedy):
             write_text(folder / "config.yaml", dump(config))
             summary = asyncio.run(_elicit(job, session, budget, progress))
             write_json(folder / "summary.json", summary)
     return summary
+
+
+def check(summary: Mapping[str, Any], config: ElicitConfig) -> None:
+    """Check that enough values were found.
+
+    Args:
+        summary: as `run` returns it.
+        config: of the run; `max_failed` is the share of an estimator's values that failed requests may cost.
+
+    Raises:
+        FailedRequestsError: more requests failed, or an estimator has no value at all.
+    """
+    rows, errors = summary["rows"], summary["requests"]["errors"]
+    for label, found in summary["estimators"].items():
+        because = found["missing_because"]
+        failed = sum(because.get(reason, 0) for reason in _FAILED)
+        if failed > config.max_failed * rows:
+            said, count = max(errors.items(), key=lambda item: item[1], default=("unknown", failed))
+            raise FailedRequestsError(
+                f"{failed:,} of {rows:,} values of `{label}` are missing because requests failed; max_failed "
+                f"allows {config.max_failed:.0%}. The commonest reason ({count:,} requests): {said}",
+                remedy="run the same command again: it sends only these requests. The files are written; the "
+                "missing values are null",
+            )
+        if not found["values"] and config.max_failed < 1:
+            reason, count = max(because.items(), key=lambda item: item[1])
+            raise FailedRequestsError(
+                f"`{label}` has no value at all. The commonest reason, {count:,} of {rows:,} samples: "
+                f"{reason}",
+                remedy=f"read the replies in {Path(config.output_dir) / 'elicited.jsonl'}, and change the "
+                "estimator or the model",
+            )
+
+
+def _check_logprobs(job: Job) -> None:
+    omitted = _omitted(job.config)
+    for estimator in job.estimators:
+        if omitted and estimator.needs_logprobs:
+            raise UserError(
+                f"`{estimator.label}` needs token log-probabilities, and backend.omit contains "
+                f"{' and '.join(sorted(omitted))}",
+                place="configuration, estimators",
+                remedy="remove this estimator; `verbalised`, `self_consistency`, and `judge` with read: text "
+                "need none",
+            )
+
+
+def _omitted(config: ElicitConfig) -> set[str]:
+    """Return the fields for log-probabilities that are not sent."""
+    omit = config.backend.omit if isinstance(config.backend, EndpointConfig) else []
+    return {"logprobs", "top_logprobs"}.intersection(omit)
 
 
 def backends(
@@ -192,42 +257,52 @@ def secret(config: EndpointConfig, environment: Mapping[str, str]) -> SecretStr 
         )
     if config.api_key_env:
         where = f"the environment variable {config.api_key_env}"
-        value = environment.get(config.api_key_env, "").strip()
+        value = environment.get(config.api_key_env, "")
     elif config.api_key_file:
         where = f"the file {config.api_key_file}"
         try:
-            value = Path(config.api_key_file).expanduser().read_text(encoding="utf-8").strip()
+            value = Path(config.api_key_file).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the key: {type(error).__name__}", place=where) from error
     else:
         return None
-    if not value or not value.isascii() or not value.isprintable() or " " in value:
-        raise UserError("holds no key of one printable word", place=where)
-    return SecretStr(value)
+    return SecretStr(_bare_key(value, where))
+
+
+def _bare_key(text: str, where: str) -> str:
+    """Return a key without the quotes, the name and the line end that it has in a file of variables."""
+    value = text.strip().strip("\ufeff").strip()
+    if assigned := re.fullmatch(r"(?:export\s+)?[A-Za-z_]\w*\s*=\s*(.*[^=\s].*)", value):
+        value = assigned[1].strip()
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1].strip()
+    problem = ""
+    if not value:
+        problem = "nothing"
+    elif len(value.splitlines()) > 1:
+        problem = f"{len(value.splitlines())} lines"
+    elif value.lower().startswith("bearer "):
+        problem = 'the word "Bearer" before the key'
+    elif any(mark in value for mark in "\"'`"):
+        problem = "quotes that do not enclose it"
+    elif not value.isascii() or not value.isprintable() or " " in value:
+        problem = "a blank, or a character that is not printable ASCII"
+    if problem:
+        raise UserError(
+            f"holds no key of one printable word, but {problem}",
+            place=where,
+            remedy="set it to the key alone, without quotes, name or comment",
+        )
+    return value
 
 
 async def _elicit(job: Job, session: Session, budget: Budget, progress: Progress) -> dict[str, Any]:
     started = time.monotonic()
     tallies = {estimator.label: _Tally() for estimator in job.estimators}
-    done = 0
     try:
-        with ExitStack() as files:
-            scratch = [files.enter_context(aside(Path(job.config.output_dir) / name)) for name in _OUTPUTS]
-            samples, evidence = (files.enter_context(open_jsonl(path)) for path in scratch)
-            async with aclosing(session), aclosing(job.elicit(session)) as records:
-                async for row, sample, elicited in records:
-                    right = _label(row, sample, job.config.data.label)
-                    samples.write(json_line({**row, "id": sample.id, "uncertainty": elicited[0].value}))
-                    estimates = {e.estimator: {"value": e.value, **e.evidence} for e in elicited}
-                    evidence.write(json_line({"id": sample.id, "correct": right, "estimates": estimates}))
-                    for record in elicited:
-                        tallies[record.estimator].add(record)
-                    done += 1
-                    progress(done, job.total, session.counts, budget)
-            if job.limit is None and done != job.total:
-                raise UserError(f"the samples changed while they were read: {job.total}, now {done}")
+        done = await _write(job, session, budget, tallies, progress)
     except BudgetReachedError:
-        total = budget.total
+        done, total = next(iter(tallies.values())).done, budget.total
         raise UserError(
             f"the budget is reached after {done} of {job.total} samples: {total.requests} requests, "
             f"{total.tokens} tokens, {budget.cost(total):.4f} in money, over all runs",
@@ -249,6 +324,35 @@ async def _elicit(job: Job, session: Session, budget: Budget, progress: Progress
     }
 
 
+async def _write(
+    job: Job, session: Session, budget: Budget, tallies: "Mapping[str, _Tally]", progress: Progress
+) -> int:
+    """Write samples and evidence; return the number of samples."""
+    done = 0
+    with ExitStack() as files:
+        scratch = [files.enter_context(aside(Path(job.config.output_dir) / name)) for name in _OUTPUTS]
+        samples, evidence = (files.enter_context(open_jsonl(path)) for path in scratch)
+        async with aclosing(session), aclosing(job.elicit(session)) as records:
+            try:
+                async for row, sample, elicited in records:
+                    right = _label(row, sample, job.config.data.label)
+                    samples.write(json_line({**row, "id": sample.id, "uncertainty": elicited[0].value}))
+                    estimates = {e.estimator: {"value": e.value, **e.evidence} for e in elicited}
+                    evidence.write(json_line({"id": sample.id, "correct": right, "estimates": estimates}))
+                    for record in elicited:
+                        tallies[record.estimator].add(record)
+                        if session.counts.answered and job.config.max_failed < 1:
+                            tallies[record.estimator].check(record, job.total)
+                    done += 1
+                    progress(done, job.total, session.counts, budget)
+            except UserError:
+                await session.drain(_LONGEST_DRAIN)
+                raise
+        if job.limit is None and done != job.total:
+            raise UserError(f"the samples changed while they were read: {job.total}, now {done}")
+    return done
+
+
 @dataclass(slots=True)
 class _Tally:
     """The values of one estimator, and why others are missing."""
@@ -256,14 +360,32 @@ class _Tally:
     values: int = 0
     total: float = 0.0
     missing: Counter[str] = field(default_factory=Counter)
+    unread: int = 0
+    """Replies without a value, for one reason, before the first value."""
+
+    @property
+    def done(self) -> int:
+        return self.values + self.missing.total()
 
     def add(self, record: Elicited) -> None:
         if record.value is not None:
             self.values += 1
             self.total += record.value
         else:
-            reason = "request failed" if "error" in record.evidence else record.evidence.get("unparsed")
-            self.missing[str(reason)[:80]] += 1
+            self.missing[str(record.evidence.get("unparsed"))[:80]] += 1
+            self.unread += "reply" in record.evidence or "first_unparsed" in record.evidence
+
+    def check(self, record: Elicited, total: int) -> None:
+        """Raise an error if the first replies all had no value, for the same reason."""
+        if self.values or self.unread != _FIRST or len(self.missing) > 1 or self.done == total:
+            return
+        reply = record.evidence.get("reply") or record.evidence.get("first_unparsed") or ""
+        raise FailedRequestsError(
+            f"the first {_FIRST} replies gave `{record.estimator}` no value: {next(iter(self.missing))}. "
+            f"The last reply: {reply[:200]!r}",
+            remedy="change the estimator or the model. The run has stopped; its replies are in the cache. "
+            "With max_failed=1 it does not stop",
+        )
 
     def summary(self) -> dict[str, Any]:
         return {

@@ -45,7 +45,7 @@ def export(config: ElicitConfig, folder: Path, *, limit: int | None = None) -> E
             )
     exporter = BatchExport(Endpoint(config.backend, None, Budget()), folder)
     with closing(Cache(config.cache_path)) as cache:
-        session = Session([exporter], cache, patience=2**62)
+        session = Session([exporter], cache, patience=2**62, reasoning_tokens=config.backend.reasoning_tokens)
         asyncio.run(_export(job, session))
     return Exported(exporter.files, exporter.count, session.counts.cached)
 

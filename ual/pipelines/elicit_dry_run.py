@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from ual.config.elicit import ElicitConfig, LocalConfig
 from ual.pipelines.elicit import Job, backends, prepare
-from ual.uncertainty import protocol
 from ual.uncertainty.budget import Budget, Spent
 from ual.uncertainty.cache import Cache
 from ual.uncertainty.protocol import Estimator, Reply, Request
+from ual.uncertainty.session import recall
 
 _BYTES_PER_TOKEN = 4
 _NO_SCORES = dict.fromkeys(("nll", "mean_entropy", "max_entropy", "mean_margin"), 0.0)
@@ -44,6 +44,7 @@ def dry_run(config: ElicitConfig, *, limit: int | None = None) -> DryRun:
     with the shortest prompts. Completions are counted at their full length.
     """
     job = prepare(config, limit)
+    reasoning_tokens = config.backend.reasoning_tokens
     stand_ins = backends(job, Budget(), {}, replay=True)
     tokens: Callable[[Request], int] = _estimated_tokens
     if counted := isinstance(config.backend, LocalConfig):
@@ -55,7 +56,7 @@ def dry_run(config: ElicitConfig, *, limit: int | None = None) -> DryRun:
 
         def cached(request: Request) -> Reply | None:
             identity = next(backend.identity for backend in stand_ins if request.task in backend.tasks)
-            return None if cache is None else cache.get(protocol.key(identity, request))
+            return None if cache is None else recall(cache, identity, request, reasoning_tokens)[1]
 
         estimates = [asyncio.run(_walk(job, e, cached, tokens)) for e in job.estimators]
     cost = Budget(prices=config.prices).cost(sum((e.most for e in estimates), Spent()))
@@ -79,7 +80,9 @@ async def _walk(
             estimate.cached += 1
             return reply
         estimate.requests += 1
-        completion = request.max_tokens if request.task == "generate" else 0
+        completion = (
+            request.max_tokens + job.config.backend.reasoning_tokens if request.task == "generate" else 0
+        )
         estimate.most += Spent(1, tokens(request), completion)
         if not estimate.prompt:
             estimate.prompt = "\n".join(f"[{m.role}] {m.content}" for m in request.messages)

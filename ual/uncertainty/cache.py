@@ -21,11 +21,13 @@ from ual.uncertainty.protocol import Reply
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS reply (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, reply TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS unread (id INTEGER PRIMARY KEY, key BLOB NOT NULL, body TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS spent (
     run TEXT NOT NULL, requests INTEGER, prompt_tokens INTEGER, completion_tokens INTEGER
 );
 CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON reply BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON reply BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE INDEX IF NOT EXISTS unread_key ON unread (key);
 """
 _VERSION = 1
 _TIMEOUT = 60.0  # seconds to wait for another process's transaction
@@ -65,6 +67,17 @@ class Cache:
         """Add a reply; the first reply of a key stays."""
         with self._errors():
             self._db.execute("INSERT OR IGNORE INTO reply (key, reply) VALUES (?, ?)", (key, reply.dump()))
+
+    def keep_unread(self, key: bytes, body: str) -> None:
+        """Keep a reply that cannot be read, for a later version that can."""
+        with self._errors():
+            self._db.execute("INSERT INTO unread (key, body) VALUES (?, ?)", (key, body))
+
+    def unread(self, key: bytes) -> list[str]:
+        """Return the bodies that could not be read, the last one first."""
+        with self._errors():
+            query = "SELECT body FROM unread WHERE key = ? ORDER BY id DESC LIMIT 10"
+            return [row[0] for row in self._db.execute(query, (key,))]
 
     def note(self, run: str, spent: Spent) -> None:
         """Record what a run has just spent."""

@@ -8,15 +8,25 @@ import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ual.records import Elicited, Message, Sample
+from ual.uncertainty import thinking
 
 Task = Literal["generate", "score", "entail"]
 
 SHOWN = 2000  # characters of a model's text that a record keeps as evidence
+NO_ANSWER: Final = "no answer within the token limit"
+_CUT_OFF = {
+    "length",
+    "max_tokens",
+    "model_length",
+    "max_output_tokens",
+    "abort",
+    "insufficient_system_resource",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +39,7 @@ class Request:
         top_logprobs: alternatives per token, 0 for none.
         draw: distinguishes several replies to one prompt, and is added to the seed.
         json_schema: requests structured output.
+        retry: how often a reply to this request reached a lower limit before its answer.
     """
 
     messages: tuple[Message, ...]
@@ -38,6 +49,7 @@ class Request:
     top_logprobs: int = 0
     draw: int = 0
     json_schema: Mapping[str, Any] | None = None
+    retry: int = 0
 
     @property
     def size(self) -> int:
@@ -47,10 +59,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A generated token, its log-probability, and the likeliest tokens in its place with theirs."""
+    """A generated token, its log-probability if known, and the likeliest tokens in its place with theirs."""
 
     text: str
-    log_prob: float
+    log_prob: float | None
     alternatives: tuple[tuple[str, float], ...] = ()
 
 
@@ -59,11 +71,12 @@ class Reply:
     """A backend's answer to a request.
 
     Attributes:
-        text: None for a refusal.
-        finish_reason: "length" if the text is truncated.
+        text: as generated; None for a refusal. The answer may follow reasoning in ``<think>`` tags.
+        finish_reason: "length" if the text is truncated; other servers have other words.
         tokens: the generated tokens, if `top_logprobs` requested them.
         scores: for "score", see `estimators.white_box.summary`; for "entail", the probabilities of
             "entailment", "neutral" and "contradiction".
+        reasoning: what the server returned apart from the text.
     """
 
     text: str | None
@@ -72,24 +85,51 @@ class Reply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     scores: Mapping[str, float] | None = None
+    reasoning: str = ""
 
     @property
     def truncated(self) -> bool:
-        return self.finish_reason == "length"
+        return self.finish_reason.lower() in _CUT_OFF
+
+    @property
+    def answer(self) -> str | None:
+        """The text without reasoning; None for a refusal."""
+        return None if self.text is None else thinking.split(self.text)[1]
+
+    @property
+    def answer_tokens(self) -> tuple[Token, ...]:
+        """The tokens of the answer; none if only the reasoning was generated."""
+        if self.reasoning and not (self.answer or "").strip():
+            return ()
+        return self.tokens[thinking.answer_begins([token.text for token in self.tokens]) :]
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether the token limit was reached before the answer began."""
+        return self.truncated and self.answer is not None and not (self.answer.strip() or self.answer_tokens)
 
     @property
     def complete(self) -> str | None:
-        """The text without surrounding white space; None for a refused, empty or truncated reply."""
-        return None if self.truncated else (self.text or "").strip() or None
+        """The answer without surrounding white space; None for a refused, empty or truncated reply."""
+        return None if self.truncated else (self.answer or "").strip() or None
 
     @property
     def shown(self) -> str | None:
-        """The text as evidence keeps it."""
-        return None if self.text is None else self.text[:SHOWN]
+        """The answer as evidence keeps it."""
+        return None if self.answer is None else self.answer[:SHOWN]
+
+    @property
+    def evidence(self) -> dict[str, Any]:
+        """The answer and the reasoning, if any, as evidence keeps them."""
+        reasoning = self.reasoning or thinking.split(self.text or "")[0]
+        return {"reply": self.shown} | ({"reasoning": reasoning[:SHOWN]} if reasoning else {})
 
     def dump(self) -> str:
         """Return JSON from which `parse` restores an equal reply."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        raw = asdict(self)
+        if not self.reasoning:
+            del raw["reasoning"]
+        return json.dumps(raw, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def parse(cls, text: str) -> "Reply":
@@ -102,7 +142,25 @@ class Reply:
 
 
 class RequestError(Exception):
-    """A request failed for good. The sample gets no value; the run continues."""
+    """A request failed for good. The sample gets no value; the run continues.
+
+    Args:
+        problem: the reason.
+        own: the request itself is at fault, such as one that is too long; others may succeed.
+        body: a reply that the server sent and that cannot be read.
+    """
+
+    reason: ClassVar[str] = "request failed"
+
+    def __init__(self, problem: str, *, own: bool = False, body: str | None = None) -> None:
+        super().__init__(problem)
+        self.own, self.body = own, body
+
+
+class NotRecordedError(RequestError):
+    """Nothing is sent, and the cache has no reply."""
+
+    reason = "no reply in the cache"
 
 
 Ask = Callable[[Request], Awaitable[Reply]]
@@ -120,6 +178,9 @@ class Backend(Protocol):
     tasks: frozenset[Task]
 
     async def __call__(self, request: Request) -> Reply: ...
+
+    async def drain(self, seconds: float) -> None:
+        """Send nothing more, and wait for the replies to requests that were sent."""
 
     async def close(self) -> None: ...
 
@@ -139,6 +200,11 @@ class Estimator(BaseModel):
     needs: ClassVar[frozenset[Task]] = frozenset({"generate"})
     """What the backends must be able to do."""
 
+    @property
+    def needs_logprobs(self) -> bool:
+        """Whether there is no value without token log-probabilities."""
+        return False
+
     async def estimate(self, sample: Sample, ask: Ask) -> Elicited:
         """Return the sample's record: a finite value or None, and evidence. Larger is more uncertain.
 
@@ -154,7 +220,10 @@ class Estimator(BaseModel):
 
 def key(identity: Mapping[str, Any], request: Request) -> bytes:
     """Return the SHA-256 of everything that determines a reply."""
-    text = json.dumps([identity, asdict(request)], sort_keys=True, separators=(",", ":"))
+    raw = asdict(request)
+    if not request.retry:
+        del raw["retry"]
+    text = json.dumps([identity, raw], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).digest()
 
 

@@ -15,7 +15,9 @@ from typing import Any
 from ual.errors import UserError
 from ual.files import read_jsonl, writing
 from ual.uncertainty import protocol
-from ual.uncertainty.backends.endpoint import Endpoint, parse
+from ual.uncertainty.backends.completion import error_in, parse
+from ual.uncertainty.backends.endpoint import Endpoint
+from ual.uncertainty.backends.faults import ServerError, quoted
 from ual.uncertainty.cache import Cache
 from ual.uncertainty.protocol import Reply, Request, RequestError, Task
 
@@ -45,7 +47,8 @@ class BatchExport:
                 "method": "POST",
                 "url": "/v1/chat/completions",
                 "body": self._endpoint.body(request),
-            }
+            },
+            allow_nan=False,
         )
         if not self.files or self._in_file == _MOST or self._written + len(line) > _LARGEST:
             self.files.append(self._folder / f"requests-{len(self.files) + 1:05d}.jsonl")
@@ -56,6 +59,9 @@ class BatchExport:
         self.count += 1
         raise RequestError("exported")
 
+    async def drain(self, seconds: float) -> None:
+        """Nothing that was sent is paid for."""
+
     async def close(self) -> None:
         await self._endpoint.close()
 
@@ -63,8 +69,8 @@ class BatchExport:
 def import_answers(path: Path, cache: Cache) -> Counter[str]:
     """Put the answers of a batch's output file into the cache; return the number of lines by outcome.
 
-    A line whose request failed, or whose answer is no chat completion, is counted by its error and not
-    cached. The next export holds the request again.
+    A line whose request failed is counted by its error. An answer that cannot be read is kept, but is no
+    reply. The next export holds these requests again.
 
     Raises:
         UserError: the file cannot be read, or a line is not a batch answer.
@@ -82,10 +88,15 @@ def _import(answer: Mapping[str, Any], place: str, cache: Cache) -> str:
         )
     if not isinstance(response, dict) or response.get("status_code") != 200:
         status = response.get("status_code") if isinstance(response, dict) else None
-        return f"failed with {status or 'an error'}"
+        said = error_in(answer)
+        return f"failed with {status or 'an error'}{': ' if said else ''}{said}"
+    body = json.dumps(response.get("body"))
     try:
-        reply = parse(json.dumps(response.get("body")))
+        reply = parse(body)
+    except ServerError as error:
+        return f"failed with an error: {quoted(error.fault.message)}"
     except ValueError:
+        cache.keep_unread(bytes.fromhex(key), body)
         return "not a chat completion"
     cache.add(bytes.fromhex(key), reply)
     return "imported"

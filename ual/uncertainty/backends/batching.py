@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ual.uncertainty.budget import Budget, Spent
@@ -21,6 +22,7 @@ class BatchingBackend:
         answer: takes a batch; returns a reply or an error for each request, in order.
         batch_size: requests in a batch, at most.
         budget: counts every request.
+        reasoning_tokens: added to the limit of each generated reply.
     """
 
     def __init__(
@@ -30,8 +32,9 @@ class BatchingBackend:
         answer: Callable[[Sequence[Request]], Sequence[Reply | RequestError]],
         batch_size: int,
         budget: Budget,
+        reasoning_tokens: int = 0,
     ) -> None:
-        self.identity, self.tasks = identity, tasks
+        self.identity, self.tasks, self._reasoning = identity, tasks, reasoning_tokens
         self._answer, self._size, self._budget = answer, batch_size, budget
         self._waiting: list[_Waiting] = []
         self._worker: asyncio.Task[None] | None = None
@@ -42,6 +45,8 @@ class BatchingBackend:
         Raises:
             RequestError: the request failed. Any other error of `answer` is raised for the complete batch.
         """
+        if request.task == "generate":
+            request = replace(request, max_tokens=request.max_tokens + self._reasoning)
         most = used = Spent(1, request.size, request.max_tokens)
         await self._budget.reserve(most)
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
@@ -82,6 +87,9 @@ class BatchingBackend:
         taken = {future for _, future in batch}
         self._waiting = [w for w in self._waiting if w[1] not in taken]
         return batch
+
+    async def drain(self, seconds: float) -> None:
+        """Nothing that was sent is paid for."""
 
     async def close(self) -> None:
         if self._worker is not None:

@@ -12,23 +12,32 @@ import random
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 import openai
 from aiolimiter import AsyncLimiter
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import SecretStr
 
 from ual.config.elicit import EndpointConfig
 from ual.errors import UserError
+from ual.uncertainty.backends.completion import parse, usage_in
+from ual.uncertainty.backends.faults import (
+    SHOWN,
+    Fault,
+    ServerError,
+    fault_of,
+    quoted,
+    stops,
+    transient,
+)
 from ual.uncertainty.budget import Budget, Spent
-from ual.uncertainty.protocol import Reply, Request, RequestError, Task, Token
+from ual.uncertainty.protocol import Reply, Request, RequestError, Task
 
 _FIRST_WAIT = 0.5  # seconds before the second attempt; doubles from there
 _LONGEST_WAIT = 120.0  # seconds that a server may ask to wait
-_SHOWN = 300  # characters of a server's error that a message quotes
-_TRANSIENT = {408, 409, 425, 429}
+_OWN = {400, 413, 422}  # statuses for which the request itself is at fault
 _HEADERS = {
     "host", "authorization", "content-type", "content-length", "accept", "accept-encoding", "connection",
     "user-agent",
@@ -58,11 +67,12 @@ class Endpoint:
             "seed": config.seed,
             "omit": sorted(config.omit),
             "extra_body": config.extra_body,
-        }
+        } | ({"reasoning_effort": config.reasoning_effort} if config.reasoning_effort else {})
         self._slots = asyncio.Semaphore(config.concurrency)
         self._requests = _limiter(config.requests_per_minute, seconds_at_once=1)
         self._tokens = _limiter(config.tokens_per_minute, seconds_at_once=10)
         self._resume_at = 0.0
+        self._on_the_wire, self._draining = 0, False
         secure = config.base_url.startswith("https:")
         self._client = openai.AsyncOpenAI(
             base_url=config.base_url,
@@ -81,28 +91,27 @@ class Endpoint:
 
         Raises:
             RequestError: the request failed for good; the message does not contain the key.
-            UserError: the server refuses the key, the model or the address, so all requests would fail.
+            UserError: the server refuses the key, the model, the address or a field, or the account's quota
+                is used up, so all requests would fail.
             BudgetReachedError: see `ual.uncertainty.budget`.
         """
         body = self.body(request)
-        most = Spent(1, request.size, request.max_tokens)
+        most = Spent(1, request.size, request.max_tokens + self._config.reasoning_tokens)
         async with self._slots:
             for attempt in range(self._config.max_retries + 1):
                 await self._turn(request)
                 await self._budget.reserve(most)
                 used = most  # what was sent without an answer may still be charged
                 try:
-                    reply = await self._attempt(body)
-                    if not reply.prompt_tokens:  # the server does not count tokens: assume the maximum
-                        reply = replace(
-                            reply, prompt_tokens=request.size, completion_tokens=request.max_tokens
-                        )
+                    reply = _charged(await self._attempt(body), most)
                     used = Spent(1, reply.prompt_tokens, reply.completion_tokens)
                     return reply
                 except _AttemptError as error:
-                    if error.answered:
-                        used = Spent(1)
-                    problem = error.problem
+                    if error.used is not None:
+                        used = error.used
+                    if error.stops is not None:
+                        raise error.stops from None
+                    problem, own, unread = error.problem, error.own, error.body
                     if not error.transient:
                         break
                     wait = error.retry_after
@@ -118,25 +127,34 @@ class Endpoint:
                     await self._budget.settle(most, used)
                 if attempt < self._config.max_retries:
                     await asyncio.sleep(wait)
-            raise RequestError(problem)
+            raise RequestError(problem, own=own, body=unread)
 
     def body(self, request: Request) -> dict[str, Any]:
         """Return the body of the HTTP request, which batch files contain too."""
         config = self._config
         body: dict[str, Any] = {
             "model": config.model,
-            "messages": [{"role": m.role, "content": m.content} for m in request.messages],
-            config.max_tokens_field: request.max_tokens,
+            "messages": [{"role": m.role, "content": _encodable(m.content)} for m in request.messages],
+            config.max_tokens_field: request.max_tokens + config.reasoning_tokens,
             "temperature": request.temperature,
         }
         if config.seed is not None:
             body["seed"] = config.seed + request.draw
+        if config.reasoning_effort is not None:
+            body["reasoning_effort"] = config.reasoning_effort
         if request.top_logprobs:
             body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
         if request.json_schema is not None:
             schema = {"name": "reply", "strict": True, "schema": dict(request.json_schema)}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return {key: value for key, value in body.items() if key not in config.omit} | config.extra_body
+
+    async def drain(self, seconds: float) -> None:
+        """Send nothing more, and wait for the replies to requests that were sent: they are paid for."""
+        self._draining, until = True, time.monotonic() + min(seconds, self._config.timeout)
+        while self._on_the_wire and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0)
 
     async def close(self) -> None:
         await self._client.close()
@@ -148,59 +166,74 @@ class Endpoint:
         if self._requests:
             await self._requests.acquire()
         if self._tokens:
-            likely = request.size / 4 + request.max_tokens
+            likely = request.size / 4 + request.max_tokens + self._config.reasoning_tokens
             await self._tokens.acquire(min(likely, self._tokens.max_rate))
 
     async def _attempt(self, body: Mapping[str, Any]) -> Reply:
+        if self._draining:
+            raise _AttemptError("not sent, because the run stops", used=Spent())
+        self._on_the_wire += 1
         try:
             async with asyncio.timeout(self._config.timeout):
                 response: httpx2.Response = await self._client.post(
                     "/chat/completions", cast_to=httpx2.Response, body=body
                 )
-                return parse(self._scrubbed(response.text))
+            text = self._scrubbed(response.text)
         except (_RefusedError, openai.APIError, httpx2.HTTPError, TimeoutError, ValueError, OSError) as error:
-            raise self._explained(error) from None  # the SDK's exceptions hold the request, and so the key
+            raise self._explained(error, body) from None  # the SDK's exceptions hold the request, so the key
+        finally:
+            self._on_the_wire -= 1
+        try:
+            return parse(text)
+        except ServerError as error:
+            raise self._fault(error.fault.status, error.fault, body, *usage_in(text)) from None
+        except ValueError as error:
+            # a reply with token counts was paid for; the next one would be as unreadable
+            raise _AttemptError(str(error), transient=not any(usage_in(text)), body=text) from None
 
-    def _explained(self, error: Exception) -> "_AttemptError":
-        """Return the problem, whether the server answered, and whether a retry may help."""
+    def _explained(self, error: Exception, body: Mapping[str, Any]) -> "_AttemptError":
+        """Return the problem, what it costs, and whether a retry may help."""
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, _RefusedError):
             cause = cause.__cause__
         if cause is not None:
-            return _AttemptError(str(cause), answered=False, transient=False)
+            return _AttemptError(str(cause))
         if isinstance(error, openai.APIStatusError):
-            return self._status(error)
+            return self._status(error, body)
         if isinstance(error, TimeoutError | openai.APITimeoutError | httpx2.TimeoutException):
-            return _AttemptError(
-                f"no reply within {self._config.timeout:g} s", answered=False, transient=True
-            )
+            return _AttemptError(f"no reply within {self._config.timeout:g} s", transient=True)
         if isinstance(error, ValueError):
-            return _AttemptError(self._scrubbed(str(error))[:_SHOWN], answered=False, transient=True)
+            return _AttemptError(self._scrubbed(str(error))[:SHOWN], transient=True)
         reason = error.__cause__ or error
-        said = self._scrubbed(f"{type(reason).__name__}: {reason}")[:_SHOWN]
-        return _AttemptError(f"the connection failed: {said}", answered=False, transient=True)
+        said = self._scrubbed(f"{type(reason).__name__}: {reason}")[:SHOWN]
+        return _AttemptError(f"the connection failed: {said}", transient=True)
 
-    def _status(self, error: openai.APIStatusError) -> "_AttemptError":
+    def _status(self, error: openai.APIStatusError, body: Mapping[str, Any]) -> "_AttemptError":
         status, response = error.status_code, error.response
-        inner = error.body.get("message") if isinstance(error.body, dict) else None
-        said = " ".join(self._scrubbed(str(inner or response.text)).split())[:_SHOWN]
-        problem = f"the server answered {status}: {said}"
         if 300 <= status < 400:
             to = urlsplit(response.headers.get("location", "")).netloc or "another path"
-            raise UserError(
+            stop = UserError(
                 f"{self._config.base_url} redirects to {self._scrubbed(to)[:100]}; redirects are not "
                 "followed, since the request and its key would go there",
                 place="configuration, backend.base_url",
                 remedy="set base_url to the final address, if you trust it",
             )
-        if status in (401, 403, 404) or "insufficient_quota" in said:
-            raise UserError(
-                problem,
-                place=f"{self._config.base_url}, model {self._config.model}",
-                remedy="check base_url, model, and the key that api_key_env or api_key_file names",
-            )
-        transient = status in _TRANSIENT or status >= 500
-        return _AttemptError(problem, answered=True, transient=transient, retry_after=_retry_after(response))
+            return _AttemptError(str(stop), used=Spent(1), stops=stop)
+        found = self._fault(status, fault_of(self._scrubbed(response.text)), body)
+        return replace(found, retry_after=_retry_after(response))
+
+    def _fault(
+        self, status: int | None, fault: Fault, body: Mapping[str, Any], prompt: int = 0, completion: int = 0
+    ) -> "_AttemptError":
+        """Return an error of the server, which it does not charge for unless it counts tokens."""
+        code = "with an error" if status is None else status
+        return _AttemptError(
+            f"the server answered {code}: {quoted(fault.message)}",
+            used=Spent(1, prompt, completion),
+            transient=transient(status),
+            own=status in _OWN,
+            stops=stops(status, fault, self._config, body),
+        )
 
     def _scrubbed(self, text: str) -> str:
         return text.replace(self._key.get_secret_value(), "[key]") if self._key else text
@@ -235,40 +268,40 @@ def check_address(base_url: str, *, allow_plain_http: bool = False) -> None:
         )
 
 
-def parse(text: str) -> Reply:
-    """Return the reply in a chat completion.
-
-    Raises:
-        ValueError: the text is not JSON, or not a chat completion.
-    """
-    try:
-        completion = _Completion.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"not a chat completion: {where + ': ' if where else ''}{first['msg']}") from None
-    choice = completion.choices[0]
-    content = choice.logprobs.content if choice.logprobs else None
-    return Reply(
-        text=None if choice.message.refusal else choice.message.content or "",
-        finish_reason=choice.finish_reason or "stop",
-        tokens=tuple(
-            Token(t.token, t.logprob, tuple((a.token, a.logprob) for a in t.top_logprobs))
-            for t in content or ()
-        ),
-        prompt_tokens=completion.usage.prompt_tokens if completion.usage else 0,
-        completion_tokens=completion.usage.completion_tokens if completion.usage else 0,
+def _charged(reply: Reply, most: Spent) -> Reply:
+    """Return the reply with the most that it may have used, where the server does not count tokens."""
+    counted = reply.prompt_tokens and (reply.completion_tokens or not reply.text) and not reply.unanswered
+    return replace(
+        reply,
+        prompt_tokens=reply.prompt_tokens or most.prompt_tokens,
+        completion_tokens=reply.completion_tokens if counted else most.completion_tokens,
     )
+
+
+def _encodable(text: str) -> str:
+    """Return the text with "?" for each lone surrogate, which UTF-8 cannot express."""
+    return text.encode("utf-8", "replace").decode()
 
 
 @dataclass(eq=False)
 class _AttemptError(Exception):
-    """One attempt failed. `answered`: with an error status, which servers do not charge for."""
+    """One attempt failed.
+
+    Attributes:
+        used: what the server charges; None if unknown.
+        transient: a retry may help.
+        own: the request itself is at fault.
+        body: a reply that cannot be read.
+        stops: the error that every request would have.
+    """
 
     problem: str
-    answered: bool
-    transient: bool
+    used: Spent | None = None
+    transient: bool = False
     retry_after: float | None = None
+    own: bool = False
+    body: str | None = None
+    stops: UserError | None = None
 
 
 class _RefusedError(Exception):
@@ -309,44 +342,6 @@ class _Limited(httpx2.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._stream.aclose()
-
-
-class _Wire(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class _Alternative(_Wire):
-    token: str
-    logprob: float
-
-
-class _TokenLogprob(_Alternative):
-    top_logprobs: list[_Alternative] = []
-
-
-class _Logprobs(_Wire):
-    content: list[_TokenLogprob] | None = None
-
-
-class _Message(_Wire):
-    content: str | None = None
-    refusal: str | None = None
-
-
-class _Choice(_Wire):
-    message: _Message
-    finish_reason: str | None = None
-    logprobs: _Logprobs | None = None
-
-
-class _Usage(_Wire):
-    prompt_tokens: Annotated[int, Field(ge=0)] = 0
-    completion_tokens: Annotated[int, Field(ge=0)] = 0
-
-
-class _Completion(_Wire):
-    choices: Annotated[list[_Choice], Field(min_length=1)]
-    usage: _Usage | None = None
 
 
 def _limiter(per_minute: float | None, *, seconds_at_once: float) -> AsyncLimiter | None:

@@ -46,7 +46,12 @@ def backend(config: LocalConfig, budget: Budget, *, trust_remote_code: bool = Fa
     """
     model = _LocalModel(config, trust_remote_code=trust_remote_code)
     return BatchingBackend(
-        identity(config), frozenset({"generate", "score"}), model.answer, config.batch_size, budget
+        identity(config),
+        frozenset({"generate", "score"}),
+        model.answer,
+        config.batch_size,
+        budget,
+        config.reasoning_tokens,
     )
 
 
@@ -112,7 +117,9 @@ class _LocalModel:
         for i, request in enumerate(requests):
             ids = _prompt_ids(self._renderer, self._tokenizer, request.messages)
             replies.append(
-                RequestError(f"the prompt has {len(ids)} tokens, {max(room, 0)} have room before the reply")
+                RequestError(
+                    f"the prompt has {len(ids)} tokens, {max(room, 0)} have room before the reply", own=True
+                )
             )
             if len(ids) <= room:
                 seed = int.from_bytes(protocol.key({"seed": self._config.seed}, request)[:7])
@@ -135,7 +142,9 @@ class _LocalModel:
 
     def _score(self, requests: Sequence[Request]) -> list[Reply | RequestError]:
         limit = self._renderer.max_length
-        replies: list[Reply | RequestError] = [RequestError(f"longer than {limit} tokens") for _ in requests]
+        replies: list[Reply | RequestError] = [
+            RequestError(f"longer than {limit} tokens", own=True) for _ in requests
+        ]
         samples: dict[str, dict[str, Any]] = {}
         for i, request in enumerate(requests):
             rendered = self._renderer.render(Sample(str(i), request.messages))

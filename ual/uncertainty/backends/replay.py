@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ual.uncertainty.protocol import Reply, Request, RequestError, Task
+from ual.uncertainty.protocol import NotRecordedError, Reply, Request, Task
 
 
 @dataclass(slots=True)
@@ -15,7 +15,10 @@ class Replay:
     tasks: frozenset[Task]
 
     async def __call__(self, request: Request) -> Reply:
-        raise RequestError("not recorded")
+        raise NotRecordedError("no reply in the cache")
+
+    async def drain(self, seconds: float) -> None:
+        """Nothing that was sent is paid for."""
 
     async def close(self) -> None:
         """Nothing is open."""

@@ -45,15 +45,21 @@ class Judge(Estimator):
     max_tokens: Annotated[int, Field(ge=1)] = 32
     read: Literal["text", "first_token"] = "text"
 
+    @property
+    def needs_logprobs(self) -> bool:
+        return self.read == "first_token"
+
     async def estimate(self, sample: Sample, ask: Ask) -> Elicited:
         reply = await ask(self._request(sample))
-        evidence: dict[str, Any] = {"reply": reply.shown}
+        evidence: dict[str, Any] = reply.evidence
         if self.read == "first_token":
-            expected = self._over(reply.tokens[0]) if reply.tokens else None
+            tokens = reply.answer_tokens
+            expected = self._over(tokens[0]) if tokens else None
             if expected is None:
-                return self.no_value(sample, "no score among the likeliest first tokens", **evidence)
+                why = parsing.why_no_tokens(reply) or "no score among the likeliest first tokens"
+                return self.no_value(sample, why, **evidence)
         else:
-            parsed = parsing.integer(reply.text, low=0, high=self.high, truncated=reply.truncated)
+            parsed = parsing.integer(reply.answer, low=0, high=self.high, truncated=reply.truncated)
             evidence["score"] = parsed.value
             if parsed.value is None:
                 return self.no_value(sample, parsed.reason, **evidence)
@@ -85,7 +91,7 @@ class Judge(Estimator):
 
         None if no single token is the score: without log-probabilities, or if the number has two tokens.
         """
-        stating = [token for token in reply.tokens if _scale_value(token.text) == score]
+        stating = [token for token in reply.answer_tokens if _scale_value(token.text) == score]
         return self._over(stating[0]) if len(stating) == 1 else None
 
     def _over(self, token: Token) -> dict[str, float] | None:

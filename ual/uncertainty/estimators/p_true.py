@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ual.records import Elicited, Message, Sample
+from ual.uncertainty.estimators import parsing
 from ual.uncertainty.protocol import Ask, Estimator, Request, conversation
 
 _PROMPT = """\
@@ -30,16 +31,21 @@ class PTrue(Estimator):
     name: Literal["p_true"] = "p_true"
     top_logprobs: Annotated[int, Field(ge=2, le=20)] = 20
 
+    @property
+    def needs_logprobs(self) -> bool:
+        return True
+
     async def estimate(self, sample: Sample, ask: Ask) -> Elicited:
         prompt = _PROMPT.format(question=conversation(sample.prompt), response=sample.response)
         reply = await ask(Request((Message("user", prompt),), max_tokens=1, top_logprobs=self.top_logprobs))
         mass = {"A": 0.0, "B": 0.0}
-        for text, log_prob in reply.tokens[0].alternatives if reply.tokens else ():
+        tokens = reply.answer_tokens
+        for text, log_prob in tokens[0].alternatives if tokens else ():
             if text.strip() in mass:
                 mass[text.strip()] += math.exp(min(log_prob, 0.0))
-        evidence: dict[str, Any] = {"reply": reply.shown, "mass": sum(mass.values())}
+        evidence: dict[str, Any] = reply.evidence | {"mass": sum(mass.values())}
         if not sum(mass.values()) > 0:
-            why = "neither A nor B among the likeliest tokens" if reply.tokens else "no log-probabilities"
+            why = parsing.why_no_tokens(reply) or "neither A nor B among the likeliest tokens"
             return self.no_value(sample, why, **evidence)
         p_true = mass["A"] / sum(mass.values())
         return Elicited(sample.id, self.label, 1 - p_true, evidence | {"p_true": p_true})

@@ -14,7 +14,7 @@ from ual.methods.answers import normalize
 from ual.records import Elicited, Message, Sample
 from ual.uncertainty.estimators import parsing
 from ual.uncertainty.estimators.sampling import EntropyEstimator, Extract, extract
-from ual.uncertainty.protocol import Ask, Reply, Request
+from ual.uncertainty.protocol import NO_ANSWER, Ask, Reply, Request
 
 _PARAPHRASE = """\
 Reword the following question. Keep its meaning, every number and every name. Write the reworded question \
@@ -51,9 +51,8 @@ class Paraphrase(EntropyEstimator):
         texts = [question]
         for reply in await asyncio.gather(*map(ask, requests)):
             if reply.complete is None:
-                return self.no_value(
-                    sample, "a paraphrase was refused, empty or truncated", reply=reply.shown
-                )
+                why = "a paraphrase was refused, empty or truncated"
+                return self.no_value(sample, NO_ANSWER if reply.unanswered else why, **reply.evidence)
             texts.append(reply.complete)
         replies = await self._answers(sample, texts, ask)
         answers = [extract(reply, self.answer) for reply in replies]

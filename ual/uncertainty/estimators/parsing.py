@@ -13,10 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from ual.uncertainty.protocol import NO_ANSWER, Reply
+
 Reason = Literal[
     "empty",
     "refusal",
     "truncated",
+    "no answer within the token limit",
     "no number",
     "several numbers",
     "out of range",
@@ -99,6 +102,20 @@ def yes_or_no(text: str | None) -> bool | None:
     return verdicts[words[0]]
 
 
+def why_no_text(reply: Reply) -> str:
+    """Return why a reply has no complete answer."""
+    if reply.text is None:
+        return "refusal"
+    return NO_ANSWER if reply.unanswered else "truncated" if reply.truncated else "empty"
+
+
+def why_no_tokens(reply: Reply) -> str | None:
+    """Return why a reply has no first token to read; None if it has one."""
+    if reply.answer_tokens and any(token.alternatives for token in reply.tokens):
+        return None
+    return NO_ANSWER if reply.unanswered else "no log-probabilities"
+
+
 def last_number(text: str) -> str | None:
     r"""Return the final number of a worked answer: after "####" or "answer is", or else the last number.
 
@@ -140,7 +157,7 @@ def _read(
         return Parsed(None, "refusal")
     text = _clean(text)
     if not text.strip():
-        return Parsed(None, "truncated" if truncated else "empty")
+        return Parsed(None, NO_ANSWER if truncated else "empty")
     candidates = _candidates(text, key, labels)
     if not candidates:
         if truncated:

@@ -11,7 +11,7 @@ from ual.methods import reliability
 from ual.methods.answers import normalize
 from ual.records import Elicited, Message, Sample
 from ual.uncertainty.estimators import parsing
-from ual.uncertainty.protocol import Ask, Estimator, Reply, Request
+from ual.uncertainty.protocol import NO_ANSWER, Ask, Estimator, Reply, Request
 
 Extract = Literal["text", "last_line", "last_number"]
 
@@ -39,11 +39,15 @@ class EntropyEstimator(Estimator):
         """
         missing = answers.count(None)
         if missing:
-            evidence = {"first_unparsed": replies[answers.index(None)].shown} | evidence
+            first = replies[answers.index(None)]
+            evidence = first.evidence | {"first_unparsed": first.shown} | evidence
+            evidence.pop("reply")
         counts = Counter(answer[:_KEPT] for answer in answers if answer is not None)
         evidence |= {"answers": dict(counts), "unparsed_answers": missing}
         if missing == len(answers) or (missing and self.unparsed == "drop_question"):
-            return self.no_value(sample, f"{missing} of {len(answers)} answers", **evidence)
+            unanswered = all(reply.unanswered for reply in replies)
+            why = NO_ANSWER if unanswered else f"{missing} of {len(answers)} answers"
+            return self.no_value(sample, why, **evidence)
         value = reliability.entropy(answers, unparsed=self.unparsed)
         return Elicited(sample.id, self.label, value, evidence)
 

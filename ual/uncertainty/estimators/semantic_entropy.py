@@ -73,4 +73,4 @@ class SemanticEntropy(SamplingEstimator):
             return max(scores, key=lambda label: scores[label], default="") == "entailment"
         prompt = _PROMPT.format(question=question, first=first, second=second)
         reply = await ask(Request((Message("user", prompt),), max_tokens=8))
-        return parsing.yes_or_no(reply.text)
+        return parsing.yes_or_no(reply.answer)

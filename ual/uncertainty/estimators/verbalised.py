@@ -39,13 +39,13 @@ class Verbalised(Estimator):
         else:
             own = await ask(Request(sample.prompt, max_tokens=self.max_answer_tokens))
             evidence["own_answer"] = own.shown
-            if not own.text:
-                return self.no_value(sample, "refusal" if own.text is None else "empty", **evidence)
+            if not own.answer:
+                return self.no_value(sample, parsing.why_no_text(own), **evidence)
             final = Message("user", _STATE.format(opening="", response=sample.response))
-            messages = (*sample.prompt, Message("assistant", own.text), final)
+            messages = (*sample.prompt, Message("assistant", own.answer), final)
         reply = await ask(Request(messages, max_tokens=self.max_tokens))
-        parsed = parsing.probability(reply.text, truncated=reply.truncated)
-        evidence |= {"reply": reply.shown, "confidence": parsed.value}
+        parsed = parsing.probability(reply.answer, truncated=reply.truncated)
+        evidence |= reply.evidence | {"confidence": parsed.value}
         if parsed.value is None:
             return self.no_value(sample, parsed.reason, **evidence)
         return Elicited(sample.id, self.label, 1 - parsed.value, evidence)
