@@ -322,6 +322,13 @@ def test_a_refused_field_names_the_key_to_set(
         assert remedy in found.remedy
 
 
+def test_a_wrong_key_with_status_400_stops_the_run(server: Server) -> None:
+    said = {"code": 400, "message": "API key not valid. Please pass a valid API key."}
+    error, requests = ask(server, response([{"error": said | {"status": "INVALID_ARGUMENT"}}], "400 X"))
+    assert (type(error), requests) == (UserError, 1)
+    assert "api_key_env" in error.remedy
+
+
 def test_a_flagged_prompt_does_not_stop_the_run(server: Server) -> None:
     flagged = {"code": 403, "message": "flagged", "metadata": {"flagged_input": "text", "reasons": ["x"]}}
     error, _ = ask(server, response({"error": flagged}, "403 Forbidden"))

@@ -96,6 +96,7 @@ class Session:
         counts = self.counts
         try:
             reply = await backend(request)
+            self._cache.add(key, reply)
         except RequestError as error:
             if error.body is not None:
                 self._cache.keep_unread(key, error.body)
@@ -113,7 +114,6 @@ class Session:
         except UserError as error:
             await self._halt(backend, error)
             raise
-        self._cache.add(key, reply)
         counts.answered += 1
         counts.in_a_row = 0
         self._tell(request, reply)

@@ -11,6 +11,7 @@ import ipaddress
 import random
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,6 +36,7 @@ from ual.uncertainty.backends.faults import (
 from ual.uncertainty.budget import Budget, Spent
 from ual.uncertainty.protocol import Reply, Request, RequestError, Task
 
+_NOT_SENT = "not sent, because the run stops"
 _FIRST_WAIT = 0.5  # seconds before the second attempt; doubles from there
 _LONGEST_WAIT = 120.0  # seconds that a server may ask to wait
 _OWN = {400, 413, 422}  # statuses for which the request itself is at fault
@@ -72,7 +74,7 @@ class Endpoint:
         self._requests = _limiter(config.requests_per_minute, seconds_at_once=1)
         self._tokens = _limiter(config.tokens_per_minute, seconds_at_once=10)
         self._resume_at = 0.0
-        self._on_the_wire, self._draining = 0, False
+        self._on_the_wire, self._draining = 0, asyncio.Event()
         secure = config.base_url.startswith("https:")
         self._client = openai.AsyncOpenAI(
             base_url=config.base_url,
@@ -100,6 +102,8 @@ class Endpoint:
         async with self._slots:
             for attempt in range(self._config.max_retries + 1):
                 await self._turn(request)
+                if self._draining.is_set():
+                    raise RequestError(_NOT_SENT)
                 await self._budget.reserve(most)
                 used = most  # what was sent without an answer may still be charged
                 try:
@@ -126,7 +130,7 @@ class Endpoint:
                 finally:
                     await self._budget.settle(most, used)
                 if attempt < self._config.max_retries:
-                    await asyncio.sleep(wait)
+                    await self._pause(wait)
             raise RequestError(problem, own=own, body=unread)
 
     def body(self, request: Request) -> dict[str, Any]:
@@ -151,7 +155,8 @@ class Endpoint:
 
     async def drain(self, seconds: float) -> None:
         """Send nothing more, and wait for the replies to requests that were sent: they are paid for."""
-        self._draining, until = True, time.monotonic() + min(seconds, self._config.timeout)
+        self._draining.set()
+        until = time.monotonic() + min(seconds, self._config.timeout)
         while self._on_the_wire and time.monotonic() < until:
             await asyncio.sleep(0.02)
         await asyncio.sleep(0)
@@ -159,10 +164,16 @@ class Endpoint:
     async def close(self) -> None:
         await self._client.close()
 
+    async def _pause(self, seconds: float) -> None:
+        """Sleep, but not longer than the backend sends."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._draining.wait()
+
     async def _turn(self, request: Request) -> None:
         """Wait for the pause that the server asked for, then for the rate limits."""
-        while (wait := self._resume_at - time.monotonic()) > 0:
-            await asyncio.sleep(wait)
+        while (wait := self._resume_at - time.monotonic()) > 0 and not self._draining.is_set():
+            await self._pause(wait)
         if self._requests:
             await self._requests.acquire()
         if self._tokens:
@@ -170,8 +181,8 @@ class Endpoint:
             await self._tokens.acquire(min(likely, self._tokens.max_rate))
 
     async def _attempt(self, body: Mapping[str, Any]) -> Reply:
-        if self._draining:
-            raise _AttemptError("not sent, because the run stops", used=Spent())
+        if self._draining.is_set():
+            raise _AttemptError(_NOT_SENT, used=Spent())
         self._on_the_wire += 1
         try:
             async with asyncio.timeout(self._config.timeout):

@@ -20,6 +20,7 @@ _SPENT_WORDS = re.compile(
     r"requires more credits|credits? (?:are|is) (?:depleted|exhausted)",
     re.IGNORECASE,
 )
+_WRONG_KEY = re.compile(r"\b(?:incorrect|invalid) api key|api key not valid", re.IGNORECASE)
 _UNSUPPORTED = re.compile(
     r"unsupported|(?:not|n't) support|unrecognized|unknown|unexpected|not (?:permitted|allowed|available)|"
     r"extra_forbidden|additional propert",
@@ -114,7 +115,8 @@ def stops(
         return UserError(problem, place=place, remedy=f"{remedy} from the cache")
     if status in (400, 403, 422, 501) and (fields := _refused(fault, body)):
         return UserError(problem, place=place, remedy=_remedy(fields, config))
-    if status in (401, 403, 404) and "flagged_input" not in fault.codes:
+    refused = status in (401, 403, 404) and "flagged_input" not in fault.codes
+    if refused or (status == 400 and _WRONG_KEY.search(fault.message)):
         remedy = "check base_url, model, and the key that api_key_env or api_key_file names"
         return UserError(problem, place=place, remedy=remedy)
     return None
