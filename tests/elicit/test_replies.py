@@ -212,9 +212,10 @@ def test_a_limit_per_minute_is_no_exhausted_quota(server: Server) -> None:
         ({"error": "Unexpected endpoint or method"}, "an error: Unexpected endpoint or method", 2),
         ({"error": {"message": "broke off", "code": 502}, **chat({"content": ""})}, "502: broke off", 2),
         (chat({"content": "0."}, error={"message": "broke off", "code": 502}), "502: broke off", 2),
+        (chat({"content": "0.2"}, finish_reason="abort"), "broke off with finish_reason abort", 2),
         ({"detail": [{"loc": ["body", "messages", 0], "msg": "bad", "type": "x"}]}, "messages.0: bad", 2),
     ],
-    ids=["code", "text code", "vllm", "no code", "empty", "choice", "detail"],
+    ids=["code", "text code", "vllm", "no code", "empty", "choice", "abort", "detail"],
 )
 def test_an_error_with_status_200_shows_the_servers_words(
     server: Server, body: Any, says: str, requests: int
@@ -366,6 +367,58 @@ def test_reasoning_beside_the_text_is_evidence(field: str) -> None:
     reply = parse(json.dumps(chat({"content": "0.25", field: "It is 9."})))
     assert reply.evidence == {"reply": "0.25", "reasoning": "It is 9."}
     assert Reply.parse(reply.dump()) == reply
+
+
+SERVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "deepseek": (
+        chat(
+            {"content": "0.25", "reasoning_content": "hm"},
+            usage={"prompt_tokens": 9, "completion_tokens": 30},
+        ),
+        {"answer": "0.25", "reasoning": "hm", "completion_tokens": 30},
+    ),
+    "gemini without room": (
+        {"choices": [{"index": 0, "finish_reason": "length", "message": {"role": "assistant"}}]},
+        {"answer": "", "unanswered": True},
+    ),
+    "ollama": (
+        chat({"content": "0.25", "reasoning": "hm"}, finish_reason="stop")
+        | {"system_fingerprint": "fp_ollama"},
+        {"answer": "0.25", "reasoning": "hm"},
+    ),
+    "llama.cpp": (
+        chat({"content": "0.25"}) | {"timings": {"predicted_ms": 1.5}, "__verbose": {"stop": True}},
+        {"answer": "0.25"},
+    ),
+    "tgi": (chat({"content": "0.25"}, finish_reason="eos_token"), {"answer": "0.25", "truncated": False}),
+    "mistral": (
+        chat({"content": PARTS}, finish_reason="model_length"),
+        {"reasoning": "hm", "truncated": True},
+    ),
+    "xai": (
+        chat({"content": "0.25"}, usage={"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 50}),
+        {"completion_tokens": 41},
+    ),
+    "azure": (
+        chat({"content": None}, finish_reason="content_filter", content_filter_results={"hate": {}}),
+        {"text": None},
+    ),
+    "refusal": (chat({"content": None, "refusal": "I cannot"}), {"text": None}),
+    "refusal part": (chat({"content": [{"type": "refusal", "refusal": "I cannot"}]}), {"text": None}),
+    "anthropic": (chat({"content": [{"text": "0.25"}]}, finish_reason="max_tokens"), {"truncated": True}),
+}
+
+
+@pytest.mark.kills(
+    "ual/uncertainty/protocol.py",
+    "return self.finish_reason.lower() in _CUT_OFF",
+    'return self.finish_reason == "length"',
+)
+def test_replies_of_many_servers() -> None:
+    for name, (body, expected) in SERVERS.items():
+        reply = parse(json.dumps(body))
+        assert {key: getattr(reply, key) for key in expected} == expected, name
+        assert Reply.parse(reply.dump()) == reply
 
 
 def test_the_first_token_of_an_answer_follows_the_reasoning() -> None:

@@ -19,14 +19,7 @@ Task = Literal["generate", "score", "entail"]
 
 SHOWN = 2000  # characters of a model's text that a record keeps as evidence
 NO_ANSWER: Final = "no answer within the token limit"
-_CUT_OFF = {
-    "length",
-    "max_tokens",
-    "model_length",
-    "max_output_tokens",
-    "abort",
-    "insufficient_system_resource",
-}
+_CUT_OFF = {"length", "max_tokens", "model_length", "max_output_tokens"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
-from ual.uncertainty.backends.faults import ServerError, fault_in, quoted
+from ual.uncertainty.backends.faults import Fault, ServerError, fault_in, quoted
 from ual.uncertainty.protocol import Reply, Token
 
 _ROUNDING = 0.1  # nats above 0 that a log-probability may have by rounding in 16 bits
 _MOST = 2**40  # a larger number of tokens is an error of the server
+_BROKEN_OFF = ("abort", "error", "insufficient_system_resource")  # of vLLM, OpenRouter, DeepSeek
 _THINKING = ("thinking", "reasoning", "reasoning_text", "reasoning_content")
 
 
@@ -36,6 +37,8 @@ def parse(text: str) -> Reply:
         raise _unreadable("it has no choices", text)
     if fault := fault_in({"error": choice.get("error")}):
         raise ServerError(fault)
+    if (finish := choice.get("finish_reason")) in _BROKEN_OFF:
+        raise ServerError(Fault(f"the reply broke off with finish_reason {finish}"))
     message = choice.get("message")
     if message is None and choice.get("finish_reason"):
         message = {}

@@ -86,8 +86,9 @@ def fault_of(text: str) -> Fault:
 
 
 def quoted(text: str) -> str:
-    """Return the start of a server's text in one line."""
-    return " ".join(text.split())[:SHOWN]
+    """Return the start of a server's text in one line that every terminal can print."""
+    line = " ".join(text[: 10 * SHOWN].split())[:SHOWN]
+    return "".join(character if character.isprintable() else "\ufffd" for character in line)
 
 
 def transient(status: int | None) -> bool:
