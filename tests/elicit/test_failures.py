@@ -83,6 +83,7 @@ def test_a_replay_says_that_replies_are_absent(tmp_path: Path, server: Server) -
     invoke(config, "--limit", 2)
     said = invoke(config, "--replay", code=3)
     assert "no reply in the cache 2" in said
+    assert "run the same command again without --replay" in said
     assert len(server.asked) == 2
 
 
@@ -124,6 +125,7 @@ def test_the_example_of_the_help_works_with_a_reasoning_model(
     text = re.split(r"\[bold\].*?\[/bold\]\n", _ELICIT_EXAMPLE)[1].partition("\n\n")[0]
     example = yaml.safe_load(text.replace("\\[", "["))
     assert example["backend"]["model"] == "gpt-5-mini"
+    assert max(map(len, _ELICIT_EXAMPLE.replace("\\[", "[").splitlines())) < 79  # no line wraps
     example["backend"]["base_url"] = server.url("reasoner")
     example["data"] = str(write_rows(tmp_path / "rows.jsonl", rows(3)))
     example["output_dir"] = str(tmp_path / "run")

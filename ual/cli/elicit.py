@@ -22,12 +22,12 @@ _ELICIT_EXAMPLE = """\b
   data: rows.jsonl        # messages, prompt/completion or instruction/output
   backend:
     kind: endpoint                          # or local: a model loaded here
-    model: gpt-5-mini                       # reasons, so it needs four more keys
+    model: gpt-5-mini                       # reasons: needs four more keys
     api_key_env: OPENAI_API_KEY             # the variable's name, not the key
     max_tokens_field: max_completion_tokens
     omit: \\[temperature, logprobs, top_logprobs]
     reasoning_effort: low
-    reasoning_tokens: 4000                  # room for reasoning before each answer
+    reasoning_tokens: 4000                  # room before each answer
     prices: {prompt: 0.25, completion: 2.0} # per million tokens
   estimators: \\[judge, {name: self_consistency, samples: 5}]
   budget: {money: 20}

@@ -164,8 +164,9 @@ def check(summary: Mapping[str, Any], config: ElicitConfig) -> None:
             raise FailedRequestsError(
                 f"{failed:,} of {rows:,} values of `{label}` are missing because requests failed; max_failed "
                 f"allows {config.max_failed:.0%}. The commonest reason ({count:,} requests): {said}",
-                remedy="run the same command again: it sends only these requests. The files are written; the "
-                "missing values are null",
+                remedy="run the same command again"
+                f"{' without --replay' if because.get(NotRecordedError.reason) else ''}: it sends only these "
+                "requests. The files are written; the missing values are null",
             )
         if not found["values"] and config.max_failed < 1:
             reason, count = max(because.items(), key=lambda item: item[1])
