@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ual.pipelines.elicit import secret
 from ual.records import Message
 from ual.uncertainty import thinking
 from ual.uncertainty.backends import completion as reader
+from ual.uncertainty.backends.batching import BatchingBackend
 from ual.uncertainty.backends.completion import parse
 from ual.uncertainty.backends.endpoint import Endpoint
 from ual.uncertainty.budget import Budget, BudgetReachedError, Spent
@@ -153,6 +154,31 @@ def test_the_budget_reserves_room_for_reasoning(server: Server) -> None:
     reply, _ = ask(server, response(completion()), budget=budget, reasoning_tokens=100)
     assert reply.text == "0.25"
     assert server.asked[-1].body["max_tokens"] == 108
+
+
+@pytest.mark.kills(
+    "ual/uncertainty/backends/batching.py",
+    "max_tokens=request.max_tokens + self._reasoning)",
+    "draw=request.draw)",
+)
+def test_a_model_on_this_machine_has_room_for_reasoning_too() -> None:
+    asked: list[Request] = []
+
+    def answer(requests: Sequence[Request]) -> list[Reply | RequestError]:
+        asked.extend(requests)
+        return [Reply("0.25", prompt_tokens=9, completion_tokens=90) for _ in requests]
+
+    async def main() -> None:
+        backend = BatchingBackend({}, frozenset({"generate"}), answer, 4, budget, reasoning_tokens=100)
+        await backend(QUESTION)
+        await backend.close()
+
+    budget = Budget(BudgetConfig(tokens=QUESTION.size + 107))
+    with pytest.raises(BudgetReachedError):
+        asyncio.run(main())
+    budget = Budget()
+    asyncio.run(main())
+    assert [request.max_tokens for request in asked] == [108]
 
 
 OPENAI = {
