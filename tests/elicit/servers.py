@@ -207,11 +207,13 @@ async def half(asked: Asked, send: Send) -> None:
 
 
 async def stops(asked: Asked, send: Send) -> None:
-    """Refuses the key at the second request, while the first one takes a second."""
-    if asked.number == 2:
+    """Refuses the key of the first request, while the second one takes longer."""
+    if asked.number == 1:
+        await asyncio.sleep(0.5)
         await send(response({"error": {"message": "revoked"}}, "401 Unauthorized"))
-    await asyncio.sleep(1)
-    await send(response(completion()))
+    else:
+        await asyncio.sleep(1.5)
+        await send(response(completion()))
 
 
 BEHAVIORS: dict[str, Behavior] = {

@@ -154,7 +154,7 @@ def test_a_killed_run_repeats_no_answered_request(tmp_path: Path, server: Server
     assert server.asked == []
 
 
-@pytest.mark.kills("ual/pipelines/elicit.py", 'holding(folder, "an elicitation", say)', "ExitStack()")
+@pytest.mark.kills("ual/pipelines/elicit.py", 'holding(folder, "an elicitation", notice)', "ExitStack()")
 def test_two_processes_do_not_elicit_into_one_folder(tmp_path: Path, server: Server) -> None:
     """The second is refused and sends nothing; once the first is killed, its lock is taken over."""
     config = configure(tmp_path, server.url("hang"), rows(12), backend={"concurrency": 1, "timeout": 60})
