@@ -114,7 +114,12 @@ def finite(value: Any) -> Any:
 
 
 def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    r"""Yield (number, content) of the non-blank lines of a file, gzipped or not; numbers begin at 1.
+    """Yield (number, content) of the non-blank lines of a file; see `every_line`."""
+    return ((number, line) for number, line in every_line(path) if line.strip())
+
+
+def every_line(path: Path) -> Iterator[tuple[int, bytes]]:
+    r"""Yield (number, content) of the lines of a file, gzipped or not; numbers begin at 1.
 
     Only "\n" ends a line: `str.splitlines` would also split at U+2028 inside a JSON string.
 
@@ -123,9 +128,7 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """
     try:
         with cast(IO[bytes], gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
+            yield from enumerate(file, start=1)
     except (OSError, EOFError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"cannot read the file: {reason}", place=str(path)) from error

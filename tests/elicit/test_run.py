@@ -276,6 +276,39 @@ def test_mistakes_are_named_before_anything_is_sent(
     assert server.asked == []
 
 
+@pytest.mark.kills(
+    "ual/data/load.py", 'if columns.of_conversation - {"messages"}:', "if not columns.of_conversation:"
+)
+def test_tables_columns_and_wrong_samples_are_read_as_for_training(tmp_path: Path, server: Server) -> None:
+    """What is written can be trained without the columns' templates."""
+    config = configure(tmp_path, server.url("well"), [])
+    for name, content in (
+        ("a", "q,n,right,messages\nWhy?,1,true,x\n,2,0,x\n"),
+        ("b", "q,n,right\nHow?,3,0\n"),
+    ):
+        (tmp_path / f"{name}.csv").write_text(content)
+    columns = {"prompt": "q", "completion": "It is {{n}}.", "source": "{{__file__}}", "id": "{{n}}"}
+    raw = yaml.safe_load(config.read_text())
+    raw["data"] = {"path": [str(tmp_path / "*.csv")], "columns": columns, "invalid": "drop", "label": "right"}
+    config.write_text(yaml.safe_dump(raw))
+    assert "1 samples dropped: prompt: the prompt is empty (data.invalid: drop)" in invoke(config)
+    path = tmp_path / "run" / "rows.jsonl"
+    written = load(str(path))
+    said = [[message.content for message in sample.messages] for sample in written]
+    assert said == [["Why?", "It is 1."], ["How?", "It is 3."]]
+    assert [(s.id, s.source, s.uncertainty is None) for s in written] == [
+        ("1", "a", False),
+        ("3", "b", False),
+    ]
+    assert [row["correct"] for row in lines(tmp_path / "run" / "elicited.jsonl")] == [True, False]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["dropped"] == {
+        "prompt: the prompt is empty": 1
+    }
+    raw["data"] = [str(tmp_path / "run" / "rows.jsonl")]
+    config.write_text(yaml.safe_dump(raw))
+    assert "would be replaced" in invoke(config, code=2)
+
+
 def test_the_samples_of_a_run_are_not_replaced(tmp_path: Path, server: Server) -> None:
     config = configure(tmp_path, server.url("well"), rows(2))
     invoke(config)

@@ -235,7 +235,8 @@ class TestFiles:
                 "cannot read the file: Compressed file ended",
             ),
             ("a.parquet", b"not parquet", "", "cannot read the parquet file: "),
-            ("a.csv", b"prompt,completion", "", "cannot tell how to read a file named 'a.csv'"),
+            ("a.txt", b"prompt,completion", "", "cannot tell how to read a file named 'a.txt'"),
+            ("a.csv", b"prompt,completion", "", "no samples"),
         ],
     )
     def test_broken_files(self, tmp_path, name, content, place, problem):
@@ -305,8 +306,8 @@ class TestRows:
         assert error.place == f'{path}, line 2, field "{field}"'
         assert error.problem.startswith(problem)
         assert error.remedy == (
-            'correct or remove this sample; the file is read as "prompt_completion", '
-            "data.format chooses another"
+            'correct or remove this sample, or set data.invalid to "drop"; the file is read as '
+            '"prompt_completion", data.format chooses another'
         )
 
     @pytest.mark.parametrize(
@@ -328,9 +329,9 @@ class TestRows:
             ),
             ([{"content": "x"}], "messages[0].role", "is missing, got content"),
             (
-                [CHAT[0], {"from": "bing", "value": "x"}],
+                [CHAT[0], {"from": "robot", "value": "x"}],
                 "messages[1].from",
-                "expected 'system', 'user', 'assistant', 'tool', 'human' or 'gpt', got \"bing\"",
+                "expected 'system', 'user', 'assistant', 'tool', 'human' or 'gpt', got \"robot\"",
             ),
             (
                 [CHAT[0], {"role": "assistant", "content": None}],
@@ -391,8 +392,8 @@ class TestRows:
         error = refusal(path)
         assert str(error) == (
             f'{path}, line 2, field "prompt": is missing, got question, answer\n'
-            'correct or remove this sample; the file is read as "prompt_completion", '
-            "data.format chooses another"
+            'correct or remove this sample, or set data.invalid to "drop"; the file is read as '
+            '"prompt_completion", data.format chooses another'
         )
 
     def test_no_known_columns(self, tmp_path):
@@ -436,7 +437,7 @@ class TestRows:
         path.write_text("{\n{\n")
         error = refusal(str(path))
         assert error.problem.startswith("2 wrong samples:\n  line 1: invalid JSON")
-        assert error.remedy == "correct or remove these samples"
+        assert error.remedy == 'correct or remove these samples, or set data.invalid to "drop"'
 
     @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=4))
     def test_whatever_stands_in_a_field_is_taken_or_refused(self, tmp_path_factory, value):

@@ -81,7 +81,7 @@ def test_smoothing_by_rank_needs_the_first_pass(settings: configuration.RunConfi
             load(settings.data.train),
             [rows.Elicited(str(r["id"]), "column", r["uncertainty"]) for r in ROWS],
             settings,
-        )
+        ).samples
     }
     for epoch in (0, 1):
         found.dataset.set_epoch(epoch)

@@ -202,6 +202,9 @@ def _elicit(
         print_json(summary | {"samples": folder / "rows.jsonl", "report": page})
     else:
         out.print(tables.elicitation(summary))
+        for reason, count in summary["dropped"].items():
+            said = f"{count} samples dropped: {reason} (data.invalid: drop)"
+            out.print(said, highlight=False, markup=False)
         out.print(
             f"{summary['requests']['sent']} requests, cost {summary['cost']:.4f}\n"
             f"samples  {folder / 'rows.jsonl'}\nreport   {page}",

@@ -115,7 +115,8 @@ def plan(found: "Plan | Start") -> RenderableType:
     for s in look.shown:
         smoothing = "unknown yet" if s.smoothing is None else f"{s.smoothing:.3f}"
         batch.add_row(escape(s.sample.id), str(s.tokens), str(s.loss_tokens), smoothing, f"{s.weight:g}")
-    return Group(pairs, batch, "no weights were loaded, nothing was trained or written")
+    notes = [escape(f"warning: {note}") for note in look.notes]
+    return Group(pairs, batch, *notes, "no weights were loaded, nothing was trained or written")
 
 
 def _said(start: "Start") -> Text:

@@ -35,6 +35,7 @@ _EXAMPLE = """\b
   model: HuggingFaceTB/SmolLM2-135M-Instruct  # a folder, or a name on the hub
   data:
     train: rows.jsonl   # messages, prompt/completion or instruction/output
+    # columns: {prompt: question, completion: "{{endings[label]}}"}
     eval_fraction: 0.1
   uncertainty: white_box          # or column: samples have "uncertainty"
   smoothing: {min: 0.0, max: 0.2} # the most uncertain sample gets 0.2

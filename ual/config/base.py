@@ -34,7 +34,7 @@ C = TypeVar("C", bound=CommandConfig)
 
 def from_name(key: str) -> BeforeValidator:
     """Let `model: path` stand for `model: {path: path}`."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str | list) else value)
 
 
 def load_as(schema: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
@@ -120,7 +120,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         old = result.get(key)
         if key in _SHORT and (isinstance(old, dict) or isinstance(value, dict)):
-            old, value = ({_SHORT[key]: v} if isinstance(v, str) else v for v in (old, value))
+            old, value = ({_SHORT[key]: v} if isinstance(v, str | list) else v for v in (old, value))
         result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
 
@@ -132,7 +132,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     for name in sections:
         inner = raw.setdefault(name, {})
-        if isinstance(inner, str):  # the short form, model: path
+        if isinstance(inner, str | list):  # the short form, model: path
             inner = raw[name] = {_SHORT[name]: inner} if name in _SHORT else {}
         if inner is None:
             inner = raw[name] = {}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from ual.config.base import CommandConfig, Fraction, Section, from_name
-from ual.config.run import ModelConfig
+from ual.config.run import Files, ModelConfig, Reading
 
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -27,11 +27,10 @@ def _sendable(body: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
-class RowsConfig(Section):
-    """The source of the samples. JSONL is streamed; other formats are read into memory."""
+class RowsConfig(Reading):
+    """The source of the samples. A JSON array is read into memory; all else is streamed."""
 
-    path: str = Field(description="a JSONL, JSON or parquet file, or a data set on the hub")
-    format: Literal["auto", "messages", "prompt_completion", "alpaca"] = "auto"
+    path: Files = Field(description="as `data.train` of `ual train`")
     split: str = "train"
     label: str | None = Field(None, description="a column that says whether the response is right, if any")
 

@@ -24,15 +24,49 @@ class ModelConfig(Section):
     )
 
 
-class DataConfig(Section):
+CONVERSATION = (
+    "messages", "conversations", "prompt", "completion", "question", "answer",
+    "instruction", "input", "output", "history",
+)  # fmt: skip
+"""Columns of a sample that make its conversation."""
+COLUMNS = (*CONVERSATION, "id", "source", "uncertainty", "label_smoothing", "sample_weight", "tools")
+"""Columns of a sample that are read."""
+Files = str | Annotated[list[str], Field(min_length=1)]
+
+
+def named(files: Files) -> str:
+    """Return the names of files as an error names its place."""
+    return files if isinstance(files, str) else ", ".join(files)
+
+
+class Reading(Section):
+    """How files become samples."""
+
+    format: Literal["auto", "messages", "prompt_completion", "alpaca"] = "auto"
+    columns: dict[str, str | None] = Field(
+        {}, description="a sample's column -> a column of the file, or a template: {prompt: '{{context}}'}"
+    )
+    invalid: Literal["refuse", "drop"] = Field("refuse", description="what happens to wrong samples")
+
+    @field_validator("columns")
+    @classmethod
+    def _readable(cls, value: dict[str, str | None]) -> dict[str, str | None]:
+        for name in value:
+            if name not in COLUMNS:
+                raise ValueError(f"samples have no column {name!r}; {nearest(name, COLUMNS)}")
+        return value
+
+
+class DataConfig(Reading):
     """Which samples are read, and how they are tokenized."""
 
-    train: str = Field(description="JSONL, JSON or parquet file, or a data set on the hub")
-    eval: str | None = Field(None, description="held-out samples; or `eval_fraction`, a share of `train`")
+    train: Files = Field(
+        description="JSONL, JSON, CSV, TSV or parquet files, patterns such as data/*.jsonl, or hub data sets"
+    )
+    eval: Files | None = Field(None, description="held-out samples; or `eval_fraction`, a share of `train`")
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     train_split: str = "train"
     eval_split: str = "test"
-    format: Literal["auto", "messages", "prompt_completion", "alpaca"] = "auto"
     max_length: Annotated[int, Field(ge=2)] | None = Field(
         None, description="tokens; None: min(context, 2048)"
     )

@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ual.data.groups import Groups
-from ual.data.load import load, stream
+from ual.data.load import expand, load, stream
 from ual.data.pack import pack
 from ual.data.render import Renderer, TokenizedSample
 from ual.data.split import hold_out
@@ -24,6 +24,7 @@ __all__ = [
     "Renderer",
     "Stream",
     "TokenizedSample",
+    "expand",
     "hold_out",
     "load",
     "pack",

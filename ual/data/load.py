@@ -1,6 +1,7 @@
-"""Read samples from a file or a hub data set. Errors name the place and the field of wrong samples."""
+"""Read samples from files and hub data sets. Errors name the place and the field of wrong samples."""
 
 import difflib
+import glob
 import gzip
 import hashlib
 import itertools
@@ -10,16 +11,21 @@ import math
 import re
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ual.data import delimited
+from ual.data.columns import Columns
 from ual.data.schema import FieldError, SampleRecord, check, conversation, show
 from ual.errors import UserError
 from ual.files import lines
 from ual.records import Sample
 
 Format = Literal["auto", "messages", "prompt_completion", "alpaca"]
+Invalid = Literal["refuse", "drop"]
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +34,8 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "prompt_completion": (("prompt", "completion"), ("question", "answer")),
     "alpaca": (("instruction", "output"),),
 }
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_OPTIONAL = {"alpaca": {"input", "history"}}  # columns of a form that a sample may lack
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", *delimited.DELIMITERS)
 # no data set of the hub: asking the hub for a missing file takes half a minute without a network
 _FILE_NAME = re.compile(
     r"\.(jsonl?|ndjson|parquet|arrow|feather|csv|tsv|txt|xlsx?|ya?ml|sqlite|db|gz|bz2|xz|zst|zip|tar)$",
@@ -37,13 +44,22 @@ _FILE_NAME = re.compile(
 _SHOWN = 5
 
 
-def load(path_or_name: str, *, format: Format = "auto", split: str = "train") -> list[Sample]:
+def load(
+    path_or_name: str | Sequence[str],
+    *,
+    format: Format = "auto",
+    split: str = "train",
+    columns: Mapping[str, str | None] | None = None,
+    invalid: Invalid = "refuse",
+    dropped: Counter[str] | None = None,
+) -> list[Sample]:
     """Read and validate all samples.
 
     Args:
-        path_or_name: a ``.jsonl``, ``.json`` (one array) or ``.parquet`` file, the first two also with
-            ``.gz``. Otherwise a folder or a hub name that `datasets.load_dataset` accepts; ``name:config``
-            selects one of its configurations.
+        path_or_name: a ``.jsonl``, ``.json`` (one array), ``.csv``, ``.tsv`` or ``.parquet`` file, all but
+            the last also with ``.gz``. Otherwise a folder or a hub name that `datasets.load_dataset` accepts;
+            ``name:config`` selects one of its configurations. A pattern such as ``data/*.jsonl`` is all
+            files that match, in the order of their names. Several of these are read one after the other.
         format: how columns become a conversation. ``auto`` decides by the columns of the first sample and
             logs its choice; all samples must have these columns.
 
@@ -54,6 +70,9 @@ def load(path_or_name: str, *, format: Format = "auto", split: str = "train") ->
             ``alpaca``: `instruction`, `output`, and optionally `input`, which follows the instruction after
             an empty line, and `history`, a list of earlier ``[question, answer]`` pairs.
         split: of a folder or a hub data set; a file has only one.
+        columns: a sample's column -> a column of the file, or a template; see `ual.data.columns.Columns`.
+        invalid: "drop" skips wrong samples.
+        dropped: counts the samples that were skipped, by the reason.
 
     Returns:
         The samples in order. Optional columns are `id`, `source`, `uncertainty` (finite), `label_smoothing`
@@ -61,30 +80,62 @@ def load(path_or_name: str, *, format: Format = "auto", split: str = "train") ->
         means absent, and other columns are ignored. Messages may have `tool_calls`, `name`, `tool_call_id` or
         `reasoning_content`. The arguments of a call are an object, or its JSON. The id of a sample without
         `id` is a hash of its conversation; the second of two equal samples gets ``-2`` appended. Places count
-        the lines of JSONL from 1, and all else from 0.
+        the lines of JSONL, CSV and TSV from 1, and all else from 0.
 
     Raises:
         UserError: nothing can be read, or samples are wrong; the first five are listed with their place and
             field. A conversation has non-empty user and assistant turns, a user turn before its first
             assistant turn, and an assistant turn at its end.
     """
-    written = _written(path_or_name, split)
-    return [sample for _, sample in _read(path_or_name, written, format, {}, {})]
+    names = expand(path_or_name)
+    how = _How(names, format, split, columns or {}, _Faults(names, invalid, dropped), {}, {})
+    return [sample for _, sample in _read(how)]
 
 
 def stream(
-    path_or_name: str, *, format: Format = "auto", split: str = "train"
+    path_or_name: str | Sequence[str],
+    *,
+    format: Format = "auto",
+    split: str = "train",
+    columns: Mapping[str, str | None] | None = None,
+    invalid: Invalid = "refuse",
+    dropped: Counter[str] | None = None,
 ) -> Iterator[tuple[Mapping[str, Any], Sample]]:
     """Yield every sample as it is written and as it is validated, in order.
 
-    As `load`, in bounded memory: ``.jsonl`` is read line by line, parquet in batches, and hub data sets are
-    streamed. Known ids are on disk. A ``.json`` array is read at once.
+    As `load`, in bounded memory: ``.jsonl``, ``.csv`` and ``.tsv`` are read line by line, parquet in
+    batches, and hub data sets are streamed. Known ids are on disk. A ``.json`` array is read at once. A
+    sample as it is written has the columns that `columns` adds, and, if they are a conversation, its
+    `messages`.
 
     Raises:
         UserError: as `load`; at the first wrong sample.
     """
-    written = _written(path_or_name, split, streaming=True)
-    return _read(path_or_name, written, format, _OnDisk(), _OnDisk(), most_faults=1)
+    names = expand(path_or_name)
+    faults = _Faults(names, invalid, dropped, most=1)
+    how = _How(names, format, split, columns or {}, faults, _OnDisk(), _OnDisk(), streaming=True)
+    return _read(how)
+
+
+def expand(path_or_name: str | Sequence[str]) -> list[str]:
+    """Return the files, folders and hub names that are meant, without patterns.
+
+    Raises:
+        UserError: a pattern matches no file, or a file is named twice.
+    """
+    names: list[str] = []
+    for name in [path_or_name] if isinstance(path_or_name, str) else path_or_name:
+        path = Path(name).expanduser()
+        if path.exists() or not glob.has_magic(name):
+            names.append(name)
+            continue
+        found = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())  # noqa: PTH207
+        if not found:
+            raise UserError("no file matches this pattern", place=name, remedy=_suggest(path))
+        names += found
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError("the file is named twice", place=twice[0], remedy="name it once")
+    return names
 
 
 def _written(name: str, split: str, *, streaming: bool = False) -> Iterator[tuple[str, Any]]:
@@ -111,6 +162,8 @@ def _written(name: str, split: str, *, streaming: bool = False) -> Iterator[tupl
         return ((f"index {i}", item) for i, item in enumerate(_json_array(path)))
     if lower.endswith(".parquet"):
         return _parquet(path)
+    if lower.endswith(tuple(delimited.DELIMITERS)):
+        return delimited.read(path)
     raise UserError(
         f"cannot tell how to read a file named {path.name!r}",
         place=str(path),
@@ -217,57 +270,116 @@ class _OnDisk:
 _Strings = dict[str, Any] | _OnDisk
 
 
-def _read(
-    name: str,
-    written: Iterable[tuple[str, Any]],
-    format: Format,
-    places: _Strings,
-    copies: _Strings,
-    most_faults: float = math.inf,
-) -> Iterator[tuple[Mapping[str, Any], Sample]]:
+class _Faults:
+    """The wrong samples of one reading: an error at its end, or counts by reason if they are dropped."""
+
+    def __init__(
+        self, names: list[str], invalid: Invalid, dropped: Counter[str] | None, most: float = math.inf
+    ) -> None:
+        self._names, self._most, self.count, self.form = names, most, 0, ""
+        self.drops = invalid == "drop"
+        self._dropped = Counter[str]() if dropped is None else dropped
+        self._first: list[tuple[str, FieldError]] = []
+
+    def add(self, name: str, where: str, fault: FieldError) -> None:
+        """Count a wrong sample.
+
+        Raises:
+            UserError: there are as many as the reading allows.
+        """
+        self.count += 1
+        if len(self._first) < _SHOWN:
+            self._first.append((where if len(self._names) == 1 else f"{name}, {where}", fault))
+        if self.drops:
+            self._dropped[fault.reason] += 1
+        elif self.count == self._most:
+            raise self.report()
+
+    def check(self, good: int) -> None:
+        """Check, at the end, that there were good samples, and no wrong ones unless they are dropped."""
+        if self.count and not (self.drops and good):
+            raise self.report()
+        if not good:
+            raise UserError("no samples", place=", ".join(self._names))
+
+    def report(self) -> UserError:
+        shown = [
+            (f'{where}, field "{fault.field}"' if fault.field else where, fault.problem)
+            for where, fault in self._first
+        ]
+        remedy = "" if self.drops else ', or set data.invalid to "drop"'
+        if self.form:
+            remedy += f'; the file is read as "{self.form}", data.format chooses another'
+        at = f"{self._names[0]}, " if len(self._names) == 1 else ""
+        if self.count == 1:
+            [(place, problem)] = shown
+            return UserError(problem, place=f"{at}{place}", remedy=f"correct or remove this sample{remedy}")
+        first = f"; the first {_SHOWN}" if self.count > _SHOWN else ""
+        listed = "".join(f"\n  {place}: {problem}" for place, problem in shown)
+        problem = f"{self.count} wrong samples{first}:{listed}"
+        return UserError(
+            problem, place=", ".join(self._names), remedy=f"correct or remove these samples{remedy}"
+        )
+
+
+@dataclass(slots=True)
+class _How:
+    """The arguments of one reading, and what it knows so far: the places of ids, and copies of samples."""
+
+    names: list[str]
+    format: Format
+    split: str
+    columns: Mapping[str, str | None]
+    faults: _Faults
+    places: _Strings
+    copies: _Strings
+    streaming: bool = False
+    forms: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def _read(how: _How) -> Iterator[tuple[Mapping[str, Any], Sample]]:
     """Yield valid samples; after the last one, or after so many faults, raise an error with the faults."""
-    form, count = "", 0
-    columns: tuple[str, ...] = ()
-    faults: list[tuple[str, FieldError]] = []
-    for where, raw in written:
-        try:
-            row = _mapping(raw)
-            if not form:
-                form, columns = _detect(row, format, f"{name}, {where}")
-            sample = _sample(row, columns, copies, f"{name}, {where}")
-            if earlier := places.get(sample.id):
-                raise FieldError("id", f"{sample.id!r} is already the id of {earlier}")
-        except FieldError as fault:
-            faults.append((where, fault))
-            if len(faults) == most_faults:
-                break
-        else:
-            places[sample.id] = where
-            count += 1
-            yield row, sample
-    if faults:
-        raise _report(name, form, faults)
-    if not count:
-        raise UserError("no samples", place=name)
-    _log.info("%s: %d samples, read as %s by the columns %s", name, count, form, ", ".join(columns))
-
-
-def _report(name: str, form: str, faults: list[tuple[str, FieldError]]) -> UserError:
-    shown = [
-        (f'{where}, field "{fault.field}"' if fault.field else where, fault.problem)
-        for where, fault in faults[:_SHOWN]
-    ]
-    remedy = f'; the file is read as "{form}", data.format chooses another' if form else ""
-    if len(faults) == 1:
-        [(place, problem)] = shown
-        return UserError(problem, place=f"{name}, {place}", remedy=f"correct or remove this sample{remedy}")
-    first = f"; the first {_SHOWN}" if len(faults) > _SHOWN else ""
-    listed = "".join(f"\n  {place}: {problem}" for place, problem in shown)
-    problem = f"{len(faults)} wrong samples{first}:{listed}"
-    return UserError(problem, place=name, remedy=f"correct or remove these samples{remedy}")
+    count = 0
+    for name in how.names:
+        columns = Columns(how.columns, name)
+        before = count
+        undetected: UserError | None = None
+        for where, raw in _written(name, how.split, streaming=how.streaming):
+            try:
+                row = columns(_mapping(raw))
+                if name not in how.forms:
+                    try:
+                        how.faults.form, how.forms[name] = _detect(
+                            row, how.format, columns.of_conversation, f"{name}, {where}"
+                        )
+                    except UserError as error:
+                        undetected = undetected or error
+                        raise FieldError("", "no columns to make a conversation of") from error
+                sample = _sample(row, how.forms[name], how.copies, f"{name}, {where}")
+                if earlier := how.places.get(sample.id):
+                    said = f"{sample.id!r} is already the id of {earlier.removeprefix(f'{name}, ')}"
+                    raise FieldError("id", said, reason="it is the id of an earlier sample")
+            except FieldError as fault:
+                if undetected and not how.faults.drops:
+                    raise undetected from fault
+                how.faults.add(name, where, fault)
+            else:
+                how.places[sample.id] = sample.place
+                count += 1
+                if columns.of_conversation - {"messages"}:
+                    row["messages"] = [message.as_dict() for message in sample.messages]
+                yield row, sample
+        if undetected and name not in how.forms:
+            raise undetected
+        columns.check()
+        used = ", ".join(how.forms.get(name, ()))
+        _log.info("%s: %d samples, read as %s by the columns %s", name, count - before, how.faults.form, used)
+    how.faults.check(count)
 
 
 def _mapping(raw: Any) -> Mapping[str, Any]:
+    if isinstance(raw, FieldError):
+        raise raw
     if isinstance(raw, bytes):
         try:
             raw = json.loads(raw.decode("utf-8-sig"))
@@ -280,13 +392,17 @@ def _mapping(raw: Any) -> Mapping[str, Any]:
     return raw
 
 
-def _detect(row: Mapping[str, Any], format: Format, place: str) -> tuple[str, tuple[str, ...]]:
+def _detect(
+    row: Mapping[str, Any], format: Format, added: set[str], place: str
+) -> tuple[str, tuple[str, ...]]:
+    """Return the form of a sample and its columns, which include some that `data.columns` has `added`."""
     if format != "auto" and format not in _COLUMNS:
         raise UserError(f"unknown format {format!r}; valid: auto, {', '.join(_COLUMNS)}")
     forms = _COLUMNS if format == "auto" else {format: _COLUMNS[format]}
     for form, choices in forms.items():
         for columns in choices:
-            if all(row.get(column) is not None for column in columns):
+            meant = not added or added & {*columns, *_OPTIONAL.get(form, ())}
+            if meant and all(row.get(column) is not None for column in columns):
                 return form, columns
     wanted = "; ".join(
         f"{' or '.join(' + '.join(columns) for columns in choices)} ({form})"

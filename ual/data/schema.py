@@ -1,9 +1,10 @@
 """What a training sample, and a question with its answers, look like in a file."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -23,11 +24,17 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same
 
 
 class FieldError(Exception):
-    """The first fault of a record: a field, empty for the record itself, and what is wrong with it."""
+    """The first fault of a record: a field, empty for the record itself, and what is wrong with it.
 
-    def __init__(self, field: str, problem: str) -> None:
+    `reason` is the problem without the record's own values, so that equal faults can be counted.
+    """
+
+    def __init__(self, field: str, problem: str, reason: str = "") -> None:
         super().__init__(problem)
         self.field, self.problem = field, problem
+        reason = reason or re.split(r", got |: ", problem, maxsplit=1)[0]
+        field = re.sub(r"\[\d+\]", "[]", field)
+        self.reason = f"{field}: {reason}" if field else reason
 
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -102,19 +109,49 @@ def _number(interval: str = "", low: float = -_MAX, high: float = _MAX) -> Befor
     return BeforeValidator(number)
 
 
-_ROLES: dict[str, Role] = {role: role for role in get_args(Role)} | {"human": "user", "gpt": "assistant"}
-_RoleName = Literal["system", "user", "assistant", "tool", "human", "gpt"]
+_ROLES: dict[str, Role] = {role: role for role in get_args(Role)} | {
+    "developer": "system",
+    "human": "user",
+    **dict.fromkeys(("gpt", "model", "chatgpt", "bard", "bing", "ai", "bot", "function_call"), "assistant"),
+    **dict.fromkeys(("function", "observation", "function_response"), "tool"),
+}
 Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]  # half of a surrogate pair raises
 Identifier = Annotated[Text, BeforeValidator(_identifier)]
 Scalar = Annotated[Any, BeforeValidator(_scalar)]
 Objects = Annotated[list[dict[str, Any]], BeforeValidator(_objects)]
 
 
-class Turn(BaseModel):
-    """A message of a conversation, also under ShareGPT's names."""
+def _role(value: Any) -> Any:
+    role = value.strip().lower() if isinstance(value, str) else value
+    if not isinstance(role, str) or role not in _ROLES:
+        raise ValueError("expected 'system', 'user', 'assistant', 'tool', 'human' or 'gpt'")
+    return role
 
-    role: _RoleName = Field(validation_alias=AliasChoices("role", "from"))
-    content: Text | None = Field(None, validation_alias=AliasChoices("content", "value"))
+
+def _text_of(value: Any) -> Any:
+    """Join the parts of a content in OpenAI's form."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for i, part in enumerate(value):
+        part = {"text": part} if isinstance(part, str) else part
+        kind = part.get("type", "text") if isinstance(part, Mapping) else None
+        if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif isinstance(kind, str) and "text" not in kind:
+            raise ValueError(f"part {i} is of type {kind!r}: only text can be trained")
+        else:
+            raise ValueError(f'expected {{"type": "text", "text": ...}} as part {i}')
+    return "".join(texts)
+
+
+class Turn(BaseModel):
+    """A message of a conversation, also under ShareGPT's names; content may be a list of text parts."""
+
+    role: Annotated[str, BeforeValidator(_role)] = Field(validation_alias=AliasChoices("role", "from"))
+    content: Annotated[Text | None, BeforeValidator(_text_of)] = Field(
+        None, validation_alias=AliasChoices("content", "value")
+    )
     tool_calls: Objects = []
     name: Text | None = None
     tool_call_id: Text | None = None
@@ -196,8 +233,10 @@ def _message(value: Any, field: str, content: str = "") -> Message:
         raise FieldError(content or fault.field, fault.problem) from fault
     content = content or f"{field}.{'value' if 'from' in value and 'role' not in value else 'content'}"
     role = _ROLES[turn.role]
-    calls = tuple(_call(call, f"{field}.tool_calls[{i}]") for i, call in enumerate(turn.tool_calls))
-    text, reasoning = turn.content or "", turn.reasoning_content or ""
+    found, text, reasoning = turn.tool_calls, turn.content or "", turn.reasoning_content or ""
+    if turn.role == "function_call":
+        found, text = _calls(text, content), ""
+    calls = tuple(_call(call, f"{field}.tool_calls[{i}]") for i, call in enumerate(found))
     if calls and role != "assistant":
         raise FieldError(f"{field}.tool_calls", f"only the assistant calls tools, got the role {role!r}")
     thoughts = [key for key in _REASONING if value.get(key)]
@@ -247,6 +286,17 @@ def _decoded(arguments: Any, field: str) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         raise FieldError(field, f"expected an object, or its JSON, got {show(written)}")
     return dict(arguments)
+
+
+def _calls(text: str, field: str) -> Any:
+    """Return the tool calls of a turn of ShareGPT's role `function_call`."""
+    try:
+        found = _objects(json.loads(text) if text.lstrip().startswith("[") else [json.loads(text)])
+    except (ValueError, RecursionError) as error:
+        raise FieldError(field, f"expected the JSON of a function call, got {show(text)}") from error
+    if not found or any("name" not in call for call in found):
+        raise FieldError(field, f'expected {{"name": ..., "arguments": ...}}, got {show(text)}')
+    return found
 
 
 def conversation(written: Mapping[str, Any], columns: Sequence[str]) -> tuple[Message, ...]:

@@ -1,18 +1,20 @@
 """The samples of a run with their smoothing, weights and groups; in memory, packed, or streamed."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ual.config.run import RunConfig
+from ual.config.run import DataConfig, RunConfig, named
 from ual.data import Groups, Renderer, Stream, TokenizedSample, hold_out, load, pack, stream
 from ual.data.groups import assign
+from ual.data.overlap import Overlap
 from ual.data.streaming import survey
 from ual.data.turns import each_turn
 from ual.errors import UserError
@@ -22,6 +24,28 @@ from ual.records import Elicited, Sample, Scored
 log = logging.getLogger(__name__)
 
 _SHOWN = 10_000  # samples of a stream that are described one by one
+_MANY_MISSING = 0.1  # of the uncertainties; more are a warning
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """The samples that were read (no training samples of a stream), and sentences about what is unusual.
+
+    `dropped` counts wrong samples, of training and held out, by the reason.
+    """
+
+    train: list[Sample]
+    held_out: list[Sample]
+    notes: tuple[str, ...] = ()
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+class Scores(NamedTuple):
+    """The samples to train, the number of missing uncertainties, and sentences about what is unusual."""
+
+    samples: list[Scored]
+    missing: int
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +53,10 @@ class TrainingSet:
     """A data set for the trainer, and its description.
 
     `shown` has all samples, or the first of a stream, and `loss_tokens` their numbers of loss tokens by id.
-    `count`, `tokens` (loss tokens of an epoch) and `mean_smoothing` describe all samples. A stream, which is
-    tokenized during training, has no `tokens`.
+    `count`, `tokens` (loss tokens of an epoch), `smoothing`, `own_smoothing` (samples with a
+    `label_smoothing`) and `notes` (sentences about what is unusual) describe all samples. `dropped` counts
+    the wrong samples of a stream, by the reason. A stream, which is tokenized during training, has no
+    `tokens`.
     """
 
     dataset: list[dict[str, Any]] | Stream
@@ -39,30 +65,36 @@ class TrainingSet:
     loss_tokens: Mapping[str, int]
     count: int
     tokens: int | None
-    mean_smoothing: float
+    smoothing: NDArray[np.float64]  # [count]
+    own_smoothing: int
+    notes: tuple[str, ...]
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def mean_smoothing(self) -> float:
+        return float(self.smoothing.mean())
 
 
-def read(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
+def read(config: RunConfig) -> Read:
     """Load the training samples (none of a stream) and the held-out samples.
 
     Raises:
-        UserError: a sample is wrong, or the two sets share ids.
+        UserError: a sample is wrong, or a held-out conversation is also a training sample.
     """
     data = config.data
     apart = _each_turn if data.train_on == "each" else iter
-    train = [] if data.streaming else load(data.train, format=data.format, split=data.train_split)
+    dropped = Counter[str]()
+    train = [] if data.streaming else load(data.train, split=data.train_split, **_how(data, dropped))
     if data.eval is not None:
-        held_out = load(data.eval, format=data.format, split=data.eval_split)
+        of_held_out = Counter[str]()
+        held_out = load(data.eval, split=data.eval_split, **_how(data, of_held_out))
+        dropped.update({f"held out, {reason}": count for reason, count in of_held_out.items()})
     else:
         train, held_out = hold_out(train, data.eval_fraction) if data.eval_fraction else (train, [])
-    shared = {s.id for s in train} & {s.id for s in held_out}
-    if shared:
-        raise UserError(
-            f"{len(shared)} ids are in both the training and the held-out samples, such as {min(shared)!r}",
-            place=f"{data.train} and {data.eval}",
-            remedy="remove them from one of the files",
-        )
-    return list(apart(train)), list(apart(held_out))
+    overlap = Overlap(held_out if data.eval is not None else [])
+    for sample in train:
+        overlap.add(sample)
+    return Read(list(apart(train)), list(apart(held_out)), tuple(overlap.check(data)), _named(dropped))
 
 
 def _each_turn(samples: Sequence[Sample]) -> Iterator[Sample]:
@@ -79,36 +111,65 @@ def _each_turn(samples: Sequence[Sample]) -> Iterator[Sample]:
         yield sample
 
 
-def streamed_samples(config: RunConfig) -> Iterator[Sample]:
-    """Yield the training samples of a stream.
+def streamed_samples(config: RunConfig, dropped: Counter[str] | None = None) -> Iterator[Sample]:
+    """Yield the training samples of a stream; `dropped` counts wrong ones.
 
     Raises:
         UserError: a sample is wrong.
     """
-    data = config.data
-    found = (sample for _, sample in stream(data.train, format=data.format, split=data.train_split))
+    data, dropped = config.data, Counter() if dropped is None else dropped
+    found = (sample for _, sample in stream(data.train, split=data.train_split, **_how(data, dropped)))
     return each_turn(found) if data.train_on == "each" else found
 
 
-def check_weights(samples: Sequence[Sample], config: RunConfig) -> None:
-    """Refuse samples whose weights do not suit `loss.kind`. A stream is checked during training.
+def first(config: RunConfig, count: int) -> Read:
+    """Return the first samples of a stream, and the held-out samples.
 
     Raises:
-        UserError: the loss needs weights and there are none, or it computes its own and there are some.
+        UserError: as `read`.
     """
-    kind = config.loss.kind
-    weighted = next((s for s in samples if s.sample_weight != 1), None)
-    if config.loss.about.weights == "required" and weighted is None and samples:
+    known, dropped = read(config), Counter[str]()
+    train = list(islice(streamed_samples(config, dropped), count))
+    return replace(known, train=train, dropped={**known.dropped, **_named(dropped)})
+
+
+def _how(data: DataConfig, dropped: Counter[str]) -> dict[str, Any]:
+    return {"format": data.format, "columns": data.columns, "invalid": data.invalid, "dropped": dropped}
+
+
+def _named(dropped: Counter[str]) -> dict[str, int]:
+    return {f"{reason} (data.invalid: drop)": count for reason, count in dropped.most_common()}
+
+
+def weighed(samples: Iterable[Sample], config: RunConfig) -> Iterator[Sample]:
+    """Yield the samples, and refuse weights that do not suit `loss.kind`.
+
+    Raises:
+        UserError: every weight is 0, the loss needs weights that differ and they are equal, or it computes
+            weights and there are some.
+    """
+    lowest, highest, count = np.inf, 0.0, 0
+    for sample in samples:
+        weight = sample.sample_weight
+        if config.loss.about.makes_weights and weight != 1:
+            raise UserError(
+                f'loss {config.loss.kind} computes weights, but this sample has "sample_weight" {weight:g}',
+                place=sample.place,
+                remedy="remove the weights, or set loss: weighted",
+            )
+        lowest, highest, count = min(lowest, weight), max(highest, weight), count + 1
+        yield sample
+    if count and not highest:
         raise UserError(
-            f'loss {kind} needs weights, and no sample has a "sample_weight" other than 1',
-            place=config.data.train,
-            remedy="set loss: sft, or add weights (`ual reliability --method reweight` computes them)",
+            f'all {count} samples have "sample_weight" 0, so nothing would be trained',
+            place=named(config.data.train),
+            remedy='remove "sample_weight", or give the samples to train a weight above 0',
         )
-    if config.loss.about.makes_weights and weighted is not None:
+    if config.loss.about.weights == "required" and lowest == highest and (count > 1 or highest == 1):
         raise UserError(
-            f'loss {kind} computes weights, but this sample has "sample_weight" {weighted.sample_weight:g}',
-            place=weighted.place,
-            remedy="remove the weights, or set loss: weighted",
+            f'loss {config.loss.kind} needs weights that differ, and every "sample_weight" is {highest:g}',
+            place=named(config.data.train),
+            remedy="set loss: sft, or add weights (`ual reliability --method reweight` computes them)",
         )
 
 
@@ -138,9 +199,10 @@ def features(sample: TokenizedSample, **values: Any) -> dict[str, Any]:
 
 
 def in_memory(
-    config: RunConfig, scored: Sequence[Scored], tokens: Mapping[str, TokenizedSample], pack_length: int
+    config: RunConfig, scores: Scores, tokens: Mapping[str, TokenizedSample], pack_length: int
 ) -> TrainingSet:
     """Return the features of all samples, packed to at most `pack_length` tokens under `data.packing`."""
+    scored = scores.samples
     groups = assign(
         [s.sample.source for s in scored],
         [_or_nan(s.sample.uncertainty if s.uncertainty is None else s.uncertainty) for s in scored],
@@ -161,26 +223,34 @@ def in_memory(
     return TrainingSet(
         dataset=dataset,
         groups=groups,
-        shown=list(scored),
+        shown=scored,
         loss_tokens=loss_tokens,
         count=len(scored),
         tokens=sum(loss_tokens.values()),
-        mean_smoothing=float(np.mean([s.label_smoothing for s in scored])),
+        smoothing=np.array([s.label_smoothing for s in scored]),
+        own_smoothing=sum(s.sample.label_smoothing is not None for s in scored),
+        notes=scores.notes,
     )
 
 
 def streamed(
-    config: RunConfig, renderer: Renderer, advance: Callable[[int], None] = lambda _: None
+    config: RunConfig,
+    renderer: Renderer,
+    held_out: Sequence[Sample] = (),
+    advance: Callable[[int], None] = lambda _: None,
 ) -> TrainingSet:
     """Read all samples once, to check and score them; they are read again during training.
 
     Raises:
-        UserError: a sample is wrong, or all of the first ten thousand are dropped.
+        UserError: a sample is wrong, a held-out conversation is among the samples, or all of the first ten
+            thousand are dropped.
     """
     data = config.data
     samples = partial(streamed_samples, config)
-    found = survey(samples(), advance)
-    keep, scaled, smoothings = _smoothings(found.label_smoothing, found.uncertainty, config)
+    overlap, dropped = Overlap(held_out), Counter[str]()
+    found = survey(map(overlap.add, weighed(samples(dropped), config)), advance)
+    shared = overlap.check(data)
+    keep, scaled, smoothings, missing = _smoothings(found.label_smoothing, found.uncertainty, config)
     groups = assign(found.sources, found.uncertainty)
     shown, loss_tokens = [], {}
     for i, sample in enumerate(islice(samples(), _SHOWN)):
@@ -191,7 +261,7 @@ def streamed(
     if not shown:
         raise UserError(
             f"all of the first {min(_SHOWN, len(keep))} samples are dropped",
-            place=data.train,
+            place=named(data.train),
             remedy="`ual preview` prints the reasons",
         )
     return TrainingSet(
@@ -209,11 +279,16 @@ def streamed(
         loss_tokens=loss_tokens,
         count=int(keep.sum()),
         tokens=None,
-        mean_smoothing=float(smoothings[keep].mean()),
+        smoothing=smoothings[keep],
+        own_smoothing=int((~np.isnan(found.label_smoothing)).sum()),
+        notes=(*shared, *_notes(missing, len(keep), smoothings[keep], config)),
+        dropped=_named(dropped),
     )
 
 
-def score(samples: Sequence[Sample], elicited: Iterable[Elicited], config: RunConfig) -> list[Scored]:
+def score(
+    samples: Sequence[Sample], elicited: Iterable[Elicited], config: RunConfig, *, complete: bool = True
+) -> Scores:
     """Turn uncertainties into each sample's smoothing and weight.
 
     Args:
@@ -221,12 +296,16 @@ def score(samples: Sequence[Sample], elicited: Iterable[Elicited], config: RunCo
             takes precedence.
         elicited: the samples' uncertainties, in any order; other losses need none.
         config: `loss.kind`, `uncertainty.missing` and `smoothing` decide.
+        complete: False if there are more samples than these, so that equal uncertainties are no error.
+
+    Raises:
+        UserError: all uncertainties are equal, or one is missing and `uncertainty.missing` is "refuse".
     """
     own = np.array([_or_nan(s.label_smoothing) for s in samples])
     by_id = {e.sample_id: e.value for e in elicited}
     values = np.array([_or_nan(by_id.get(s.id)) for s in samples])
-    keep, scaled, derived = _smoothings(own, values, config)
-    return [
+    keep, scaled, derived, missing = _smoothings(own, values, config, complete=complete)
+    scored = [
         Scored(
             sample=sample,
             uncertainty=_or_none(values[i]),
@@ -237,25 +316,67 @@ def score(samples: Sequence[Sample], elicited: Iterable[Elicited], config: RunCo
         for i, sample in enumerate(samples)
         if keep[i]
     ]
+    return Scores(scored, missing, tuple(_notes(missing, len(samples), derived[keep], config)))
+
+
+class _Smoothings(NamedTuple):
+    """The mask of samples to train, scaled uncertainty and smoothing, each [n]; NaN if missing."""
+
+    keep: NDArray[np.bool_]
+    scaled: NDArray[np.float64]
+    derived: NDArray[np.float64]
+    missing: int = 0
 
 
 def _smoothings(
-    own: NDArray[np.float64], values: NDArray[np.float64], config: RunConfig
-) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
-    """Return the mask of samples to train, scaled uncertainty and smoothing, each [n]; NaN if missing."""
+    own: NDArray[np.float64], values: NDArray[np.float64], config: RunConfig, *, complete: bool = True
+) -> _Smoothings:
     n = len(own)
     keep, scaled, derived = np.ones(n, dtype=np.bool_), np.full(n, np.nan), np.zeros(n)
-    if config.loss.about.smoothing == "uniform":
-        derived[:] = _uniform(config)
-    elif config.loss.about.smoothing == "own" and np.isnan(own).any():
-        filled, keep, missing = smoothing.fill_missing(values, config.uncertainty.missing)
+    if config.loss.about.smoothing != "own":
+        derived[:] = _uniform(config) if config.loss.about.smoothing == "uniform" else 0.0
+        return _Smoothings(keep, scaled, derived)
+    asked = np.isnan(own)  # whose smoothing depends on the uncertainty
+    ranked = asked | ~np.isnan(values)
+    missing = 0
+    if asked.any():
+        filled = values.copy()
+        filled[ranked], keep[ranked], missing = smoothing.fill_missing(
+            values[ranked], config.uncertainty.missing
+        )
         if missing:
             log.warning("%d of %d samples have no uncertainty: %s", missing, n, config.uncertainty.missing)
-        scaled[keep], derived[keep] = smoothing.from_config(filled[keep], config.smoothing)
-    if config.loss.about.smoothing == "own":
-        keep = keep | ~np.isnan(own)
-        derived = np.where(np.isnan(own), derived, own)
-    return keep, scaled, derived
+        if complete:
+            _check_varied(filled[asked & keep], missing, config)
+        ranked &= keep
+        scaled[ranked], derived[ranked] = smoothing.from_config(filled[ranked], config.smoothing)
+    return _Smoothings(keep, scaled, np.where(asked, derived, own), missing)
+
+
+def _check_varied(values: NDArray[np.float64], missing: int, config: RunConfig) -> None:
+    chosen = config.smoothing
+    if chosen.map == "constant" or chosen.min == chosen.max or not smoothing.is_constant(values):
+        return
+    filled = f" ({missing} of them missing)" if missing and config.uncertainty.missing == "median" else ""
+    raise UserError(
+        f"all {len(values)} uncertainties{filled} are {values[0]:g}, so there is nothing to rank, and every "
+        "sample would have the same smoothing",
+        place=named(config.data.train),
+        remedy="set loss: uniform, which is one smoothing for all samples, or give the samples uncertainties "
+        "that differ",
+    )
+
+
+def _notes(missing: int, count: int, derived: NDArray[np.float64], config: RunConfig) -> Iterator[str]:
+    """Yield what a reader of the run should know of its uncertainties and smoothing."""
+    if missing > _MANY_MISSING * count:
+        policy = config.uncertainty.missing
+        done = "each has the median of the others" if policy == "median" else "they are not trained"
+        yield f"{missing} of {count} samples have no uncertainty: {done} (uncertainty.missing: {policy})."
+    if config.loss.about.smoothing == "own" and smoothing.is_constant(derived):
+        yield (
+            f"Every sample has the same label smoothing, {derived[0]:g}: it does not depend on uncertainty."
+        )
 
 
 def _uniform(config: RunConfig) -> float:

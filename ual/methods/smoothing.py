@@ -26,12 +26,15 @@ from ual.config.base import nearest
 from ual.config.run import SmoothingConfig
 from ual.errors import UserError
 
-__all__ = ["fill_missing", "from_config", "match_mean", "random", "scale", "shuffled", "smooth"]
+__all__ = [
+    "fill_missing", "from_config", "is_constant", "match_mean", "random", "scale", "shuffled", "smooth",
+]  # fmt: skip
 
 Array = NDArray[np.float64]
 Scale = Literal["rank", "min_max", "absolute"]
 Map = Literal["linear", "power", "step", "constant"]
 Missing = Literal["median", "drop", "refuse"]
+_NOISE = 1e-6  # of the largest value: a model that computes in float32 gives one text scores as far apart
 
 
 def scale(uncertainty: ArrayLike, kind: Scale = "rank") -> Array:
@@ -167,6 +170,20 @@ def match_mean(
     elif target > mean:
         values = maximum - (maximum - values) * ((maximum - target) / (maximum - mean))
     return np.clip(values, minimum, maximum)
+
+
+def is_constant(values: ArrayLike) -> bool:
+    """Return whether at least two values are known and all known ones are equal, up to the noise of float32.
+
+    Args:
+        values: [n], NaN if missing.
+
+    >>> is_constant([0.3, float("nan"), 0.1 + 0.2]), is_constant([0.3, 0.31]), is_constant([0.3])
+    (True, False, False)
+    """
+    known = _vector(values, "values")
+    known = known[~np.isnan(known)]
+    return known.size > 1 and bool(known.max() - known.min() <= _NOISE * np.abs(known).max())
 
 
 def shuffled(values: ArrayLike, seed: int) -> Array:

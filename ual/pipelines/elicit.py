@@ -10,6 +10,7 @@ The run folder holds
 """
 
 import asyncio
+import itertools
 import logging
 import re
 import time
@@ -25,7 +26,7 @@ from pydantic import SecretStr
 
 from ual.config.base import dump
 from ual.config.elicit import ElicitConfig, EndpointConfig
-from ual.data import stream
+from ual.data import expand, stream
 from ual.errors import FailedRequestsError, UserError
 from ual.files import aside, json_line, open_jsonl, write_json, write_text, writing
 from ual.records import Elicited, Sample
@@ -51,17 +52,23 @@ Progress = Callable[[int, int, Counts, Budget], None]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A configuration, its estimators, and the number of its samples."""
+    """A configuration, its estimators, and the number of its samples.
+
+    `dropped` counts the wrong samples of the last pass over the data, by the reason.
+    """
 
     config: ElicitConfig
     limit: int | None
     estimators: Sequence[Estimator]
     total: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
 
     def samples(self) -> Iterator[tuple[Mapping[str, Any], Sample]]:
         """Stream each sample as read, and the sample."""
         data = self.config.data
-        return islice(stream(data.path, format=data.format, split=data.split), self.limit)
+        self.dropped.clear()
+        how: dict[str, Any] = {"columns": data.columns, "invalid": data.invalid, "dropped": self.dropped}
+        return islice(stream(data.path, format=data.format, split=data.split, **how), self.limit)
 
     def elicit(self, ask: Ask) -> AsyncGenerator[tuple[Mapping[str, Any], Sample, list[Elicited]], None]:
         """Yield each sample as read, the sample, and one record per estimator."""
@@ -77,8 +84,9 @@ def prepare(config: ElicitConfig, limit: int | None = None) -> Job:
         UserError: an estimator, an option, a sample or a label is wrong.
     """
     job = Job(config, limit, build(config.estimators))
-    source, folder = Path(config.data.path).expanduser(), Path(config.output_dir)
-    for name in _OUTPUTS:
+    folder = Path(config.output_dir)
+    sources = [Path(name).expanduser() for name in expand(config.data.path)]
+    for source, name in itertools.product(sources, _OUTPUTS):
         if (folder / name).exists() and source.exists() and source.samefile(folder / name):
             raise UserError(
                 f"the samples are in the run's own {name}, which would be replaced",
@@ -313,6 +321,7 @@ async def _elicit(job: Job, session: Session, budget: Budget, progress: Progress
         ) from None
     return {
         "rows": done,
+        "dropped": dict(job.dropped.most_common()),
         "estimators": {label: tally.summary() for label, tally in tallies.items()},
         "requests": asdict(session.counts)
         | {"errors": dict(session.counts.errors), "sent": budget.spent.requests},
@@ -402,6 +411,8 @@ def _label(row: Mapping[str, Any], sample: Sample, column: str | None) -> bool |
     if column is None or row.get(column, "missing") is None:
         return None
     value = row.get(column)
+    if isinstance(value, str):  # of a CSV file
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
     if value not in (0, 1):  # False and True are 0 and 1
         raise UserError(
             f"expected true, false, 1, 0 or null, got {value!r}"[:200]

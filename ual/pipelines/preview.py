@@ -8,7 +8,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -121,50 +120,57 @@ def preview(
     checked(config)
     notes = []
     config = config.on(RunFolder(config.output_dir).date())
-    train, held_out = training_set.read(config)
     if config.data.train_on == "each":
         notes.append("every assistant turn is a sample of its own (data.train_on: each)")
     if config.data.streaming:
-        train = list(islice(training_set.streamed_samples(config), STREAMED))
-        notes.append(f"a stream: the first {len(train)} samples are shown, with their ranks among themselves")
+        read = training_set.first(config, STREAMED)
+        notes.append(
+            f"a stream: the first {len(read.train)} samples are shown, with their ranks among themselves"
+        )
+    else:
+        read = training_set.read(config)
     with Progress(console) as progress:
         rendered = samples.render(
             config,
-            train,
-            held_out,
+            read,
             trust_remote_code=trust_remote_code,
             cache=cache,
-            advance=progress.task("rendering", len(train) + len(held_out)),
+            advance=progress.task("rendering", len(read.train) + len(read.held_out)),
         )
     check(rendered)
     elicited = samples.own_uncertainties(config, rendered.train)
     if elicited is None:
         elicited = _recorded(config, rendered.train)
-    scored = None if elicited is None else training_set.score(rendered.train, elicited, config)
-    if scored is None:
+    scored: list[Scored] | None = None
+    if elicited is None:
         notes.append(
             "smoothing is set from the base model's uncertainty, which `ual train` asks for: between "
             f"{config.smoothing.min:g} and {config.smoothing.max:g}"
         )
+    else:
+        complete = not config.data.streaming
+        scored, _, unusual = training_set.score(rendered.train, elicited, config, complete=complete)
+        notes += unusual
     by_id = {s.sample.id: s for s in scored or ()}
     kept = [s for s in rendered.train if scored is None or s.id in by_id]
     trained = [s for s in kept if s.sample_weight > 0]
     lengths = [len(rendered.tokens[s.id].input_ids) for s in kept]
     made_by = rendered.renderer
+    dropped = samples.not_trained(rendered, {s.id for s in kept})
     return Preview(
         shown=tuple(_show(s, rendered, by_id.get(s.id)) for s in kept[:count]),
-        count=len(train),
+        count=len(trained) + sum(dropped.values()),
         trained=len(trained),
         tokens=sum(lengths),
         loss_tokens=sum(rendered.tokens[s.id].loss_tokens for s in trained),
         truncated=made_by.counts["truncated"],
-        dropped=_dropped(train, rendered, {s.id for s in kept}),
+        dropped=dropped,
         sources=dict(Counter(s.source for s in kept).most_common()),
         held_out=len(rendered.held_out),
         sequences=len(pack(lengths, made_by.max_length)) if config.data.packing else len(kept),
         packed=config.data.packing,
         max_length=made_by.max_length,
-        notes=tuple(notes),
+        notes=(*read.notes, *notes),
     )
 
 
@@ -202,7 +208,8 @@ def plan(
         cache=cache,
         check=lambda rendered: samples.check_rendered(rendered, arguments, model),
     )
-    samples.check_left(config, found.sequences)
+    if not found.trained:
+        samples.check_left(config, [])
     micro = arguments.per_device_train_batch_size * distributed.world_size()
     per_epoch = math.ceil(math.ceil(found.sequences / micro) / arguments.gradient_accumulation_steps)
     steps = arguments.max_steps
@@ -228,22 +235,6 @@ def _recorded(config: RunConfig, train: list[Sample]) -> list[Elicited] | None:
     """Return the uncertainties that the run folder holds for all of these samples, if it does."""
     written = [Elicited(**row) for row in RunFolder(config.output_dir).read_rows(File.UNCERTAINTY)]
     return written if {s.id for s in train} <= {e.sample_id for e in written} else None
-
-
-def _dropped(train: list[Sample], rendered: samples.Rendered, kept: set[str]) -> dict[str, int]:
-    config, limit = rendered.config, rendered.renderer.max_length
-    overlong = f"no loss token among the first {limit} (data.overlong: truncate)"
-    if config.data.overlong == "drop":
-        overlong = f"longer than {limit} tokens (data.overlong: drop)"
-    dropped: Counter[str] = Counter()
-    for sample in train:
-        if sample.id not in rendered.tokens:
-            dropped[overlong] += 1
-        elif sample.id not in kept:
-            dropped["no uncertainty (uncertainty.missing: drop)"] += 1
-        elif sample.sample_weight == 0:
-            dropped["sample_weight 0: read, never trained"] += 1
-    return dict(dropped)
 
 
 def _show(sample: Sample, rendered: samples.Rendered, scored: Scored | None) -> Shown:

@@ -1,13 +1,15 @@
 """What a run does before it needs weights: check the model, render samples, find known uncertainties."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ual.config.run import RunConfig
+from ual.config.run import RunConfig, named
 from ual.data import Renderer, TokenizedSample, tokenize, training_set
+from ual.data.training_set import Read
 from ual.errors import UserError
 from ual.models import check_head, fuse
 from ual.models.load import check_quantization, load_config, load_tokenizer, stop_ids
@@ -24,19 +26,31 @@ class Rendered:
     """Samples with their tokens, and the tokenizer and renderer of the run.
 
     `train` and `held_out` are the samples that have tokens; overlong ones were dropped. For a stream, `train`
-    is empty.
+    is empty. Equal ids among the two are different samples.
     """
 
     config: RunConfig
     tokenizer: Any
     renderer: Renderer
-    train: list[Sample]
-    held_out: list[Sample]
+    read: Read
     tokens: Mapping[str, TokenizedSample]
+    held_out_tokens: Mapping[str, TokenizedSample]
 
-    def features(self, samples: Iterable[Sample]) -> list[dict[str, Any]]:
-        """Return samples to measure: without smoothing, each of weight 1."""
-        return [training_set.features(self.tokens[sample.id]) for sample in samples]
+    @property
+    def train(self) -> list[Sample]:
+        return [s for s in self.read.train if s.id in self.tokens]
+
+    @property
+    def held_out(self) -> list[Sample]:
+        return [s for s in self.read.held_out if s.id in self.held_out_tokens]
+
+    def features(self) -> list[dict[str, Any]]:
+        """Return the training samples to measure: without smoothing, each of weight 1."""
+        return [training_set.features(tokens) for tokens in self.tokens.values()]
+
+    def held_out_features(self) -> list[dict[str, Any]]:
+        """Return the held-out samples to measure, in the order of `held_out`."""
+        return [training_set.features(tokens) for tokens in self.held_out_tokens.values()]
 
 
 def renderer(config: RunConfig, *, trust_remote_code: bool = False) -> tuple[Any, Renderer]:
@@ -50,8 +64,7 @@ def renderer(config: RunConfig, *, trust_remote_code: bool = False) -> tuple[Any
 
 def render(
     config: RunConfig,
-    train: Sequence[Sample],
-    held_out: Sequence[Sample],
+    read: Read,
     *,
     trust_remote_code: bool = False,
     cache: Path | None = None,
@@ -63,29 +76,51 @@ def render(
         UserError: a sample cannot be rendered, or the samples' weights do not suit the loss.
     """
     if not config.data.streaming:  # of a stream, only the first samples may be known
-        training_set.check_weights(train, config)
+        deque(training_set.weighed(read.train, config), maxlen=0)
     tokenizer, made_by = renderer(config, trust_remote_code=trust_remote_code)
     folder = None if cache is None else cache / "tokenized"
-    tokens = tokenize([*train, *held_out], made_by, folder, advance)
-    log.info("samples: %s", dict(made_by.counts))
-    return Rendered(
-        config=config,
-        tokenizer=tokenizer,
-        renderer=made_by,
-        train=[s for s in train if s.id in tokens],
-        held_out=[s for s in held_out if s.id in tokens],
-        tokens=tokens,
+    tokens, held_out_tokens = (
+        tokenize(samples, made_by, folder, advance) if samples else {}
+        for samples in (read.train, read.held_out)
     )
+    log.info("samples: %s", dict(made_by.counts))
+    return Rendered(config, tokenizer, made_by, read, tokens, held_out_tokens)
 
 
-def check_left(config: RunConfig, left: int) -> None:
+def not_trained(rendered: Rendered, kept: set[str]) -> dict[str, int]:
+    """Count the training samples that are not trained, by the reason.
+
+    Args:
+        rendered: all samples of the run.
+        kept: ids of the samples that have a smoothing.
+    """
+    config, limit = rendered.config, rendered.renderer.max_length
+    overlong = f"no loss token among the first {limit} (data.overlong: truncate)"
+    if config.data.overlong == "drop":
+        overlong = f"longer than {limit} tokens (data.overlong: drop)"
+    dropped = Counter(rendered.read.dropped)
+    for sample in rendered.read.train:
+        if sample.id not in rendered.tokens:
+            dropped[overlong] += 1
+        elif sample.id not in kept:
+            dropped["no uncertainty (uncertainty.missing: drop)"] += 1
+        elif sample.sample_weight == 0:
+            dropped["sample_weight 0: read, never trained"] += 1
+    return dict(dropped)
+
+
+def check_left(config: RunConfig, left: Sequence[Sample]) -> None:
     """Refuse to train if every sample was dropped; the samples of a stream are not known yet.
 
     Raises:
-        UserError: no sample is left.
+        UserError: no sample with a weight above 0 is left.
     """
-    if not left and not config.data.streaming:
-        raise UserError("no training sample is left", place=config.data.train, remedy="raise data.max_length")
+    if not config.data.streaming and not any(sample.sample_weight for sample in left):
+        raise UserError(
+            "no training sample is left",
+            place=named(config.data.train),
+            remedy="`ual preview` counts the reasons; data.max_length and uncertainty.missing decide",
+        )
 
 
 def check_model(config: RunConfig, *, trust_remote_code: bool = False) -> Any:
@@ -128,10 +163,10 @@ def check_rendered(rendered: Rendered, arguments: Any, model: Any) -> None:
     used = {"the padding token": tokenizer.pad_token_id}
     if rendered.config.data.streaming:  # its samples are not known yet
         used["the tokenizer"] = max(tokenizer.get_vocab().values())
-    for sample in (*rendered.train, *rendered.held_out):
-        largest = int(rendered.tokens[sample.id].input_ids.max())
+    for tokens in (*rendered.tokens.values(), *rendered.held_out_tokens.values()):
+        largest = int(tokens.input_ids.max())
         if largest >= size:
-            used[f"sample {sample.id!r}"] = largest
+            used[f"sample {tokens.id!r}"] = largest
             break
     for what, token in used.items():
         if token >= size:

@@ -4,7 +4,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ual.config.run import RunConfig
 from ual.data import Collator, PackedCollator, training_set
-from ual.data.training_set import TrainingSet
+from ual.data.training_set import Scores, TrainingSet
 from ual.errors import UserError
 from ual.evaluate import Evaluation, SampleEvaluation, evaluate
 from ual.models import check_logits, fuse
@@ -25,7 +25,7 @@ from ual.models.score import TokenScores, score
 from ual.pipelines import samples
 from ual.pipelines.publish import publish
 from ual.pipelines.samples import Rendered
-from ual.records import Elicited, Scored
+from ual.records import Elicited
 from ual.report import card
 from ual.report import write as write_report
 from ual.runs.environment import environment
@@ -110,7 +110,7 @@ def run(
             samples.check_rendered(rendered, arguments, empty)
             known = _known(rendered, folder, start)
             if known is not None:  # what is wrong with them is found before weights are loaded
-                training_set.score(rendered.train, known, config)
+                _scores(rendered, known)
             folder.create(config)
             distributed.wait()
             begin_log()
@@ -144,13 +144,13 @@ def _trained(
     rendered = loaded.rendered
     config = rendered.config
     with _computing(loaded):
-        scored = _score(rendered, _ask(loaded) if known is None else known, folder)
-        training = _pack(rendered, scored, loaded.progress)
+        scores = _score(loaded, _ask(loaded) if known is None else known, folder)
+        training = _pack(rendered, scores, loaded.progress)
         folder.write_rows(File.SAMPLES, _described(rendered, training))
         before = _evaluate_before(loaded, folder, reuse=start.reuse)
     model = attach_lora(loaded.model, config.lora) if config.lora else loaded.model
     folder.write_json(File.ENVIRONMENT, _environment(config, command, model, folder, start))
-    metrics, stopped_by = _summary(config, training, before), None
+    metrics, stopped_by = _summary(rendered, training, before), None
     if start.action == "finish":
         metrics = _restore(model, folder, folder.path / _weights(config), start, metrics)
     else:
@@ -165,23 +165,30 @@ def _trained(
 
 
 def _render(config: RunConfig, trust_remote_code: bool, progress: Progress, cache: Path | None) -> Rendered:
-    train, held_out = training_set.read(config)
+    read = training_set.read(config)
     rendered = samples.render(
         config,
-        train,
-        held_out,
+        read,
         trust_remote_code=trust_remote_code,
         cache=cache,
-        advance=progress.task("rendering", len(train) + len(held_out)),
+        advance=progress.task("rendering", len(read.train) + len(read.held_out)),
     )
+    for note in read.notes:
+        progress.say(f"warning: {note}")
+    _say_dropped(read.dropped, progress)
     counts = rendered.renderer.counts
     if counts["dropped"] or counts["truncated"]:
         progress.say(
             f"{counts['dropped']} samples dropped and {counts['truncated']} truncated at "
             f"{rendered.renderer.max_length} tokens (data.overlong: {config.data.overlong})"
         )
-    samples.check_left(config, len(rendered.train))
+    samples.check_left(config, rendered.train)
     return rendered
+
+
+def _say_dropped(dropped: Mapping[str, int], progress: Progress) -> None:
+    for reason, count in dropped.items():
+        progress.say(f"{count} samples dropped: {reason}")
 
 
 def _known(rendered: Rendered, folder: RunFolder, start: Start) -> list[Elicited] | None:
@@ -197,7 +204,7 @@ def _ask(loaded: "_Loaded") -> list[Elicited]:
     rendered = loaded.rendered
     scores = _shared(score)(
         loaded.model,
-        rendered.features(rendered.train),
+        rendered.features(),
         loaded.collate,
         batch_size=rendered.config.uncertainty.batch_size,
         advance=loaded.progress.task("asking the base model for uncertainty", len(rendered.train)),
@@ -205,19 +212,33 @@ def _ask(loaded: "_Loaded") -> list[Elicited]:
     return list(white_box.estimate(rendered.train, scores))
 
 
-def _score(rendered: Rendered, elicited: Sequence[Elicited], folder: RunFolder) -> list[Scored]:
+def _scores(rendered: Rendered, elicited: Sequence[Elicited]) -> Scores:
+    scores = training_set.score(rendered.train, elicited, rendered.config)
+    samples.check_left(rendered.config, [scored.sample for scored in scores.samples])
+    return scores
+
+
+def _score(loaded: "_Loaded", elicited: Sequence[Elicited], folder: RunFolder) -> Scores:
     """Record the uncertainties, and derive each sample's smoothing and weight."""
     if elicited:
         folder.write_rows(File.UNCERTAINTY, map(asdict, elicited))
-    return training_set.score(rendered.train, elicited, rendered.config)
+    scores = _scores(loaded.rendered, elicited)
+    for note in scores.notes:
+        loaded.progress.say(f"warning: {note}")
+    return scores
 
 
-def _pack(rendered: Rendered, scored: Sequence[Scored], progress: Progress) -> TrainingSet:
+def _pack(rendered: Rendered, scores: Scores, progress: Progress) -> TrainingSet:
     config = rendered.config
     if config.data.streaming:
         advance = progress.task("reading all samples once", None)
-        return training_set.streamed(config, rendered.renderer, advance)
-    training = training_set.in_memory(config, scored, rendered.tokens, rendered.renderer.max_length)
+        held_out = rendered.read.held_out
+        training = training_set.streamed(config, rendered.renderer, held_out, advance)
+        for note in training.notes:
+            progress.say(f"warning: {note}")
+        _say_dropped(training.dropped, progress)
+        return training
+    training = training_set.in_memory(config, scores, rendered.tokens, rendered.renderer.max_length)
     if config.data.packing:
         progress.say(f"{training.count} samples packed into {len(training.dataset)} sequences")  # type: ignore[arg-type]
     return training
@@ -317,7 +338,7 @@ def _evaluate(loaded: _Loaded, model: Any, what: str) -> tuple[Evaluation | None
         return None, []
     return evaluate(
         model,
-        rendered.features(rendered.held_out),
+        rendered.held_out_features(),
         {s.id: s.source or "all" for s in rendered.held_out},
         loaded.collate,
         bins=rendered.config.evaluation.bins,
@@ -393,7 +414,7 @@ def _trainer(
         groups=training.groups.names,
         statistics=rendered.config.statistics,
         train_dataset=training.dataset,
-        eval_dataset=rendered.features(rendered.held_out) or None,
+        eval_dataset=rendered.held_out_features() or None,
         data_collator=loaded.collate,
         processing_class=rendered.tokenizer,
         objective=objective(rendered.config.loss),
@@ -494,13 +515,22 @@ def _environment(
     )
 
 
-def _summary(config: RunConfig, training: TrainingSet, before: Evaluation | None) -> dict[str, Any]:
+def _summary(rendered: Rendered, training: TrainingSet, before: Evaluation | None) -> dict[str, Any]:
+    config, smoothing = rendered.config, training.smoothing
+    streamed = config.data.streaming
     return {
         "name": config.label,
         "loss_kind": config.loss.kind,
         "trained_rows": training.count,
+        "not_trained": {
+            **(training.dropped if streamed else samples.not_trained(rendered, set(training.loss_tokens)))
+        },
+        "truncated": None if streamed else sum(t.truncated for t in rendered.tokens.values()),
         "tokens_per_epoch": training.tokens,
         "mean_smoothing": training.mean_smoothing,
+        "smoothing_range": [float(smoothing.min()), float(smoothing.max())],
+        "own_smoothing": training.own_smoothing,
+        "notes": [*rendered.read.notes, *training.notes],
         "eval_before": _headline(before),
         "eval": None,
     }

@@ -23,7 +23,8 @@ def card(config: RunConfig, metrics: Mapping[str, Any], environment: Mapping[str
     head: dict[str, Any] = {"library_name": "peft" if config.lora else "transformers"}
     if _is_hub_name(config.model.path):
         head["base_model"] = config.model.path
-    head["tags"] = ["ual", "label-smoothing", f"loss:{config.loss.kind}", *(["lora"] if config.lora else [])]
+    smoothed = ["label-smoothing"] if metrics["mean_smoothing"] else []
+    head["tags"] = ["ual", *smoothed, f"loss:{config.loss.kind}", *(["lora"] if config.lora else [])]
     head["pipeline_tag"] = "text-generation"
     lines = [
         f"# {config.label}",
@@ -39,10 +40,17 @@ def card(config: RunConfig, metrics: Mapping[str, Any], environment: Mapping[str
 
 def _training(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[str]:
     what = "A LoRA adapter for" if config.lora else "All weights of"
-    yield f"{what} `{_name(config.model.path)}`, fine-tuned on `{_name(config.data.train)}`:"
+    files = [config.data.train] if isinstance(config.data.train, str) else config.data.train
+    data = ", ".join(f"`{_name(file)}`" for file in files)
+    yield f"{what} `{_name(config.model.path)}`, fine-tuned on {data}:"
     yield ""
-    yield f"- loss `{config.loss.kind}`, label smoothing {metrics['mean_smoothing']:.3f} on average"
-    if config.loss.about.needs_uncertainty:
+    mean, own = metrics["mean_smoothing"], metrics.get("own_smoothing") or 0
+    smoothing = f"label smoothing {mean:.3f} on average" if mean else "without label smoothing"
+    yield f"- loss `{config.loss.kind}`, {smoothing}"
+    if own:
+        yield f"- {own:,} samples with a label smoothing of their own"
+    ranked = config.loss.about.needs_uncertainty and config.smoothing.map != "constant"
+    if ranked and own < metrics["trained_rows"]:
         s = config.smoothing
         yield (
             f"- each sample's smoothing from its uncertainty ({config.uncertainty.estimator}), {s.scale} "

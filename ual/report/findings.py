@@ -155,6 +155,29 @@ def by_source(runs: Sequence[Run]) -> Table | None:
     )
 
 
+def not_trained(runs: Sequence[Run]) -> Table | None:
+    """Return why samples were not trained, or were cut, or None where all were trained completely."""
+    rows = []
+    for run in runs:
+        counts = dict(section(run.metrics, "not_trained"))
+        counts["truncated (data.overlong: truncate)"] = run.metrics.get("truncated")
+        for reason in counts:
+            if count := number(counts, reason):
+                arm = [Cell(run.name)] if len(runs) > 1 else []
+                rows.append((*arm, Cell(reason), Cell(f"{count:,.0f}")))
+    if not rows:
+        return None
+    return Table(
+        caption="Training samples that were not trained, or were cut",
+        columns=(
+            *([Column("Arm", numeric=False)] if len(runs) > 1 else []),
+            Column("Reason", numeric=False),
+            Column("Samples"),
+        ),
+        rows=tuple(rows),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """An arm against the baseline arm: names of their runs, by seed, and the difference of each metric."""
@@ -247,7 +270,7 @@ def differing_settings(runs: Sequence[Run]) -> Table | None:
 
 def cautions(runs: Sequence[Run]) -> list[str]:
     """Return what limits conclusions from these runs, the weightiest first."""
-    return [*_too_small(runs), *_unmatched(runs), *_uncontrolled(runs)]
+    return [*_notes(runs), *_too_small(runs), *_unmatched(runs), *_uncontrolled(runs)]
 
 
 def duration(seconds: float | None) -> str:
@@ -266,6 +289,14 @@ def duration(seconds: float | None) -> str:
         if minutes >= 60
         else f"{minutes} min {seconds % 60:02.0f} s"
     )
+
+
+def _notes(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield what the runs themselves recorded as unusual."""
+    for run in runs:
+        notes = run.metrics.get("notes")
+        for note in notes if isinstance(notes, list) else []:
+            yield str(note) if len(runs) == 1 else f"{run.name}: {note}"
 
 
 def _too_small(runs: Sequence[Run]) -> Iterator[str]:

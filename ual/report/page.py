@@ -69,6 +69,7 @@ def _page(runs: Sequence[Run], compared: Sequence[findings.Comparison], page: Pa
             findings.training(runs),
             findings.differing_settings(runs),
         ]
+    tables.append(findings.not_trained(runs))
     return render(
         "run.html.j2",
         kind="Training run" if single else "Comparison",
@@ -82,6 +83,7 @@ def _page(runs: Sequence[Run], compared: Sequence[findings.Comparison], page: Pa
         pictures=list(pictures(runs, plot_folder)),
         sources=findings.by_source(runs),
         tails=_tails(runs),
+        no_tails=_no_tails(runs),
         origins=[_origin(run, page, linked=single is None) for run in runs],
     )
 
@@ -110,13 +112,22 @@ def _subtitle(runs: Sequence[Run]) -> str:
         return f"{kind.sentence}, {smoothing:g}"
     if kind.smoothing != "own" or run.config is None:
         return kind.sentence
+    own = int(number(run.metrics, "own_smoothing") or 0)
+    column = "the samples' own label_smoothing"
+    all_own = own > 0 and own == number(run.metrics, "trained_rows")
     chosen = run.config.smoothing
+    if run.is_constant:
+        source = column if all_own else f"smoothing.map: {chosen.map}"
+        return f"{LOSS_KINDS['uniform'].sentence}, {smoothing or 0:g} ({source})"
+    if all_own:
+        return f"Fine-tuning with {column}"
+    some_own = f"; {own:,} samples have a label_smoothing of their own" if own else ""
     matched = "" if chosen.match_mean is None else f", scaled to a mean of {chosen.match_mean:g}"
     estimator = {"white_box": "the base model's own NLL", "column": "a column of the data"}
     return (
         f"{kind.sentence}. Uncertainty from {estimator[run.config.uncertainty.estimator]}, "
         f"{chosen.scale.replace('_', '-')} scale, {chosen.map} map to "
-        f"[{chosen.min:g}, {chosen.max:g}]{matched}"
+        f"[{chosen.min:g}, {chosen.max:g}]{matched}{some_own}"
     )
 
 
@@ -135,7 +146,10 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "Time", duration(number(run.metrics, "seconds"))
     yield "Tokens/s", _whole(run.metrics, "tokens_per_second")
     smoothing = number(run.metrics, "mean_smoothing")
-    yield "Mean smoothing", ABSENT if smoothing is None else f"{smoothing:.3f}"
+    if run.smoothing == "none":
+        yield "Label smoothing", "none"
+    else:
+        yield "Mean smoothing", ABSENT if smoothing is None else f"{smoothing:.3f}"
 
 
 def _tails(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -151,6 +165,12 @@ def _tails(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
                 ("Most uncertain", [_example(run, row) for row in uncertain]),
             ]
     return []
+
+
+def _no_tails(runs: Sequence[Run]) -> str:
+    if all(run.smoothing and run.smoothing != "own" for run in runs):
+        return "No run here sets smoothing by uncertainty, so none is recorded."
+    return "Fewer than two training samples have an uncertainty."
 
 
 def _example(run: Run, row: Row) -> dict[str, Any]:

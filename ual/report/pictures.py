@@ -149,6 +149,8 @@ def _reliability(runs: Sequence[Run]) -> _Drawn | str:
 def _uncertainty(runs: Sequence[Run]) -> _Drawn | str:
     owner = next((run for run in runs if any(row.uncertainty is not None for row in run.rows)), None)
     if owner is None:
+        if all(run.smoothing and run.smoothing != "own" for run in runs):
+            return "No run here sets smoothing by uncertainty, so none is recorded."
         return "No sample has an uncertainty; only uncertainty-aware fine-tuning needs one."
     known = [(row.source, row.uncertainty) for row in owner.rows if row.uncertainty is not None]
     groups = _by_source(known)
@@ -177,6 +179,8 @@ def _smoothing(runs: Sequence[Run]) -> _Drawn | str:
         run.name: [(row.source, row.label_smoothing) for row in run.rows if row.label_smoothing is not None]
         for run in runs
     }
+    if all(run.smoothing == "none" for run in runs):
+        return "No label smoothing is used."
     if not any(known.values()):
         return "No label smoothing is recorded for any sample."
     caption = "Vertical line: median."

@@ -13,6 +13,8 @@ import psutil
 import torch
 
 from ual.config.run import RunConfig
+from ual.data import expand
+from ual.errors import UserError
 from ual.files import sha256
 from ual.runs.folder import now
 
@@ -76,10 +78,24 @@ def environment(
 
 
 def files(config: RunConfig) -> dict[str, str]:
-    """Return the paths that decide which samples and tokens a run trains on, by their keys."""
+    """Return the paths that decide which samples and tokens a run trains on, by their keys.
+
+    The files of a list or a pattern have the keys ``data.train[0]``, ``data.train[1]`` and so on.
+    """
     data = config.data
-    named = {"data.train": data.train, "data.eval": data.eval, "data.chat_template": data.chat_template}
-    return {key: path for key, path in named.items() if path is not None}
+    found: dict[str, str] = {}
+    for key, named in {"data.train": data.train, "data.eval": data.eval}.items():
+        try:
+            paths = [] if named is None else expand(named)
+        except UserError:  # a pattern of a run whose files have moved
+            paths = [named] if isinstance(named, str) else list(named or ())
+        if isinstance(named, str) and paths == [named]:
+            found[key] = named
+        else:
+            found |= {f"{key}[{i}]": path for i, path in enumerate(paths)}
+    if data.chat_template is not None:
+        found["data.chat_template"] = data.chat_template
+    return found
 
 
 def digest(path: str | Path) -> str | None:

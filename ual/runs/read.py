@@ -11,6 +11,7 @@ from ual.config import run as configuration
 from ual.config.objectives import LOSS_KINDS
 from ual.config.run import RunConfig
 from ual.errors import UserError
+from ual.methods import smoothing
 from ual.runs.folder import File
 
 _EVALUATION = ("rows", "tokens", "nll", "perplexity", "accuracy", "ece", "brier")
@@ -67,9 +68,21 @@ class Run:
 
     @property
     def smoothing(self) -> str:
-        """`LossKind.smoothing` of the run; empty for a kind of another version."""
+        """`LossKind.smoothing`, "uniform" also if all smoothings are equal; empty for an unknown kind."""
         kind = LOSS_KINDS.get(self.loss_kind)
-        return kind.smoothing if kind else ""
+        if kind is None:
+            return ""
+        return "uniform" if kind.smoothing == "own" and self.is_constant else kind.smoothing
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all samples, if more than one, have the same smoothing; False if this is not recorded."""
+        recorded = self.metrics.get("smoothing_range")
+        return (
+            isinstance(recorded, list)
+            and (number(self.metrics, "trained_rows") or 0) > 1
+            and smoothing.is_constant(recorded)
+        )
 
     @property
     def steps(self) -> int | None:

@@ -128,9 +128,12 @@ def _moved(folder: RunFolder, recorded: RunConfig, config: RunConfig) -> Iterato
     """Yield the keys whose paths may differ: what is there is compared."""
     known = Contents.recorded(folder)
     before, after = files(recorded), files(config)
-    for key in before.keys() & after.keys():
-        if before[key] in known.data and Path(after[key]).expanduser().exists():
-            yield key
+    for section in {_section(key) for key in before}:
+        keys = [key for key in before if _section(key) == section]
+        if keys == [key for key in after if _section(key) == section] and all(
+            before[key] in known.data and Path(after[key]).expanduser().exists() for key in keys
+        ):
+            yield section
     if known.model and Path(config.model.path).expanduser().is_dir():
         yield "model.path"
 
@@ -140,10 +143,20 @@ def _changed(
 ) -> Iterator[tuple[str, str, str, str]]:
     """Yield key, path, recorded hash and present hash of every file that differs."""
     before = files(configuration.load(folder.path / File.CONFIG))
+    known = {_section(key) for key, path in before.items() if path in recorded.data}
     for key, path in files(config).items():
         old, new = recorded.data.get(before.get(key, "")), now.data.get(path)
+        if old is None and "[" in key and _section(key) in known:
+            old = "no file"  # a pattern matches another one
         if old is not None and new is not None and old != new:
             yield key, path, old, new
+    for path in recorded.data.keys() - set(before.values()):
+        yield "data", path, recorded.data[path], "no file"
+
+
+def _section(key: str) -> str:
+    """Return the configuration's key of one of its files: data.train of data.train[1]."""
+    return key.partition("[")[0]
 
 
 def _differences(recorded: RunConfig, config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
