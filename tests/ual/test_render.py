@@ -466,6 +466,13 @@ class TestStop:
         assert trained_runs(smollm2, rendered) == ends[bool(between)]
         assert rendered.input_ids.tolist().count(smollm2.eos_token_id) == 4
 
+    def test_the_end_of_a_turn_that_is_not_trained_is_not_trained(self, smollm2, tmp_path):
+        text = MARKED.replace("m.role == 'assistant'", "loop.index == 2").replace(" + END", "")
+        renderer = Renderer(smollm2, chat_template=template(tmp_path, text))
+        assert trained_runs(smollm2, renderer.render(chat("q", "a", "r", "b"))) == ["a", "<|im_end|>"]
+        rendered = renderer.render(chat("q", "a", "r", "b"))
+        assert decode(smollm2, rendered.input_ids).endswith("b<|im_end|>")
+
     @pytest.mark.parametrize("marked", [False, True])
     def test_an_end_of_turn_that_is_not_eos(self, smollm2, tmp_path, marked):
         """Gemma's and Phi's: EOS is appended only where generation does not stop at the marker."""
@@ -508,12 +515,15 @@ class TestStop:
     )
     def test_several_blocks_in_a_turn(self, smollm2, tmp_path):
         split = (
-            "{% generation %}{{ m.content[:1] }}{% endgeneration %}{% generation %}{{ m.content[1:] + END }}"
+            "{% generation %}{{ m.content[:4] }}{% endgeneration %}{% generation %}{{ m.content[4:] + END }}"
         )
         text = MARKED.replace("{% generation %}{{ m.content + END }}", split).replace("END", "'<|im_end|>\n'")
-        for train_on, runs in (("all", ["ab<|im_end|>", "cd<|im_end|>"]), ("last", ["cd<|im_end|>"])):
+        for train_on, runs in (
+            ("all", ["what is<|im_end|>", "that was<|im_end|>"]),
+            ("last", ["that was<|im_end|>"]),
+        ):
             renderer = Renderer(smollm2, chat_template=template(tmp_path, text), train_on=train_on)
-            assert trained_runs(smollm2, renderer.render(chat("q", "ab", "r", "cd"))) == runs
+            assert trained_runs(smollm2, renderer.render(chat("q", "what is", "r", "that was"))) == runs
 
 
 CLOCK = "{{ strftime_now('%d %b %Y %H:%M') }}"

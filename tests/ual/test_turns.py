@@ -137,6 +137,8 @@ def test_the_date_is_a_day(tmp_path: Path, tiny: Path) -> None:
         load(path, ["data.date=29 Feb"])
     with pytest.raises(UserError, match="'messages' is set by the renderer"):
         load(path, ["data.chat_template_kwargs={messages: []}"])
+    with pytest.raises(UserError, match="write a date in quotes"):
+        load(path, ["data.chat_template_kwargs.date_string=2024-07-26"])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The configuration of a training run: what every key of `ual train config.yaml` means."""
 
 import datetime
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -100,6 +101,10 @@ class DataConfig(Reading):
         taken = ("messages", "tools", "documents", "conversations", "chat_template", "add_generation_prompt")
         if reserved := sorted(set(taken) & value.keys()):
             raise ValueError(f"{reserved[0]!r} is set by the renderer")
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(f"{error}; write a date in quotes") from error
         return value
 
     @model_validator(mode="after")

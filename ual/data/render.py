@@ -236,12 +236,14 @@ class Renderer:
         for i in range(1, len(ids)):
             trained[i] |= trained[i - 1] and ids[i] in stops and ids[i - 1] not in stops
         last = max(i for i, belongs in enumerate(trained) if belongs)
-        stop = next((i for i in range(last, len(ids)) if ids[i] in stops), None)
-        if stop is not None:
-            trained[stop] = True
-            return list(zip(ids[: stop + 1], trained, strict=False))
         end = max([len(text.rstrip()), *(b for _, b in spans)])
         kept = [i for i, (a, b) in enumerate(offsets) if a < end or b == end]
+        stop = next((i for i in range(last, len(ids)) if ids[i] in stops), kept[-1])
+        if text[spans[-1][1] : offsets[stop][0]].strip():  # of another turn
+            stop = kept[-1]
+        if ids[stop] in stops:
+            trained[stop] = True
+            return list(zip(ids[: stop + 1], trained, strict=False))
         return [(ids[i], trained[i]) for i in kept] + [(self.tokenizer.eos_token_id, True)]
 
     def _text(self, sample: Sample, count: int) -> str:
