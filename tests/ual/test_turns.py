@@ -15,6 +15,7 @@ from ual.errors import UserError
 from ual.pipelines import samples
 from ual.pipelines.preview import preview
 from ual.pipelines.train import run
+from ual.report import card
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -139,6 +140,17 @@ def test_the_date_is_a_day(tmp_path: Path, tiny: Path) -> None:
         load(path, ["data.chat_template_kwargs={messages: []}"])
     with pytest.raises(UserError, match="write a date in quotes"):
         load(path, ["data.chat_template_kwargs.date_string=2024-07-26"])
+
+
+@pytest.mark.kills("ual/report/card.py", 'return_tensors="pt"{variables}', 'return_tensors="pt"')
+def test_the_model_card_sets_the_variables_of_the_template(tmp_path: Path, tiny: Path) -> None:
+    path = configured(tmp_path, tiny, FORGETS, chat_template_kwargs={"enable_thinking": False})
+    page = card(
+        load(path),
+        {"trained_rows": 1, "steps": 1, "status": "completed", "mean_smoothing": 0.1, "loss_kind": "ual"},
+        {},
+    )
+    assert 'return_tensors="pt", enable_thinking=False\n' in page
 
 
 @pytest.mark.parametrize(

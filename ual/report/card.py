@@ -82,6 +82,7 @@ def _usage(config: RunConfig) -> Iterator[str]:
         of, auto = "peft", "AutoPeftModelForCausalLM"
     system = [f'{{"role": "system", "content": {prompt!r}}}'] if prompt else []
     messages = ", ".join([*system, '{"role": "user", "content": "..."}'])
+    variables = "".join(f", {name}={value!r}" for name, value in config.data.chat_template_kwargs.items())
     yield from f"""
 ```python
 from {of} import {auto}
@@ -92,7 +93,7 @@ model = {auto}.from_pretrained(name)
 tokenizer = AutoTokenizer.from_pretrained(name)
 messages = [{messages}]
 inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"{variables}
 )
 output = model.generate(**inputs, max_new_tokens=256)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
