@@ -14,6 +14,12 @@ from typing import IO, Any, cast
 from ual.errors import UserError
 
 
+def shown(path: Path) -> str:
+    """Return a path as an error shows it: as it was written, with the absolute path if that differs."""
+    absolute = path.absolute()
+    return str(path) if path == absolute else f"{path} ({absolute})"
+
+
 @contextmanager
 def aside(target: Path) -> Iterator[Path]:
     """Yield a scratch path beside `target`. A clean exit renames it to `target`, any other removes it.

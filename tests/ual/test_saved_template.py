@@ -22,10 +22,10 @@ pytestmark = [
 OWN = """{{ bos_token }}{% for m in messages %}[{{ m.role }}]
 {%- if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}
 {%- else %}{{ m.content }}{% endif %}{% endfor %}
-{%- if add_generation_prompt %}[assistant]{% endif %}"""
+{%- if add_generation_prompt %}[assistant]{% if thinks %}<think>{% endif %}{% endif %}"""
 
 
-@pytest.mark.kills("ual/pipelines/samples.py", "tokenizer.chat_template = made_by.chat_template", "pass")
+@pytest.mark.kills("ual/pipelines/samples.py", "tokenizer.chat_template = made_by.template.text", "pass")
 @pytest.mark.kills("ual/models/merge.py", 'update={"tokenizer": str(adapter)} if saved else {}', "update={}")
 @pytest.mark.parametrize("template", ["chatml", "plain", "own.jinja"])
 def test_saved_tokenizers_render_the_prompts_of_the_training(
@@ -34,6 +34,8 @@ def test_saved_tokenizers_render_the_prompts_of_the_training(
     (tmp_path / "own.jinja").write_text(OWN)
     named = str(tmp_path / template) if template.endswith("jinja") else template
     data = {"chat_template": named, "system_prompt": "Be `brief`."}
+    variables = {"thinks": False} if template == "own.jinja" else {}
+    data |= {"chat_template_kwargs": variables}
     training = {"max_steps": 1, "save_steps": 1}
     config = load(configure(tmp_path, tiny, ROWS, uncertainty="column", training=training, data=data))
     folder = run(config).folder
@@ -55,6 +57,7 @@ def test_saved_tokenizers_render_the_prompts_of_the_training(
     assert str(tmp_path) not in card
     program = card.split("```python\n")[1].split("```")[0].replace("max_new_tokens=256", "max_new_tokens=2")
     assert '{"role": "system", "content": \'Be `brief`.\'}' in program
+    assert (", thinks=False" in program) == bool(variables)
     monkeypatch.chdir(folder / "adapter")
     exec(program, {})
     assert capsys.readouterr().out

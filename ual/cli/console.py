@@ -1,6 +1,7 @@
 """The application, its two consoles, and what every command does around its work."""
 
 import os
+import re
 import sys
 import time
 import warnings
@@ -12,10 +13,24 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from ual.errors import Stopped, UserError
 
+
+class _Commands(TyperGroup):
+    """The commands. A leading `~` is resolved where a shell does not, as in ``--output=~/page.html``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [re.sub(r"^(--?[\w-]+=)?(~.*)$", _at_home, word) for word in args])
+
+
+def _at_home(found: "re.Match[str]") -> str:
+    return (found[1] or "") + os.path.expanduser(found[2])  # noqa: PTH111  an unknown user stays
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

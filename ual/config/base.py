@@ -6,12 +6,24 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ual.errors import UserError
+from ual.files import shown
 
 _SHORT = {"model": "path", "data": "train", "loss": "kind", "uncertainty": "estimator"}
 """Sections that a string may stand for, and the key that it is the value of."""
+
+
+def _expanded(value: str) -> str:
+    try:
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+    except RuntimeError as error:
+        raise ValueError(f"there is no such user: {Path(value).parts[0]}") from error
+
+
+UserPath = Annotated[str, AfterValidator(_expanded)]
+"""A path, or where it may be one a name; a leading ``~`` is the home folder."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -26,7 +38,7 @@ class CommandConfig(Section):
 
     command: ClassVar[str]
     example: ClassVar[str]
-    output_dir: str
+    output_dir: UserPath
 
 
 C = TypeVar("C", bound=CommandConfig)
@@ -39,11 +51,11 @@ def from_name(key: str) -> BeforeValidator:
 
 def load_as(schema: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     """Load the configuration of any command; see `ual.config.run.load`."""
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read the configuration: {error.strerror}", place=str(path)) from error
+        raise UserError(f"cannot read the configuration: {error.strerror}", place=shown(path)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"not valid YAML: {error}", place=str(path)) from error
     if not isinstance(raw, dict):

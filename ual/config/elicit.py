@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from ual.config.base import CommandConfig, Fraction, Section, from_name
+from ual.config.base import CommandConfig, Fraction, Section, UserPath, from_name
 from ual.config.run import Files, ModelConfig, Reading
 
 Positive = Annotated[int, Field(ge=1)]
@@ -49,7 +49,7 @@ class EndpointConfig(Section):
     model: str
     base_url: Annotated[str, AfterValidator(lambda url: url.rstrip("/"))] = "https://api.openai.com/v1"
     api_key_env: str | None = Field(None, description="the environment variable that holds the key")
-    api_key_file: str | None = Field(None, description="the file that holds the key")
+    api_key_file: UserPath | None = Field(None, description="the file that holds the key")
     concurrency: Annotated[int, Field(ge=1, le=2048)] = 16
     requests_per_minute: PositiveFloat | None = None
     tokens_per_minute: PositiveFloat | None = None
@@ -76,7 +76,7 @@ class LocalConfig(Section):
     batch_size: Positive = 8
     max_length: Positive = Field(2048, description="tokens of a prompt and its reply; a longer request fails")
     reasoning_tokens: ReasoningTokens = 0
-    chat_template: str | None = Field(
+    chat_template: UserPath | None = Field(
         None, description="'chatml', 'plain', or a Jinja file; null: the model's"
     )
     seed: int = 0
@@ -107,7 +107,9 @@ class ElicitConfig(CommandConfig):
     max_failed: Fraction = Field(
         0.1, description="the share of an estimator's values that may be missing because requests failed"
     )
-    cache: str | None = Field(None, description="the file of replies; null: replies.sqlite in output_dir")
+    cache: UserPath | None = Field(
+        None, description="the file of replies; null: replies.sqlite in output_dir"
+    )
 
     @property
     def prices(self) -> PricesConfig:

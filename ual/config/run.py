@@ -6,18 +6,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, create_model, field_validator, model_validator
+from pydantic import Field, TypeAdapter, create_model, field_validator, model_validator
 
-from ual.config.base import CommandConfig, Fraction, Section, from_name, load_as, nearest, parse_as
+from ual.config.base import (
+    CommandConfig,
+    Fraction,
+    Section,
+    UserPath,
+    from_name,
+    load_as,
+    nearest,
+    parse_as,
+)
 from ual.config.objectives import LOSS_KINDS, LossKind
 
 
 class ModelConfig(Section):
     """The base model: a folder in transformers' format, or a name on the Hugging Face hub."""
 
-    path: str
+    path: UserPath
     revision: str | None = None
-    tokenizer: str | None = Field(None, description="defaults to `path`")
+    tokenizer: UserPath | None = Field(None, description="defaults to `path`")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str | None = None
     quantization: Literal["nf4", "int8"] | None = Field(
@@ -32,7 +41,7 @@ CONVERSATION = (
 """Columns of a sample that make its conversation."""
 COLUMNS = (*CONVERSATION, "id", "source", "uncertainty", "label_smoothing", "sample_weight", "tools")
 """Columns of a sample that are read."""
-Files = str | Annotated[list[str], Field(min_length=1)]
+Files = UserPath | Annotated[list[UserPath], Field(min_length=1)]
 
 
 def named(files: Files) -> str:
@@ -72,7 +81,7 @@ class DataConfig(Reading):
         None, description="tokens; None: min(context, 2048)"
     )
     overlong: Literal["refuse", "truncate", "drop"] = "refuse"
-    chat_template: str | None = Field(
+    chat_template: UserPath | None = Field(
         None, description="'chatml', 'plain', or a Jinja file; None: the model's"
     )
     system_prompt: str | None = Field(None, description="for conversations without a system turn")
@@ -250,10 +259,16 @@ class RunConfig(CommandConfig):
     statistics: Literal["every", "logged", "never"] = Field(
         "logged", description="steps whose tokens' entropy, margin, p and loss by source are recorded"
     )
-    deepspeed: str | None = Field(
+    deepspeed: UserPath | None = Field(
         None, description="zero1, zero2, zero3, zero2-offload, zero3-offload, or the path of a JSON file"
     )
     training: dict[str, Any] = Field({}, description="transformers.TrainingArguments, by their own names")
+
+    @field_validator("training")
+    @classmethod
+    def _paths(cls, values: dict[str, Any]) -> dict[str, Any]:
+        expand = TypeAdapter(UserPath).validate_python
+        return {key: expand(value) if isinstance(value, str) else value for key, value in values.items()}
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -21,7 +21,7 @@ from ual.data import delimited
 from ual.data.columns import Columns
 from ual.data.schema import FieldError, SampleRecord, check, conversation, show
 from ual.errors import UserError
-from ual.files import lines
+from ual.files import lines, shown
 from ual.records import Sample
 
 Format = Literal["auto", "messages", "prompt_completion", "alpaca"]
@@ -154,7 +154,7 @@ def _written(name: str, split: str, *, streaming: bool = False) -> Iterator[tupl
         repository = str(folder) if is_folder else repository
         return _hub(name, repository, config or None, split, is_folder=is_folder, streaming=streaming)
     if not path.exists():
-        raise UserError("no such file", place=str(path), remedy=_suggest(path))
+        raise UserError("no such file", place=shown(path), remedy=_suggest(path))
     lower = path.name.lower()
     if lower.endswith((".jsonl", ".jsonl.gz")):
         return ((f"line {number}", line.rstrip(b"\r\n")) for number, line in lines(path))

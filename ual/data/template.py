@@ -276,7 +276,7 @@ def _resolve(tokenizer: "PreTrainedTokenizerBase", source: str | None) -> str:
         return Path(source).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"unknown chat template {source!r}; as a file: {error}",
+            f"unknown chat template {source!r}; as the file {Path(source).absolute()}: {error}",
             place="configuration, data.chat_template or backend.chat_template",
             remedy=valid,
         ) from error

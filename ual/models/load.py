@@ -24,6 +24,7 @@ from transformers import (
 
 from ual.config.run import LoraConfig, ModelConfig
 from ual.errors import UserError
+from ual.files import shown
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ def loading(what: Literal["model", "tokenizer"], name: str) -> Iterator[None]:
                 "the folder needs what save_pretrained writes: config.json, *.safetensors, tokenizer files"
             )
         elif name.startswith((".", "/", "~")):
-            problem, remedy = f"no such folder: {name}", "check model.path"
+            problem, remedy = f"no such folder: {shown(Path(name))}", "check model.path"
         else:
             problem = f"cannot load the {what} {name!r}: {first_line(error)}"
             remedy = "give a folder, or a name on the Hugging Face hub (online, or cached before)"

@@ -81,6 +81,7 @@ def _usage(config: RunConfig) -> Iterator[str]:
     if config.lora:
         of, auto = "peft", "AutoPeftModelForCausalLM"
     system = [f'{{"role": "system", "content": {prompt!r}}}'] if prompt else []
+    variables = "".join(f", {name}={value!r}" for name, value in config.data.chat_template_kwargs.items())
     messages = ", ".join([*system, '{"role": "user", "content": "..."}'])
     variables = "".join(f", {name}={value!r}" for name, value in config.data.chat_template_kwargs.items())
     yield from f"""

@@ -11,6 +11,7 @@ from ual.config import run as configuration
 from ual.config.objectives import LOSS_KINDS
 from ual.config.run import RunConfig
 from ual.errors import UserError
+from ual.files import shown
 from ual.methods import smoothing
 from ual.runs.folder import File
 
@@ -182,7 +183,7 @@ def _check(path: Path) -> None:
     remedy = "pass the folder that `ual train` wrote, its output_dir"
     if not path.is_dir():
         problem = "this is a file, not a run folder" if path.exists() else "there is no such folder"
-        raise UserError(problem, place=str(path), remedy=remedy)
+        raise UserError(problem, place=shown(path), remedy=remedy)
     if not any((path / mark).is_file() for mark in _MARKS):
         inside = sorted(child.name for child in path.iterdir() if (child / File.CONFIG).is_file())
         if inside:

@@ -94,7 +94,8 @@ def _read(name: str) -> dict[str, Any]:
     path = PROFILES.get(name, Path(name).expanduser())
     if name not in PROFILES and not path.is_file():
         raise UserError(
-            f"{name!r} is neither a shipped profile nor a file; {nearest(name, list(PROFILES))}",
+            f"{name!r} is neither a shipped profile nor a file ({path.absolute()}); "
+            f"{nearest(name, list(PROFILES))}",
             place=_PLACE,
             remedy=f"give one of {', '.join(PROFILES)}, or the path of a DeepSpeed JSON file",
         )

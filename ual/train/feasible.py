@@ -17,6 +17,7 @@ from ual.errors import UserError
 _PLACE = "configuration, training"
 _STEPS = 10  # of the schedule that is built, unless max_steps is set
 _METRICS = ("loss", "eval_loss")
+_SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")  # others are taken for random
 
 
 def check(arguments: TrainingArguments, model: nn.Module, *, held_out: bool, packing: bool) -> None:
@@ -32,7 +33,12 @@ def check(arguments: TrainingArguments, model: nn.Module, *, held_out: bool, pac
         UserError: a package is missing, or an argument does not fit the others.
     """
     check_evaluation(arguments, held_out)
-    if packing and arguments.train_sampling_strategy == "group_by_length":
+    if arguments.train_sampling_strategy not in _SAMPLING:
+        raise UserError(
+            f"unknown strategy {arguments.train_sampling_strategy!r}; valid: {', '.join(_SAMPLING)}",
+            place=f"{_PLACE}.train_sampling_strategy",
+        )
+    if packing and arguments.train_sampling_strategy in _SAMPLING[2:]:
         raise UserError(
             "packed sequences have nearly equal lengths, so they cannot be grouped by length",
             place=f"{_PLACE}.train_sampling_strategy",
