@@ -107,6 +107,14 @@ def test_a_finished_run_stays_as_it_is(finished: Path, words: tuple[str, ...]) -
     with unchanged(finished.parent):
         train(finished, "--resume", *words)
         train(finished, "training.per_device_train_batch_size=3", "--resume", *words)
+    with unchanged(finished.parent):  # nothing is loaded or read
+        values = yaml.safe_load((finished.parent / "run" / "config.yaml").read_text())
+        gone = Path(values["data"]["train"])
+        gone.rename(gone.with_name("gone.jsonl"))
+        try:
+            train(finished, "--resume", *words)
+        finally:
+            gone.with_name("gone.jsonl").rename(gone)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +138,7 @@ def test_a_refusal_writes_nothing(finished: Path, words: tuple[str, ...], proble
         assert problem in refuse(finished, *words)
         assert problem in refuse(finished, *words, "--dry-run")
         if "--resume" in words:
-            assert problem in refuse(finished, *words, "auto")
+            assert problem in refuse(finished, "--resume=auto", *words[1:])
 
 
 def test_more_epochs_are_trained_from_the_newest_checkpoint(finished: Path) -> None:
