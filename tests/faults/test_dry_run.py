@@ -44,6 +44,7 @@ REFUSED = {
     "training.lr_scheduler_type=reduce_lr_on_plateau": "requires an eval strategy",
     "data.packing=true training.train_sampling_strategy=group_by_length": "nearly equal lengths",
     "training.train_sampling_strategy=nonsense": "valid: random, sequential, group_by_length",
+    "training.log_level=nonsense": "log_level: unknown level 'nonsense'; valid: ",
     "model.quantization=nf4": "needs a CUDA GPU",
 }
 

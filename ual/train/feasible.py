@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import integration_utils
+from transformers.training_args import trainer_log_levels
 
 from ual.errors import UserError
 
@@ -38,6 +39,12 @@ def check(arguments: TrainingArguments, model: nn.Module, *, held_out: bool, pac
             f"unknown strategy {arguments.train_sampling_strategy!r}; valid: {', '.join(_SAMPLING)}",
             place=f"{_PLACE}.train_sampling_strategy",
         )
+    for name in ("log_level", "log_level_replica"):
+        if getattr(arguments, name) not in trainer_log_levels:
+            raise UserError(
+                f"unknown level {getattr(arguments, name)!r}; valid: {', '.join(trainer_log_levels)}",
+                place=f"{_PLACE}.{name}",
+            )
     if packing and arguments.train_sampling_strategy in _SAMPLING[2:]:
         raise UserError(
             "packed sequences have nearly equal lengths, so they cannot be grouped by length",
