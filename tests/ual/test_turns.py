@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.ual.runs import configure
 from tests.ual.test_render import near_today
+from ual.config.base import dump, parse_as
+from ual.config.experiment import ExperimentConfig
 from ual.config.run import RunConfig, load
 from ual.data import Stream, training_set
 from ual.errors import UserError
 from ual.pipelines import samples
+from ual.pipelines.experiment import checked
 from ual.pipelines.preview import preview
 from ual.pipelines.train import run
 from ual.report import card
@@ -129,6 +133,20 @@ def test_a_resumed_run_keeps_the_date_on_which_it_began(tmp_path: Path, tiny: Pa
     assert "".join(span.text for span in preview(config).shown[0].spans).startswith("2024-02-29")
     with pytest.raises(UserError, match="differs"):
         run(load(path, ["data.date=2024-03-01", "training.max_steps=2"]), resume=True)
+
+
+@pytest.mark.kills("ual/pipelines/experiment.py", "cell.config.on(min(dates))", "cell.config")
+def test_all_runs_of_an_experiment_have_the_date_of_the_first(tmp_path: Path, tiny: Path) -> None:
+    base = yaml.safe_load(configured(tmp_path, tiny, DATED).read_text())
+    del base["output_dir"]
+    raw = {"base": base, "arms": {"ual": {}, "sft": {"loss": "sft"}}, "output_dir": str(tmp_path / "study")}
+    config = parse_as(ExperimentConfig, raw, place="test")
+    (today,) = {cell.config.data.date for cell in checked(config)}
+    assert today in near_today()
+    first = next(config.cells()).config.on(datetime.date(2024, 2, 29))
+    Path(first.output_dir).mkdir(parents=True)
+    (Path(first.output_dir) / "config.yaml").write_text(dump(first))
+    assert {cell.config.data.date for cell in checked(config)} == {first.data.date}
 
 
 def test_the_date_is_a_day(tmp_path: Path, tiny: Path) -> None:
