@@ -251,7 +251,8 @@ class _OnDisk:
     """A dictionary in a temporary file without a name; the value of an unknown key is None."""
 
     def __init__(self) -> None:
-        self._db = sqlite3.connect("", isolation_level=None)
+        # the garbage collector may close it in another thread
+        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._db.execute("CREATE TABLE pair (key TEXT PRIMARY KEY, value) WITHOUT ROWID")
         self._db.execute("PRAGMA synchronous=OFF")
         self._db.execute("BEGIN")
