@@ -24,15 +24,17 @@ class UserError(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal outside of training, where no step must be saved first.
+    """A signal that ended the work, after what must be saved was saved.
 
-    >>> str(Stopped(15)), Stopped(15).number
-    ('stopped by SIGTERM', 15)
+    >>> print(Stopped(15))
+    stopped by SIGTERM outside of training; --resume auto continues the run
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(
+        self, number: int, where: str = "outside of training; --resume auto continues the run"
+    ) -> None:
         self.number = number
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+        super().__init__(f"stopped by {signal.Signals(number).name} {where}")
 
 
 class FailedRequestsError(UserError):

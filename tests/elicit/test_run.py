@@ -251,7 +251,7 @@ def test_failures_are_counted_and_many_consecutive_ones_stop_the_run(tmp_path: P
     [
         (
             {"backend": {"kind": "endpoint", "model": "m", "api_key": "sk-x"}},
-            'unknown key "backend.endpoint.api_key"; did you mean "api_key_env"',
+            'unknown key "backend.api_key"; did you mean "api_key_env"',
         ),
         ({"backend": {"kind": "endpoint", "model": "m", "api_key_env": "UNSET"}}, "holds no key"),
         ({"backend": {"kind": "endpoint", "model": "m", "base_url": "http://example.com"}}, "plain http"),

@@ -43,6 +43,7 @@ REFUSED = {
     "training.lr_scheduler_type=inverse_sqrt training.lr_scheduler_kwargs={timescale:0}": "division",
     "training.lr_scheduler_type=reduce_lr_on_plateau": "requires an eval strategy",
     "data.packing=true training.train_sampling_strategy=group_by_length": "nearly equal lengths",
+    "data.streaming=true training.train_sampling_strategy=sequential": "the order of the file",
     "training.train_sampling_strategy=nonsense": "valid: random, sequential, group_by_length",
     "training.log_level=nonsense": "log_level: unknown level 'nonsense'; valid: ",
     "model.quantization=nf4": "needs a CUDA GPU",
@@ -65,6 +66,7 @@ def weightless(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.kills(FEASIBLE, "if evaluates and not held_out:", "if False:", only="eval_strategy=steps")
 @pytest.mark.kills(FEASIBLE, "metric not in _METRICS", "False", only="metric_for_best_model=nonsense")
 @pytest.mark.kills(FEASIBLE, "if packing and", "if False and", only="train_sampling_strategy=group_by_length")
+@pytest.mark.kills(FEASIBLE, "if streaming and", "if False and", only="train_sampling_strategy=sequential")
 @pytest.mark.kills(FEASIBLE, "schedule.lr_lambdas[0](step)", "pass", only="lr_scheduler_kwargs={timescale:0}")
 @pytest.mark.parametrize("overrides", REFUSED, ids=lambda value: value.rpartition("training.")[2])
 def test_what_cannot_train_is_refused(tmp_path: Path, weightless: Path, overrides: str) -> None:

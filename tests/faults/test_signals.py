@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from tests.faults.test_bad_input import ROWS
@@ -94,6 +95,25 @@ def test_a_signal_outside_of_training_ends_the_run_which_then_resumes(
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["eval"]
+
+
+@pytest.mark.kills("ual/pipelines/experiment.py", "if result.stopped_by is not None:", "if False:")
+def test_a_stopped_experiment_ends_with_its_signal_and_resumes(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = yaml.safe_load(configure(tmp_path, tiny, ROWS, uncertainty="column").read_text())
+    base.pop("output_dir")
+    arms = {"sft": {"loss": "sft"}, "ual": {}}
+    config = tmp_path / "experiment.yaml"
+    config.write_text(yaml.safe_dump({"base": base, "arms": arms, "output_dir": str(tmp_path / "out")}))
+    with monkeypatch.context() as patched:
+        in_step(patched, 3, kill(signal.SIGTERM))
+        result = CliRunner().invoke(app, ["compare", str(config)])
+    assert result.exit_code == 128 + signal.SIGTERM, result.output
+    said = "stopped by SIGTERM in arm sft, seed 42, after step 3; the same command resumes"
+    assert said in " ".join(result.output.split())
+    result = CliRunner().invoke(app, ["compare", str(config)])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.kills(CALLBACKS, "        if self._mine and not self.received:", "        if False:")

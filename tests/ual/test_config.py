@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from ual.config import run as configuration
-from ual.config.base import dump
+from ual.config.base import dump, load_as
+from ual.config.elicit import ElicitConfig, LocalConfig
 from ual.errors import UserError
 
 MINIMAL = "model: some/model\ndata: rows.jsonl\n"
@@ -79,6 +80,33 @@ def test_refusals_name_the_place(tmp_path: Path, text: str, message: str) -> Non
         configuration.load(path)
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.kills("ual/config/base.py", "inner = raw[name] = {short[name]: inner}", "inner = raw[name] = {}")
+def test_an_override_keeps_what_a_short_form_says(tmp_path: Path) -> None:
+    file = tmp_path / "elicit.yaml"
+    file.write_text("data: rows.jsonl\nnli: some/classifier\nbackend: {kind: local, model: some/model}\n")
+    words = ["data.split=test", "nli.dtype=float32", "backend.model.dtype=float32"]
+    found = load_as(ElicitConfig, file, words)
+    assert (found.data.path, found.data.split) == ("rows.jsonl", "test")
+    assert found.nli is not None
+    assert (found.nli.path, found.nli.dtype) == ("some/classifier", "float32")
+    assert isinstance(found.backend, LocalConfig)
+    assert (found.backend.model.path, found.backend.model.dtype) == ("some/model", "float32")
+
+
+@pytest.mark.kills("ual/config/base.py", "if not isinstance(inner, dict):", "if False:")
+def test_an_override_never_replaces_a_value_that_has_no_keys(file: Path) -> None:
+    file.write_text(MINIMAL + "name: first\n")
+    with pytest.raises(UserError, match="name is 'first', which has no keys"):
+        configuration.load(file, ["name.x=3"])
+
+
+def test_an_error_names_keys_as_they_are_written(tmp_path: Path) -> None:
+    file = tmp_path / "elicit.yaml"
+    file.write_text("data: rows.jsonl\nbackend: {kind: local, modle: some/model}\n")
+    with pytest.raises(UserError, match=r'unknown key "backend.modle"; did you mean "model"\?'):
+        load_as(ElicitConfig, file)
 
 
 @pytest.mark.kills("ual/config/run.py", "if self.eval is not None and self.eval_fraction:", "if False:")

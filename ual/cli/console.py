@@ -108,7 +108,7 @@ def errors(debug: bool) -> Iterator[None]:
         err.print(f"[bold red]error[/bold red] {place}{escape(error.problem)}{remedy}", highlight=False)
         raise typer.Exit(error.exit_code) from error
     except Stopped as error:
-        err.print(f"{error} outside of training; --resume auto continues the run", highlight=False)
+        err.print(str(error), highlight=False, markup=False)
         raise typer.Exit(128 + error.number) from error
     except KeyboardInterrupt as error:
         err.print("interrupted")

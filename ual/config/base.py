@@ -38,6 +38,8 @@ class CommandConfig(Section):
 
     command: ClassVar[str]
     example: ClassVar[str]
+    short: ClassVar[Mapping[str, str]] = _SHORT
+    """Sections that a string may stand for, as `_SHORT`."""
     output_dir: UserPath
 
 
@@ -65,7 +67,7 @@ def load_as(schema: type[C], path: str | Path, overrides: Sequence[str] = ()) ->
             remedy=f"start from:  {schema.example}",
         )
     for override in overrides:
-        _apply(raw, override)
+        _apply(raw, override, schema.short)
     raw.setdefault("output_dir", str(Path("runs") / path.stem))
     return parse_as(schema, raw, place=str(path))
 
@@ -97,7 +99,7 @@ def nearest(name: str, valid: Sequence[str]) -> str:
 def explain(error: Any, schema: type[BaseModel]) -> str:
     """Return one of pydantic's errors in the words of a configuration; unknown keys get the nearest name."""
     location = [str(part) for part in error["loc"]]
-    where = ".".join(location)
+    where = ".".join(_as_written(schema, location))
     if error["type"] == "extra_forbidden":
         return f'unknown key "{where}"; {nearest(location[-1], _valid_keys(schema, location[:-1]))}'
     if error["type"] == "missing":
@@ -116,6 +118,12 @@ def _valid_keys(schema: type[BaseModel], location: Sequence[str]) -> list[str]:
         tagged = [s for s in sections if "kind" in s.model_fields and _tag(s) in location]
         section = (tagged or sections)[0]
     return list(section.model_fields)
+
+
+def _as_written(schema: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """Return a place without the `kind` by which pydantic has chosen a section."""
+    field = schema.model_fields.get(location[0]) if location else None
+    return [*location[:1], *location[2:]] if field and field.discriminator else [*location]
 
 
 def _tag(section: type[BaseModel]) -> str:
@@ -137,17 +145,22 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def _apply(raw: dict[str, Any], override: str, short: Mapping[str, str]) -> None:
     key, equals, value = override.partition("=")
     if not (key and equals):
         raise UserError(f"an override must read section.key=value, got {override!r}")
     *sections, last = key.split(".")
     for name in sections:
         inner = raw.setdefault(name, {})
-        if isinstance(inner, str | list):  # the short form, model: path
-            inner = raw[name] = {_SHORT[name]: inner} if name in _SHORT else {}
+        if name in short and isinstance(inner, str | list):  # the short form, model: path
+            inner = raw[name] = {short[name]: inner}
         if inner is None:
             inner = raw[name] = {}
+        if not isinstance(inner, dict):
+            raise UserError(
+                f"override {key!r}: {name} is {inner!r}, which has no keys",
+                remedy=f"override all of it: {name}=VALUE",
+            )
         raw = inner
     try:
         raw[last] = yaml.safe_load(value)

@@ -1,8 +1,9 @@
 """The configuration of `ual elicit`: samples, estimators, the backend that answers, the budget."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -96,6 +97,7 @@ class ElicitConfig(CommandConfig):
 
     command = "elicit"
     example = "data: FILE.jsonl / backend: {kind: endpoint, model: NAME}"
+    short: ClassVar[Mapping[str, str]] = {"data": "path", "model": "path", "nli": "path"}
 
     data: Annotated[RowsConfig, from_name("path")]
     backend: Annotated[EndpointConfig | LocalConfig, Field(discriminator="kind")]

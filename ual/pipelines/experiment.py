@@ -11,7 +11,7 @@ from rich.console import Console
 from ual.config.base import dump
 from ual.config.experiment import BUDGET, Cell, ExperimentConfig
 from ual.config.run import load
-from ual.errors import UserError
+from ual.errors import Stopped, UserError
 from ual.files import sha256, write_text
 from ual.pipelines.train import run as train
 from ual.report import write as write_report
@@ -51,7 +51,8 @@ def run(
         before_each: called with the folder of each run before it is trained.
 
     Raises:
-        UserError: as `checked`; a run was stopped; or an upload failed, after the page was written.
+        UserError: as `checked`; or an upload failed, after the page was written.
+        Stopped: a signal arrived, and the step was saved.
     """
     say = (console or Console(quiet=True)).print
     metrics = []
@@ -74,10 +75,10 @@ def run(
                 cache=cache,
             )
             if result.stopped_by is not None:
-                raise UserError(
-                    f"stopped by a signal in arm {cell.arm}, seed {cell.seed}, after step "
-                    f"{result.metrics['steps']}",
-                    remedy="run the same command again to resume",
+                raise Stopped(
+                    result.stopped_by,
+                    f"in arm {cell.arm}, seed {cell.seed}, after step {result.metrics['steps']}; the same "
+                    "command resumes",
                 )
             done = result.metrics
             failed = failed or result.unpublished

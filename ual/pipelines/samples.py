@@ -148,7 +148,8 @@ def check_training(config: RunConfig, arguments: Any, model: Any) -> None:
         UserError: see `ual.train.feasible.check`.
     """
     held_out = config.data.eval is not None or config.data.eval_fraction > 0
-    feasible.check(arguments, model, held_out=held_out, packing=config.data.packing)
+    data = config.data
+    feasible.check(arguments, model, held_out=held_out, packing=data.packing, streaming=data.streaming)
 
 
 def check_rendered(rendered: Rendered, arguments: Any, model: Any) -> None:

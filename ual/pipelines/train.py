@@ -109,13 +109,13 @@ def run(
             rendered = _render(config, trust_remote_code, progress, cache)
             samples.check_rendered(rendered, arguments, empty)
             known = _known(rendered, folder, start)
-            if known is not None:  # what is wrong with them is found before weights are loaded
-                _scores(rendered, known)
+            # what is wrong with known uncertainties is found before weights are loaded
+            ready = None if known is None else _ready(rendered, known, progress)
             folder.create(config)
             distributed.wait()
             begin_log()
             loaded = _load(rendered, arguments, progress, trust_remote_code)
-            metrics, stopped_by = _trained(loaded, folder, start, known, command, stop)
+            metrics, stopped_by = _trained(loaded, folder, start, ready, command, stop)
             report = distributed.from_first(lambda: write_report([folder.path]))
             unpublished = None if stopped_by else _publish(config, folder, progress)
     return Result(folder.path, metrics, report, stopped_by, unpublished)
@@ -136,7 +136,7 @@ def _trained(
     loaded: "_Loaded",
     folder: RunFolder,
     start: Start,
-    known: list[Elicited] | None,
+    ready: "_Ready | None",
     command: Sequence[str],
     stop: StopOnSignal,
 ) -> tuple[dict[str, Any], int | None]:
@@ -144,8 +144,10 @@ def _trained(
     rendered = loaded.rendered
     config = rendered.config
     with _computing(loaded):
-        scores = _score(loaded, _ask(loaded) if known is None else known, folder)
-        training = _pack(rendered, scores, loaded.progress)
+        ready = ready or _ready(rendered, _ask(loaded), loaded.progress)
+        training = ready.training
+        if ready.elicited:
+            folder.write_rows(File.UNCERTAINTY, map(asdict, ready.elicited))
         folder.write_rows(File.SAMPLES, _described(rendered, training))
         before = _evaluate_before(loaded, folder, reuse=start.reuse)
     model = attach_lora(loaded.model, config.lora) if config.lora else loaded.model
@@ -212,20 +214,21 @@ def _ask(loaded: "_Loaded") -> list[Elicited]:
     return list(white_box.estimate(rendered.train, scores))
 
 
-def _scores(rendered: Rendered, elicited: Sequence[Elicited]) -> Scores:
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """The samples' uncertainties, and the training set that they make."""
+
+    elicited: Sequence[Elicited]
+    training: TrainingSet
+
+
+def _ready(rendered: Rendered, elicited: Sequence[Elicited], progress: Progress) -> _Ready:
+    """Derive each sample's smoothing and weight from its uncertainty, and pack."""
     scores = training_set.score(rendered.train, elicited, rendered.config)
     samples.check_left(rendered.config, [scored.sample for scored in scores.samples])
-    return scores
-
-
-def _score(loaded: "_Loaded", elicited: Sequence[Elicited], folder: RunFolder) -> Scores:
-    """Record the uncertainties, and derive each sample's smoothing and weight."""
-    if elicited:
-        folder.write_rows(File.UNCERTAINTY, map(asdict, elicited))
-    scores = _scores(loaded.rendered, elicited)
     for note in scores.notes:
-        loaded.progress.say(f"warning: {note}")
-    return scores
+        progress.say(f"warning: {note}")
+    return _Ready(elicited, _pack(rendered, scores, progress))
 
 
 def _pack(rendered: Rendered, scores: Scores, progress: Progress) -> TrainingSet:

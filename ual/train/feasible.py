@@ -21,7 +21,9 @@ _METRICS = ("loss", "eval_loss")
 _SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")  # others are taken for random
 
 
-def check(arguments: TrainingArguments, model: nn.Module, *, held_out: bool, packing: bool) -> None:
+def check(
+    arguments: TrainingArguments, model: nn.Module, *, held_out: bool, packing: bool, streaming: bool
+) -> None:
     """Refuse arguments with which training could not begin, or would fail later.
 
     Args:
@@ -29,6 +31,7 @@ def check(arguments: TrainingArguments, model: nn.Module, *, held_out: bool, pac
         model: on the meta device, with its adapter.
         held_out: whether there are held-out samples.
         packing: whether samples are packed.
+        streaming: whether samples are read during training.
 
     Raises:
         UserError: a package is missing, or an argument does not fit the others.
@@ -50,6 +53,13 @@ def check(arguments: TrainingArguments, model: nn.Module, *, held_out: bool, pac
             "packed sequences have nearly equal lengths, so they cannot be grouped by length",
             place=f"{_PLACE}.train_sampling_strategy",
             remedy="remove it, or set data.packing to false",
+        )
+    if streaming and arguments.train_sampling_strategy != "random":
+        raise UserError(
+            "the samples of a stream have the order of the file, shuffled within data.shuffle_buffer; got "
+            f"train_sampling_strategy {arguments.train_sampling_strategy}",
+            place=f"{_PLACE}.train_sampling_strategy",
+            remedy="remove it; data.shuffle_buffer: 1 keeps the order of the file",
         )
     with _refused("report_to", "remove it from report_to, or install the package"):
         callbacks: Any = integration_utils.get_reporting_integration_callbacks
