@@ -183,7 +183,7 @@ def without_reasoning(content: str) -> str:
 
 
 def inference(name: str, of: Sample, k: int, **options: Any) -> tuple[str, str]:
-    """Return the prompt of turn k, and what the model must write behind it, by apply_chat_template alone."""
+    """Return the prompt of turn k, and what the model must write after it, by apply_chat_template alone."""
     about = TEMPLATES[name]
     chat = copy.deepcopy([message.as_dict() for message in of.messages])
     if name.startswith("deepseek"):  # these templates, and servers for them, write the JSON of arguments
@@ -214,7 +214,7 @@ def inference(name: str, of: Sample, k: int, **options: Any) -> tuple[str, str]:
 
 
 def check(name: str, of: Sample, train_on: str, thinking: bool | None = None) -> None:
-    """Each turn's loss tokens are what the model must write, behind the prompt of inference."""
+    """Each turn's loss tokens are what the model must write, after the prompt of inference."""
     options = {} if thinking is None else {"enable_thinking": thinking}
     found = made(renderer(name, train_on, None, thinking), of)
     asked = [k for k, message in enumerate(of.messages) if message.role == "assistant"]

@@ -53,7 +53,7 @@ class Markers:
         return matched
 
     def end(self, closing: str) -> int:
-        """Return the length of what is trained of the text behind a response: through the first stop token.
+        """Return the length of what is trained of the text after a response: through the first stop token.
 
         Without a stop token, all is trained but the white space at its end.
         """
@@ -67,8 +67,8 @@ class Markers:
     def end_of_block(self, block: str, message: Message) -> int:
         """Return the length of what is trained of a ``{% generation %}`` block.
 
-        White space behind a marker is not trained, and nothing behind a stop token is. Both are of the
-        template: the message's own are behind its content.
+        White space after a marker is not trained, and nothing after a stop token is. Both are of the
+        template: the message's own are after its content.
         """
         said = message.content.strip()
         closing = self.trailing(block[block.find(said) + len(said) :] if said in block else block)

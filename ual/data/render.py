@@ -63,8 +63,8 @@ class Renderer:
 
     Every assistant turn is trained, with its end-of-turn marker. The last turn ends with a token that stops
     generation: the first one that the template writes after the response, or else EOS, which is appended.
-    The text behind it is dropped, since no later token could learn from it. White space behind a marker is
-    not trained. A stop token directly behind a turn is trained, also if a template writes it elsewhere.
+    The text after it is dropped, since no later token could learn from it. White space after a marker is
+    not trained. A stop token directly after a turn is trained, also if a template writes it elsewhere.
 
     A token that crosses the boundary of a turn belongs to the assistant if it holds more of the turn than
     white space. So the first word of a response is trained if the prompt ends with a space.
@@ -251,7 +251,7 @@ class Renderer:
         return self.template.render(sample.messages[:count], sample.tools)[0]
 
     def _prompt(self, sample: Sample, count: int) -> str:
-        """Return the text of the first messages, and of the generation prompt behind them."""
+        """Return the text of the first messages, and of the generation prompt after them."""
         if not count:
             raise _inexact(0, "no message is before it, so inference has no prompt for it")
         return self.template.render(sample.messages[:count], sample.tools, generation_prompt=True)[0]
@@ -304,7 +304,7 @@ class Renderer:
         return text, spans
 
     def _span(self, message: Message, k: int, before: str, through: str, text: str) -> Span:
-        """Return the characters of turn k in `text`: behind `before`, to where `through` ends."""
+        """Return the characters of turn k in `text`: after `before`, to where `through` ends."""
         closing = self._markers.trailing(through) if message.tool_calls else self._closing
         body = through.removesuffix(closing)
         if not (through.endswith(closing) and text.startswith(body) and body.startswith(before)):
@@ -336,11 +336,11 @@ class Renderer:
                     return before + rest + self._closing
         raise _inexact(
             len(sample.messages) - 1,
-            f"it renders the turn differently behind its generation prompt, {self.opening!r}",
+            f"it renders the turn differently after its generation prompt, {self.opening!r}",
         )
 
     def _alone(self, sample: Sample) -> str | None:
-        """Return the last turn as it is behind the prompt of a short conversation, if it is behind one."""
+        """Return the last turn as it is after the prompt of a short conversation, if it is after one."""
         short = replace(sample, messages=(_QUESTION, sample.messages[-1]))
         try:
             before, text = self._prompt(short, 1), self._text(short, 2)
