@@ -138,19 +138,7 @@ def preview(
             advance=progress.task("rendering", len(read.train) + len(read.held_out)),
         )
     check(rendered)
-    elicited = samples.own_uncertainties(config, rendered.train)
-    if elicited is None:
-        elicited = _recorded(config, rendered.train)
-    scored: list[Scored] | None = None
-    if elicited is None:
-        notes.append(
-            "smoothing is set from the base model's uncertainty, which `ual train` asks for: between "
-            f"{config.smoothing.min:g} and {config.smoothing.max:g}"
-        )
-    else:
-        complete = not config.data.streaming
-        scored, _, unusual = training_set.score(rendered.train, elicited, config, complete=complete)
-        notes += unusual
+    scored, of_smoothing = _scored(rendered)
     by_id = {s.sample.id: s for s in scored or ()}
     kept = [s for s in rendered.train if scored is None or s.id in by_id]
     trained = [s for s in kept if s.sample_weight > 0]
@@ -170,7 +158,7 @@ def preview(
         sequences=len(pack(lengths, made_by.max_length)) if config.data.packing else len(kept),
         packed=config.data.packing,
         max_length=made_by.max_length,
-        notes=(*read.notes, *notes),
+        notes=(*read.notes, *notes, *of_smoothing),
     )
 
 
@@ -229,6 +217,21 @@ def plan(
         free_bytes=shutil.disk_usage(_existing(Path(config.output_dir))).free,
         start=start,
     )
+
+
+def _scored(rendered: samples.Rendered) -> tuple[list[Scored] | None, list[str]]:
+    """Return the samples with their smoothing, None if a model must be asked, and what is to say of it."""
+    config = rendered.config
+    elicited = samples.own_uncertainties(config, rendered.train)
+    if elicited is None:
+        elicited = _recorded(config, rendered.train)
+    if elicited is None:
+        return None, [
+            "smoothing is set from the base model's uncertainty, which `ual train` asks for: between "
+            f"{config.smoothing.min:g} and {config.smoothing.max:g}"
+        ]
+    found = training_set.score(rendered.train, elicited, config, complete=not config.data.streaming)
+    return found.samples, list(found.notes)
 
 
 def _recorded(config: RunConfig, train: list[Sample]) -> list[Elicited] | None:
