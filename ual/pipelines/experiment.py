@@ -84,20 +84,21 @@ def run(
             failed = failed or result.unpublished
         several = f" (seed {cell.seed})" if len(config.seeds) > 1 else ""
         metrics.append(done | {"name": cell.arm + several})
-    folders = [Path(cell.config.output_dir) for cell in cells]
-    report = write_report(folders, Path(config.output_dir) / "report.html")
-    paired = []
-    if len(folders) > 1:
-        arms = {cell.arm: cell.arm for cell in cells} | {
-            folder.name: cell.arm for folder, cell in zip(folders, cells, strict=True)
-        }
-        figures = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
-        paired = [
-            pair | {side: arms[pair[side][0]] for side in ("arm", "baseline")} for pair in figures["paired"]
-        ]
+    report = write_report(
+        [Path(cell.config.output_dir) for cell in cells], Path(config.output_dir) / "report.html"
+    )
     if failed is not None:  # every arm is trained and compared
         raise failed
-    return Comparison(metrics, paired, report)
+    return Comparison(metrics, _paired(cells, report) if len(cells) > 1 else [], report)
+
+
+def _paired(cells: Sequence[Cell], report: Path) -> list[dict[str, Any]]:
+    """Return the paired differences beside the report, with the names of arms in place of folders."""
+    arms = {cell.arm: cell.arm for cell in cells} | {
+        Path(cell.config.output_dir).name: cell.arm for cell in cells
+    }
+    figures = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
+    return [pair | {side: arms[pair[side][0]] for side in ("arm", "baseline")} for pair in figures["paired"]]
 
 
 def checked(config: ExperimentConfig) -> list[Cell]:
