@@ -99,6 +99,7 @@ inputs = tokenizer.apply_chat_template(
 output = model.generate(**inputs, max_new_tokens=256)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
+
 """.splitlines()
 
 
