@@ -144,6 +144,33 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(shared: Path, stories: Pat
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.kills(
+    "ual/runs/progress.py", "with suppress(OSError):  # of what", "with suppress(KeyError):  #"
+)
+@pytest.mark.kills("ual/pipelines/train.py", "    except OSError as error:", "    except KeyError as error:")
+def test_a_disk_that_is_full_before_the_first_step(tmp_path: Path, stories: Path) -> None:
+    """Samples, histories and logs are refused as checkpoints are; the same command then begins the run."""
+    config = configure(tmp_path, stories, ROWS, uncertainty="column", training={"max_steps": 2})
+    log = tmp_path / "run" / "train.log"
+    log.parent.mkdir()
+    log.write_text("." * 1500)
+
+    def limit() -> None:  # the described samples take more
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+
+    environment = ENVIRONMENT | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    failed = subprocess.run(
+        [sys.executable, "-m", "ual", "train", str(config)],
+        env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT, preexec_fn=limit,
+    )  # fmt: skip
+    assert failed.returncode == 2, (failed.returncode, failed.stderr)
+    assert "Traceback" not in failed.stderr
+    assert failed.stderr.count("train.log is incomplete: ") == 1
+    assert "cannot write to the run folder: File too large" in failed.stderr
+    result = CliRunner().invoke(app, ["train", str(config), "--resume", "auto"])
+    assert result.exit_code == 0, (result.output, result.exception)
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path, stories: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")

@@ -199,6 +199,7 @@ def test_a_damaged_checkpoint_is_named_and_does_not_count(finished: Path) -> Non
             assert "checkpoint-8: adapter_model.safetensors is missing" in said
 
 
+@pytest.mark.kills("ual/train/checkpoint.py", "if not limit or limit < 0:", "if not limit:")
 @pytest.mark.kills("ual/train/checkpoint.py", "elif path in complete or damage(path) is None:", "else:")
 def test_rotation_counts_complete_checkpoints_only(tmp_path: Path) -> None:
     from tests.faults.test_checkpoints import flip, sealed
@@ -209,8 +210,81 @@ def test_rotation_counts_complete_checkpoints_only(tmp_path: Path) -> None:
     assert [step for step, _ in checkpoint.numbered(tmp_path)] == [9, 5, 4, 3]
     checkpoint.rotate(tmp_path, limit=1, until=5, complete={paths[5]}, best=paths[3])
     assert [step for step, _ in checkpoint.numbered(tmp_path)] == [9, 5, 3]
-    checkpoint.rotate(tmp_path, limit=None, until=5, complete=(), best=None)
-    assert len(checkpoint.numbered(tmp_path)) == 3
+    for limit in (None, 0, -1):
+        checkpoint.rotate(tmp_path, limit=limit, until=5, complete=(), best=None)
+        assert len(checkpoint.numbered(tmp_path)) == 3
+
+
+@pytest.mark.kills(
+    "ual/pipelines/train.py",
+    "_intact(lambda: folder.read_json(File.EVALUATION), loaded.progress) if reuse",
+    "folder.read_json(File.EVALUATION) if reuse",
+)
+@pytest.mark.kills(
+    "ual/pipelines/train.py",
+    "_intact(lambda: folder.read_rows(File.UNCERTAINTY), progress) if start.reuse",
+    "folder.read_rows(File.UNCERTAINTY) if start.reuse",
+)
+@pytest.mark.parametrize("damage", ['{"half', "", "[1]"], ids=["half", "empty", "list"])
+def test_damaged_records_are_computed_again(finished: Path, damage: str) -> None:
+    run = finished.parent / "run"
+    before = json.loads((run / "evaluation.json").read_text())["before"]
+    uncertainties = (run / "uncertainty.jsonl").read_text()
+    (run / "evaluation.json").write_text(damage)
+    (run / "uncertainty.jsonl").write_text(damage)
+    said = train(finished, "--resume", "training.num_train_epochs=4")
+    assert said.count("what it recorded is computed again") == (2 if damage else 1)
+    again = json.loads((run / "evaluation.json").read_text())
+    assert again["before"] == before
+    assert again["after"] is not None
+    assert (run / "uncertainty.jsonl").read_text() == uncertainties
+
+
+@pytest.mark.kills("ual/runs/folder.py", 'if any(path.glob("*.safetensors"))', "if path.is_dir()")
+@pytest.mark.kills("ual/pipelines/publish.py", 'if found.status == "completed" and not', "if False and not")
+def test_lost_weights_of_a_finished_run_are_restored(finished: Path) -> None:
+    """A run without weights is not finished, nor published; without metrics, its checkpoints describe it."""
+    run = finished.parent / "run"
+    weights = run / "adapter" / "adapter_model.safetensors"
+    trained = weights.read_bytes()
+    weights.unlink()
+    published = CliRunner().invoke(app, ["publish", str(run)])
+    assert published.exit_code == 2
+    assert "the trained weights are missing" in published.output
+    assert "restored from" in train(finished, "--resume", "auto")
+    assert weights.read_bytes() == trained
+    with unchanged(finished.parent):
+        assert "the run is finished" in train(finished, "--resume")
+    (run / "metrics.json").write_text('{"steps')
+    with unchanged(finished.parent):
+        assert "restore or remove the file" in refuse(finished, "--resume", "auto")
+    (run / "metrics.json").unlink()
+    train(finished, "--resume", "auto")
+    assert weights.read_bytes() == trained
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (metrics["status"], metrics["steps"]) == ("completed", 6)
+
+
+@pytest.mark.kills("ual/train/matching.py", "if before and after:", "if True:")
+def test_files_that_a_pattern_matches_no_more_or_now_are_named(tmp_path: Path, tiny: Path) -> None:
+    config = configure(
+        tmp_path, tiny, ROWS[:4], uncertainty="column", data={"train": str(tmp_path / "rows*.jsonl")},
+        training={"max_steps": 2},
+    )  # fmt: skip
+    second = tmp_path / "rows_b.jsonl"
+    second.write_text("".join(json.dumps(row) + "\n" for row in ROWS[4:]))
+    train(config)
+    more = ("--resume", "training.max_steps=3")
+    third = second.rename(tmp_path / "rows_c.jsonl")
+    third.unlink()
+    said = refuse(config, *more)
+    assert "rows_b.jsonl" in said
+    assert "the run began with this file" in said
+    second.write_text("".join(json.dumps(row) + "\n" for row in ROWS[4:]))
+    third.write_text(json.dumps({"prompt": "9", "completion": "nine", "uncertainty": 0.5}) + "\n")
+    said = refuse(config, *more)
+    assert "rows_c.jsonl" in said
+    assert "the run began without this file" in said
 
 
 @pytest.mark.kills("ual/runs/folder.py", "with suppress(ValueError):", "with suppress(KeyError):")

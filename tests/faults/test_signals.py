@@ -133,6 +133,30 @@ def test_a_signal_after_the_last_step_is_not_lost(number: signal.Signals, before
     assert found == [number]
 
 
+@pytest.mark.kills(CALLBACKS, "        if self._mine:\n", "        if False:\n")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_during_a_finalizer_stops_before_training() -> None:
+    """Python discards what a finalizer raises."""
+
+    class Interrupted:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(100):
+                pass  # the handler is called between two instructions
+
+    stop, trained = StopOnSignal(), []
+
+    def finalized() -> None:
+        with stop.listening():
+            Interrupted()
+            with stop.deferred():
+                trained.append(True)
+
+    with pytest.raises(Stopped, match="SIGTERM"):
+        finalized()
+    assert not trained
+
+
 @pytest.mark.kills(CALLBACKS, "if threading.current_thread() is threading.main_thread():", "if True:")
 def test_a_run_in_a_thread_has_no_handlers(tmp_path: Path, tiny: Path) -> None:
     config = load(configure(tmp_path, tiny, ROWS, uncertainty="column", training={"max_steps": 1}))

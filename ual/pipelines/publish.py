@@ -26,6 +26,12 @@ def publish(run: Path, *, repo_id: str | None = None, private: bool | None = Non
     if config is None:
         raise UserError("the run's config.yaml cannot be read", place=str(run))
     weights = run / ("adapter" if config.lora else "model")
+    if found.status == "completed" and not any(weights.glob("*.safetensors")):
+        raise UserError(
+            "the trained weights are missing",
+            place=str(weights),
+            remedy=f"restore them from a checkpoint: ual train {run / 'config.yaml'} --resume",
+        )
     if found.status != "completed" or not (weights / "README.md").is_file():
         raise UserError(
             f"the run is not finished (status: {found.status}), so there is nothing to upload",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 from rich.console import Console
@@ -41,6 +41,7 @@ from ual.train.resume import Resume, Start, decide
 from ual.uncertainty.estimators import white_box
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _TEXT_SHOWN = 2000  # characters of a prompt or response kept in samples.jsonl
 
@@ -108,15 +109,17 @@ def run(
             transformers.set_seed(arguments.seed)
             rendered = _render(config, trust_remote_code, progress, cache)
             samples.check_rendered(rendered, arguments, empty)
-            known = _known(rendered, folder, start)
+            known = _known(rendered, folder, start, progress)
             # what is wrong with known uncertainties is found before weights are loaded
             ready = None if known is None else _ready(rendered, known, progress)
-            folder.create(config)
-            distributed.wait()
-            begin_log()
+            with _writing(folder):
+                folder.create(config)
+                distributed.wait()
+                begin_log()
             loaded = _load(rendered, arguments, progress, trust_remote_code)
-            metrics, stopped_by = _trained(loaded, folder, start, ready, command, stop)
-            report = distributed.from_first(lambda: write_report([folder.path]))
+            with _writing(folder):
+                metrics, stopped_by = _trained(loaded, folder, start, ready, command, stop)
+                report = distributed.from_first(lambda: write_report([folder.path]))
             unpublished = None if stopped_by else _publish(config, folder, progress)
     return Result(folder.path, metrics, report, stopped_by, unpublished)
 
@@ -130,6 +133,20 @@ def _claimed(folder: RunFolder) -> Iterator[list[str]]:
         yield [note] if note else []
     finally:
         lock.release()
+
+
+@contextmanager
+def _writing(folder: RunFolder) -> Iterator[None]:
+    """Turn an OSError within, such as that of a full disk, into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the run folder: {error.strerror or error}",
+            place=str(error.filename or folder.path),
+            remedy="free some space, then pass --resume auto, which continues from the last complete "
+            "checkpoint or, without one, begins again",
+        ) from error
 
 
 def _trained(
@@ -193,12 +210,23 @@ def _say_dropped(dropped: Mapping[str, int], progress: Progress) -> None:
         progress.say(f"{count} samples dropped: {reason}")
 
 
-def _known(rendered: Rendered, folder: RunFolder, start: Start) -> list[Elicited] | None:
+def _known(rendered: Rendered, folder: RunFolder, start: Start, progress: Progress) -> list[Elicited] | None:
     """Return the recorded uncertainties of these samples, or their own; None if a model must be asked."""
-    rows = distributed.from_first(lambda: folder.read_rows(File.UNCERTAINTY) if start.reuse else [])
+    rows = distributed.from_first(
+        lambda: _intact(lambda: folder.read_rows(File.UNCERTAINTY), progress) if start.reuse else None
+    )
     if rows and {row["sample_id"] for row in rows} == {s.id for s in rendered.train}:
         return [Elicited(**row) for row in rows]
     return samples.own_uncertainties(rendered.config, rendered.train)
+
+
+def _intact(read: Callable[[], T], progress: Progress) -> T | None:
+    """Return what a file of the run records; None, and a warning, if it is damaged: it is computed again."""
+    try:
+        return read()
+    except UserError as error:
+        progress.say(f"warning: {error.place}: {error.problem}; what it recorded is computed again")
+        return None
 
 
 def _ask(loaded: "_Loaded") -> list[Elicited]:
@@ -320,11 +348,9 @@ def _shared(score: Callable[..., Iterator[TokenScores]]) -> Callable[..., Iterat
 
 
 def _evaluate_before(loaded: _Loaded, folder: RunFolder, *, reuse: bool) -> Evaluation | None:
-    path = folder.path / File.EVALUATION
-
     def saved() -> tuple[bool, Evaluation | None]:
-        known = reuse and path.exists()
-        return known, json.loads(path.read_text(encoding="utf-8"))["before"] if known else None
+        known = _intact(lambda: folder.read_json(File.EVALUATION), loaded.progress) if reuse else None
+        return known is not None and "before" in known, (known or {}).get("before")
 
     known, earlier = distributed.from_first(saved)
     if known:
@@ -374,12 +400,6 @@ def _train(
     try:
         trainer.train_to_the_end(start.checkpoint, folder.path / _weights(loaded.rendered.config))
         status = "interrupted" if stop.agree() else "completed"
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the run folder: {error.strerror or error}",
-            place=str(error.filename or folder.path),
-            remedy="free some space, then pass --resume to continue from the last checkpoint",
-        ) from error
     finally:
         spent = {"seconds": seconds(), "steps": trainer.state.global_step}
         metrics = metrics | _speed(folder) | spent | {"status": status}

@@ -87,8 +87,9 @@ class RunFolder:
 
     @property
     def weights(self) -> Path | None:
-        """The folder of the trained weights, if there is one."""
-        return next((path for name in _WEIGHTS if (path := self.path / name).is_dir()), None)
+        """The folder of the trained weights, if it holds any."""
+        folders = (self.path / name for name in _WEIGHTS)
+        return next((path for path in folders if any(path.glob("*.safetensors"))), None)
 
     def holds_run(self) -> bool:
         """Return whether a step of a run is recorded here: logged, saved, or in trained weights.
@@ -127,18 +128,21 @@ class RunFolder:
     def read_json(self, name: str) -> dict[str, Any]:
         """Return the object of a file; an empty one if the file is absent.
 
+        Metrics may be removed: all but the time of training is computed again from the other files.
+
         Raises:
             UserError: the file is damaged.
         """
         path = self.path / name
+        remedy = "restore or remove the file" if name == File.METRICS else "restore the file"
         try:
             value = json.loads(path.read_bytes())
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise UserError(f"not valid JSON: {error}", place=str(path), remedy="restore the file") from error
+            raise UserError(f"not valid JSON: {error}", place=str(path), remedy=remedy) from error
         if not isinstance(value, dict):
-            raise UserError("expected a JSON object", place=str(path), remedy="restore the file")
+            raise UserError("expected a JSON object", place=str(path), remedy=remedy)
         return value
 
     def read_history(self) -> list[dict[str, Any]]:

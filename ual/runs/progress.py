@@ -1,9 +1,10 @@
 """Progress of a run: bars on a terminal, plain lines elsewhere, and the log file."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -124,6 +125,21 @@ def _clock(seconds: float | None) -> str:
     return str(timedelta(seconds=int(seconds or 0)))
 
 
+class _LogFile(logging.FileHandler):
+    """A log that says once on stderr if it cannot be written. Other files of the run then end it."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not self._failed:
+            self._failed = True
+            sys.stderr.write(f"warning: {self.baseFilename} is incomplete: {sys.exception()}\n")
+
+    def close(self) -> None:
+        with suppress(OSError):  # of what is still in the buffer
+            super().close()
+
+
 @contextmanager
 def log_file(path: Path, writes: bool) -> Iterator[Callable[[], None]]:
     """Write every logger's messages, and warnings, to the log file, if this process writes it.
@@ -142,7 +158,7 @@ def log_file(path: Path, writes: bool) -> Iterator[Callable[[], None]]:
     logging.captureWarnings(True)
 
     def begin() -> None:
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _LogFile(path, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         kept.setTarget(handler)
         kept.flush()

@@ -144,8 +144,11 @@ class StopOnSignal(TrainerCallback):
         """Let signals within wait for the end of a step.
 
         Raises:
-            Stopped: a signal arrived after the last agreement.
+            Stopped: a signal arrived after the last agreement; or before, while a finalizer ran, whose
+                exceptions Python discards.
         """
+        if self._mine:
+            raise Stopped(self._mine)
         self._deferred = True
         try:
             yield

@@ -174,13 +174,13 @@ def rotate(
 
     Args:
         checkpoints: the folder of `checkpoint-N`.
-        limit: None or 0 removes nothing.
+        limit: None, 0 or less removes nothing, as in transformers.
         until: the step whose checkpoint has just been written. Later ones, which were passed over when the
             run was resumed, neither count nor are they removed.
         complete: checkpoints that are known to be complete; others are verified before they count.
         best: counts, and is not removed.
     """
-    if not limit:
+    if not limit or limit < 0:
         return
     kept = {checkpoints / f"checkpoint-{until}", *([best] if best else [])}
     for step, path in numbered(checkpoints):
@@ -275,8 +275,8 @@ def require_room(folder: Path, size: int) -> None:
         raise UserError(
             f"a checkpoint needs about {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free",
             place=str(folder),
-            remedy="free some space or lower training.save_total_limit, then pass --resume to continue "
-            "from the last complete checkpoint",
+            remedy="free some space or lower training.save_total_limit, then pass --resume auto, which "
+            "continues from the last complete checkpoint or, without one, begins again",
         )
 
 

@@ -103,11 +103,17 @@ def check_contents(folder: RunFolder, config: RunConfig, now: Contents, *, accep
     changed = list(_changed(folder, config, recorded, now))
     if changed and not accept_changed_data:
         key, path, before, after = changed[0]
+        if before and after:
+            problem = (
+                f"the file has changed since the run began: its SHA-256 is {after[:12]}..., and "
+                f"{before[:12]}... is recorded"
+            )
+        else:
+            problem = f"the run began {'with' if before else 'without'} this file"
         raise UserError(
-            f"the file has changed since the run began: its SHA-256 is {after[:12]}..., and {before[:12]}... "
-            "is recorded",
+            problem,
             place=f"{path} ({key})",
-            remedy="restore the file, or choose another output_dir; --accept-changed-data resumes with it",
+            remedy="restore the data, or choose another output_dir; --accept-changed-data resumes with them",
         )
 
 
@@ -140,18 +146,17 @@ def _moved(folder: RunFolder, recorded: RunConfig, config: RunConfig) -> Iterato
 
 def _changed(
     folder: RunFolder, config: RunConfig, recorded: Contents, now: Contents
-) -> Iterator[tuple[str, str, str, str]]:
-    """Yield key, path, recorded hash and present hash of every file that differs."""
+) -> Iterator[tuple[str, str, str | None, str | None]]:
+    """Yield key, path, recorded hash and present hash of every file that differs; None for no file."""
     before = files(configuration.load(folder.path / File.CONFIG))
     known = {_section(key) for key, path in before.items() if path in recorded.data}
     for key, path in files(config).items():
         old, new = recorded.data.get(before.get(key, "")), now.data.get(path)
-        if old is None and "[" in key and _section(key) in known:
-            old = "no file"  # a pattern matches another one
-        if old is not None and new is not None and old != new:
+        is_known = old is not None or ("[" in key and _section(key) in known)  # a pattern may match another
+        if is_known and new is not None and old != new:
             yield key, path, old, new
-    for path in recorded.data.keys() - set(before.values()):
-        yield "data", path, recorded.data[path], "no file"
+    for path in sorted(recorded.data.keys() - set(before.values())):
+        yield "data", path, recorded.data[path], None
 
 
 def _section(key: str) -> str:

@@ -96,6 +96,8 @@ def decide(
     if trained is not None:
         metrics = metrics | {"steps": trained}
         weights = _final_weights(folder, config, metrics, found)
+        if weights is not None and metrics.get("status") == "completed":
+            notes = (*notes, f"the trained weights are missing, and restored from {weights}")
         if weights is None and _is_reported(folder, config, metrics):
             return Start("finished", Contents({}, None), metrics=metrics, notes=notes)
     contents = Contents.of(config)
