@@ -1,5 +1,6 @@
 """What commands print on a terminal, into a pipe, and as JSON; run as processes of their own."""
 
+import contextlib
 import fcntl
 import io
 import json
@@ -195,3 +196,15 @@ def test_bash_completes(words: str, offered: list[str]) -> None:
         [sys.executable, "-c", program], env=ENVIRONMENT | asked, capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == offered
+
+
+@pytest.mark.kills(
+    "ual/runs/progress.py", "except (OSError, SystemExit) as error:", "except KeyError as error:"
+)
+def test_progress_that_cannot_be_printed_stops_no_work(caplog: pytest.LogCaptureFixture) -> None:
+    with contextlib.suppress(OSError), Path("/dev/full").open("w", buffering=1) as full:  # closing it fails
+        shown = progress.Progress(Console(file=full))
+        shown.say("first")
+        shown.say("second")
+        shown.task("training", 2, logs=True).log("loss 1")
+    assert caplog.text.count("progress cannot be printed any more: [Errno 28]") == 1

@@ -60,8 +60,12 @@ class Progress:
         return Task(self, self._bars, id, _NEVER if logs else _PAUSE)
 
     def say(self, line: str) -> None:
-        """Print a line above the bars."""
-        self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        """Print a line above the bars. A broken pipe or a full disk there does not stop the work."""
+        try:
+            self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        except (OSError, SystemExit) as error:  # rich exits when a pipe is broken
+            self._bars.console.quiet = True
+            log.warning("progress cannot be printed any more: %s", error.__context__ or error)
 
 
 class Task:
