@@ -525,6 +525,33 @@ class TestStop:
             renderer = Renderer(smollm2, chat_template=template(tmp_path, text), train_on=train_on)
             assert trained_runs(smollm2, renderer.render(chat("q", "what is", "r", "that was"))) == runs
 
+    @pytest.mark.kills("ual/data/render.py", "return list(blocks[:i])", "return list(blocks)")
+    def test_a_second_stop_token_in_a_block_of_its_own_is_not_trained(self, smollm2, tmp_path):
+        """As in TRL's template for Phi-3."""
+        text = MARKED.replace("END", "'<|im_end|>\n'").replace(
+            "{% if add_generation_prompt %}",
+            "{% if not add_generation_prompt %}{% generation %}<|endoftext|>{% endgeneration %}{% else %}",
+        )
+        ends = stops(smollm2, "<|endoftext|>")
+        renderer = Renderer(smollm2, chat_template=template(tmp_path, text), stop_ids=ends)
+        rendered = renderer.render(chat("q", "a", "r", "b"))
+        assert trained_runs(smollm2, rendered) == ["a<|im_end|>", "b<|im_end|>"]
+
+    @pytest.mark.kills("ual/data/render.py", "begin += self._of_prompt(text, begin)", "pass")
+    @pytest.mark.parametrize("inside", ["\\n", "assistant\\n", "<|im_start|>assistant\\n"])
+    def test_the_generation_prompt_in_a_block_is_not_trained(self, smollm2, tmp_path, inside):
+        """As in TRL's templates for Qwen2.5 and gpt-oss."""
+        opening = "<|im_start|>assistant\\n".removesuffix(inside)
+        text = (
+            "{% for m in messages %}{% if m.role == 'assistant' %}{{ '" + opening + "' }}{% generation %}"
+            "{{ '" + inside + "' + m.content + '<|im_end|>\\n' }}{% endgeneration %}{% else %}"
+            "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+        )
+        renderer = Renderer(smollm2, chat_template=template(tmp_path, text))
+        rendered = renderer.render(chat("q", "\na", "r", "b"))
+        assert trained_runs(smollm2, rendered) == ["\na<|im_end|>", "b<|im_end|>"]
+
 
 CLOCK = "{{ strftime_now('%d %b %Y %H:%M') }}"
 DATED = CLOCK + CHATML

@@ -29,6 +29,10 @@ class Markers:
         """Return whether the text contains a marker."""
         return len(self._split(text)) > 1
 
+    def stops(self, text: str) -> bool:
+        """Return whether the text contains a stop token."""
+        return not self._stops.isdisjoint(self._split(text))
+
     def trailing(self, text: str) -> str:
         """Return the markers and the white space at the end of the text."""
         start = length = len(text)

@@ -274,11 +274,27 @@ class Renderer:
         for k, of_turn in self._by_turn(sample, text, blocks).items():
             if k in turns and of_turn:
                 message = sample.messages[k]
-                *before, (start, end) = of_turn
-                found += [*before, (start, start + self._markers.end_of_block(text[start:end], message))]
-                region = text[max(of_turn[0][0] - len(self.opening), 0) : end]
-                _check_said(message, k, region)
+                begin, end = of_turn[0][0], of_turn[-1][1]
+                _check_said(message, k, text[max(begin - len(self.opening), 0) : end])
+                begin += self._of_prompt(text, begin)
+                *before, (start, end) = self._through_stop(text, of_turn, message)
+                spans = [*before, (start, start + self._markers.end_of_block(text[start:end], message))]
+                found += [(max(a, begin), b) for a, b in spans if b > begin]
         return text, found
+
+    def _through_stop(self, text: str, blocks: Sequence[Span], message: Message) -> list[Span]:
+        """Return the blocks of a turn without those after its stop token, in which a template repeats EOS."""
+        said = _squeeze(message.content)
+        for i, (start, end) in enumerate([] if message.tool_calls else blocks, start=1):
+            shown = _squeeze(text[blocks[0][0] : end])
+            if said in shown and self._markers.stops(self._markers.trailing(text[start:end])):
+                return list(blocks[:i])
+        return list(blocks)
+
+    def _of_prompt(self, text: str, start: int) -> int:
+        """Return the number of characters at the start of a block that belong to the generation prompt."""
+        opened = text.startswith(self.opening, start + self._marked_opening - len(self.opening))
+        return self._marked_opening if opened else 0
 
     def _by_turn(self, sample: Sample, text: str, blocks: Sequence[Span]) -> dict[int, list[Span]]:
         """Return the blocks of each assistant turn. A template may write several in a turn, or none."""
@@ -352,10 +368,13 @@ class Renderer:
         """Render a short conversation, to fail early. Find the generation prompt, and the end of a turn."""
         probe = Sample("", (_QUESTION, Message("assistant", _PROBE)))
         try:
-            prompt, alone, text = self._prompt(probe, 1), self._text(probe, 1), self._text(probe, 2)
+            prompt, alone = self._prompt(probe, 1), self._text(probe, 1)
+            text, blocks = self.template.render(probe.messages, probe.tools)
         except RefusalError as refused:
             raise UserError(f"{self.template.place} {refused}") from refused
         self.opening = prompt[_common(prompt, alone) :]
+        inside = len(prompt) - blocks[0][0] if blocks and text.startswith(prompt) else 0
+        self._marked_opening = max(inside, 0)
         _, found, self._closing = text.rpartition(_PROBE)
         if not found:
             raise UserError(
