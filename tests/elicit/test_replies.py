@@ -96,10 +96,12 @@ PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"t
         (chat(GOOD, finish_reason=None), None),
         (chat(GOOD) | {"object": "chat.completion", "error": None, "created": 1.5, "x": {}}, None),
         (chat(GOOD) | {"choices": [chat(GOOD)["choices"][0], None]}, None),
+        ({"choices": [{"text": "A", "finish_reason": "stop"}], "usage": None}, None),
     ],
     ids=[
         "good", "null alternatives", "null", "-inf", "nan", "positive", "nonsense", "null content",
         "no tokens", "legacy", "parts", "extra", "finish", "no finish", "error null", "second choice",
+        "without chat",
     ],
 )  # fmt: skip
 def test_a_good_text_is_never_discarded(
@@ -111,6 +113,26 @@ def test_a_good_text_is_never_discarded(
     assert (reply.tokens[0].alternatives if reply.tokens else None) == alternatives
     assert Reply.parse(reply.dump()) == reply
     assert not {"NaN", "Infinity"} & set(reply.dump().replace(",", " ").split())
+
+
+@pytest.mark.kills(READER, 'if isinstance(value, dict) and not {"type", "text"}', "if False and {0}")
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [({"score": 3}, '{"score": 3}'), ({"type": "text", "text": "A"}, "A")],
+)
+def test_structured_output_that_a_server_has_read_is_text_again(
+    server: Server, content: Any, text: str
+) -> None:
+    assert ask(server, response(chat({"content": content})))[0].text == text
+
+
+@pytest.mark.kills(
+    "ual/uncertainty/backends/endpoint.py", 'response.content.decode("utf-8", "replace")', "response.text"
+)
+def test_json_is_utf8_whatever_the_headers_say(server: Server) -> None:
+    content = json.dumps(chat({"content": "Café 😀"}), ensure_ascii=False).encode()
+    headers = f"HTTP/1.1 200 OK\r\ncontent-type: text/html; charset=latin-1\r\ncontent-length: {len(content)}"
+    assert ask(server, f"{headers}\r\n\r\n".encode() + content)[0].text == "Café 😀"
 
 
 def test_a_lone_surrogate_is_kept_and_can_be_asked_about(server: Server) -> None:
@@ -203,6 +225,11 @@ CLAUDE = "Your credit balance is too low to access the Anthropic API. Please go 
         ("402", {"error": {"message": "Insufficient Balance", "type": "unknown_error"}}),  # DeepSeek
         ("400", {"error": {"message": CLAUDE, "type": "invalid_request_error"}}),
         ("429", [{"error": GEMINI | {"details": [DAILY]}}]),
+        (
+            "429",
+            {"error": {"message": "Your account is suspended", "type": "exceeded_current_quota_error"}},
+        ),  # Kimi
+        ("400", {"error": {"message": "Access denied", "code": "Arrearage"}}),  # Qwen
         ("200", {"error": OPENAI}),
         ("200", {"error": {"message": "Payment needed", "code": 402}, "user_id": "u"}),
     ],

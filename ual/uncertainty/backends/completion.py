@@ -41,7 +41,7 @@ def parse(text: str) -> Reply:
         raise ServerError(Fault(f"the reply broke off with finish_reason {finish}"))
     message = choice.get("message")
     if message is None and choice.get("finish_reason"):
-        message = {}
+        message = {"content": choice.get("text")}  # of the protocol without chat
     if not isinstance(message, dict):
         raise _unreadable("choices.0.message is not an object", text)
     content = _content(message.get("content"))
@@ -96,6 +96,8 @@ def _content(value: Any) -> dict[str, str] | None:
     found = {"text": "", "reasoning": "", "refusal": ""}
     if value is None or isinstance(value, str):
         return found | {"text": value or ""}
+    if isinstance(value, dict) and not {"type", "text"} & {*value}:
+        return found | {"text": json.dumps(value)}  # structured output that a server has already read
     parts = [value] if isinstance(value, dict) else value
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         return None

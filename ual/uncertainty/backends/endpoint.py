@@ -189,7 +189,7 @@ class Endpoint:
                 response: httpx2.Response = await self._client.post(
                     "/chat/completions", cast_to=httpx2.Response, body=body
                 )
-            text = self._scrubbed(response.text)
+            text = self._scrubbed(response.content.decode("utf-8", "replace"))  # whatever the headers say
         except (_RefusedError, openai.APIError, httpx2.HTTPError, TimeoutError, ValueError, OSError) as error:
             raise self._explained(error, body) from None  # the SDK's exceptions hold the request, so the key
         finally:

@@ -14,6 +14,7 @@ _TRANSIENT = {408, 409, 425, 429}
 _SPENT_CODES = {
     "insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_balance",
     "insufficient_credits", "credit_balance_too_low", "payment_required",
+    "exceeded_current_quota_error", "arrearage",
 }  # fmt: skip
 _SPENT_WORDS = re.compile(
     r"insufficient_quota|insufficient (?:balance|credits?|funds)|credit balance is too low|"
