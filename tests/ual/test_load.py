@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from ual.data import hold_out, load
+from tests.ual.runs import write_rows
+from ual.data import hold_out, load, stream
 from ual.errors import UserError
 from ual.records import Message, Sample
 
@@ -349,6 +350,10 @@ class TestRows:
                 "only the assistant calls tools, got the role 'user'",
             ),
             ([CHAT[0], CHAT[1] | {"weight": 0}], "messages[1].weight", "is not supported"),
+            ([CHAT[0], CHAT[1] | {"weight": 0.5}], "messages[1].weight", "is not supported"),
+            ([*CHAT, CHAT[0], CHAT[1] | {"train": False}], "messages[3].train", "is not supported"),
+            ([CHAT[0], CHAT[1] | {"training": 0}, *CHAT], "messages[1].training", "is not supported"),
+            ([CHAT[0], CHAT[1] | {"loss": False}, *CHAT], "messages[1].loss", "is not supported"),
         ],
     )
     def test_faults_of_a_conversation(self, tmp_path, messages, field, problem):
@@ -517,6 +522,13 @@ class TestHoldOut:
         rows = rows_of(["a", "b"])
         assert hold_out(rows, 0) == (rows, [])
 
+    @pytest.mark.kills("ual/data/split.py", "[contents(message) for", "[message.content for")
+    def test_equal_prompts_in_other_white_space_stay_together(self):
+        rows = rows_of([text for i in range(20) for text in (f"caf\u00e9 {i}", f" cafe\u0301\n{i}")])
+        train, held = hold_out(rows, 0.5)
+        numbers = [{sample.prompt[-1].content.split()[-1] for sample in side} for side in (train, held)]
+        assert not numbers[0] & numbers[1]
+
     @given(
         st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=30),
         st.floats(0, 1, exclude_min=True, exclude_max=True),
@@ -558,3 +570,71 @@ def test_the_package_needs_neither_torch_nor_transformers():
 
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ual.data.nothing
+
+
+class TestExports:
+    """What a file of another tool says beside the turns is trained, or refused."""
+
+    @pytest.mark.kills(
+        "ual/data/schema.py", "    said = _with_system(written.get(", "    [].append(written.get("
+    )
+    @pytest.mark.parametrize(
+        "row",
+        [
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            {"messages": CHAT},
+            {"messages": [{"role": "system", "content": "Be kind. "}, *CHAT]},
+            {"prompt": "q", "completion": "a"},
+            {"instruction": "q", "input": "", "output": "a", "history": [["h", "i"]]},
+        ],
+    )
+    def test_a_system_column_is_the_system_turn(self, tmp_path, row):
+        path = write_rows(tmp_path / "rows.jsonl", [row | {"system": "Be kind."}])
+        [sample] = load(str(path))
+        assert [m.content.strip() for m in sample.messages if m.role == "system"] == ["Be kind."]
+        assert sample.messages[0].role == "system"
+        [(written, again)] = stream(str(path), columns={"prompt": "{{'q'}}", "completion": "{{'a'}}"})
+        assert written["messages"][0] == {"role": "system", "content": "Be kind."}
+        again_path = write_rows(tmp_path / "again.jsonl", [dict(written)])
+        assert load(str(again_path))[0].messages == again.messages
+
+    def test_a_system_column_may_be_mapped_empty_or_not_read(self, tmp_path):
+        rows = [
+            {"prompt": "q", "completion": "a", "rules": "Be kind.", "system": text} for text in (" ", None)
+        ]
+        path = str(write_rows(tmp_path / "rows.jsonl", rows))
+        assert [sample.messages[0].content for sample in load(path)] == ["q", "q"]
+        assert load(path, columns={"system": "rules"})[0].messages[0].content == "Be kind."
+        path = str(write_rows(tmp_path / "rows.jsonl", [row | {"system": 3} for row in rows]))
+        assert refusal(path).problem.startswith("2 wrong samples")
+        assert load(path, columns={"system": None})[0].messages[0].content == "q"
+
+    @pytest.mark.kills("ual/data/schema.py", "if said[0].content.strip() != given.strip():", "if False:")
+    def test_two_system_turns_are_refused(self, tmp_path):
+        messages = [{"role": "system", "content": "Be rude."}, *CHAT]
+        error = refusal(
+            str(write_rows(tmp_path / "rows.jsonl", [{"messages": messages, "system": "Be kind."}]))
+        )
+        assert error.place.endswith('line 1, field "system"')
+        assert error.problem == 'differs from the conversation\'s system turn, got "Be kind."'
+
+    @pytest.mark.kills("ual/data/schema.py", '"weight", "train", "training", "loss")', '"weight")')
+    @pytest.mark.parametrize("key", ["train", "training", "loss"])
+    def test_marks_that_train_every_turn_are_no_fault(self, tmp_path, key):
+        turns = [CHAT[0] | {key: False}, CHAT[1] | {key: True, "weight": 1}]
+        assert len(load(str(write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])))) == 1
+        turns = [*turns, CHAT[0], CHAT[1] | {key: False}]
+        error = refusal(str(write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])))
+        assert error.place.endswith(f'field "messages[3].{key}"')
+
+    @pytest.mark.kills("ual/data/schema.py", "for column in _MEDIA:", "for column in ():")
+    @pytest.mark.parametrize("kind", ["image", "video", "audio"])
+    def test_a_conversation_about_an_image_is_refused(self, tmp_path, kind):
+        row = {
+            "messages": [{"role": "user", "content": f"<{kind}>What is it?"}, CHAT[1]],
+            f"{kind}s": ["a.x"],
+        }
+        error = refusal(str(write_rows(tmp_path / "rows.jsonl", [row])))
+        assert error.place.endswith(f'field "{kind}s"')
+        assert "only text can be trained" in error.problem
+        assert load(str(write_rows(tmp_path / "rows.jsonl", [row | {f"{kind}s": []}])))

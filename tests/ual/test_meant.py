@@ -246,8 +246,22 @@ def chat(*said: str) -> dict[str, Any]:
     return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]}
 
 
+def called(id: str) -> dict[str, Any]:
+    call = {"id": id, "function": {"name": "now", "arguments": "{}"}}
+    return {
+        "messages": [
+            {"role": "user", "content": "When?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "3", "tool_call_id": id},
+            {"role": "assistant", "content": "At 3."},
+        ]
+    }
+
+
 class TestBothSides:
     @pytest.mark.kills("ual/data/overlap.py", '" ".join(message.content.split())', "message.content")
+    @pytest.mark.kills("ual/data/overlap.py", 'unicodedata.normalize("NFC", ', "(")
+    @pytest.mark.kills("ual/data/overlap.py", 'if key != "id"}', "}")
     @pytest.mark.kills("ual/data/overlap.py", "if found := self._conversations.get(", "if found := {}.get(")
     @pytest.mark.parametrize(
         ("trained", "held_out"),
@@ -256,8 +270,17 @@ class TestBothSides:
             (ROWS[3] | {"id": "one"}, {"instruction": ROWS[3]["prompt"], "output": ROWS[3]["completion"]}),
             (ROWS[3], {"prompt": " What is\n3 +  3? ", "completion": "It is 6.\n"}),
             (chat("What?", "It is 6.", "And?", "So."), {"prompt": "What?", "completion": "It is 6."}),
+            ({"prompt": "Caf\u00e9?", "completion": "Yes."}, {"prompt": "Cafe\u0301?", "completion": "Yes."}),
+            (called("a"), called("b")),
         ],
-        ids=["other id", "other form", "other white space", "a beginning"],
+        ids=[
+            "other id",
+            "other form",
+            "other white space",
+            "a beginning",
+            "other characters",
+            "ids of calls",
+        ],
     )
     def test_a_conversation_on_both_sides_is_refused(
         self, tmp_path: Path, tiny: Path, trained: dict[str, Any], held_out: dict[str, Any]
@@ -265,13 +288,17 @@ class TestBothSides:
         held = write_rows(tmp_path / "held.jsonl", [held_out])
         rows = [trained | {"uncertainty": i} if i == 0 else trained | chat(str(i), "x") for i in range(2)]
         rows = [rows[0], {**chat("other", "x"), "uncertainty": 1}] if "messages" in trained else [trained]
-        config = configured(tmp_path, tiny, rows, data={"eval": str(held)})
+        template = {"chat_template": "chatml"} if trained == called("a") else {}
+        config = configured(tmp_path, tiny, rows, data={"eval": str(held)} | template)
         said = invoke("train", config, "loss=sft", code=2)
         assert "1 held-out conversations are also trained" in said
         assert "held.jsonl, line 1" in said
         assert "rows.jsonl, line 1" in said
         streaming = invoke("train", config, "loss=sft", *STREAM, f"output_dir={tmp_path / 'stream'}", code=2)
         assert "1 held-out conversations are also trained" in streaming
+        assert "1 held-out conversations are also trained" in invoke(
+            "preview", config, "loss=sft", *STREAM, code=2
+        )
 
     @pytest.mark.kills("ual/pipelines/samples.py", "s.id in self.held_out_tokens", "s.id not in self.tokens")
     def test_different_conversations_may_have_equal_ids(self, tmp_path: Path, tiny: Path) -> None:

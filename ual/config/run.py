@@ -39,7 +39,9 @@ CONVERSATION = (
     "instruction", "input", "output", "history",
 )  # fmt: skip
 """Columns of a sample that make its conversation."""
-COLUMNS = (*CONVERSATION, "id", "source", "uncertainty", "label_smoothing", "sample_weight", "tools")
+COLUMNS = (
+    *CONVERSATION, "system", "id", "source", "uncertainty", "label_smoothing", "sample_weight", "tools",
+)  # fmt: skip
 """Columns of a sample that are read."""
 Files = UserPath | Annotated[list[UserPath], Field(min_length=1)]
 

@@ -12,7 +12,7 @@ from ual.errors import UserError
 
 _NUMBERS = ("uncertainty", "label_smoothing", "sample_weight")
 _LISTS = ("messages", "conversations", "history", "tools")
-_MAY_BE_EMPTY = ("id", "source", "input", *_NUMBERS, "history", "tools")
+_MAY_BE_EMPTY = ("system", "id", "source", "input", *_NUMBERS, "history", "tools")
 _INTEGER = re.compile(r"-?\d{1,18}")
 _FLOAT = re.compile(r"-?\d{1,18}\.\d+(e[+-]?\d+)?")
 

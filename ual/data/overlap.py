@@ -2,19 +2,20 @@
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ual.config.run import DataConfig, named
 from ual.errors import UserError
-from ual.records import Sample
+from ual.records import Message, Sample
 
 
 class Overlap:
     """Compares held-out samples with training samples, which are added one by one.
 
-    Conversations are compared turn by turn, with their tools. Runs of white space count as one space. A
-    held-out conversation is also found where a training conversation begins with it.
+    Conversations are compared turn by turn, with their tools, as `contents` writes them. A held-out
+    conversation is also found where a training conversation begins with it.
 
     >>> from ual.records import Message
     >>> turns = Message("user", "2 + 2?"), Message("assistant", "4")
@@ -68,12 +69,20 @@ class Overlap:
         ]
 
 
+def contents(message: Message) -> list[Any]:
+    """Return what a message says, so that messages that say the same are equal.
+
+    Runs of white space are one space, characters are in Unicode's form NFC, and calls have no ids.
+    """
+    calls = [{key: value for key, value in call.items() if key != "id"} for call in message.tool_calls]
+    return [message.role, unicodedata.normalize("NFC", " ".join(message.content.split())), *calls]
+
+
 def _pairs(sample: Sample) -> Iterator[tuple[bytes, bytes]]:
     """Yield, for each assistant turn, a hash of the turns before it and one of the turns through it."""
     digest = hashlib.blake2b(json.dumps(sample.tools).encode(), digest_size=16)
     for message in sample.messages:
         before = digest.digest()
-        said: list[Any] = [message.role, " ".join(message.content.split()), *message.tool_calls]
-        digest.update(json.dumps(said).encode())
+        digest.update(json.dumps(contents(message)).encode())
         if message.role == "assistant":
             yield before, digest.digest()

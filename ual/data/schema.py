@@ -19,7 +19,9 @@ from pydantic import (
 from ual.records import Message, Role
 
 _MAX = sys.float_info.max
-_UNSUPPORTED = ("function_call", "weight")  # of messages
+_UNSUPPORTED = ("function_call",)  # of messages
+_SELECTS = ("weight", "train", "training", "loss")  # whether a turn is trained, in exports of several tools
+_MEDIA = ("images", "videos", "audios")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same field
 
 
@@ -233,6 +235,16 @@ def _message(value: Any, field: str, content: str = "") -> Message:
         raise FieldError(content or fault.field, fault.problem) from fault
     content = content or f"{field}.{'value' if 'from' in value and 'role' not in value else 'content'}"
     role = _ROLES[turn.role]
+    for key in _SELECTS if role == "assistant" else ():
+        if (
+            (given := value.get(key)) is False
+            or given == 0
+            or (key == "weight" and given not in (None, "", 1))
+        ):
+            raise FieldError(
+                f"{field}.{key}",
+                f"is not supported, and without it something else would be trained, got {show(given)}",
+            )
     found, text, reasoning = turn.tool_calls, turn.content or "", turn.reasoning_content or ""
     if turn.role == "function_call":
         found, text = _calls(text, content), ""
@@ -319,12 +331,30 @@ def conversation(written: Mapping[str, Any], columns: Sequence[str]) -> tuple[Me
         said = turns(written[first], first, "user" if last else None)
     for column in last:
         said += turns(written[column], column, "assistant")
+    said = _with_system(written.get("system"), said)
+    for column in _MEDIA:
+        if written.get(column) and any(f"<{column[:-1]}>" in message.content for message in said):
+            raise FieldError(column, "the conversation shows them, and only text can be trained")
     roles = [message.role for message in said]
     if roles[-1] != "assistant":
         raise FieldError(first, f"the conversation must end with an assistant turn, it ends with {roles[-1]}")
     if "user" not in roles[: roles.index("assistant")]:
         raise FieldError(first, "the conversation needs a user turn before its first assistant turn")
     return tuple(said)
+
+
+def _with_system(given: Any, said: list[Message]) -> list[Message]:
+    """Return the messages after the system turn that a column of its own holds."""
+    if given is None or (isinstance(given, str) and not given.strip()):
+        return said
+    if not isinstance(given, str):
+        raise FieldError("system", f"expected a string, got {show(given)}")
+    system = turns(given, "system", "system")
+    if said[0].role != "system":
+        return system + said
+    if said[0].content.strip() != given.strip():
+        raise FieldError("system", f"differs from the conversation's system turn, got {show(given)}")
+    return said
 
 
 def _alpaca(written: Mapping[str, Any]) -> list[Message]:

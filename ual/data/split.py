@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from ual.data.overlap import contents
 from ual.errors import UserError
 from ual.records import Sample
 
@@ -50,6 +51,6 @@ def hold_out(samples: Sequence[Sample], eval_fraction: float) -> tuple[list[Samp
 
 
 def _prompt_hash(sample: Sample) -> str:
-    said: list[Any] = [[message.role, message.content, *message.tool_calls] for message in sample.prompt]
+    said: list[Any] = [contents(message) for message in sample.prompt]
     text = json.dumps([*said, sample.tools] if sample.tools else said)
     return hashlib.sha256(text.encode()).hexdigest()

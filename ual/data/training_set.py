@@ -129,8 +129,10 @@ def first(config: RunConfig, count: int) -> Read:
         UserError: as `read`.
     """
     known, dropped = read(config), Counter[str]()
-    train = list(islice(streamed_samples(config, dropped), count))
-    return replace(known, train=train, dropped={**known.dropped, **_named(dropped)})
+    overlap = Overlap(known.held_out)
+    train = [overlap.add(sample) for sample in islice(streamed_samples(config, dropped), count)]
+    notes = tuple(overlap.check(config.data))
+    return replace(known, train=train, notes=notes, dropped={**known.dropped, **_named(dropped)})
 
 
 def _how(data: DataConfig, dropped: Counter[str]) -> dict[str, Any]:
