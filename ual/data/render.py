@@ -275,7 +275,8 @@ class Renderer:
             if k in turns and of_turn:
                 message = sample.messages[k]
                 begin, end = of_turn[0][0], of_turn[-1][1]
-                _check_said(message, k, text[max(begin - len(self.opening), 0) : end])
+                region = text[max(begin - len(self.opening), 0) : end]
+                _check_said(message, k, region)
                 begin += self._of_prompt(text, begin)
                 *before, (start, end) = self._through_stop(text, of_turn, message)
                 spans = [*before, (start, start + self._markers.end_of_block(text[start:end], message))]
