@@ -39,8 +39,8 @@ def test_the_home_folder_in_every_path_of_a_configuration(home: Path) -> None:
     names = ("model", "tokenizer", "a.jsonl", "b.jsonl", "t.jinja", "ds.json", "fsdp.json", "runs/x")
     assert sorted(found) == sorted(str(home / name) for name in names)
     assert parse(raw | {"model": "owner/~name"}).model.path == "owner/~name"
-    with pytest.raises(UserError, match="no such user: ~nobody-here"):
-        parse(raw | {"output_dir": "~nobody-here/x"})
+    with pytest.raises(UserError, match="no such user: ~no-such-user"):
+        parse(raw | {"output_dir": "~no-such-user/x"})
 
     asked = {
         "data": "~/a.jsonl", "output_dir": "~/e", "cache": "~/c", "nli": "~/nli",
