@@ -425,6 +425,20 @@ def test_checkpoints_without_optimizer_are_not_resumed_from(tmp_path: Path, tiny
         assert "the run is finished" in train(config, "--resume")
 
 
+@pytest.mark.kills(
+    "ual/train/matching.py", "if not ((folder.path / File.ENVIRONMENT).exists() or", "if not (True or"
+)
+def test_data_without_a_recorded_hash_are_not_taken_for_the_same(tmp_path: Path, tiny: Path) -> None:
+    config = configure(tmp_path, tiny, ROWS, uncertainty="column", training={"max_steps": 2})
+    train(config)
+    (tmp_path / "run" / "environment.json").unlink()
+    with unchanged(tmp_path):
+        assert "environment.json" in refuse(config, "training.max_steps=4", "--resume", "auto").replace(
+            " ", ""
+        )
+    train(config, "training.max_steps=4", "--resume", "--accept-changed-data")
+
+
 @pytest.mark.kills("ual/train/matching.py", "if changed and not accept_changed_data:", "if False:")
 @pytest.mark.parametrize("field", ["train", "eval", "chat_template"])
 def test_changed_data_are_refused(tmp_path: Path, tiny: Path, field: str) -> None:

@@ -33,6 +33,7 @@ _OWNED = {
     "label_smoothing_factor": "set the `smoothing` section, which gives every sample its own",
     "remove_unused_columns": "the per-sample columns must reach the model",
     "logging_nan_inf_filter": "a loss that is not finite stops the run instead of being hidden",
+    "label_names": "the labels of a batch are `labels`",
     "disable_tqdm": "ual draws its own progress",
     "use_liger_kernel": "the loss is already fused",
     "use_cpu": "ual uses a GPU if there is one; hide it with CUDA_VISIBLE_DEVICES",

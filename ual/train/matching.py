@@ -91,8 +91,14 @@ def check_contents(folder: RunFolder, config: RunConfig, now: Contents, *, accep
     """Check that data and base model have the recorded hashes.
 
     Raises:
-        UserError: a file has changed; it is named.
+        UserError: a file has changed; it is named. Or the hashes are missing.
     """
+    if not ((folder.path / File.ENVIRONMENT).exists() or accept_changed_data):
+        raise UserError(
+            "the file is missing, so the data cannot be compared with those of the run",
+            place=str(folder.path / File.ENVIRONMENT),
+            remedy="restore the file; --accept-changed-data resumes without the comparison",
+        )
     recorded = Contents.recorded(folder)
     if recorded.model and now.model and recorded.model != now.model:
         raise UserError(
