@@ -96,6 +96,9 @@ def parse_ual(words: list[str]) -> None:
     """Parse a command of `ual` without running it, and its overrides if it has some."""
     command: Any = typer.main.get_command(app)
     name, *rest = words
+    if rest and rest[0].startswith("-"):
+        assert rest[0] in {option for parameter in command.params for option in parameter.opts}, words
+        return
     while hasattr(command, "commands"):
         if rest and rest[0] in command.commands:
             name, *rest = rest
@@ -190,7 +193,8 @@ def collect(words: list[str]) -> None:
         return
     done = subprocess.run(
         [sys.executable, "-m", *words, "--collect-only", "-q"],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env={name: value for name, value in ENVIRONMENT.items() if not name.startswith("PYTEST_")},
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^\d+(/\d+)? tests? collected", done.stdout, re.MULTILINE), done.stdout
@@ -260,7 +264,7 @@ def test_shell_commands(
                 env=ENVIRONMENT | {"PYTHONPATH": path},
                 capture_output=True,
                 text=True,
-                timeout=120,
+                timeout=300,
                 check=False,
             )
             code, said = done.returncode, done.stdout + done.stderr

@@ -81,7 +81,8 @@ def test_each_turn_is_a_sample_with_the_conversations_values(tmp_path: Path, tin
 @pytest.mark.kills("ual/data/training_set.py", "list(apart(train)), list(apart(held_out))", "train, held_out")
 def test_a_conversation_is_held_out_with_all_its_turns(tmp_path: Path, tiny: Path) -> None:
     path = configured(tmp_path, tiny, FORGETS, eval_fraction=0.4, train_on="each")
-    train, held_out = training_set.read(load(path))
+    read = training_set.read(load(path))
+    train, held_out = read.train, read.held_out
     assert len(train) + len(held_out) == 18
     ids = [{sample.id.partition("/")[0] for sample in part} for part in (train, held_out)]
     assert all(ids)
