@@ -1,5 +1,7 @@
 """Report and compare results of `pytest benchmarks/suites`; list what can be measured."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +32,9 @@ Results = Annotated[
         show_default=False,
     ),
 ]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -88,12 +93,24 @@ def compare(
         float, typer.Option(help="Relative slowdown that does not count as a regression.", min=0.0)
     ] = 0.05,
     every: Annotated[bool, typer.Option("--all", help="Also show what did not regress.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List what became slower (95 % bootstrap interval), larger or less accurate.
 
     The exit status is 1 if anything did, and 2 if the files have no measurement in common.
     """
     found = comparison.compare(_load(a), _load(b), tolerance)
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        _print_comparison(found, a, b, every)
+    if not found.changes and not found.failed:
+        err.print("[red]error[/red] no measurement is in both files; compare two runs of the same suite")
+        raise typer.Exit(2)
+    raise typer.Exit(int(bool(found.failed or any(c.regressed for c in found.changes))))
+
+
+def _print_comparison(found: comparison.Comparison, a: Path, b: Path, every: bool) -> None:
     table = Table("case", "quantity", "B / A", "95 %", "", title=f"{b.name} / {a.name}", title_justify="left")
     shown = [c for c in found.changes if c.regressed or every]
     for c in shown:
@@ -112,40 +129,44 @@ def compare(
             out.print(f"{title}: {name}", highlight=False, soft_wrap=True)
     regressed = sum(c.regressed for c in found.changes)
     out.print(f"{len(found.changes)} numbers compared, {regressed} regressed, {len(found.failed)} failed")
-    if not found.changes and not found.failed:
-        err.print("[red]error[/red] no measurement is in both files; compare two runs of the same suite")
-        raise typer.Exit(2)
-    raise typer.Exit(int(bool(regressed or found.failed)))
 
 
 @app.command("list", epilog="\b\n[bold]Examples[/bold]\n  python -m benchmarks list")
-def list_() -> None:
+def list_(as_json: Json = False) -> None:
     """List problems, settings and providers, and whether each provider runs on this machine."""
     from benchmarks.measure import DEVICE
     from benchmarks.problems import PROBLEMS, SETTINGS
-    from benchmarks.providers import LOGITS_PROVIDERS, PROVIDERS, MissingError
+    from benchmarks.providers import LOGITS_PROVIDERS, PROVIDERS, MissingError, Provider
 
-    problems = Table("problem", "N", "D", "V", title="--problem", title_justify="left")
-    for p in PROBLEMS.values():
-        problems.add_row(p.name, str(p.rows), str(p.features), str(p.vocab))
-    out.print(problems)
-    out.print("--setting: " + ", ".join(s.name for s in SETTINGS))
-    for title, providers in (("hidden states and head", PROVIDERS), ("logits", LOGITS_PROVIDERS)):
-        table = Table(
-            "provider",
-            "smoothing",
-            f"runs here ({DEVICE})",
-            title=f"--provider: {title}",
-            title_justify="left",
-        )
-        for provider in providers:
-            try:
-                provider.load()
-                here = "accuracy only, interpreted" if provider.how else "yes"
-            except MissingError as error:
-                here = f"no: {error}"
-            table.add_row(provider.name, provider.solves.value, here)
-        out.print(table)
+    def here(provider: Provider) -> str:
+        try:
+            provider.load()
+        except MissingError as error:
+            return f"no: {error}"
+        return "accuracy only, interpreted" if provider.how else "yes"
+
+    sizes = [{"problem": p.name, "N": p.rows, "D": p.features, "V": p.vocab} for p in PROBLEMS.values()]
+    providers = {
+        title: [
+            {"provider": p.name, "smoothing": p.solves.value, f"runs here ({DEVICE})": here(p)} for p in of
+        ]
+        for title, of in (("hidden states and head", PROVIDERS), ("logits", LOGITS_PROVIDERS))
+    }
+    names = [s.name for s in SETTINGS]
+    if as_json:
+        print(json.dumps({"problems": sizes, "settings": names, "providers": providers}, indent=1))
+        return
+    out.print(_table("--problem", sizes))
+    out.print("--setting: " + ", ".join(names))
+    for title, rows in providers.items():
+        out.print(_table(f"--provider: {title}", rows))
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(*rows[0], title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    return table
 
 
 if __name__ == "__main__":

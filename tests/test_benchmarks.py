@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from benchmarks import compare, figures, machine, report
-from benchmarks.problems import SETTINGS, TINY, Setting, exact
-from benchmarks.providers import PROVIDERS, chosen
+from benchmarks.__main__ import app as command_line
+from benchmarks.problems import PROBLEMS, SETTINGS, TINY, Setting, exact
+from benchmarks.providers import LOGITS_PROVIDERS, PROVIDERS, chosen
 from benchmarks.studies import accuracy
 from tests.conftest import ROOT
 from tests.kernels.cases import linear_definition
@@ -367,6 +369,21 @@ def test_the_command_tells_by_its_exit_status(tmp_path: Path, factor: float, sta
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stdout + done.stderr
     assert f"{status} regressed" in done.stdout.splitlines()[-1]
+
+
+def test_tables_are_printed_as_json(tmp_path: Path) -> None:
+    for name, value in (("a", 1.0), ("b", 1.4)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results(timed("ours", value))))
+    paths = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    done = CliRunner().invoke(command_line, ["compare", *paths, "--json"])
+    assert done.exit_code == 1
+    (change,) = json.loads(done.stdout)["changes"]
+    assert (change["what"], change["regressed"]) == ("time", True)
+    assert change["ratio"] == pytest.approx(1.4)
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "list", "--json"]  # imports the peers
+    listed = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+    assert {row["problem"] for row in listed["problems"]} == set(PROBLEMS)
+    assert [row["provider"] for row in listed["providers"]["logits"]] == [p.name for p in LOGITS_PROVIDERS]
 
 
 def test_without_the_text_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
