@@ -109,6 +109,14 @@ def test_a_line_is_printed_when_a_task_ends_and_now_and_then(monkeypatch: pytest
     assert "1,000 of 1,000, 7 failed, " in lines[-1]
 
 
+@pytest.mark.kills("ual/runs/progress.py", " and self._bars.console.file.isatty()", "")
+def test_colors_that_are_forced_make_no_terminal() -> None:
+    written = io.StringIO()
+    with progress.Progress(Console(file=written, force_terminal=True, width=80)) as shown:
+        shown.task("asking", 3).update(3)
+    assert written.getvalue().startswith("asking 3 of 3, ")
+
+
 @pytest.mark.kills("ual/cli/tables.py", "if self._needed <= options.max_width:", "if True:")
 @pytest.mark.kills("ual/cli/tables.py", "2 * (len(longest) - 1)", "0")
 @pytest.mark.parametrize("width", range(30, 130, 7))

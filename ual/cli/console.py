@@ -42,7 +42,7 @@ app = typer.Typer(
 def _console(*, stderr: bool) -> Console:
     """Return a console. Only a terminal has a width; lines in a pipe or a file are not broken."""
     console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=_UNBROKEN)
+    return console if console.file.isatty() else Console(stderr=stderr, width=_UNBROKEN)
 
 
 _UNBROKEN = 10_000

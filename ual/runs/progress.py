@@ -36,7 +36,8 @@ class Progress:
 
     def __init__(self, console: Console | None) -> None:
         self._bars = _Bars(console or Console(quiet=True))
-        self.is_drawn = self._bars.console.is_terminal
+        # FORCE_COLOR, as CI sets it, makes rich take a log for a terminal; a dumb one cannot redraw a line
+        self.is_drawn = self._bars.console.is_interactive and self._bars.console.file.isatty()
 
     def __enter__(self) -> "Progress":
         if self.is_drawn:
