@@ -111,7 +111,7 @@ def suite(folder: Path, *arguments: str, **environment: str) -> tuple[subprocess
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--results", str(results)]
     done = subprocess.run(
         [*command, *arguments], cwd=ROOT, env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=550, check=False,
     )  # fmt: skip
     return done, results
 

@@ -375,7 +375,10 @@ def names(stories: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    """A process group of one, for snippets about sharded models."""
+    """A process group of one, for snippets about sharded models. Another test may have made it."""
+    if torch.distributed.is_initialized():
+        yield
+        return
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
