@@ -31,9 +31,10 @@ KNOWN = {
     ),
     "chaosnli": (
         2802, 311, 0,
-        "Premise: Two young children in blue jerseys, one with the number 9 and one with the number 2 are "
-        "standing on wooden steps in a bathroom and washing their hands in a sink.\n"
-        "Hypothesis: Two kids at a ballgame wash their hands.\n"
+        "Premise: A man selling donuts to a customer during a world exhibition event held in the city of "
+        "Angeles\n"
+        "Hypothesis: A man selling donuts to a customer during a world exhibition event while people wait in "
+        "line behind him.\n"
         "Is the hypothesis an entailment, neutral or a contradiction?",
         "neutral",
     ),
