@@ -12,6 +12,7 @@ from ual_kernels.functional import (
 from ual_kernels.options import CrossEntropyOptions as CrossEntropyOptions
 from ual_kernels.options import LinearCrossEntropyOptions as LinearCrossEntropyOptions
 from ual_kernels.statistics import TokenStatistics as TokenStatistics
+from ual_kernels.targets import SparseTarget as SparseTarget
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Backend",
     "CrossEntropyOptions",
     "LinearCrossEntropyOptions",
+    "SparseTarget",
     "TokenStatistics",
     "UnsupportedError",
     "cross_entropy",

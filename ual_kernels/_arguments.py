@@ -10,12 +10,16 @@ from torch import Tensor
 
 from ual_kernels._operands import accumulator
 from ual_kernels._tokens import TokenFns, nan_outside, smoothing_limit
-from ual_kernels._types import Backend, Reduction, UnsupportedError
+from ual_kernels._types import IGNORE_INDEX, Backend, Reduction, UnsupportedError
 from ual_kernels._vocab_parallel import Shards
 from ual_kernels.options import CrossEntropyOptions, LinearCrossEntropyOptions
 from ual_kernels.statistics import TokenFn
+from ual_kernels.targets import SparseTarget
 
 Options = TypeVar("Options", CrossEntropyOptions, LinearCrossEntropyOptions)
+
+# the largest distance of a sum of probabilities from 1
+_SUM_TOLERANCE = 1e-3
 
 # Triton reads this variable once, when it decorates a kernel at import.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -38,16 +42,19 @@ class LossArguments(NamedTuple):
 class Operands(NamedTuple):
     """The checked arguments: one value for each of N tokens, contiguous, in the accumulator's dtype."""
 
-    target: Tensor  # [N]
+    target: Tensor  # [N], the class with the largest probability
+    ignore_index: int
+    classes: Tensor | None  # [N, K], `target` first; None for a class index and for a dense target
+    probabilities: Tensor | None  # [N, K], or [N, V] for a dense target; None for a class index
     smoothing: Tensor  # [N]
     token_scale: Tensor  # [N]: sample weight over the reduction's divisor, 0 for ignored tokens
     class_weight: Tensor | None  # [V]
     token_fns: TokenFns | None
 
-    def resolve(self, statistics: Tensor, ignore_index: int) -> "Operands":
-        """Replace the functions of the statistics [7, N] by the values that they return."""
+    def resolve(self, statistics: Tensor) -> "Operands":
+        """Replace the functions of the statistics [8, N] by the values that they return."""
         assert self.token_fns is not None
-        selected = self.target != ignore_index
+        selected = self.target != self.ignore_index
         smoothing, weight = self.token_fns(statistics)
         return self._replace(
             smoothing=self.smoothing if smoothing is None else smoothing.where(selected, 0.0),
@@ -58,20 +65,34 @@ class Operands(NamedTuple):
         )
 
 
-def check(tokens: Tensor, shape: torch.Size, target: Tensor, arguments: LossArguments, classes: int) -> None:
+def check(
+    tokens: Tensor,
+    shape: torch.Size,
+    target: Tensor | SparseTarget,
+    arguments: LossArguments,
+    classes: int,
+    *,
+    dense: bool,
+) -> None:
     """Check the shared keywords as far as one rank can: all but the largest smoothing.
 
     Args:
         tokens: [N, ...] logits or hidden states, for their dtype and device.
-        shape: the expected shape of `target`.
-        target: class indices.
+        shape: the leading dimensions of the input.
+        target: class indices, sparse or dense.
         arguments: the shared keywords.
         classes: the number of classes that `arguments.weight` covers.
+        dense: whether a dense target is supported.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value.
     """
-    _check_target(target, shape, tokens)
+    if isinstance(target, SparseTarget):
+        _check_sparse(target, shape, tokens)
+    elif target.is_floating_point():
+        _check_dense(target, (*shape, classes), tokens, supported=dense)
+    else:
+        _check_target(target, shape, tokens)
     _check_numbers(arguments)
     _check_class_weight(arguments.weight, classes, tokens)
     smoothing, weight = arguments.label_smoothing, arguments.sample_weight
@@ -83,14 +104,14 @@ def check(tokens: Tensor, shape: torch.Size, target: Tensor, arguments: LossArgu
         raise ValueError(f"sample_weight must be a tensor or None, got {weight!r}")
     for name, value in (("label_smoothing", smoothing), ("sample_weight", weight)):
         if isinstance(value, Tensor):
-            _check_per_token(name, value, target)
+            _check_per_token(name, value, shape, tokens)
 
 
 def shared(
     arguments: LossArguments,
     options: CrossEntropyOptions | LinearCrossEntropyOptions,
-    dtype: torch.dtype,
-    target: Tensor,
+    input: Tensor,
+    target: Tensor | SparseTarget,
     *,
     statistics: bool,
 ) -> dict[str, str]:
@@ -98,6 +119,11 @@ def shared(
 
     It decides which collectives run. The values of tensors are not compared.
     """
+    kind = "class indices"
+    if isinstance(target, SparseTarget):
+        kind = f"{target.indices.shape[-1]} classes, requires_grad={target.probabilities.requires_grad}"
+    elif target.is_floating_point():
+        kind = f"dense, requires_grad={target.requires_grad}"
 
     def describe(value: object) -> str:
         if isinstance(value, Tensor):
@@ -107,21 +133,29 @@ def shared(
     chosen = {field.name: getattr(options, field.name) for field in fields(options)}
     del chosen["process_group"]
     return {
-        "the shape of target": str(list(target.shape)),
-        "the dtype of input": str(dtype),
+        "the kind of target": kind,
+        "the shape of target": str(list(input.shape[:-1])),
+        "the dtype of input": str(input.dtype),
         "the request for statistics": str(statistics),
         **{name: describe(value) for name, value in (arguments._asdict() | chosen).items()},
     }
 
 
 def prepare(
-    tokens: Tensor, target: Tensor, arguments: LossArguments, shards: Shards, *, statistics: bool
+    tokens: Tensor,
+    shape: torch.Size,
+    target: Tensor | SparseTarget,
+    arguments: LossArguments,
+    shards: Shards,
+    *,
+    statistics: bool,
 ) -> Operands:
     """Broadcast the shared keywords, which `check` accepted, to one value per token.
 
     Args:
         tokens: [N, ...] logits or hidden states, for their dtype and device.
-        target: class indices.
+        shape: the leading dimensions of the input.
+        target: class indices, sparse or dense.
         arguments: the shared keywords.
         shards: the number of classes, and the classes that `arguments.weight` covers.
         statistics: whether statistics are requested. Zero-weight tokens are then computed too.
@@ -147,13 +181,13 @@ def prepare(
                 f"got {smoothing}"
             )
         smoothing = tokens.new_full((), smoothing, dtype=acc)
-    smoothing = nan_outside(_per_token(smoothing, target, acc), limit)
+    smoothing = nan_outside(_per_token(smoothing, shape, acc), limit)
 
-    ignore_index = arguments.ignore_index
-    labels = target.reshape(-1).contiguous()  # reshape does not copy a strided vector
+    ours = _canonical(target, arguments.ignore_index, shards, acc)
+    labels, ignore_index = ours.labels, ours.ignore_index
     scale = None
     if isinstance(weight, Tensor):
-        scale = _per_token(weight, target, acc)
+        scale = _per_token(weight, shape, acc)
         scale = torch.where(scale >= 0, scale, torch.nan)
         if not (scale.requires_grad or statistics):
             # a zero-weight token has no loss and no gradient: it is dropped before the GEMM
@@ -161,10 +195,118 @@ def prepare(
     selected = labels != ignore_index
     token_scale = torch.where(selected, torch.ones_like(smoothing) if scale is None else scale, 0.0)
     if arguments.reduction == "mean":
-        divisor = _divisor(arguments.num_items, token_scale, labels, class_weight, shards)
+        divisor = _divisor(arguments.num_items, token_scale, ours, class_weight, shards)
         # masked again: num_items may be a tensor of 0 if every token is ignored
         token_scale = torch.where(selected, token_scale / divisor, 0.0)
-    return Operands(labels, smoothing, token_scale, class_weight, token_fns)
+    return Operands(
+        labels,
+        ignore_index,
+        ours.classes,
+        ours.probabilities,
+        smoothing,
+        token_scale,
+        class_weight,
+        token_fns,
+    )
+
+
+class _Targets(NamedTuple):
+    """Targets in the form of the operators; see `Operands`."""
+
+    labels: Tensor  # [N]
+    ignore_index: int
+    classes: Tensor | None
+    probabilities: Tensor | None
+
+
+def _canonical(
+    target: Tensor | SparseTarget, ignore_index: int, shards: Shards, acc: torch.dtype
+) -> _Targets:
+    """Return the target in the form of the operators.
+
+    Labels that are out of range make the loss of their tokens NaN. The label of a token whose
+    probabilities are invalid is therefore -1.
+    """
+    if not isinstance(target, SparseTarget):
+        if target.is_floating_point():
+            return _dense(target, shards, acc)
+        # reshape does not copy a strided vector
+        return _Targets(target.reshape(-1).contiguous(), ignore_index, None, None)
+    count = target.indices.shape[-1]
+    classes = target.indices.reshape(-1, count).long()
+    p = target.probabilities.reshape(-1, count).to(acc)
+    ignored = classes[:, 0] == ignore_index
+    valid = ((classes >= 0) & (classes < shards.vocab)).all(1) & (p >= 0).all(1)
+    valid &= (p.sum(1) - 1).abs() <= _SUM_TOLERANCE
+    # an invalid token counts in the divisor like a class index out of range: as the nearest class
+    alone = torch.zeros_like(p)
+    alone[:, 0] = 1.0
+    usable = (valid & ~ignored)[:, None]
+    nearest = torch.where(alone != 0, classes.clamp(0, shards.vocab - 1), 0)
+    classes, p = torch.where(usable, classes, nearest), torch.where(usable, p, alone)
+    if count > 1:
+        classes, p = _largest_first(*_merged(classes, p))
+    # a class of an ignored or invalid token cannot be mistaken for these labels
+    labels = torch.where(ignored, IGNORE_INDEX, torch.where(valid, classes[:, 0], -1))
+    return _Targets(labels, IGNORE_INDEX, classes.contiguous(), p.contiguous())
+
+
+def _dense(target: Tensor, shards: Shards, acc: torch.dtype) -> _Targets:
+    q = target.reshape(-1, target.shape[-1]).to(acc).contiguous()
+    largest, column = q.detach().max(1)
+    return _Targets(shards.top(largest, largest, column).label, IGNORE_INDEX, None, q)
+
+
+def _merged(classes: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the probabilities of repeated classes [N, K] up; entries that become free are class 0 and 0."""
+    tokens, count = classes.shape
+    classes, order = classes.sort(stable=True, dim=1)
+    slot = torch.zeros_like(classes)
+    slot[:, 1:] = (classes[:, 1:] != classes[:, :-1]).cumsum(1)
+    place = (slot + torch.arange(tokens, device=slot.device)[:, None] * count).reshape(-1)
+    # accumulating index_put_ is deterministic on every device
+    summed = p.new_zeros(tokens * count).index_put((place,), p.gather(1, order).reshape(-1), accumulate=True)
+    return torch.zeros_like(classes).scatter(1, slot, classes), summed.view(tokens, count)
+
+
+def _largest_first(classes: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Exchange the class of the largest probability and the first one."""
+    top, place = p.argmax(1, keepdim=True), torch.arange(p.shape[1], device=p.device)
+    order = torch.where(place == 0, top, torch.where(place == top, 0, place))
+    return classes.gather(1, order), p.gather(1, order)
+
+
+def _check_sparse(target: SparseTarget, shape: torch.Size, tokens: Tensor) -> None:
+    indices, probabilities = target
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"target.indices must be int32 or int64, got {indices.dtype}")
+    if indices.ndim == 0 or indices.shape[:-1] != shape or indices.shape[-1] == 0:
+        raise ValueError(
+            f"target.indices must be {[*shape, 'K']} to match input, with K >= 1, got {list(indices.shape)}"
+        )
+    if probabilities.shape != indices.shape:
+        raise ValueError(
+            f"target.probabilities must be {list(indices.shape)} like target.indices, got "
+            f"{list(probabilities.shape)}"
+        )
+    check_floating("target.probabilities", probabilities)
+    check_device("target.indices", indices, tokens)
+    check_device("target.probabilities", probabilities, tokens)
+
+
+def _check_dense(target: Tensor, shape: tuple[int, ...], tokens: Tensor, *, supported: bool) -> None:
+    if not supported:
+        raise ValueError(
+            "target must be class indices or a SparseTarget, because probabilities of all classes are as "
+            f"large as the logits, got {target.dtype}; use SparseTarget or cross_entropy of the logits"
+        )
+    if target.shape != shape:
+        raise ValueError(
+            f"target must be int32 or int64 class indices {list(shape[:-1])} or probabilities {list(shape)} "
+            f"shaped like input, got {target.dtype} {list(target.shape)}"
+        )
+    check_floating("target", target)
+    check_device("target", target, tokens)
 
 
 def _check_target(target: Tensor, shape: torch.Size, tokens: Tensor) -> None:
@@ -206,27 +348,27 @@ def _check_class_weight(weight: Tensor | None, size: int, tokens: Tensor) -> Non
     check_device("weight", weight, tokens)
 
 
-def _check_per_token(name: str, value: Tensor, target: Tensor) -> None:
-    if value.shape != target.shape[: value.ndim]:
-        leading = [list(target.shape[:k]) for k in range(target.ndim + 1)]
+def _check_per_token(name: str, value: Tensor, shape: torch.Size, tokens: Tensor) -> None:
+    if value.shape != shape[: value.ndim]:
+        leading = [list(shape[:k]) for k in range(len(shape) + 1)]
         raise ValueError(
             f"{name} must be shaped like a leading part of target, one of {leading}, got {list(value.shape)}"
         )
     if not value.is_floating_point():
         raise ValueError(f"{name} must be a floating-point tensor, got {value.dtype}")
-    check_device(name, value, target)
+    check_device(name, value, tokens)
 
 
-def _per_token(value: Tensor, target: Tensor, acc: torch.dtype) -> Tensor:
-    """Broadcast one value per leading index of `target`: [N] in the accumulator's dtype."""
-    missing = (1,) * (target.ndim - value.ndim)
-    return value.to(acc).reshape(value.shape + missing).expand(target.shape).reshape(-1)
+def _per_token(value: Tensor, shape: torch.Size, acc: torch.dtype) -> Tensor:
+    """Broadcast one value per leading index of a shape: [N] in the accumulator's dtype."""
+    missing = (1,) * (len(shape) - value.ndim)
+    return value.to(acc).reshape(value.shape + missing).expand(shape).reshape(-1)
 
 
 def _divisor(
     num_items: int | Tensor | None,
     token_scale: Tensor,
-    labels: Tensor,
+    targets: _Targets,
     class_weight: Tensor | None,
     shards: Shards,
 ) -> Tensor | float:
@@ -234,10 +376,17 @@ def _divisor(
         return num_items.reshape(()).to(token_scale)
     if num_items is not None:
         return float(num_items)
-    if class_weight is not None:
+    dense = targets.classes is None and targets.probabilities is not None
+    if not dense:  # PyTorch divides the loss of dense targets by the number of tokens
         # a label out of range is clamped to the nearest class; the token's own loss is NaN anyway
-        column, held = shards.place(labels.clamp(0, shards.vocab - 1))
-        token_scale = token_scale * shards.sum(torch.where(held, class_weight[column.long()], 0.0))
+        classes = targets.labels.clamp(0, shards.vocab - 1)[:, None]
+        share = (
+            torch.ones_like(token_scale)[:, None] if targets.probabilities is None else targets.probabilities
+        )
+        if class_weight is not None:
+            column, held = shards.place(classes if targets.classes is None else targets.classes)
+            share = share * shards.sum(torch.where(held, class_weight[column.long()], 0.0))
+        token_scale = token_scale * share.sum(1)
     total = token_scale.nansum()  # negative weights are NaN here and must not affect other tokens
     return torch.where(total == 0, torch.inf, total)  # loss and gradient are then 0
 

@@ -42,6 +42,26 @@ def add_by_label(out: Tensor, label: Tensor, values: Tensor) -> None:
         out.index_add_(0, label, values)
 
 
+def subtract_at(out: Tensor, column: Tensor, values: Tensor) -> None:
+    """Subtract values [M, K] from out [M, V] at columns [M, K], in the same order in every run."""
+    if column.shape[1] == 1:  # equal to scatter_add_, which CUDA rejects if determinism is requested
+        out.scatter_(1, column, out.gather(1, column) - values)
+    elif out.is_cuda:
+        token = torch.arange(len(out), device=out.device)[:, None].expand_as(column)
+        out.index_put_((token, column), -values, accumulate=True)
+    else:
+        out.scatter_add_(1, column, -values)
+
+
+def add_rows(out: Tensor, factor: Tensor, matrix: Tensor, row: Tensor) -> None:
+    """Compute out [M, D] += sum over k of factor [M, K] times rows [M, K] of a matrix [V, D].
+
+    No [M, K, D] is allocated.
+    """
+    for k in range(row.shape[1]):
+        out.addcmul_(factor[:, k, None], matrix[row[:, k]].to(out.dtype))
+
+
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient times a scalar, in `dtype`."""
     out = torch.empty_like(gradient, dtype=dtype)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ual_kernels.statistics import LINEAR_STATISTICS, LOGITS_STATISTICS
+from ual_kernels.statistics import CORRECT, LINEAR_STATISTICS, LOGITS_STATISTICS, PREDICTED
 
 ALL_TOKENS = -1
 """Value of `max_loss_tokens` if the number of loss tokens is read from the device."""
@@ -24,6 +24,8 @@ class LogitsInputs(NamedTuple):
     target: Tensor  # [N] int32 or int64
     smoothing: Tensor  # [N] ACC
     class_weight: Tensor | None  # [V] ACC
+    classes: Tensor | None  # [N, K] int64, `target` first, no class twice except where the probability is 0
+    probabilities: Tensor | None  # [N, K] ACC, or [N, V] ACC without `classes`; None: 1 for `target`
 
 
 class LogitsSpec(NamedTuple):
@@ -34,6 +36,7 @@ class LogitsSpec(NamedTuple):
     logit_scale: float
     z_loss: float
     statistics: bool
+    probability_grad: bool
     backend: str
 
 
@@ -42,7 +45,8 @@ class LogitsOutputs(NamedTuple):
 
     loss: Tensor  # [N] ACC, for a sample weight of 1
     state: Tensor  # [4, N] ACC: reference point, log-sum, coefficient of p, dloss/ds
-    statistics: Tensor  # [7, N or 0] ACC
+    statistics: Tensor  # [8, N or 0] ACC
+    dprobabilities: Tensor  # like `probabilities`, or no elements
 
     @classmethod
     def empty(cls, inputs: LogitsInputs, spec: LogitsSpec) -> "LogitsOutputs":
@@ -52,7 +56,12 @@ class LogitsOutputs(NamedTuple):
         def new(*shape: int) -> Tensor:
             return inputs.logits.new_empty(shape, dtype=acc)
 
-        return cls(new(tokens), new(4, tokens), new(LOGITS_STATISTICS, tokens if spec.statistics else 0))
+        return cls(
+            new(tokens),
+            new(4, tokens),
+            new(LOGITS_STATISTICS, tokens if spec.statistics else 0),
+            new(*probability_shape(inputs.probabilities, spec.probability_grad)),
+        )
 
 
 class LinearInputs(NamedTuple):
@@ -67,6 +76,8 @@ class LinearInputs(NamedTuple):
     smoothing: Tensor  # [N] ACC
     token_scale: Tensor  # [N] ACC, sample weight over the reduction's divisor
     class_weight: Tensor | None  # [V] ACC
+    classes: Tensor | None  # [N, K] int64, `target` first, no class twice except where the probability is 0
+    probabilities: Tensor | None  # [N, K] ACC; None: 1 for `target`
 
     @property
     def rank(self) -> int:
@@ -93,6 +104,7 @@ class LinearSpec(NamedTuple):
     head_grad: bool
     bias_grad: bool
     lora_grad: bool
+    probability_grad: bool
     per_token: bool
     max_loss_tokens: int  # or ALL_TOKENS
     chunk_tokens: int  # 0: the backend chooses
@@ -110,7 +122,8 @@ class LinearOutputs(NamedTuple):
 
     loss: Tensor  # [N] ACC, times token_scale
     state: Tensor  # [2, N] ACC: loss for a token_scale of 1, and its derivative by the smoothing
-    statistics: Tensor  # [8, N or 0] ACC
+    statistics: Tensor  # [9, N or 0] ACC
+    dprobabilities: Tensor  # [N or 0, K] ACC, for a token_scale of 1
     dinput: Tensor  # [N, D], times token_scale
     dlinear_weight: Tensor  # [V, D] ACC; this and the following are sums over tokens
     dlinear_bias: Tensor  # [V] ACC
@@ -130,6 +143,7 @@ class LinearOutputs(NamedTuple):
             loss=new(tokens),
             state=new(2, tokens),
             statistics=new(LINEAR_STATISTICS, tokens if spec.statistics else 0),
+            dprobabilities=new(*probability_shape(inputs.probabilities, spec.probability_grad)),
             dinput=new(
                 tokens, features, when=spec.input_grad, dtype=stored_dtype(inputs.input.dtype, spec.per_token)
             ),
@@ -141,7 +155,7 @@ class LinearOutputs(NamedTuple):
 
     def fill_ignored(self) -> None:
         """Give every token the results of an ignored token, and call `zero_summed`."""
-        for tensor in (self.loss, self.state, self.dinput):
+        for tensor in (self.loss, self.state, self.dprobabilities, self.dinput):
             tensor.zero_()
         fill_ignored(self.statistics)
         self.zero_summed()
@@ -156,9 +170,16 @@ class LinearOutputs(NamedTuple):
 
 
 def fill_ignored(statistics: Tensor) -> None:
-    """Fill statistics [fields, N] with those of ignored tokens: NaN, and 0 for `correct`."""
+    """Fill statistics [fields, N] with those of ignored tokens."""
     statistics.fill_(torch.nan)
-    statistics[6] = 0.0
+    statistics[CORRECT], statistics[PREDICTED] = 0.0, -1.0
+
+
+def probability_shape(probabilities: Tensor | None, wanted: bool) -> tuple[int, int]:
+    """The shape of `dprobabilities`."""
+    if probabilities is None or not wanted:
+        return 0, 0
+    return probabilities.shape[0], probabilities.shape[1]
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:

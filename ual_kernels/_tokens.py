@@ -1,17 +1,24 @@
 """Per-token operations of every backend: selection of loss tokens, terms of loss and gradient, statistics.
 
-For a token with logits z, target y, smoothing s and class weights c (1 without them), with p = softmax(z),
+For a token with logits z, smoothing s and class weights c (1 without them), with p = softmax(z), and a target
+of classes i_k with probabilities p_k, of which y is the one with the largest probability,
 
     nll = -log p_y        lse = log sum exp(z)        t = mean(c z) - mean(c) z_y   (the smoothing term)
-    Q   = (1 - s) c_y + s mean(c)                     K = Q + 2 z_loss lse
+    w_k = p_k c_ik        W = sum_k w_k               R = sum_k w_k (z_y - z_ik)
+    Q   = (1 - s) W + s mean(c)                       K = Q + 2 z_loss lse
 
-    loss    = Q nll - s t + z_loss lse^2
-    dz_v    = K p_v - (1 - s) c_y [v = y] - s c_v / V
-    dloss/ds = (mean(c) - c_y) nll - t
+    loss     = Q nll + (1 - s) R - s t + z_loss lse^2
+    dz_v     = K p_v - (1 - s) sum_k w_k [v = i_k] - s c_v / V
+    dloss/ds  = (mean(c) - W) nll - R - t
+    dloss/dp_k = (1 - s) c_ik (nll + z_y - z_ik)
 
-An implementation may exclude the target's column from p, so that 1 is never subtracted from a rounded
-probability. In that column dz is then (U - K (1 - p_y)) - s c_y / V, with U = s mean(c) + 2 z_loss lse.
-`_triton/math.py` has the same terms for kernels; a test compares both with `reference`.
+For a class index, W = c_y and R = 0. An implementation may exclude the column of y from p, so that 1 is never
+subtracted from a rounded probability. In that column dz is then
+
+    (U + (1 - s) (W - w_y) - K (1 - p_y)) - s c_y / V      U = s mean(c) + 2 z_loss lse
+
+where W - w_y is summed over the other classes. `_triton/math.py` has the same terms for kernels; a test
+compares both with `reference`.
 """
 
 from typing import NamedTuple
@@ -88,6 +95,55 @@ def labels(target: Tensor, vocab: int, ignore_index: int) -> Labels:
     return Labels(torch.where(selected & valid, target, 0).long(), selected, valid)
 
 
+class TargetClasses(NamedTuple):
+    """The classes of a chunk's targets, [M, K] each; the first is that of the label."""
+
+    column: Tensor  # in this shard, 0 if another shard has the class
+    held: Tensor  # bool, whether this shard has the class
+    probability: Tensor  # ACC, 0 for padding
+    class_weight: Tensor  # ACC
+    z: Tensor  # ACC, the logits
+
+    @property
+    def weights(self) -> Tensor:
+        """w_k, [M, K]."""
+        return self.probability * self.class_weight
+
+    @property
+    def others(self) -> Tensor:
+        """Whether this shard has the class, and it is neither the label's nor padding; [M, K] bool."""
+        others = self.held & (self.probability != 0)
+        others[:, 0] = False
+        return others
+
+    @property
+    def z_y(self) -> Tensor:
+        return self.z[:, 0]
+
+    @property
+    def weight(self) -> Tensor:
+        """W, [M]."""
+        return self.weights.sum(1)
+
+    @property
+    def excess(self) -> Tensor:
+        """R, [M]."""
+        return self._excess(self.weights)
+
+    def _excess(self, weights: Tensor) -> Tensor:
+        # a class of probability 0 may have a logit of -inf
+        below = self.z[:, :1] - self.z[:, 1:]
+        return torch.where(weights[:, 1:] == 0, 0.0, weights[:, 1:] * below).sum(1)
+
+    def log_prob(self, nll: Tensor) -> Tensor:
+        """sum_k p_k log p_ik, [M]."""
+        return -(self.probability.sum(1) * nll + self._excess(self.probability))
+
+    def probability_gradient(self, nll: Tensor, s: Tensor) -> Tensor:
+        """dloss/dp_k, [M, K]."""
+        return (1 - s)[:, None] * self.class_weight * (nll[:, None] + (self.z[:, :1] - self.z))
+
+
 class TokenTerms(NamedTuple):
     """The terms in the docstring of this module, [M] each."""
 
@@ -102,52 +158,61 @@ def token_terms(
     lse: Tensor,
     smoothing_term: Tensor,
     s: Tensor,
-    c_y: Tensor | float,
+    weight: Tensor | float,
+    excess: Tensor | float,
     c_mean: Tensor | float,
     z_loss: float,
 ) -> TokenTerms:
-    """Compute the loss for a sample weight of 1 and the coefficients of its gradient."""
-    k = (1 - s) * c_y + s * c_mean
+    """Compute the loss for a sample weight of 1 and the coefficients of its gradient.
+
+    `weight` is W and `excess` is R.
+    """
+    k = (1 - s) * weight + s * c_mean
     # without smoothing the smoothing term must not be used: it may be infinite, and 0 * inf is NaN
-    loss = k * nll - torch.where(s == 0, 0.0, s * smoothing_term)
+    loss = k * nll + (1 - s) * excess - torch.where(s == 0, 0.0, s * smoothing_term)
     uniform = s * c_mean
     if z_loss:
         loss = loss + z_loss * lse.square()
         k, uniform = k + 2 * z_loss * lse, uniform + 2 * z_loss * lse
-    return TokenTerms(loss, k, uniform, (c_mean - c_y) * nll - smoothing_term)
+    return TokenTerms(loss, k, uniform, (c_mean - weight) * nll - excess - smoothing_term)
 
 
 def token_statistics(
     z_y: Tensor,
     reference: Tensor,
     total: Tensor,
-    nll: Tensor,
+    log_prob: Tensor,
     moment: Tensor,
     largest: Tensor,
     second: Tensor,
     mean: Tensor,
+    label: Tensor,
+    predicted: Tensor,
 ) -> Tensor:
-    """The first seven fields of TokenStatistics, [7, M].
+    """The fields of TokenStatistics without dropped mass, [8, M].
 
     Args:
         z_y: the target's logit.
         reference: the reference point k of the sums, a logit near the largest.
         total: sum of exp(z - k).
-        nll: -log p_y.
+        log_prob: sum_k p_k log p_ik.
         moment: sum of exp(z - k) (z - k).
         largest, second: the two largest logits.
         mean: mean of the logits.
+        label: the target's class.
+        predicted: a class with the largest logit.
     """
-    log_total = total.log()
+    log_total, correct = total.log(), z_y >= largest
     return torch.stack(
         [
             reference + log_total,
-            -nll,
+            log_prob,
             log_total - moment / total,
             torch.exp(largest - reference) / total,
             largest - second,
             mean,
-            (z_y >= largest).to(z_y.dtype),
+            correct.to(z_y.dtype),
+            torch.where(correct, label, predicted).to(z_y.dtype),
         ]
     )
 
@@ -160,7 +225,7 @@ class TokenFns(NamedTuple):
     limit: float  # the largest valid smoothing
 
     def __call__(self, statistics: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return smoothing and weight [M] for statistics [7, M]; None without a function.
+        """Return smoothing and weight [M] for statistics [8, M]; None without a function.
 
         Raises:
             ValueError: a function does not return one floating-point value per token.

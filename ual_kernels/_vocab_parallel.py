@@ -22,10 +22,17 @@ _ERROR = -1  # gathered instead of a number of classes
 
 
 class Place(NamedTuple):
-    """The column of each label in this shard."""
+    """The column of each class in this shard."""
 
-    column: Tensor  # [M], 0 if another shard has the label
-    held: Tensor  # [M] bool, whether this shard has the label
+    column: Tensor  # 0 if another shard has the class
+    held: Tensor  # bool, whether this shard has the class
+
+
+class Top(NamedTuple):
+    """Of all classes, [M] each."""
+
+    second: Tensor  # the second largest value
+    label: Tensor  # int64, a class with the largest value
 
 
 class Shards:
@@ -49,12 +56,12 @@ class Shards:
         """Maximum over ranks; may overwrite its argument."""
         return tensor
 
-    def second_largest(self, largest: Tensor, second: Tensor) -> Tensor:
-        """Second largest over all classes, from each rank's largest and second largest."""
-        return second
+    def top(self, largest: Tensor, second: Tensor, column: Tensor) -> "Top":
+        """The second largest value and the class of the largest, from those of each rank, [M]."""
+        return Top(second, column)
 
     def place(self, label: Tensor) -> "Place":
-        """Return the columns in this shard of labels [M] of the complete vocabulary."""
+        """Return the columns in this shard of classes of the complete vocabulary."""
         held = (label >= self.start) & (label < self.start + self.size)
         return Place(torch.where(held, label - self.start, 0), held)
 
@@ -96,11 +103,16 @@ class ProcessGroupShards(Shards):
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
         return tensor
 
-    def second_largest(self, largest: Tensor, second: Tensor) -> Tensor:
-        own = torch.stack([largest, second])
+    def top(self, largest: Tensor, second: Tensor, column: Tensor) -> "Top":
+        own = torch.stack([largest, second, (column + self.start).to(largest.dtype)])
         gathered = [torch.empty_like(own) for _ in range(self._ranks)]
         dist.all_gather(gathered, own, group=self._group)
-        return torch.cat(gathered).topk(2, dim=0).values[1]
+        every = torch.stack(gathered)
+        owner = every[:, 0].argmax(0, keepdim=True)
+        return Top(
+            every[:, :2].flatten(0, 1).topk(2, dim=0).values[1],
+            every[:, 2].gather(0, owner).squeeze(0).long(),
+        )
 
 
 @contextmanager

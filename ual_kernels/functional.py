@@ -19,12 +19,13 @@ from ual_kernels._operands import (
 from ual_kernels._types import IGNORE_INDEX, Backend, Reduction, UnsupportedError
 from ual_kernels._vocab_parallel import ProcessGroupShards, Shards, raised_on_every_rank
 from ual_kernels.options import CrossEntropyOptions, LinearCrossEntropyOptions
-from ual_kernels.statistics import TokenFn, TokenStatistics
+from ual_kernels.statistics import LOGITS_STATISTICS, TokenFn, TokenStatistics
+from ual_kernels.targets import SparseTarget
 
 
 def cross_entropy(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | SparseTarget,
     *,
     label_smoothing: float | Tensor | TokenFn = 0.0,
     sample_weight: Tensor | TokenFn | None = None,
@@ -43,15 +44,17 @@ def cross_entropy(
     With a float `label_smoothing` it equals `torch.nn.functional.cross_entropy` for class indices, except
     that the classes are always the *last* dimension and that the loss is at least float32. Per token, with
     q = (1 - s) onehot(target) + s / V:  loss = -sum_v q_v log softmax(z)_v. Gradients flow to `input`,
-    `label_smoothing` and `sample_weight`. Second derivatives and forward mode raise, except with
-    backend="reference".
+    `label_smoothing`, `sample_weight` and a target's probabilities. Second derivatives and forward mode
+    raise, except with backend="reference".
 
     A target outside [0, V), a smoothing out of range or a negative weight *in a tensor* makes the loss of its
     token NaN. Other tokens are unaffected. An exception would need a device synchronization.
 
     Args:
         input: [..., V] logits; bfloat16, float16, float32 or float64.
-        target: [...] int32 or int64 in [0, V), or `ignore_index`.
+        target: [...] int32 or int64 in [0, V), or `ignore_index`; or a `SparseTarget` of K classes per token,
+            q = (1 - s) sum_k p_k onehot(i_k) + s / V; or [..., V] probabilities, q = (1 - s) target + s / V.
+            As in PyTorch, probabilities need not have a sum of 1, and no token is ignored.
         label_smoothing: a float in [0, 1], or a floating-point tensor shaped like leading dimensions of
             `target`, which is broadcast ([B]: per sample, [B, T]: per token), or a function of the
             `TokenStatistics` (see `ual_kernels.losses`), for which the logits are read once more. Values up
@@ -62,8 +65,11 @@ def cross_entropy(
         weight: [V] class weights, as in PyTorch; not differentiable. If they are 0 for every target, "mean"
             is 0 with gradient 0, as for a batch without loss tokens. PyTorch divides by 0 and returns NaN.
         ignore_index: tokens with this target have no loss and no gradient and are not counted in divisors.
+            For a `SparseTarget` the first of the K classes decides.
         reduction: "none" ([...]), "sum" or "mean". "mean" divides by the sum over non-ignored tokens of
-            `sample_weight` times `weight[target]`. In this sum a function as `sample_weight` counts as 1.
+            `sample_weight` times `weight[target]`, for a `SparseTarget` sum_k p_k `weight`[i_k]. For [..., V]
+            probabilities the second factor is 1, as in PyTorch. In this sum a function as `sample_weight`
+            counts as 1.
         num_items: > 0, replaces the divisor of "mean", like `num_items_in_batch` of transformers.
         softcap: > 0; logits become softcap * tanh(logits / softcap), after `logit_scale` (Gemma).
         logit_scale: factor of the logits, applied first (Cohere; 1 / logits_scaling of Granite).
@@ -99,7 +105,7 @@ def cross_entropy(
 
 def cross_entropy_with_statistics(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | SparseTarget,
     *,
     label_smoothing: float | Tensor | TokenFn = 0.0,
     sample_weight: Tensor | TokenFn | None = None,
@@ -127,13 +133,13 @@ def cross_entropy_with_statistics(
         z_loss,
     )  # fmt: skip
     loss, packed = _of_logits(input, target, arguments, options, backend, statistics=True)
-    return loss, TokenStatistics.unpack(packed, target.shape)
+    return loss, TokenStatistics.unpack(packed, input.shape[:-1])
 
 
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Tensor | SparseTarget,
     *,
     linear_bias: Tensor | None = None,
     linear_lora: tuple[Tensor, Tensor, float] | None = None,
@@ -159,8 +165,8 @@ def linear_cross_entropy(
     Args:
         input: [..., D] hidden states; bfloat16, float16, float32 or float64.
         linear_weight: [V, D] lm_head, same dtype as `input` (under autocast both are cast).
-        target: [...] as in `cross_entropy`. A value that makes a token's loss NaN makes the complete gradient
-            of a trained head NaN, because this gradient is a sum over tokens.
+        target: [...] class indices or a `SparseTarget`, as in `cross_entropy`. A value that makes a token's
+            loss NaN makes the complete gradient of a trained head NaN, because it is a sum over tokens.
         linear_bias: [V] or None.
         linear_lora: (A [r, D], B [V, r], scale) of a LoRA adapter of the head, in any floating-point dtype.
             The logits are E C^T + scale (E A^T) B^T, never merged; A and B get gradients.
@@ -172,8 +178,8 @@ def linear_cross_entropy(
             `process_group`. A backend that is named and cannot run raises; it is never replaced.
 
     Returns:
-        As `cross_entropy`. Gradients flow to `input`, `linear_weight`, `linear_bias`, A and B, and to
-        `label_smoothing` and `sample_weight` if they are tensors.
+        As `cross_entropy`. Gradients flow to `input`, `linear_weight`, `linear_bias`, A and B, to the
+        probabilities of a `SparseTarget`, and to `label_smoothing` and `sample_weight` if they are tensors.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value.
@@ -197,7 +203,7 @@ def linear_cross_entropy(
 def linear_cross_entropy_with_statistics(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Tensor | SparseTarget,
     *,
     linear_bias: Tensor | None = None,
     linear_lora: tuple[Tensor, Tensor, float] | None = None,
@@ -223,19 +229,19 @@ def linear_cross_entropy_with_statistics(
     )  # fmt: skip
     head = linear_weight, linear_bias, linear_lora
     loss, packed = _of_linear(input, *head, target, arguments, options, backend, statistics=True)
-    return loss, TokenStatistics.unpack(packed, target.shape)
+    return loss, TokenStatistics.unpack(packed, input.shape[:-1])
 
 
 def _of_logits(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | SparseTarget,
     arguments: LossArguments,
     options: CrossEntropyOptions | None,
     backend: Backend,
     *,
     statistics: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the reduced loss and packed statistics, [7, N] if requested, else [7, 0]."""
+    """Return the reduced loss and packed statistics, [8, N] if requested, else [8, 0]."""
     options = _arguments.check_options(options, CrossEntropyOptions)
     grouped = options.process_group is not None
     backend = _arguments.choose_backend(backend, input, fused="torch" if grouped else "triton")
@@ -249,39 +255,44 @@ def _of_logits(
         _arguments.check_logits(input)
         if options.inplace_backward:
             _arguments.check_inplace(input, backend)
-        logits = input.reshape(-1, input.shape[-1])
-        _arguments.check(logits, input.shape[:-1], target, arguments, logits.shape[1])
+        logits, shape = input.reshape(-1, input.shape[-1]), input.shape[:-1]
+        _arguments.check(logits, shape, target, arguments, logits.shape[1], dense=True)
     shards = Shards(logits.shape[1])
     if options.process_group is not None:
-        shared = _arguments.shared(arguments, options, input.dtype, target, statistics=statistics)
+        shared = _arguments.shared(arguments, options, input, target, statistics=statistics)
         shards = ProcessGroupShards(logits.shape[1], options.process_group, input.device, shared)
-    operands = _arguments.prepare(logits, target, arguments, shards, statistics=statistics)
+    operands = _arguments.prepare(logits, shape, target, arguments, shards, statistics=statistics)
     if backend == "reference":
-        return _by_definition(logits, operands, arguments, target.shape, statistics=statistics)
+        return _by_definition(logits, operands, arguments, shape, statistics=statistics)
     if logits.stride(-1) != 1 and logits.shape[1] > 1:
         logits = logits.contiguous()
     spec = LogitsSpec(
-        arguments.ignore_index,
+        operands.ignore_index,
         arguments.softcap or 0.0,
         arguments.logit_scale,
         arguments.z_loss,
         statistics,
+        _trained(operands.probabilities),
         backend,
     )
 
     def inputs() -> LogitsInputs:
-        return LogitsInputs(logits, operands.target, operands.smoothing, operands.class_weight)
+        return LogitsInputs(
+            logits, operands.target, operands.smoothing, operands.class_weight, operands.classes,
+            operands.probabilities,
+        )  # fmt: skip
 
     if operands.token_fns is not None:
         with torch.no_grad():
-            packed = ops.cross_entropy(inputs(), spec._replace(statistics=True), shards).statistics
-        operands = operands.resolve(packed, arguments.ignore_index)
+            only = spec._replace(statistics=True, probability_grad=False)
+            packed = ops.cross_entropy(inputs(), only, shards).statistics
+        operands = operands.resolve(packed)
     if options.inplace_backward and torch.is_grad_enabled() and input.requires_grad:
         loss, packed = ops.cross_entropy_inplace(inputs(), operands.token_scale, spec, shards)
     else:
         outputs = ops.cross_entropy(inputs(), spec, shards)
         loss, packed = outputs.loss * operands.token_scale, outputs.statistics
-    return _reduce(loss, arguments, target.shape), packed
+    return _reduce(loss, arguments, shape), packed
 
 
 def _of_linear(
@@ -289,14 +300,14 @@ def _of_linear(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     linear_lora: tuple[Tensor, Tensor, float] | None,
-    target: Tensor,
+    target: Tensor | SparseTarget,
     arguments: LossArguments,
     options: LinearCrossEntropyOptions | None,
     backend: Backend,
     *,
     statistics: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the reduced loss and packed statistics, [8, N] ([7, N] for the reference) if requested."""
+    """Return the reduced loss and packed statistics, [9, N] ([8, N] for the reference) if requested."""
     options = _arguments.check_options(options, LinearCrossEntropyOptions)
     # "auto" does not choose Triton until its speed is measured on a GPU
     backend = _arguments.choose_backend(backend, input, fused="torch")
@@ -304,11 +315,12 @@ def _of_linear(
     with _same_errors(options.process_group, input):
         input, linear_weight, linear_bias = _arguments.linear(input, linear_weight, linear_bias)
         lora = _arguments.lora(linear_lora, input, linear_weight)
-        hidden = input.reshape(input.shape[:-1].numel(), input.shape[-1])
-        _arguments.check(hidden, input.shape[:-1], target, arguments, linear_weight.shape[0])
+        shape = input.shape[:-1]
+        hidden = input.reshape(shape.numel(), input.shape[-1])
+        _arguments.check(hidden, shape, target, arguments, linear_weight.shape[0], dense=False)
     shards = Shards(len(linear_weight))
     if options.process_group is not None:
-        shared = _arguments.shared(arguments, options, input.dtype, target, statistics=statistics) | {
+        shared = _arguments.shared(arguments, options, input, target, statistics=statistics) | {
             "the number of features": str(input.shape[-1]),
             "linear_lora's rank": "none" if lora.a is None else str(len(lora.a)),
             "requires_grad of input, linear_weight, linear_bias, A and B": str(
@@ -322,10 +334,10 @@ def _of_linear(
             shared,
             reduce_input_grad=options.reduce_input_grad,
         )
-    operands = _arguments.prepare(hidden, target, arguments, shards, statistics=statistics)
+    operands = _arguments.prepare(hidden, shape, target, arguments, shards, statistics=statistics)
     if backend == "reference":
         acc = operands.smoothing.dtype
-        ignored = (operands.target == arguments.ignore_index)[:, None]
+        ignored = (operands.target == operands.ignore_index)[:, None]
         with without_autocast(input):
             hidden = hidden.to(acc).masked_fill(ignored, 0.0)
             logits = hidden @ linear_weight.to(acc).T
@@ -333,7 +345,7 @@ def _of_linear(
                 logits = logits + hidden @ lora.a.to(acc).T @ lora.b.to(acc).T * lora.scale
         if linear_bias is not None:
             logits = logits + linear_bias.to(acc)
-        return _by_definition(logits, operands, arguments, target.shape, statistics=statistics)
+        return _by_definition(logits, operands, arguments, shape, statistics=statistics)
 
     inputs = LinearInputs(
         hidden,
@@ -345,11 +357,13 @@ def _of_linear(
         operands.smoothing,
         operands.token_scale,
         operands.class_weight,
+        operands.classes,
+        operands.probabilities,
     )
     per_token = arguments.reduction == "none"
     head_grad, bias_grad, lora_grad = _trained(linear_weight), _trained(linear_bias), _trained(lora.a, lora.b)
     spec = LinearSpec(
-        arguments.ignore_index,
+        operands.ignore_index,
         arguments.softcap or 0.0,
         arguments.logit_scale,
         lora.scale,
@@ -360,6 +374,7 @@ def _of_linear(
         head_grad=head_grad and not per_token,
         bias_grad=bias_grad and not per_token,
         lora_grad=lora_grad and not per_token,
+        probability_grad=_trained(operands.probabilities),
         per_token=per_token,
         max_loss_tokens=_most_tokens(options, len(hidden)),
         chunk_tokens=options.chunk_tokens or 0,
@@ -367,7 +382,7 @@ def _of_linear(
         backend=backend,
     )
     outputs = ops.linear_cross_entropy(inputs, spec, operands.token_fns, shards)
-    return _reduce(outputs.loss, arguments, target.shape), outputs.statistics
+    return _reduce(outputs.loss, arguments, shape), outputs.statistics
 
 
 def _same_errors(group: dist.ProcessGroup | None, input: Tensor) -> AbstractContextManager[None]:
@@ -422,23 +437,27 @@ def _by_definition(
 ) -> tuple[Tensor, Tensor]:
     """Return loss and packed statistics of backend="reference"."""
     logits = logits.to(operands.smoothing.dtype)
-    packed = logits.new_empty((7, 0))
+    packed = logits.new_empty((LOGITS_STATISTICS, 0))
     if statistics or operands.token_fns is not None:
         packed = reference.statistics(
             logits.detach(),
             operands.target,
-            ignore_index=arguments.ignore_index,
+            classes=operands.classes,
+            probabilities=operands.probabilities,
+            ignore_index=operands.ignore_index,
             softcap=arguments.softcap,
             logit_scale=arguments.logit_scale,
         )
     if operands.token_fns is not None:
-        operands = operands.resolve(packed, arguments.ignore_index)
+        operands = operands.resolve(packed)
     loss = reference.cross_entropy(
         logits,
         operands.target,
         operands.smoothing,
+        classes=operands.classes,
+        probabilities=operands.probabilities,
         weight=operands.class_weight,
-        ignore_index=arguments.ignore_index,
+        ignore_index=operands.ignore_index,
         softcap=arguments.softcap,
         logit_scale=arguments.logit_scale,
         z_loss=arguments.z_loss,

@@ -37,6 +37,7 @@ from ual_kernels._types import UnsupportedError
 from ual_kernels._vocab_parallel import Shards
 
 _LOGITS, _LINEAR = len(LogitsInputs._fields), len(LinearInputs._fields)  # numbers of tensor arguments
+_GRADIENTS = LinearOutputs._fields.index("dinput")  # the first of the five gradients
 
 
 def _body(backend: str, operator: str) -> Any:
@@ -187,11 +188,11 @@ def _(dloss: Tensor, state: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 
 def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, state, statistics = output
-    ctx.mark_non_differentiable(state, statistics)
+    outputs = LogitsOutputs(*output)
+    ctx.mark_non_differentiable(*outputs[1:])
     ctx.set_materialize_grads(False)
     ctx.spec, ctx.shards = LogitsSpec(*inputs[_LOGITS:]), None
-    ctx.save_for_backward(state, *inputs[:_LOGITS])
+    ctx.save_for_backward(outputs.state, outputs.dprobabilities, *inputs[:_LOGITS])
 
 
 def _backward_logits(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -200,16 +201,19 @@ def _backward_logits(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
         return unwanted
     wants, spec, shards = LogitsInputs(*ctx.needs_input_grad[:_LOGITS]), ctx.spec, ctx.shards
 
-    def gradients(dloss: Tensor, state: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(
+        dloss: Tensor, state: Tensor, dprobabilities: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         dlogits = None
         if wants.logits and shards is None:
             dlogits = cross_entropy_backward_op(dloss, state, *inputs, *spec)
         elif wants.logits:
             dlogits = _logits_gradient(dloss, state, LogitsInputs(*inputs), spec, shards)
-        return dlogits, dloss * state[3] if wants.smoothing else None
+        dsmoothing = dloss * state[3] if wants.smoothing else None
+        return dlogits, dsmoothing, dloss[:, None] * dprobabilities if wants.probabilities else None
 
-    dlogits, dsmoothing = _Gradients.apply(gradients, dloss, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-    return dlogits, None, dsmoothing, *unwanted[3:]
+    dlogits, dsmoothing, dp = _Gradients.apply(gradients, dloss, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+    return dlogits, None, dsmoothing, None, None, dp, *unwanted[_LOGITS:]
 
 
 cross_entropy_op.register_autograd(_backward_logits, setup_context=_save_logits)
@@ -279,13 +283,19 @@ class _CrossEntropyInplace(_Inplace):
         # it shares the version counter of the logits, so autograd raises if an operation has saved them
         inputs = inputs._replace(logits=inputs.logits.detach())
         if shards.alone:
-            loss, state, statistics = cross_entropy_inplace_op(*inputs, token_scale, *spec)
+            outputs = LogitsOutputs(*cross_entropy_inplace_op(*inputs, token_scale, *spec))
         else:
             with _as_called(inputs.logits):
-                loss, state, statistics = _body(spec.backend, "cross_entropy").forward(
+                outputs = _body(spec.backend, "cross_entropy").forward(
                     inputs, spec, inplace_scale=token_scale, shards=shards
                 )
-        return loss * token_scale, statistics, loss, state
+        return (
+            outputs.loss * token_scale,
+            outputs.statistics,
+            outputs.loss,
+            outputs.state,
+            outputs.dprobabilities,
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -309,17 +319,25 @@ class _CrossEntropyInplace(_Inplace):
 
         # detached: the result of a Function that is one of its arguments would be a view
         def gradients(
-            buffer: Tensor, dloss: Tensor, loss: Tensor, state: Tensor, token_scale: Tensor, _: Tensor | None
-        ) -> tuple[Tensor, ...]:
+            buffer: Tensor,
+            dloss: Tensor,
+            loss: Tensor,
+            state: Tensor,
+            dprobabilities: Tensor,
+            token_scale: Tensor,
+            _: Tensor | None,
+        ) -> tuple[Tensor | None, ...]:
             with _as_called(dloss):
                 dlogits = _body(backend, "cross_entropy").scale_tokens(buffer, dloss).detach()
-            return dlogits, dloss * token_scale * state[3], dloss * loss
+            scaled = dloss * token_scale
+            dp = scaled[:, None] * dprobabilities if dprobabilities.numel() else None
+            return dlogits, scaled * state[3], dp, dloss * loss
 
-        dlogits, dsmoothing, dscale = _InplaceGradients.apply(  # type: ignore[no-untyped-call]
+        dlogits, dsmoothing, dp, dscale = _InplaceGradients.apply(  # type: ignore[no-untyped-call]
             gradients, ctx.buffer, dloss, *ctx.saved_tensors
         )
         ctx.buffer = None
-        return dlogits, None, dsmoothing, None, dscale, *unwanted[5:]
+        return dlogits, None, dsmoothing, None, None, dp, dscale, *unwanted[_LOGITS + 1 :]
 
 
 # ---- cross entropy of hidden states and head ----
@@ -376,7 +394,9 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     # a head's gradient is a sum over tokens and needs the upstream gradient of each token
     ctx.again = ctx.spec.per_token and any(ctx.needs_input_grad[1:5])
     extra = given if ctx.again else ()
-    ctx.save_for_backward(outputs.state, given.token_scale, _link(given), *outputs[3:], *extra)
+    ctx.save_for_backward(
+        outputs.state, outputs.dprobabilities, given.token_scale, _link(given), *outputs[_GRADIENTS:], *extra
+    )
 
 
 def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -392,7 +412,14 @@ def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
             'apply torch.func.grad inside of torch.vmap, loop over the samples or use backend="reference"'
         )
 
-    def gradients(dloss: Tensor, state: Tensor, token_scale: Tensor, _: Tensor | None, *saved: Tensor) -> Any:
+    def gradients(
+        dloss: Tensor,
+        state: Tensor,
+        dprobabilities: Tensor,
+        token_scale: Tensor,
+        _: Tensor | None,
+        *saved: Tensor,
+    ) -> Any:
         computed, upstream = list(saved[:5]), dloss
         if again:
             inputs = LinearInputs(*saved[5:])._replace(token_scale=dloss * token_scale)
@@ -407,11 +434,14 @@ def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
             scaled(gradient, scalar, dtype) if wanted else None
             for gradient, dtype, wanted in zip(computed[1:], dtypes[1:], wants[1:5], strict=True)
         ]
-        dsmoothing = dloss * token_scale * state[1] if wants.smoothing else None
-        return dinput, *summed, None, dsmoothing, dloss * state[0] if wants.token_scale else None
+        scale = dloss * token_scale
+        dsmoothing = scale * state[1] if wants.smoothing else None
+        dscale = dloss * state[0] if wants.token_scale else None
+        dp = scale[:, None] * dprobabilities if wants.probabilities else None
+        return dinput, *summed, None, dsmoothing, dscale, None, None, dp
 
     found = _Gradients.apply(gradients, dloss, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-    return *found, *unwanted[8:]
+    return *found, *unwanted[_LINEAR:]
 
 
 def _computed_again(
@@ -424,9 +454,10 @@ def _computed_again(
         head_grad=bool(wants.linear_weight),
         bias_grad=bool(wants.linear_bias),
         lora_grad=bool(wants.lora_a or wants.lora_b),
+        probability_grad=False,
         per_token=False,
     )
-    return list(_compute_linear(inputs, spec, *direct)[3:])
+    return list(_compute_linear(inputs, spec, *direct)[_GRADIENTS:])
 
 
 linear_cross_entropy_op.register_autograd(_backward_linear, setup_context=_save_linear)

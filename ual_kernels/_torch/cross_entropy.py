@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ual_kernels._matrices import subtract_at
 from ual_kernels._operands import LogitsInputs, LogitsOutputs, LogitsSpec, accumulator, fill_ignored
-from ual_kernels._tokens import Labels, labels, token_statistics, token_terms
+from ual_kernels._tokens import Labels, TargetClasses, labels, token_statistics, token_terms
 from ual_kernels._torch.gemm import even
-from ual_kernels._vocab_parallel import Place, Shards
+from ual_kernels._vocab_parallel import Shards
 
 # fp32 numbers in one chunk of logits. On a CPU 2 MiB stay in the cache after the first pass. Elsewhere larger
 # chunks need fewer launches.
@@ -39,16 +40,12 @@ def forward(
         c_mean = shards.sum(inputs.class_weight.sum()) / shards.vocab
     for chunk in _chunks(logits, shards):
         label = labels(inputs.target[chunk], shards.vocab, spec.ignore_index)
-        place = shards.place(label.column)
         z = _final(logits[chunk].to(acc, copy=True), spec)
-        z_y = shards.sum(_at(z, place))
-        c_y: Tensor | float = 1.0
-        if inputs.class_weight is not None:
-            c_y = shards.sum(torch.where(place.held, inputs.class_weight[place.column], 0.0))
-        nan_mask = label.nan_mask.to(acc)
-        sums = _Sums.of(z, z_y, inputs.class_weight, c_mean, shards, statistics=spec.statistics)
+        target = _target(inputs, spec, chunk, label, z, shards)
+        nan_mask, s = label.nan_mask.to(acc), inputs.smoothing[chunk]
+        sums = _Sums.of(z, target, label, inputs.class_weight, c_mean, shards, statistics=spec.statistics)
         terms = token_terms(
-            sums.nll, sums.lse, sums.smoothing_term, inputs.smoothing[chunk], c_y, c_mean, spec.z_loss
+            sums.nll, sums.lse, sums.smoothing_term, s, target.weight, target.excess, c_mean, spec.z_loss
         )
         state = torch.stack([sums.largest, sums.log_sum, terms.k + nan_mask, terms.ds])
         outputs.loss[chunk] = torch.where(label.selected, terms.loss + nan_mask, 0.0)
@@ -57,6 +54,9 @@ def forward(
             outputs.statistics[:, chunk] = torch.where(
                 label.selected & label.valid, sums.statistics, outputs.statistics[:, chunk]
             )
+        if spec.probability_grad:
+            dp = target.probability_gradient(sums.nll + nan_mask, s)
+            outputs.dprobabilities[chunk] = torch.where(label.selected[:, None], dp, 0.0)
         if inplace_scale is not None:
             p = z.mul_(torch.exp(-sums.log_sum)[:, None])
             scale = torch.where(label.selected, inplace_scale[chunk] + nan_mask, 0.0)
@@ -105,9 +105,55 @@ def _final(z: Tensor, spec: LogitsSpec) -> Tensor:
     return torch.tanh(z / spec.softcap) * spec.softcap if spec.softcap else z
 
 
-def _at(z: Tensor, place: Place) -> Tensor:
-    """Return z [M, V] in each token's column, 0 if another shard has the column."""
-    return torch.where(place.held, z.gather(1, place.column[:, None]).squeeze(1), 0.0)
+class _DenseTarget(NamedTuple):
+    """A probability for every class of this shard; like `TargetClasses`."""
+
+    z: Tensor  # [M, V], a copy if the gradient of the probabilities is requested
+    class_weight: Tensor  # [V], or 1
+    z_y: Tensor  # [M]
+    weight: Tensor  # W, [M]
+    excess: Tensor  # R, [M]
+    probability: Tensor  # [M], their sum
+    plain_excess: Tensor  # R without class weights, [M]
+
+    def log_prob(self, nll: Tensor) -> Tensor:
+        return -(self.probability * nll + self.plain_excess)
+
+    def probability_gradient(self, nll: Tensor, s: Tensor) -> Tensor:
+        return (1 - s)[:, None] * self.class_weight * (nll[:, None] + (self.z_y[:, None] - self.z))
+
+
+def _target(
+    inputs: LogitsInputs, spec: LogitsSpec, chunk: slice, label: Labels, z: Tensor, shards: Shards
+) -> TargetClasses | _DenseTarget:
+    """Return the classes of a chunk's targets with their logits, from z [M, V]."""
+    if inputs.classes is None and inputs.probabilities is not None:
+        return _dense_target(inputs, spec, chunk, label, z, shards)
+    classes = label.column[:, None] if inputs.classes is None else inputs.classes[chunk]
+    place = shards.place(classes)
+    z_listed = shards.sum(torch.where(place.held, z.gather(1, place.column), 0.0))
+    c = torch.ones_like(z_listed)
+    if inputs.class_weight is not None:
+        c = shards.sum(torch.where(place.held, inputs.class_weight[place.column], 0.0))
+    probability = torch.ones_like(z_listed) if inputs.probabilities is None else inputs.probabilities[chunk]
+    return TargetClasses(*place, probability, c, z_listed)
+
+
+def _dense_target(
+    inputs: LogitsInputs, spec: LogitsSpec, chunk: slice, label: Labels, z: Tensor, shards: Shards
+) -> _DenseTarget:
+    assert inputs.probabilities is not None
+    q = inputs.probabilities[chunk]
+    place = shards.place(label.column[:, None])
+    z_y = shards.sum(torch.where(place.held, z.gather(1, place.column), 0.0))
+    below = torch.where(q == 0, 0.0, q * (z_y - z))
+    probability, plain_excess = shards.sum(q.sum(1)), shards.sum(below.sum(1))
+    weight, excess, c = probability, plain_excess, torch.ones_like(z[:1, :1])
+    if inputs.class_weight is not None:
+        c = inputs.class_weight
+        weight, excess = shards.sum(q @ c), shards.sum(below @ c)
+    kept = z.clone() if spec.probability_grad else z
+    return _DenseTarget(kept, c, z_y[:, 0], weight, excess, probability, plain_excess)
 
 
 class _Sums(NamedTuple):
@@ -118,13 +164,14 @@ class _Sums(NamedTuple):
     lse: Tensor
     nll: Tensor
     smoothing_term: Tensor
-    statistics: Tensor | None  # [7, M]
+    statistics: Tensor | None  # [8, M]
 
     @classmethod
     def of(
         cls,
         z: Tensor,
-        z_y: Tensor,
+        target: TargetClasses | _DenseTarget,
+        label: Labels,
         class_weight: Tensor | None,
         c_mean: Tensor | float,
         shards: Shards,
@@ -132,11 +179,11 @@ class _Sums(NamedTuple):
         statistics: bool,
     ) -> "_Sums":
         """Sum over z [M, V], and overwrite z with exp(z - largest)."""
-        second = None
+        top, z_y = None, target.z_y
         if statistics:
-            two = z.topk(min(2, shards.size), dim=1).values
+            two, column = z.topk(min(2, shards.size), dim=1)
             own = two[:, 1] if shards.size > 1 else torch.full_like(z_y, -torch.inf)
-            second = shards.second_largest(two[:, 0], own)
+            top = shards.top(two[:, 0], own, column[:, 0])
         largest = shards.maximum(z.amax(1))
         z.sub_(largest[:, None])
         weighted = shards.sum(z.sum(1) if class_weight is None else z @ class_weight) / shards.vocab
@@ -148,9 +195,12 @@ class _Sums(NamedTuple):
         log_sum = total.log()
         nll = (largest - z_y) + log_sum
         packed = None
-        if shifted is not None and second is not None and mean is not None:
+        if shifted is not None and top is not None and mean is not None:
             moment = shards.sum(shifted.masked_fill_(z == 0, 0.0).mul_(z).sum(1))
-            packed = token_statistics(z_y, largest, total, nll, moment, largest, second, mean)
+            packed = token_statistics(
+                z_y, largest, total, target.log_prob(nll), moment, largest, top.second, mean,
+                label.column, top.label,
+            )  # fmt: skip
         return cls(largest, log_sum, largest + log_sum, nll, smoothing_term, packed)
 
 
@@ -165,15 +215,20 @@ def _dlogits(
     shards: Shards,
 ) -> Tensor:
     """Overwrite p with the gradient of the raw logits, times `scale` [M]; ignored tokens become 0."""
-    s, class_weight, place = inputs.smoothing[chunk], inputs.class_weight, shards.place(label.column)
-    c_y = 1.0 if class_weight is None else class_weight[place.column]
+    s, class_weight = inputs.smoothing[chunk], inputs.class_weight
     scale = scale * spec.logit_scale
     p *= (scale * k)[:, None]
     p -= (scale * s / shards.vocab)[:, None] * (1.0 if class_weight is None else class_weight)
-    of_target = torch.where(place.held, scale * (1 - s) * c_y, 0.0)
-    # one column per token: equal to scatter_add_, which CUDA rejects if determinism is requested
-    column = place.column[:, None]
-    p.scatter_(1, column, p.gather(1, column) - of_target[:, None])
+    of_target = (scale * (1 - s))[:, None]
+    if inputs.classes is None and inputs.probabilities is not None:
+        p -= of_target * inputs.probabilities[chunk] * (1.0 if class_weight is None else class_weight)
+    else:
+        place = shards.place(label.column[:, None] if inputs.classes is None else inputs.classes[chunk])
+        if inputs.probabilities is not None:
+            of_target = of_target * inputs.probabilities[chunk]
+        if class_weight is not None:
+            of_target = of_target * class_weight[place.column]
+        subtract_at(p, place.column, torch.where(place.held, of_target, 0.0))
     if spec.softcap:
         raw = inputs.logits[chunk].to(p.dtype)
         p *= 1 - torch.tanh(raw * (spec.logit_scale / spec.softcap)).square()

@@ -11,8 +11,12 @@ With y the target, cbar = mean_v c_v right_v and the terms of `_tokens`, after t
 
     total = others + exp(z_y - k)      nll = log(1 + others / exp(z_y - k))      rest = others / total
     mean(c z) = scale sum of left . cbar
-    dleft  = scale ((K / total) X + (U - K rest) right_y - s cbar)
+    dleft  = scale ((K / total) X + (U + (1 - s) (W - w_y) - K rest) right_y - s cbar)
     dright = scale (x^T diag(K / total) left + scatter_y(...) - c / V (x) sum_i s_i left_i)
+
+The other classes i of a target of several classes are part of `others`, but their columns of x are 0 too, and
+(K p_i - (1 - s) w_i) right_i is added to dleft: a difference of numbers that are nearly equal after training
+is not formed from an x that was rounded to 16 bits.
 
 so smoothing adds no pass over the vocabulary, and 1 is never subtracted from a probability that was rounded
 to 16 bits. With a softcap, x is multiplied by the slope of each column, and the uniform part is a separate
@@ -25,10 +29,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ual_kernels._matrices import add_by_label, column_mean
+from ual_kernels._matrices import add_by_label, add_rows, column_mean
 from ual_kernels._operands import LinearInputs, LinearOutputs, LinearSpec, accumulator
 from ual_kernels._tokens import (
     LossTokens,
+    TargetClasses,
     TokenFns,
     TokenTerms,
     labels,
@@ -39,6 +44,7 @@ from ual_kernels._tokens import (
 )
 from ual_kernels._torch.gemm import Gemm, even, onednn_precision
 from ual_kernels._vocab_parallel import Shards
+from ual_kernels.statistics import LOGITS_STATISTICS
 
 
 class TileShape(NamedTuple):
@@ -98,25 +104,31 @@ def linear_cross_entropy(
             a, weight = chunk.scale, None
             if token_fns is not None:
                 assert sums.statistics is not None
-                smoothing, weight = token_fns(sums.statistics[:7])
+                smoothing, weight = token_fns(sums.statistics[:LOGITS_STATISTICS])
                 if smoothing is not None:
                     chunk = chunk._replace(smoothing=tokens.zero_ignored(smoothing, part))
                 if weight is not None:
                     a = tokens.zero_ignored(a * weight, part)
             a = a + chunk.nan_mask
+            target = sums.target
             algebra = token_terms(
-                sums.nll, sums.lse, sums.smoothing_term, chunk.smoothing, sums.c_y, c_mean, spec.z_loss
-            )
+                sums.nll, sums.lse, sums.smoothing_term, chunk.smoothing, target.weight, target.excess,
+                c_mean, spec.z_loss,
+            )  # fmt: skip
             state = torch.stack([algebra.loss + chunk.nan_mask, algebra.ds + chunk.nan_mask])
             if weight is not None:  # a weight from the statistics is part of the loss for a token_scale of 1
                 state = state * weight
             outputs.loss[chunk.indices] = tokens.zero_ignored(a * algebra.loss, part)
             outputs.state[:, chunk.indices] = tokens.zero_ignored(state, part)
+            if spec.probability_grad:
+                dp = target.probability_gradient(sums.nll + chunk.nan_mask, chunk.smoothing)
+                dp = dp if weight is None else dp * weight[:, None]
+                outputs.dprobabilities[chunk.indices] = tokens.zero_ignored(dp.T, part).T
             if spec.gradient_filter:
                 sweep.skip(tokens.zero_ignored(sums.rescale / sums.total, part))
             if spec.statistics:
                 assert sums.statistics is not None
-                sums.statistics[7] = sweep.dropped
+                sums.statistics[-1] = sweep.dropped
                 outputs.statistics[:, chunk.indices] = torch.where(
                     chunk.counted, sums.statistics, outputs.statistics[:, chunk.indices]
                 )
@@ -124,7 +136,10 @@ def linear_cross_entropy(
                 factors = _factors(inputs, spec, chunk, sums, algebra, a, shards.vocab)
                 dlefts = sweep.gradients(chunk, factors, first=part.start == 0, last=part.stop == count)
                 _input_gradient(inputs, spec, outputs, chunk, dlefts, shards)
-    mark_missed(tokens, inputs.target, spec.ignore_index, outputs.loss, outputs.state.T, outputs.dinput)
+    mark_missed(
+        tokens, inputs.target, spec.ignore_index, outputs.loss, outputs.state.T, outputs.dinput,
+        outputs.dprobabilities,
+    )  # fmt: skip
     return outputs
 
 
@@ -165,8 +180,10 @@ class Chunk(NamedTuple):
 
     indices: Tensor  # [M], into the N tokens
     lefts: list[Tensor]  # the left factor of each summand
-    column: Tensor  # [M], the target's column in this shard
-    held: Tensor  # [M] bool, whether this shard has the target
+    label: Tensor  # [M], in [0, V) for every token
+    column: Tensor  # [M, K], the columns of the target's classes in this shard; the label's is the first
+    held: Tensor  # [M, K] bool, whether this shard has the class
+    probability: Tensor  # [M, K]
     smoothing: Tensor  # [M]
     scale: Tensor  # [M]
     nan_mask: Tensor  # [M], NaN if the target is out of range, else 0
@@ -191,7 +208,12 @@ class Chunk(NamedTuple):
         nan_mask = label.nan_mask.to(acc)
         if tokens.complete is not None:
             nan_mask = torch.where(tokens.complete, nan_mask, torch.nan)
-        column, held = shards.place(label.column)
+        classes = label.column[:, None] if inputs.classes is None else inputs.classes[index]
+        column, held = shards.place(classes)
+        if inputs.probabilities is None:
+            probability = hidden.new_ones(classes.shape, dtype=acc)
+        else:
+            probability = inputs.probabilities[index]
         lefts = [gemm.factor(hidden)]
         if inputs.lora_a is not None:
             lefts.append(torch.mm(hidden.to(acc), inputs.lora_a.detach().to(acc).T) * spec.lora_scale)
@@ -200,8 +222,10 @@ class Chunk(NamedTuple):
         return cls(
             index,
             lefts,
+            label.column,
             column,
             held,
+            probability,
             tokens.zero_ignored(inputs.smoothing[index], part),
             tokens.zero_ignored(inputs.token_scale[index], part),
             nan_mask,
@@ -216,20 +240,20 @@ class Sums(NamedTuple):
     rescale: Tensor  # factor from this shard's reference point to the common reference point
     others: Tensor  # sum of x without the target
     total: Tensor  # sum of x with the target
-    z_y: Tensor
-    c_y: Tensor | float
+    reference: Tensor  # the common reference point
+    target: TargetClasses
     nll: Tensor
     lse: Tensor
     smoothing_term: Tensor
-    statistics: Tensor | None  # [8, M]
+    statistics: Tensor | None  # [9, M]
 
 
 class Factors(NamedTuple):
-    """Factors of x, of the target's column and of the mean in the gradients, [M] each."""
+    """Factors in the gradients."""
 
-    of_x: Tensor
-    of_target: Tensor  # 0 if another shard has the target
-    of_mean: Tensor
+    of_x: Tensor  # [M]
+    of_target: Tensor  # [M, K], of the columns of the target's classes; 0 if another shard has the class
+    of_mean: Tensor  # [M]
 
 
 def _factors(
@@ -241,15 +265,24 @@ def _factors(
     a: Tensor,
     vocab: int,
 ) -> Factors:
-    of_target = algebra.uniform - algebra.k * (sums.others / sums.total)
+    target, s = sums.target, chunk.smoothing
+    of_label = algebra.uniform - algebra.k * (sums.others / sums.total)
+    of_target = of_label[:, None]
+    if target.z.shape[1] > 1:
+        of_label = of_label + (1 - s) * target.weights[:, 1:].sum(1)
+        p = torch.exp(target.z[:, 1:] - sums.reference[:, None]) / sums.total[:, None]
+        of_others = algebra.k[:, None] * p - (1 - s)[:, None] * target.weights[:, 1:]
+        of_target = torch.cat([of_label[:, None], of_others], 1)
     if spec.softcap:
-        slope = 1 - (sums.z_y / spec.softcap).square()
-        of_target = (of_target - chunk.smoothing * sums.c_y / vocab) * slope
+        slope = 1 - (target.z / spec.softcap).square()
+        of_target = (of_target - s[:, None] * target.class_weight / vocab) * slope
+    counted = target.others
+    counted[:, 0] = target.held[:, 0]
     a = a * spec.logit_scale
     return Factors(
         a * algebra.k / sums.total * sums.rescale,
-        torch.where(chunk.held, a * of_target, 0.0),
-        a * chunk.smoothing,
+        torch.where(counted, a[:, None] * of_target, 0.0),
+        a * s,
     )
 
 
@@ -314,12 +347,16 @@ class Sweep:
         self._widened = gemm.buffer(width, features)
 
     def run(self, chunk: Chunk) -> None:
-        """Compute `largest`, `others`, `z_y`, `mean` with a softcap, and `x_rights` for gradients."""
+        """Compute `largest`, `others`, `z`, `mean` with a softcap, and `x_rights` for gradients."""
         tokens = len(chunk.indices)
         zero = chunk.scale.new_zeros(tokens)
         lowest = torch.full_like(zero, -torch.inf)
-        self.largest, self.others, self.z_y, self.mean = lowest, zero, zero, zero
+        self.largest, self.others, self.mean = lowest, zero, zero
         self.second, self.moment, self.plain, self.dropped = lowest, zero, zero, zero
+        self.z = torch.zeros_like(chunk.probability)  # of the target's classes
+        self.top = torch.zeros_like(chunk.label)  # the column of the largest logit
+        self.others_listed = chunk.held & (chunk.probability != 0)
+        self.others_listed[:, 0] = False
         self.x_rights = [
             zero.new_zeros(tokens, t.right.shape[1]) if t.through else None for t in self.summands
         ]
@@ -336,23 +373,28 @@ class Sweep:
         head = self.gemm.operand(self.summands[0].right[part], self._widened)
         slope = self._logits(chunk, part, head, z, at)
 
-        where = (chunk.column - part.start).clamp(0, wide - 1)[:, None]
-        here = (chunk.held & (chunk.column >= part.start) & (chunk.column < part.stop))[:, None]
-        self.z_y = torch.where(here, z.gather(1, where), self.z_y[:, None]).squeeze(1)
-        largest = self._two_largest(z) if self.statistics else z.amax(1)
+        where = (chunk.column - part.start).clamp(0, wide - 1)
+        here = chunk.held & (chunk.column >= part.start) & (chunk.column < part.stop)
+        self.z = torch.where(here, z.gather(1, where), self.z)
+        largest = self._two_largest(z, part.start) if self.statistics else z.amax(1)
         before, self.largest = self.largest, torch.maximum(self.largest, largest)
         reference = finite(self.largest)
         rescale = torch.exp(before - reference)
         z.sub_(reference[:, None])
         shifted = z.clone() if self.statistics else None
         x = z.exp_()
-        x.scatter_(1, where, torch.where(here, 0.0, x.gather(1, where)))
+        _zero_at(x, where[:, :1], here[:, :1])
         mass = x.sum(1)
         if shifted is not None:
             moved = torch.where(self.others > 0, (before - reference) * self.others, 0.0)
             self.moment = rescale * (self.moment + moved)
             self.moment += shifted.masked_fill_(x == 0, 0.0).mul_(x).sum(1)
         self.others = self.others * rescale + mass
+        if where.shape[1] > 1 and self.spec.gradients:
+            listed = here & self.others_listed
+            _zero_at(x, where, listed)
+            if self.spec.gradient_filter:  # the gradients of these columns are never spread
+                mass = x.sum(1)
         tile = Tile(part, x, slope, reference, mass)
         if self.keep:
             self.kept.append(tile)
@@ -360,9 +402,11 @@ class Sweep:
             return
         if slope is not None:
             x.mul_(slope)
+            _zero_at(slope, where[:, :1], here[:, :1])
+            if where.shape[1] > 1:
+                _zero_at(slope, where, here & self.others_listed)
             if self.class_weight is not None:
                 slope.mul_(self.class_weight[part])
-            slope.scatter_(1, where, torch.where(here, 0.0, slope.gather(1, where)))
         if not self.spec.gradient_filter:
             for x_right in self.x_rights:
                 if x_right is not None:
@@ -387,10 +431,11 @@ class Sweep:
             self.mean = self.mean + of_classes
         return slope
 
-    def _two_largest(self, z: Tensor) -> Tensor:
-        """Return the tile's largest logits; update `second` and `plain`."""
+    def _two_largest(self, z: Tensor, start: int) -> Tensor:
+        """Return the tile's largest logits; update `top`, `second` and `plain`."""
         largest, place = z.max(1, keepdim=True)
         z.scatter_(1, place, -torch.inf)
+        self.top = torch.where(largest.squeeze(1) > self.largest, start + place.squeeze(1), self.top)
         second = torch.maximum(self.second, z.amax(1))
         self.second = torch.maximum(second, torch.minimum(self.largest, largest.squeeze(1)))
         z.scatter_(1, place, largest)
@@ -404,7 +449,8 @@ class Sweep:
         reference = finite(largest)
         rescale = torch.exp(self.largest - reference)
         others = shards.sum(self.others * rescale)
-        z_y = shards.sum(self.z_y)
+        z = shards.sum(self.z)
+        z_y = z[:, 0]
         if spec.softcap:
             mean = shards.sum(self.mean / shards.vocab)
         else:
@@ -414,9 +460,10 @@ class Sweep:
                 if t.mean is not None
             ]
             mean = shards.sum(torch.stack(means).sum(0) * spec.logit_scale)
-        c_y: Tensor | float = 1.0
+        c = torch.ones_like(z)
         if self.class_weight is not None:
-            c_y = shards.sum(torch.where(chunk.held, self.class_weight[chunk.column], 0.0))
+            c = shards.sum(torch.where(chunk.held, self.class_weight[chunk.column], 0.0))
+        target = TargetClasses(chunk.column, chunk.held, chunk.probability, c, z)
 
         # log(others / exp(z_y - reference)); others and the exponential may overflow or underflow
         log_odds = (reference - z_y) + others.log()
@@ -424,23 +471,34 @@ class Sweep:
         total = others + torch.exp(z_y - reference)
         packed = None
         if self.statistics:
-            packed = self._statistics(z_y, reference, total, nll, largest)
+            packed = self._statistics(chunk, target, reference, total, nll, largest)
         return Sums(
-            rescale, others, total, z_y, c_y, nll, reference + total.log(), mean - c_mean * z_y, packed
-        )
+            rescale, others, total, reference, target, nll, reference + total.log(), mean - c_mean * z_y,
+            packed,
+        )  # fmt: skip
 
     def _statistics(
-        self, z_y: Tensor, reference: Tensor, total: Tensor, nll: Tensor, largest: Tensor
+        self,
+        chunk: Chunk,
+        target: TargetClasses,
+        reference: Tensor,
+        total: Tensor,
+        nll: Tensor,
+        largest: Tensor,
     ) -> Tensor:
-        """Return TokenStatistics [8, M]; `skip` determines the last field later."""
+        """Return TokenStatistics [9, M]; `skip` determines the last field later."""
+        z_y = target.z_y
         rescale = torch.exp(self.largest - reference)
         shift = torch.where(self.others > 0, (self.largest - reference) * self.others, 0.0)
         moment = self.shards.sum(rescale * (self.moment + shift))
         t = torch.exp(z_y - reference)
         moment = moment + torch.where(t > 0, t * (z_y - reference), 0.0)
-        second = self.shards.second_largest(self.largest, self.second)
+        top = self.shards.top(self.largest, self.second, self.top)
         mean = self.shards.sum(self.plain / self.shards.vocab)
-        packed = token_statistics(z_y, reference, total, nll, moment, largest, second, mean)
+        packed = token_statistics(
+            z_y, reference, total, target.log_prob(nll), moment, largest, top.second, mean,
+            chunk.label, top.label,
+        )  # fmt: skip
         return torch.cat([packed, torch.zeros_like(packed[:1])])
 
     def _through(self, tile: Tile, head: Tensor, x: Tensor | None) -> None:
@@ -509,11 +567,12 @@ class Sweep:
     ) -> Tensor | None:
         if t.dright is not None:
             wide = left.to(t.dright.dtype)
-            add_by_label(t.dright, chunk.column, wide * factors.of_target[:, None])
+            for column, factor in zip(chunk.column.T, factors.of_target.T, strict=True):
+                add_by_label(t.dright, column, wide * factor[:, None])
         if x_right is None:
             return None
         dleft = x_right.mul_(factors.of_x[:, None])
-        dleft.addcmul_(factors.of_target[:, None], t.right[chunk.column].to(dleft.dtype))
+        add_rows(dleft, factors.of_target, t.right, chunk.column)
         if t.mean is not None:
             dleft.addcmul_(factors.of_mean[:, None], t.mean, value=-1)
         elif slope_right is not None:
@@ -548,3 +607,11 @@ class Sweep:
 def finite(largest: Tensor) -> Tensor:
     """Return the largest logit as a reference point for sums, or 0 if all logits are -inf."""
     return torch.where(largest == -torch.inf, 0.0, largest)
+
+
+def _zero_at(x: Tensor, column: Tensor, where: Tensor) -> None:
+    """Set x [M, w] >= 0 to 0 at columns [M, K] where `where` [M, K] is True."""
+    if column.shape[1] == 1:
+        x.scatter_(1, column, torch.where(where, 0.0, x.gather(1, column)))
+    else:  # the minimum, because another entry of the token may have the same column and not be True
+        x.scatter_reduce_(1, column, torch.where(where, 0.0, torch.inf).to(x.dtype), reduce="amin")
