@@ -63,8 +63,8 @@ def cross_entropy() -> Iterator[Specialization]:
     from ual_kernels._triton import cross_entropy as source
 
     understood: dict[Any, tuple[str, ...]] = {
-        source._forward_kernel: ("weighted", "statistics", "inplace", "capped"),
-        source._backward_kernel: ("weighted", "capped"),
+        source._forward_kernel: ("weighted", "statistics", "inplace", "capped", "sparse"),
+        source._backward_kernel: ("weighted", "capped", "sparse"),
         source._scale_tokens_kernel: (),
     }
     for dtype, itemsize in ITEMSIZES.items():
@@ -74,12 +74,14 @@ def cross_entropy() -> Iterator[Specialization]:
         for (_, aligned), vocab in sizes.items():
             for kernel, every in understood.items():
                 name = kernel.__name__.strip("_").removesuffix("_kernel")
-                for label, flags in {"all": every, **{f: (f,) for f in every}, "plain": ()}.items():
+                kinds = {"all": every, **{f: (f,) for f in every}, "plain": ()}
+                if "sparse" in every:
+                    kinds["dense"] = ("dense", *every[:-1])
+                for label, flags in kinds.items():
                     if label == "all" and not every:
                         continue
-                    config = source.launch_config(
-                        vocab, itemsize, heavy="weighted" in flags or "statistics" in flags
-                    )
+                    heavy = bool({"weighted", "statistics", "dense"} & set(flags))
+                    config = source.launch_config(vocab, itemsize, heavy=heavy)
                     pointer, size = f"*{dtype}:16", "i32:16" if aligned else "i32"
                     known = {
                         **dict.fromkeys(("logits_ptr", "dlogits_ptr", "buffer_ptr"), pointer),
@@ -87,8 +89,13 @@ def cross_entropy() -> Iterator[Specialization]:
                         "target_ptr": "*i64:16",
                         "token_scale_ptr": "*fp32:16" if "inplace" in flags else None,
                         "class_weight_ptr": "*fp32:16" if "weighted" in flags else None,
+                        "classes_ptr": "*i64:16" if "sparse" in flags else None,
+                        "probability_ptr": "*fp32:16" if {"sparse", "dense"} & set(flags) else None,
                         "ACC": tl.float32,
-                        "FIXED_REFERENCE": itemsize == 2,
+                        "FIXED_REFERENCE": itemsize == 2 and "dense" not in flags,
+                        "BLOCK_C": 32 if "sparse" in flags else 0,
+                        "DENSE": "dense" in flags,
+                        "PROBABILITY_GRAD": bool({"sparse", "dense"} & set(flags)),
                         "WEIGHTED": "weighted" in flags,
                         "STATISTICS": "statistics" in flags,
                         "INPLACE": "inplace" in flags,

@@ -7,6 +7,9 @@ For a token with logits z in R^V (scaled and capped), a reference point k and th
     dz_v  = g (K exp(z_v - k - log_sum) - (1 - s) c_y [v = y] - s c_v / V)             g = upstream
     dx_v  = dz_v (1 - (z_v / softcap)^2) logit_scale                                    x = the raw logits
 
+This is for a class index. A target of K classes is a vector of K in the same program; their columns of the
+gradient are written last. A dense target is read block by block beside the logits.
+
 A reference point k is a number that is subtracted from the logits before exp. Probabilities are computed from
 z - k and log_sum: in float32, rounding an lse(z) near 100 changes every probability by 4e-6.
 
@@ -25,7 +28,7 @@ A vocabulary size that is not a multiple of 16 needs eight times as many load in
 Pad such a vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -73,15 +76,22 @@ def _forward_kernel(
     smoothing_ptr,  # [N] ACC
     token_scale_ptr,  # [N] ACC, read if INPLACE
     class_weight_ptr,  # [V] ACC, read if WEIGHTED
+    classes_ptr,  # [N, K] int64, read if BLOCK_C
+    probability_ptr,  # [N, K] ACC, read if BLOCK_C; [N, V], read if DENSE
     loss_ptr,  # [N] ACC, out
     state_ptr,  # [4, N] ACC, out: reference point, log_sum, K, ds
-    statistics_ptr,  # [7, N] ACC, out if STATISTICS
+    statistics_ptr,  # [8, N] ACC, out if STATISTICS
+    dprobability_ptr,  # like probability_ptr, out if PROBABILITY_GRAD
     stride_n,
     N,
     V,
+    K,
     ignore_index,
     ACC: tl.constexpr,
     FIXED_REFERENCE: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # of classes of a target; 0 for a class index and a dense target
+    DENSE: tl.constexpr,
+    PROBABILITY_GRAD: tl.constexpr,
     WEIGHTED: tl.constexpr,
     STATISTICS: tl.constexpr,
     INPLACE: tl.constexpr,
@@ -96,34 +106,52 @@ def _forward_kernel(
     valid = (target >= 0) & (target < V)
     s = tl.load(smoothing_ptr + token)
     logits_ptr += token * stride_n
-    x_y = tl.load(logits_ptr + tl.where(valid, target, 0), mask=selected, other=0.0).to(ACC)
-    z_y = final_logits(x_y, SOFTCAP, LOGIT_SCALE)
-    c_y = tl.full((), 1.0, ACC)
-    if WEIGHTED:
-        c_y = tl.load(class_weight_ptr + tl.where(valid, target, 0))
+    column, live, p, c, z_y, z = _target_classes(
+        logits_ptr, class_weight_ptr, classes_ptr, probability_ptr, token, target, selected,
+        valid, K, ACC, BLOCK_C, WEIGHTED, SOFTCAP, LOGIT_SCALE,
+    )  # fmt: skip
+    if DENSE:
+        probability_ptr += token * V
 
     stop = tl.where(selected, V, 0)
+    zero = tl.zeros((), ACC)
+    weight, excess, mass, plain_excess = zero, zero, zero, zero
     if FIXED_REFERENCE:
         k = z_y
-        exp_sum, term, plain_term, moment, high, second, c_mean = _fixed_reference_sums(
+        exp_sum, term, plain_term, moment, high, second, predicted, c_mean = _fixed_reference_sums(
             logits_ptr, class_weight_ptr, z_y, stop, WEIGHTED, STATISTICS, SOFTCAP, LOGIT_SCALE, BLOCK_V
         )
         if not (exp_sum < _LARGEST_SUM):  # true for NaN
-            k, exp_sum, term, plain_term, moment, high, second, c_mean = _online_sums(
-                logits_ptr, class_weight_ptr, z_y, stop,
-                ACC, WEIGHTED, STATISTICS, SOFTCAP, LOGIT_SCALE, BLOCK_V,
+            (
+                k, exp_sum, term, plain_term, moment, high, second, predicted, c_mean, _, _, _, _
+            ) = _online_sums(
+                logits_ptr, class_weight_ptr, probability_ptr, z_y, stop,
+                ACC, False, WEIGHTED, STATISTICS, SOFTCAP, LOGIT_SCALE, BLOCK_V,
             )  # fmt: skip
     else:
-        k, exp_sum, term, plain_term, moment, high, second, c_mean = _online_sums(
-            logits_ptr, class_weight_ptr, z_y, stop,
-            ACC, WEIGHTED, STATISTICS, SOFTCAP, LOGIT_SCALE, BLOCK_V,
+        (
+            k, exp_sum, term, plain_term, moment, high, second, predicted, c_mean,
+            weight, excess, mass, plain_excess,
+        ) = _online_sums(
+            logits_ptr, class_weight_ptr, probability_ptr, z_y, stop,
+            ACC, DENSE, WEIGHTED, STATISTICS, SOFTCAP, LOGIT_SCALE, BLOCK_V,
         )  # fmt: skip
     log_sum = tl.log(exp_sum)
     smoothing_term = term / V
     c_mean = c_mean / V if WEIGHTED else tl.full((), 1.0, ACC)
 
     nll = (k - z_y) + log_sum
-    loss, coefficient, _, ds = token_terms(nll, k + log_sum, smoothing_term, s, c_y, c_mean, Z_LOSS)
+    if not DENSE:
+        weight, mass = p * c, p
+        if BLOCK_C > 0:
+            below = tl.where(live, z_y - z, 0.0)
+            excess = tl.sum(weight * below, axis=0)
+            plain_excess = tl.sum(p * below, axis=0)
+            weight = tl.sum(weight, axis=0)
+            mass = tl.sum(mass, axis=0)
+    loss, coefficient, _, ds = token_terms(
+        nll, k + log_sum, smoothing_term, s, weight, excess, c_mean, Z_LOSS
+    )
     nan_mask = tl.where(valid, 0.0, float("nan"))
     coefficient += nan_mask
     tl.store(loss_ptr + token, tl.where(selected, loss + nan_mask, 0.0))
@@ -134,16 +162,72 @@ def _forward_kernel(
     if STATISTICS:
         store_statistics(
             statistics_ptr + token, N, True, selected & valid,
-            k, exp_sum, nll, moment, high - k, second - k, z_y + plain_term / V, z_y >= high,
+            k, exp_sum, -(mass * nll + plain_excess), moment, high - k, second - k, z_y + plain_term / V,
+            z_y >= high, target, predicted,
         )  # fmt: skip
+    if PROBABILITY_GRAD:
+        if DENSE:
+            for start in range(0, V, BLOCK_V):
+                at = start + tl.arange(0, BLOCK_V)
+                x = tl.load(logits_ptr + at, mask=(at < stop), other=0.0).to(ACC)
+                dp = (1.0 - s) * (nll + (z_y - final_logits(x, SOFTCAP, LOGIT_SCALE)))
+                if WEIGHTED:
+                    dp *= tl.load(class_weight_ptr + at, mask=at < V, other=0.0)
+                tl.store(dprobability_ptr + token * V + at, tl.where(selected, dp, 0.0), mask=at < V)
+        else:
+            entry = tl.arange(0, BLOCK_C)
+            dp = (1.0 - s) * c * ((nll + nan_mask) + (z_y - z))
+            tl.store(dprobability_ptr + token * K + entry, tl.where(selected, dp, 0.0), mask=entry < K)
     if INPLACE:
         # every thread has read the target's logit before any thread overwrites it
         tl.debug_barrier()
         _write_gradient(
-            logits_ptr, logits_ptr, class_weight_ptr, target, z_y, s, k, log_sum, coefficient, c_y,
-            tl.load(token_scale_ptr + token) * LOGIT_SCALE, selected, valid, V,
-            ACC, WEIGHTED, SOFTCAP, LOGIT_SCALE, BLOCK_V,
+            logits_ptr, logits_ptr, class_weight_ptr, probability_ptr, column, live, p, c, z, s, k, log_sum,
+            coefficient, tl.load(token_scale_ptr + token) * LOGIT_SCALE, selected, V,
+            ACC, DENSE, WEIGHTED, SOFTCAP, LOGIT_SCALE, BLOCK_V,
         )  # fmt: skip
+
+
+@triton.jit
+def _target_classes(
+    logits_ptr,  # [V], one token
+    class_weight_ptr,
+    classes_ptr,  # [N, K]
+    probability_ptr,  # [N, K]
+    token,
+    target,
+    selected,
+    valid,
+    K,
+    ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+):
+    """Return column, whether it counts, p, c, z_y and z of a token's target; all but z_y may be vectors.
+
+    The first entry of the vectors is the target's class. An entry that does not count is padding.
+    """
+    y = tl.where(valid, target, 0)
+    z_y = final_logits(tl.load(logits_ptr + y, mask=selected, other=0.0).to(ACC), SOFTCAP, LOGIT_SCALE)
+    if BLOCK_C > 0:
+        entry = tl.arange(0, BLOCK_C)
+        column = tl.load(classes_ptr + token * K + entry, mask=entry < K, other=0)
+        p = tl.load(probability_ptr + token * K + entry, mask=entry < K, other=0.0)
+        z = tl.load(logits_ptr + column, mask=(entry < K) & selected, other=0.0).to(ACC)
+        z = final_logits(z, SOFTCAP, LOGIT_SCALE)
+        live = (p != 0.0) & valid
+        c = tl.full((BLOCK_C,), 1.0, ACC)
+    else:
+        column = y
+        p = tl.full((), 1.0, ACC)
+        z = z_y
+        live = valid
+        c = tl.full((), 1.0, ACC)
+    if WEIGHTED:
+        c = tl.load(class_weight_ptr + column)
+    return column, live, p, c, z_y, z
 
 
 @triton.jit
@@ -158,10 +242,11 @@ def _fixed_reference_sums(
     LOGIT_SCALE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Sums for d = z - z_y: exp(d), c d, d, exp(d) d; the two largest z; the sum of c."""
+    """Sums for d = z - z_y: exp(d), c d, d, exp(d) d; the two largest z and a class; the sum of c."""
     zero = tl.zeros((BLOCK_V,), tl.float32)
     low = tl.full((BLOCK_V,), float("-inf"), tl.float32)
     total, term, plain, moment, c_sum, highs, seconds = zero, zero, zero, zero, zero, low, low
+    tops = tl.zeros((BLOCK_V,), tl.int32)
     lane = tl.arange(0, BLOCK_V)
     full = stop // BLOCK_V * BLOCK_V
     for start in range(0, full, BLOCK_V):
@@ -179,6 +264,7 @@ def _fixed_reference_sums(
         if STATISTICS:
             plain += d
             moment += e * tl.maximum(d, -200.0)
+            tops = tl.where(z > highs, start + lane, tops)
             highs, seconds = top2(highs, seconds, z, float("-inf"))
     if full < stop:  # the ragged tail
         inside = full + lane < stop
@@ -196,13 +282,16 @@ def _fixed_reference_sums(
         if STATISTICS:
             plain += tl.where(inside, d, 0.0)
             moment += e * tl.maximum(d, -200.0)
+            tops = tl.where(z > highs, full + lane, tops)
             highs, seconds = top2(highs, seconds, z, float("-inf"))
     high, second = tl.max(highs, axis=0), tl.max(seconds, axis=0)
+    predicted = tl.full((), 0, tl.int32)
     if STATISTICS:
         high, second = tl.reduce((highs, seconds), 0, top2)
+        predicted = tl.min(tl.where(highs == high, tops, stop), axis=0)
     return (
         tl.sum(total, axis=0), tl.sum(term, axis=0), tl.sum(plain, axis=0), tl.sum(moment, axis=0),
-        high, second, tl.sum(c_sum, axis=0),
+        high, second, predicted, tl.sum(c_sum, axis=0),
     )  # fmt: skip
 
 
@@ -210,16 +299,21 @@ def _fixed_reference_sums(
 def _online_sums(
     logits_ptr,  # [V], one token
     class_weight_ptr,
+    probability_ptr,  # [V], read if DENSE
     z_y,
     stop,
     ACC: tl.constexpr,
+    DENSE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     STATISTICS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The maximum, and the sums of `_fixed_reference_sums` relative to it; c d and d are relative to z_y."""
+    """The maximum, and the sums of `_fixed_reference_sums` relative to it; c d and d are relative to z_y.
+
+    For a dense target q also the sums of c q, c q (z_y - z), q and q (z_y - z).
+    """
     high = tl.full((), float("-inf"), ACC)
     second = tl.full((), float("-inf"), ACC)
     exp_sum = tl.full((), 0.0, ACC)
@@ -227,6 +321,11 @@ def _online_sums(
     plain_term = tl.full((), 0.0, ACC)
     moment = tl.full((), 0.0, ACC)
     c_sum = tl.full((), 0.0, ACC)
+    weight = tl.full((), 0.0, ACC)
+    excess = tl.full((), 0.0, ACC)
+    mass = tl.full((), 0.0, ACC)
+    plain_excess = tl.full((), 0.0, ACC)
+    predicted = tl.full((), 0, tl.int32)
     for start in range(0, stop, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         inside = column < stop
@@ -243,6 +342,8 @@ def _online_sums(
             moment = rescale * (moment + moved)
             moment += tl.sum(tl.where(e > 0.0, e * (z - base), 0.0), axis=0)
             second = merge_two_largest(high, second, block_high, two_largest(z)[1])
+            top = tl.min(tl.where(z == block_high, column, stop), axis=0)
+            predicted = tl.where(block_high > high, top, predicted)
             plain_term += tl.sum(tl.where(inside, z - z_y, 0.0), axis=0)
         exp_sum = exp_sum * rescale + tl.sum(e, axis=0)
         high = new_high
@@ -252,7 +353,20 @@ def _online_sums(
             c_sum += tl.sum(c, axis=0)
         else:
             term += tl.sum(tl.where(inside, z - z_y, 0.0), axis=0)
-    return high, exp_sum, term, plain_term, moment, high, second, c_sum
+        if DENSE:
+            q = tl.load(probability_ptr + column, mask=inside, other=0.0)
+            below = tl.where(q == 0.0, 0.0, q * (z_y - z))
+            mass += tl.sum(q, axis=0)
+            plain_excess += tl.sum(below, axis=0)
+            if WEIGHTED:
+                q *= c
+                below *= c
+            weight += tl.sum(q, axis=0)
+            excess += tl.sum(below, axis=0)
+    return (
+        high, exp_sum, term, plain_term, moment, high, second, predicted, c_sum,
+        weight, excess, mass, plain_excess,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -262,14 +376,19 @@ def _backward_kernel(
     target_ptr,  # [N]
     smoothing_ptr,  # [N] ACC
     class_weight_ptr,  # [V] ACC, read if WEIGHTED
+    classes_ptr,  # [N, K] int64, read if BLOCK_C
+    probability_ptr,  # [N, K] ACC, read if BLOCK_C; [N, V], read if DENSE
     state_ptr,  # [4, N] ACC
     dlogits_ptr,  # [N, V] contiguous, out
     stride_g,
     stride_n,
     N,
     V,
+    K,
     ignore_index,
     ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    DENSE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
@@ -279,32 +398,22 @@ def _backward_kernel(
     target = tl.load(target_ptr + token).to(tl.int64)
     selected = target != ignore_index
     valid = (target >= 0) & (target < V)
-    c_y = tl.full((), 1.0, ACC)
-    if WEIGHTED:
-        c_y = tl.load(class_weight_ptr + tl.where(valid, target, 0))
     logits_ptr += token * stride_n
-    x_y = tl.load(logits_ptr + tl.where(valid, target, 0), mask=selected, other=0.0).to(ACC)
+    column, live, p, c, _, z = _target_classes(
+        logits_ptr, class_weight_ptr, classes_ptr, probability_ptr, token, target, selected,
+        valid, K, ACC, BLOCK_C, WEIGHTED, SOFTCAP, LOGIT_SCALE,
+    )  # fmt: skip
+    if DENSE:
+        probability_ptr += token * V
     _write_gradient(
-        logits_ptr,
-        dlogits_ptr + token * V,
-        class_weight_ptr,
-        target,
-        final_logits(x_y, SOFTCAP, LOGIT_SCALE),
+        logits_ptr, dlogits_ptr + token * V, class_weight_ptr, probability_ptr, column, live, p, c, z,
         tl.load(smoothing_ptr + token),
         tl.load(state_ptr + token),
         tl.load(state_ptr + N + token),
         tl.load(state_ptr + 2 * N + token),
-        c_y,
         tl.load(dloss_ptr + token * stride_g).to(ACC) * LOGIT_SCALE,
-        selected,
-        valid,
-        V,
-        ACC,
-        WEIGHTED,
-        SOFTCAP,
-        LOGIT_SCALE,
-        BLOCK_V,
-    )
+        selected, V, ACC, DENSE, WEIGHTED, SOFTCAP, LOGIT_SCALE, BLOCK_V,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -312,18 +421,21 @@ def _write_gradient(
     source_ptr,  # [V], raw logits of one token
     out_ptr,  # [V], may be source_ptr: each thread overwrites only elements that it has read
     class_weight_ptr,
-    target,
-    z_y,
+    probability_ptr,  # [V], read if DENSE
+    column,  # of the target's classes, with the results of `_target_classes`
+    live,
+    p,
+    c,
+    z,
     s,
     k,
     log_sum,
     coefficient,
-    c_y,
     scale,
     selected,
-    valid,
     V,
     ACC: tl.constexpr,
+    DENSE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
@@ -336,22 +448,22 @@ def _write_gradient(
         if full < V:
             inside = full + lane < V
             x = tl.load(source_ptr + full + lane, mask=inside, other=0.0, eviction_policy="evict_first")
-            c = _spread(class_weight_ptr, full + lane, V, s / V, WEIGHTED)
-            dx = _dlogits(x, k, log_sum, coefficient, c, scale, ACC, SOFTCAP, LOGIT_SCALE)
+            q = _spread(class_weight_ptr, probability_ptr, full + lane, V, s, DENSE, WEIGHTED)
+            dx = _dlogits(x, k, log_sum, coefficient, q, scale, ACC, SOFTCAP, LOGIT_SCALE)
             tl.store(out_ptr + full + lane, dx, mask=inside)
         for i in range(0, full // BLOCK_V):
             start = full - BLOCK_V - i * BLOCK_V
             x = tl.load(source_ptr + start + lane, eviction_policy="evict_first")
-            c = _spread(class_weight_ptr, start + lane, V, s / V, WEIGHTED)
-            dx = _dlogits(x, k, log_sum, coefficient, c, scale, ACC, SOFTCAP, LOGIT_SCALE)
+            q = _spread(class_weight_ptr, probability_ptr, start + lane, V, s, DENSE, WEIGHTED)
+            dx = _dlogits(x, k, log_sum, coefficient, q, scale, ACC, SOFTCAP, LOGIT_SCALE)
             tl.store(out_ptr + start + lane, dx, eviction_policy="evict_first")
-        # the target's column is overwritten after all stores of its block
-        tl.debug_barrier()
-        c = s / V * c_y if WEIGHTED else s / V
-        dx = _exp(z_y, k, log_sum, ACC) * coefficient - ((1.0 - s) * c_y + c)
-        if SOFTCAP != 0.0:
-            dx *= 1.0 - (z_y / SOFTCAP) * (z_y / SOFTCAP)
-        tl.store(out_ptr + tl.where(valid, target, 0), dx * scale, mask=valid)
+        if not DENSE:
+            # the target's columns are overwritten after all stores of their blocks
+            tl.debug_barrier()
+            dx = _exp(z, k, log_sum, ACC) * coefficient - ((1.0 - s) * p * c + s / V * c)
+            if SOFTCAP != 0.0:
+                dx *= 1.0 - (z / SOFTCAP) * (z / SOFTCAP)
+            tl.store(out_ptr + column, dx * scale, mask=live)
     else:
         zero = tl.zeros((BLOCK_V,), ACC)
         for start in range(0, V, BLOCK_V):
@@ -359,8 +471,11 @@ def _write_gradient(
 
 
 @triton.jit
-def _spread(class_weight_ptr, column, V, spread, WEIGHTED: tl.constexpr):
-    """The uniform part of the smoothed targets of a block, times class weights."""
+def _spread(class_weight_ptr, probability_ptr, column, V, s, DENSE: tl.constexpr, WEIGHTED: tl.constexpr):
+    """The smoothed targets of a block, times class weights, without the target's classes unless DENSE."""
+    spread = s / V
+    if DENSE:
+        spread += (1.0 - s) * tl.load(probability_ptr + column, mask=column < V, other=0.0)
     if WEIGHTED:
         spread = spread * tl.load(class_weight_ptr + column, mask=column < V, other=0.0)
     return spread
@@ -413,17 +528,20 @@ def _scale_tokens_kernel(
 
 def forward(inputs: LogitsInputs, spec: LogitsSpec, *, inplace_scale: Tensor | None = None) -> LogitsOutputs:
     """Implement `ops.cross_entropy_op` or, with `inplace_scale` [N], `ops.cross_entropy_inplace_op`."""
-    logits, target, smoothing, class_weight = inputs
+    logits, target, smoothing, class_weight, classes, probabilities = inputs
     tokens, vocab = logits.shape
     outputs = LogitsOutputs.empty(inputs, spec)
     if tokens:
-        heavy = class_weight is not None or spec.statistics
+        flags = _target_flags(inputs)
+        heavy = class_weight is not None or spec.statistics or flags["DENSE"]
         block_v, num_warps = launch_config(vocab, logits.element_size(), heavy=heavy)
         _forward_kernel[(tokens,)](
-            logits, target, smoothing, inplace_scale, class_weight, *outputs,
-            logits.stride(0), tokens, vocab, spec.ignore_index,
+            logits, target, smoothing, inplace_scale, class_weight, classes, probabilities, *outputs,
+            logits.stride(0), tokens, vocab, 0 if classes is None else classes.shape[1], spec.ignore_index,
             ACC=_TL[accumulator(logits)],
-            FIXED_REFERENCE=logits.element_size() == 2,
+            FIXED_REFERENCE=logits.element_size() == 2 and not flags["DENSE"],
+            PROBABILITY_GRAD=spec.probability_grad,
+            **flags,
             WEIGHTED=class_weight is not None,
             STATISTICS=spec.statistics,
             INPLACE=inplace_scale is not None,
@@ -438,15 +556,19 @@ def forward(inputs: LogitsInputs, spec: LogitsSpec, *, inplace_scale: Tensor | N
 
 def backward(dloss: Tensor, state: Tensor, inputs: LogitsInputs, spec: LogitsSpec) -> Tensor:
     """Implement `ops.cross_entropy_backward_op`: return dlogits [N, V], contiguous."""
-    logits, target, smoothing, class_weight = inputs
+    logits, target, smoothing, class_weight, classes, probabilities = inputs
     tokens, vocab = logits.shape
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if tokens:
-        block_v, num_warps = launch_config(vocab, logits.element_size(), heavy=class_weight is not None)
+        flags = _target_flags(inputs)
+        heavy = class_weight is not None or flags["DENSE"]
+        block_v, num_warps = launch_config(vocab, logits.element_size(), heavy=heavy)
         _backward_kernel[(tokens,)](
-            dloss, logits, target, smoothing, class_weight, state, dlogits,
-            dloss.stride(0), logits.stride(0), tokens, vocab, spec.ignore_index,
+            dloss, logits, target, smoothing, class_weight, classes, probabilities, state, dlogits,
+            dloss.stride(0), logits.stride(0), tokens, vocab, 0 if classes is None else classes.shape[1],
+            spec.ignore_index,
             ACC=_TL[state.dtype],
+            **flags,
             WEIGHTED=class_weight is not None,
             SOFTCAP=spec.softcap,
             LOGIT_SCALE=spec.logit_scale,
@@ -466,6 +588,12 @@ def scale_tokens(buffer: Tensor, scale: Tensor) -> Tensor:
             ACC=_TL[accumulator(buffer)], BLOCK_V=block_v, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return buffer
+
+
+def _target_flags(inputs: LogitsInputs) -> dict[str, Any]:
+    if inputs.classes is not None:
+        return {"BLOCK_C": triton.next_power_of_2(inputs.classes.shape[1]), "DENSE": False}
+    return {"BLOCK_C": 0, "DENSE": inputs.probabilities is not None}
 
 
 _TL = {torch.float32: tl.float32, torch.float64: tl.float64}

@@ -10,6 +10,10 @@ with cbar = mean_v c_v C_v and the token's scale a. The reference point k is a n
 the logits before 2^z. x excludes the target's column, so 1 is never subtracted from a probability that was
 rounded to 16 bits.
 
+The other classes i of a target of several classes are part of the sums, but their columns of x are set to 0
+before x is multiplied, and a scale (K p_i - (1 - s) w_i) C_i is added to de: a difference of numbers that are
+nearly equal after training is not formed from an x that was rounded to 16 bits.
+
 **Fixed reference point** (bfloat16, the usual case). The reference point k = z_y + 32 is known before the
 first GEMM, so each logit is computed once and the GEMM stores x in bfloat16, which has the exponent range of
 float32. No step needs the complete x of a token, so
@@ -43,7 +47,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ual_kernels._matrices import add_by_label
+from ual_kernels._matrices import add_by_label, add_rows
 from ual_kernels._operands import LinearInputs, LinearOutputs, LinearSpec
 from ual_kernels._tokens import LossTokens, TokenFns, mark_missed, select_loss_tokens
 from ual_kernels._triton.gemm import add_product, halves, product
@@ -56,7 +60,7 @@ from ual_kernels._triton.math import (
     two_largest,
 )
 from ual_kernels._vocab_parallel import Shards
-from ual_kernels.statistics import LINEAR_STATISTICS
+from ual_kernels.statistics import LINEAR_STATISTICS, LOGITS_STATISTICS
 
 Variant = Literal["tma", "pointer", "cublas", "exact"]
 
@@ -77,7 +81,7 @@ _OFFSET: tl.constexpr = tl.constexpr(32.0)  # k above the target's logit
 _LARGEST_TOTAL: tl.constexpr = tl.constexpr(2.0**100)  # x C must not overflow either
 _HEADROOM = 15.0  # of float16, in powers of 2
 
-# planes of the [10, M] float32 table that kernels share; all but the first two in units of log 2
+# planes of the [11, M] float32 table that kernels share; all but the first two in units of log 2
 _Z_Y: tl.constexpr = tl.constexpr(0)  # z_y, nats
 _MEAN: tl.constexpr = tl.constexpr(1)  # mean(c z), nats
 _K: tl.constexpr = tl.constexpr(2)
@@ -88,7 +92,16 @@ _MOMENT: tl.constexpr = tl.constexpr(6)  # sum of x (z - k)
 _PLAIN: tl.constexpr = tl.constexpr(7)  # sum of z - k
 _HIGH: tl.constexpr = tl.constexpr(8)  # the largest z - k except the target's
 _SECOND: tl.constexpr = tl.constexpr(9)
-_TABLE_PLANES = 10
+_TOP: tl.constexpr = tl.constexpr(10)  # the column of _HIGH
+_TABLE_PLANES = 11
+
+# planes of the [5, M] float32 sums over the classes of a target; see `_tokens`
+_WEIGHT: tl.constexpr = tl.constexpr(0)  # W
+_OTHER_WEIGHT: tl.constexpr = tl.constexpr(1)  # W - w_y
+_EXCESS: tl.constexpr = tl.constexpr(2)  # R
+_MASS: tl.constexpr = tl.constexpr(3)  # sum of p_k
+_PLAIN_EXCESS: tl.constexpr = tl.constexpr(4)  # R without class weights
+_CLASS_PLANES = 5
 
 
 class GemmLaunchConfig(NamedTuple):
@@ -189,7 +202,7 @@ def _prepare_kernel(
     bias_high_ptr,  # [1] fp32, read if BIASED: the largest bias, scaled
     label_ptr,  # [M] int32, out: a column in [0, V) for every token
     nan_mask_ptr,  # [M] fp32, out
-    table_ptr,  # [10, M] fp32, out: Z_Y, K, D_Y, and MEAN unless CAPPED
+    table_ptr,  # [11, M] fp32, out: Z_Y, K, D_Y, and MEAN unless CAPPED
     M,
     V,
     D,
@@ -277,7 +290,7 @@ def _exponentials(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Return x in bfloat16 and sums over the columns: total, rounded, moment, plain, the two largest."""
+    """Return x in bfloat16 and, over the columns: total, rounded, moment, plain, the two largest, a top."""
     d = acc * SCALE - k[:, None]
     at_edge = first + BLOCK_N > V
     plain = tl.zeros((BLOCK_M,), tl.float32)
@@ -297,12 +310,15 @@ def _exponentials(
     moment = total
     high = total
     second = total
+    top = total
     if STATISTICS:
         # if d is -inf, x is 0 and the product must be 0
         moment = tl.sum(x * tl.maximum(d, -300.0), axis=1)
         high, second = tl.reduce((d, tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)), 1, top2)
+        place = tl.where(d == high[:, None], tl.arange(0, BLOCK_N)[None, :], BLOCK_N)
+        top = tl.min(place, axis=1).to(tl.float32)
     stored, as_stored = _round_to_bfloat16(x)
-    return stored, total, tl.sum(as_stored, axis=1), moment, plain, high, second
+    return stored, total, tl.sum(as_stored, axis=1), moment, plain, high, second, top
 
 
 @triton.jit
@@ -316,6 +332,7 @@ def _store_partials(
     plain,
     high,
     second,
+    top,
     STATISTICS: tl.constexpr,
     WRITE: tl.constexpr,
 ):
@@ -327,6 +344,7 @@ def _store_partials(
         tl.store(partial_ptr + 3 * stride_p, plain, mask=known)
         tl.store(partial_ptr + 4 * stride_p, high, mask=known)
         tl.store(partial_ptr + 5 * stride_p, second, mask=known)
+        tl.store(partial_ptr + 6 * stride_p, top, mask=known)
 
 
 @triton.jit
@@ -339,7 +357,7 @@ def _tma_kernel(
     bias_ptr,  # [V] fp32, read if BIASED
     label_ptr,  # [M] int32
     k_ptr,  # [M] fp32
-    partial_ptr,  # [2 or 6, tiles of columns, M] fp32, planes stride_p apart, out
+    partial_ptr,  # [2 or 7, tiles of columns, M] fp32, planes stride_p apart, out
     stride_p,
     first_column,  # of this slice of the vocabulary
     M,
@@ -397,20 +415,21 @@ def _tma_kernel(
             left += tl.load(bias_ptr + column + offset, mask=column + offset < V, other=0.0)[None, :]
             column_r = column + HALF
             right += tl.load(bias_ptr + column_r + offset, mask=column_r + offset < V, other=0.0)[None, :]
-        stored, total, rounded, moment, plain, high, second = _exponentials(
+        stored, total, rounded, moment, plain, high, second, top = _exponentials(
             left, k, y, column, V, SCALE, STATISTICS, BLOCK_M, HALF
         )
         if WRITE:
             x_desc.store([tile_m * BLOCK_M, column], stored)
-        stored, total_r, rounded_r, moment_r, plain_r, high_r, second_r = _exponentials(
+        stored, total_r, rounded_r, moment_r, plain_r, high_r, second_r, top_r = _exponentials(
             right, k, y, column + HALF, V, SCALE, STATISTICS, BLOCK_M, HALF
         )
         if WRITE:
             x_desc.store([tile_m * BLOCK_M, column + HALF], stored)
         second = merge_two_largest(high, second, high_r, second_r)
+        top = tl.where(high >= high_r, top, top_r + HALF) + (first_column + column)
         _store_partials(
             partial_ptr + tile_n * M + token, stride_p, known, total + total_r, rounded + rounded_r,
-            moment + moment_r, plain + plain_r, tl.maximum(high, high_r), second, STATISTICS, WRITE,
+            moment + moment_r, plain + plain_r, tl.maximum(high, high_r), second, top, STATISTICS, WRITE,
         )  # fmt: skip
 
 
@@ -424,7 +443,7 @@ def _pointer_kernel(
     bias_ptr,  # [V] fp32, read if BIASED
     label_ptr,  # [M] int32
     k_ptr,  # [M] fp32
-    partial_ptr,  # [2 or 6, tiles of columns, M] fp32, planes stride_p apart, out
+    partial_ptr,  # [2 or 7, tiles of columns, M] fp32, planes stride_p apart, out
     stride_x,
     stride_p,
     first_column,
@@ -489,26 +508,27 @@ def _pointer_kernel(
         first_r = first + HALF
         right += tl.load(bias_ptr + first_r + offset, mask=first_r + offset < V, other=0.0)[None, :]
     x_ptrs = x_ptr + token.to(tl.int64)[:, None] * stride_x + first + offset[None, :]
-    stored, total, rounded, moment, plain, high, second = _exponentials(
+    stored, total, rounded, moment, plain, high, second, top = _exponentials(
         left, k, y, first, V, SCALE, STATISTICS, BLOCK_M, HALF
     )
     if WRITE:
         tl.store(x_ptrs, stored, mask=known[:, None] & (first + offset < V)[None, :])
-    stored, total_r, rounded_r, moment_r, plain_r, high_r, second_r = _exponentials(
+    stored, total_r, rounded_r, moment_r, plain_r, high_r, second_r, top_r = _exponentials(
         right, k, y, first + HALF, V, SCALE, STATISTICS, BLOCK_M, HALF
     )
     if WRITE:
         tl.store(x_ptrs + HALF, stored, mask=known[:, None] & (first + HALF + offset < V)[None, :])
     second = merge_two_largest(high, second, high_r, second_r)
+    top = tl.where(high >= high_r, top, top_r + HALF) + (first_column + first)
     _store_partials(
         partial_ptr + tile_n * M + token, stride_p, known, total + total_r, rounded + rounded_r,
-        moment + moment_r, plain + plain_r, tl.maximum(high, high_r), second, STATISTICS, WRITE,
+        moment + moment_r, plain + plain_r, tl.maximum(high, high_r), second, top, STATISTICS, WRITE,
     )  # fmt: skip
 
 
 @triton.jit
 def _add_to_table(
-    table_ptr,  # [10, M] fp32 at the tokens
+    table_ptr,  # [11, M] fp32 at the tokens
     M,
     mask,
     total,
@@ -517,6 +537,7 @@ def _add_to_table(
     plain,
     high,
     second,
+    top,
     FIRST: tl.constexpr,
     STATISTICS: tl.constexpr,
     WRITE: tl.constexpr,
@@ -532,6 +553,7 @@ def _add_to_table(
             before = tl.load(table_ptr + _HIGH * M, mask=mask, other=float("-inf"))
             second_before = tl.load(table_ptr + _SECOND * M, mask=mask, other=float("-inf"))
             second = merge_two_largest(high, second, before, second_before)
+            top = tl.where(high > before, top, tl.load(table_ptr + _TOP * M, mask=mask, other=0.0))
             high = tl.maximum(high, before)
     tl.store(table_ptr + _TOTAL * M, total, mask=mask)
     if WRITE:
@@ -541,12 +563,13 @@ def _add_to_table(
         tl.store(table_ptr + _PLAIN * M, plain, mask=mask)
         tl.store(table_ptr + _HIGH * M, high, mask=mask)
         tl.store(table_ptr + _SECOND * M, second, mask=mask)
+        tl.store(table_ptr + _TOP * M, top, mask=mask)
 
 
 @triton.jit
 def _join_kernel(
-    partial_ptr,  # [2 or 6, tiles, M] fp32, planes stride_p apart
-    table_ptr,  # [10, M] fp32, out
+    partial_ptr,  # [2 or 7, tiles, M] fp32, planes stride_p apart
+    table_ptr,  # [11, M] fp32, out
     stride_p,
     M,
     tiles,
@@ -566,6 +589,7 @@ def _join_kernel(
     plain = tl.zeros((BLOCK_M,), tl.float32)
     high = tl.full((BLOCK_M,), low, tl.float32)
     second = tl.full((BLOCK_M,), low, tl.float32)
+    top = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, tiles, BLOCK_T):
         tile = start + tl.arange(0, BLOCK_T)
         inside = (tile < tiles)[:, None] & known[None, :]
@@ -578,12 +602,16 @@ def _join_kernel(
             plain += tl.sum(tl.load(ptrs + 3 * stride_p, mask=inside, other=0.0), axis=0)
             highs = tl.load(ptrs + 4 * stride_p, mask=inside, other=low)
             seconds = tl.load(ptrs + 5 * stride_p, mask=inside, other=low)
+            tops = tl.load(ptrs + 6 * stride_p, mask=inside, other=0.0)
             high_t, second_t = tl.reduce((highs, seconds), 0, top2)
+            top_t = tl.min(tl.where(highs == high_t[None, :], tops, float("inf")), axis=0)
             second = merge_two_largest(high, second, high_t, second_t)
+            top = tl.where(high_t > high, top_t, top)
             high = tl.maximum(high, high_t)
     _add_to_table(
-        table_ptr + token, M, known, total, rounded, moment, plain, high, second, FIRST, STATISTICS, WRITE
-    )
+        table_ptr + token, M, known, total, rounded, moment, plain, high, second, top,
+        FIRST, STATISTICS, WRITE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -591,7 +619,7 @@ def _exponentials_kernel(
     logits_ptr,  # [M, V] fp32 products, tokens stride_l apart
     bias_ptr,  # [V] fp32, read if BIASED
     label_ptr,  # [M] int32
-    table_ptr,  # [10, M] fp32, out
+    table_ptr,  # [11, M] fp32, out
     x_ptr,  # [M, V] bf16, tokens stride_x apart, out if WRITE; in the memory of the logits
     stride_l,
     stride_x,
@@ -617,6 +645,7 @@ def _exponentials_kernel(
     plain = tl.zeros((BLOCK_V,), tl.float32)
     highs = tl.full((BLOCK_V,), low, tl.float32)
     seconds = tl.full((BLOCK_V,), low, tl.float32)
+    tops = tl.zeros((BLOCK_V,), tl.int32)
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         inside = column < V
@@ -631,6 +660,7 @@ def _exponentials_kernel(
         total += x
         if STATISTICS:
             moment += x * tl.maximum(d, -300.0)
+            tops = tl.where(d > highs, column, tops)
             highs, seconds = top2(highs, seconds, d, low)
         if WRITE:
             stored, as_stored = _round_to_bfloat16(x)
@@ -643,7 +673,10 @@ def _exponentials_kernel(
     moment = tl.sum(moment, axis=0)
     plain = tl.sum(plain, axis=0)
     high, second = tl.reduce((highs, seconds), 0, top2)
-    _add_to_table(table_ptr, M, True, total, rounded, moment, plain, high, second, FIRST, STATISTICS, WRITE)
+    top = (first_column + tl.min(tl.where(highs == high, tops, V), axis=0)).to(tl.float32)
+    _add_to_table(
+        table_ptr, M, True, total, rounded, moment, plain, high, second, top, FIRST, STATISTICS, WRITE
+    )
 
 
 # ---- step 2 with the token's maximum as the reference point ----
@@ -659,7 +692,7 @@ def _own_maximum_kernel(
     bias_ptr,  # [V] fp32, read if BIASED
     class_weight_ptr,  # [V] fp32, read if WEIGHTED and SOFTCAP
     label_ptr,  # [M] int32
-    table_ptr,  # [10, M] fp32, out; MEAN only if SOFTCAP, the last four planes only if STATISTICS
+    table_ptr,  # [11, M] fp32, out; MEAN only if SOFTCAP, the last five planes only if STATISTICS
     x_ptr,  # [M, V], tokens stride_x apart, out if WRITE; may be in the memory of the logits
     stride_l,
     stride_x,
@@ -702,6 +735,7 @@ def _own_maximum_kernel(
         u_ptr += token * R
     high = tl.full((), float("-inf"), tl.float32)
     second = tl.full((), float("-inf"), tl.float32)
+    top = tl.full((), 0, tl.int32)
     mean = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
@@ -718,6 +752,8 @@ def _own_maximum_kernel(
         others = tl.where(inside & (column != y), z, float("-inf"))
         if STATISTICS:
             block_high, block_second = two_largest(others)
+            place = tl.min(tl.where(others == block_high, column, V), axis=0)
+            top = tl.where(block_high > high, place, top)
             second = merge_two_largest(high, second, block_high, block_second)
         high = tl.maximum(high, tl.max(others, axis=0))
     k = tl.maximum(high, z_y) * _LOG2E - HEADROOM
@@ -758,6 +794,7 @@ def _own_maximum_kernel(
         tl.store(table_ptr + _PLAIN * M, tl.sum(plain, axis=0))
         tl.store(table_ptr + _HIGH * M, high * _LOG2E - k)
         tl.store(table_ptr + _SECOND * M, second * _LOG2E - k)
+        tl.store(table_ptr + _TOP * M, top.to(tl.float32))
 
 
 @triton.jit
@@ -812,12 +849,16 @@ def _far_tokens_kernel(
     head_ptr,  # [V, D]
     bias_ptr,  # [V] fp32, read if BIASED
     label_ptr,  # [M] int32
-    table_ptr,  # [10, M] fp32, out
+    classes_ptr,  # [M, K] int64, read if BLOCK_C
+    probability_ptr,  # [M, K] fp32, read if BLOCK_C
+    table_ptr,  # [11, M] fp32, out
     scratch_ptr,  # [programs, V] fp32
     product_ptr,  # [M, D] fp32, out: x C
     M,
     V,
     D,
+    K,
+    BLOCK_C: tl.constexpr,
     BIASED: tl.constexpr,
     STATISTICS: tl.constexpr,
     SCALE: tl.constexpr,
@@ -840,9 +881,9 @@ def _far_tokens_kernel(
                 total = tl.load(table_ptr + _TOTAL * M + token, mask=token < M, other=0.0)
                 if not (total < _LARGEST_TOTAL):
                     _far_token(
-                        e_ptr + token * D, head_ptr, bias_ptr, tl.load(label_ptr + token), table_ptr + token,
-                        scratch_ptr, product_ptr + token * D, M, V, D,
-                        BIASED, STATISTICS, SCALE, BLOCK_V, BLOCK_D,
+                        e_ptr + token * D, head_ptr, bias_ptr, tl.load(label_ptr + token), classes_ptr,
+                        probability_ptr, token, table_ptr + token, scratch_ptr, product_ptr + token * D,
+                        M, V, D, K, BLOCK_C, BIASED, STATISTICS, SCALE, BLOCK_V, BLOCK_D,
                     )  # fmt: skip
 
 
@@ -852,12 +893,17 @@ def _far_token(
     head_ptr,
     bias_ptr,
     y,
+    classes_ptr,
+    probability_ptr,
+    token,
     table_ptr,
     scratch_ptr,
     product_ptr,
     M,
     V,
     D,
+    K,
+    BLOCK_C: tl.constexpr,
     BIASED: tl.constexpr,
     STATISTICS: tl.constexpr,
     SCALE: tl.constexpr,
@@ -868,6 +914,7 @@ def _far_token(
     z_y = tl.load(table_ptr + _Z_Y * M) * _LOG2E
     highs = tl.full((BLOCK_V,), low, tl.float32)
     seconds = tl.full((BLOCK_V,), low, tl.float32)
+    tops = tl.zeros((BLOCK_V,), tl.int32)
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         inside = column < V
@@ -876,7 +923,10 @@ def _far_token(
             raw += tl.load(bias_ptr + column, mask=inside, other=0.0)
         z = raw * SCALE
         tl.store(scratch_ptr + column, z, mask=inside)
-        highs, seconds = top2(highs, seconds, tl.where(inside & (column != y), z, low), low)
+        others = tl.where(inside & (column != y), z, low)
+        if STATISTICS:
+            tops = tl.where(others > highs, column, tops)
+        highs, seconds = top2(highs, seconds, others, low)
     high, second = tl.reduce((highs, seconds), 0, top2)
     k = tl.maximum(high, z_y)
     k = tl.where(k == low, 0.0, k)
@@ -896,6 +946,9 @@ def _far_token(
         tl.debug_barrier()  # several threads have the same column
         tl.store(scratch_ptr + column, x, mask=inside)
     tl.debug_barrier()
+    if BLOCK_C > 0:
+        _clear(scratch_ptr, classes_ptr + token * K, probability_ptr + token * K, 0, V, K, BLOCK_C)
+        tl.debug_barrier()
     for start_d in range(0, D, BLOCK_D):
         feature = start_d + tl.arange(0, BLOCK_D)
         acc = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
@@ -917,6 +970,8 @@ def _far_token(
         tl.store(table_ptr + _PLAIN * M, tl.sum(plain, axis=0))
         tl.store(table_ptr + _HIGH * M, high - k)
         tl.store(table_ptr + _SECOND * M, second - k)
+        top = tl.min(tl.where(highs == high, tops, V), axis=0)
+        tl.store(table_ptr + _TOP * M, top.to(tl.float32))
     tl.debug_barrier()
 
 
@@ -927,8 +982,8 @@ def _softcap_gradient_kernel(
     class_weight_ptr,  # [V] fp32, read if WEIGHTED
     label_ptr,  # [M] int32
     smoothing_ptr,  # [M]
-    table_ptr,  # [10, M]
-    factors_ptr,  # [4, M]
+    table_ptr,  # [11, M]
+    factors_ptr,  # [7, M]
     x_ptr,  # [M, V], tokens stride_x apart, out: the gradient of raw logits; may be in their memory
     stride_l,
     stride_x,
@@ -962,12 +1017,188 @@ def _softcap_gradient_kernel(
         tl.store(x_ptr + token * stride_x + column, dz.to(x_ptr.dtype.element_ty), mask=inside)
 
 
+# ---- the classes of a target of several classes ----
+
+
+@triton.jit
+def _classes_kernel(
+    logits_ptr,  # [M, V] fp32 products, tokens stride_l apart, read if GIVEN
+    e_ptr,  # [M, D], read unless GIVEN
+    head_ptr,  # [V, D], read unless GIVEN
+    u_ptr,  # [M, R] fp32, read if RANKED unless GIVEN
+    b_ptr,  # [V, R] fp32, read if RANKED unless GIVEN
+    bias_ptr,  # [V] fp32, read if BIASED
+    class_weight_ptr,  # [V] fp32, read if WEIGHTED
+    label_ptr,  # [M] int32
+    classes_ptr,  # [M, K] int64
+    probability_ptr,  # [M, K] fp32
+    table_ptr,  # [11, M] fp32, read unless GIVEN
+    z_ptr,  # [M, K] fp32, out: the logits
+    sums_ptr,  # [5, M] fp32, out
+    stride_l,
+    M,
+    D,
+    R,
+    K,
+    GIVEN: tl.constexpr,
+    BIASED: tl.constexpr,
+    RANKED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    EVERY: tl.constexpr,  # also the logits of classes of probability 0
+    SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Compute the logits of the target's classes and the sums over them."""
+    token = tl.program_id(0).to(tl.int64)
+    classes_ptr += token * K
+    probability_ptr += token * K
+    z_ptr += token * K
+    y = tl.load(label_ptr + token).to(tl.int64)
+    if GIVEN:
+        raw_y = tl.load(logits_ptr + token * stride_l + y)
+        if BIASED:
+            raw_y += tl.load(bias_ptr + y)
+        z_y = final_logits(raw_y, SOFTCAP, LOGIT_SCALE)
+    else:
+        z_y = tl.load(table_ptr + _Z_Y * M + token)
+    tl.store(z_ptr, z_y)
+    mass = tl.load(probability_ptr)
+    weight = mass
+    if WEIGHTED:
+        weight = mass * tl.load(class_weight_ptr + y)
+    label_weight = weight
+    excess = tl.zeros((), tl.float32)
+    plain_excess = tl.zeros((), tl.float32)
+    other_weight = tl.zeros((), tl.float32)
+    for i in range(1, K):
+        p = tl.load(probability_ptr + i)
+        column = tl.load(classes_ptr + i)
+        if (p != 0.0) | EVERY:
+            if GIVEN:
+                raw = tl.load(logits_ptr + token * stride_l + column)
+            else:
+                raw = _dot(e_ptr + token * D, head_ptr + column * D, D, BLOCK_D)
+                if RANKED:
+                    raw += _dot(u_ptr + token * R, b_ptr + column * R, R, BLOCK_R)
+            if BIASED:
+                raw += tl.load(bias_ptr + column)
+            z = final_logits(raw, SOFTCAP, LOGIT_SCALE)
+            tl.store(z_ptr + i, z)
+            w = p
+            if WEIGHTED:
+                w *= tl.load(class_weight_ptr + column)
+            below = tl.where(p != 0.0, z_y - z, 0.0)
+            other_weight += w
+            mass += p
+            excess += w * below
+            plain_excess += p * below
+    sums_ptr += token
+    tl.store(sums_ptr + _WEIGHT * M, label_weight + other_weight)
+    tl.store(sums_ptr + _OTHER_WEIGHT * M, other_weight)
+    tl.store(sums_ptr + _EXCESS * M, excess)
+    tl.store(sums_ptr + _MASS * M, mass)
+    tl.store(sums_ptr + _PLAIN_EXCESS * M, plain_excess)
+
+
+@triton.jit
+def _dot(left_ptr, right_ptr, D, BLOCK_D: tl.constexpr):
+    """Return the inner product of two vectors [D]."""
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        feature = start + tl.arange(0, BLOCK_D)
+        left = tl.load(left_ptr + feature, mask=feature < D, other=0.0).to(tl.float32)
+        acc += left * tl.load(right_ptr + feature, mask=feature < D, other=0.0).to(tl.float32)
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit
+def _clear(x_ptr, classes_ptr, probability_ptr, first_column, V, K, BLOCK_C: tl.constexpr):
+    """Set x [V] to 0 in the columns of a token's other classes, which `_class_factors_kernel` adds."""
+    entry = tl.arange(0, BLOCK_C)
+    column = tl.load(classes_ptr + entry, mask=entry < K, other=0) - first_column
+    p = tl.load(probability_ptr + entry, mask=entry < K, other=0.0)
+    counts = (entry > 0) & (p != 0.0) & (column >= 0) & (column < V)
+    tl.store(x_ptr + column, tl.zeros((BLOCK_C,), x_ptr.dtype.element_ty), mask=counts)
+
+
+@triton.jit
+def _clear_kernel(
+    x_ptr,  # [M, V], tokens stride_x apart, out
+    classes_ptr,  # [M, K] int64
+    probability_ptr,  # [M, K] fp32
+    stride_x,
+    first_column,
+    V,
+    K,
+    BLOCK_C: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    _clear(
+        x_ptr + token * stride_x, classes_ptr + token * K, probability_ptr + token * K, first_column, V, K,
+        BLOCK_C,
+    )  # fmt: skip
+
+
+@triton.jit
+def _class_factors_kernel(
+    classes_ptr,  # [M, K] int64
+    probability_ptr,  # [M, K] fp32
+    z_ptr,  # [M, K] fp32
+    class_weight_ptr,  # [V] fp32, read if WEIGHTED
+    table_ptr,  # [11, M] fp32
+    factors_ptr,  # [7, M] fp32
+    smoothing_ptr,  # [M]
+    selected_ptr,  # [M] int, target
+    index_ptr,  # [M] int64, tokens of dprobabilities
+    weight_ptr,  # [M], read if REWEIGHTED
+    factor_ptr,  # [M, K] fp32, out: the factor of each class's row of the head; 0 for the label and padding
+    dprobability_ptr,  # [N, K] fp32, out if PROBABILITY_GRAD
+    M,
+    V,
+    K,
+    ignore_index,
+    WEIGHTED: tl.constexpr,
+    REWEIGHTED: tl.constexpr,
+    PROBABILITY_GRAD: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Compute the factors of the other classes, and the gradient of the probabilities."""
+    token = tl.program_id(0).to(tl.int64)
+    entry = tl.arange(0, BLOCK_C)
+    known = entry < K
+    p = tl.load(probability_ptr + token * K + entry, mask=known, other=0.0)
+    z = tl.load(z_ptr + token * K + entry, mask=known & ((p != 0.0) | PROBABILITY_GRAD), other=0.0)
+    c = tl.full((BLOCK_C,), 1.0, tl.float32)
+    if WEIGHTED:
+        column = tl.load(classes_ptr + token * K + entry, mask=known, other=0)
+        c = tl.load(class_weight_ptr + column)
+    s = tl.load(smoothing_ptr + token)
+    rate = tl.load(factors_ptr + 4 * M + token)
+    a = tl.load(factors_ptr + 5 * M + token)
+    x = tl.exp2(z * _LOG2E - tl.load(table_ptr + _K * M + token))
+    factor = rate * x - (1.0 - s) * p * c
+    if SOFTCAP != 0.0:
+        factor = (factor - s * c / V) * (1.0 - (z / SOFTCAP) * (z / SOFTCAP))
+    counts = (entry > 0) & (p != 0.0)
+    tl.store(factor_ptr + token * K + entry, tl.where(counts, a * factor, 0.0), mask=known)
+    if PROBABILITY_GRAD:
+        z_y = tl.load(table_ptr + _Z_Y * M + token)
+        dp = (1.0 - s) * c * (tl.load(factors_ptr + 6 * M + token) + (z_y - z))
+        if REWEIGHTED:
+            dp *= tl.load(weight_ptr + token)
+        dp = tl.where(tl.load(selected_ptr + token) != ignore_index, dp, 0.0)
+        tl.store(dprobability_ptr + tl.load(index_ptr + token) * K + entry, dp, mask=known)
+
+
 # ---- loss, and the factors of the gradient ----
 
 
 @triton.jit
 def _finish_kernel(
-    table_ptr,  # [10, M]
+    table_ptr,  # [11, M]
     index_ptr,  # [M] int64, tokens of the results
     target_ptr,  # [M] int
     label_ptr,  # [M] int32
@@ -977,16 +1208,19 @@ def _finish_kernel(
     weight_ptr,  # [M], read if REWEIGHTED: factor of token_scale that was computed from the statistics
     class_weight_ptr,  # [V], read if WEIGHTED
     class_mean_ptr,  # [1], read if WEIGHTED
+    sums_ptr,  # [5, M], read if SPARSE
     loss_ptr,  # [N], out
     state_ptr,  # [2, N], out: loss for a token_scale of 1, and its derivative by the smoothing
-    statistics_ptr,  # [7, M], planes stride_s apart, out if STATISTICS
-    factors_ptr,  # [4, M], out: factors of x C, C_y and cbar, and K / (total + t)
+    statistics_ptr,  # [8, M], planes stride_s apart, out if STATISTICS
+    factors_ptr,  # [7, M], out: factors of x C, C_y and cbar, K / (total + t); for `_class_factors_kernel`
+    # the same without the rounding of x, the token's scale, nll
     stride_s,
     N,
     M,
     V,
     ignore_index,
     REWEIGHTED: tl.constexpr,
+    SPARSE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     STATISTICS: tl.constexpr,
     WRITE: tl.constexpr,
@@ -1023,9 +1257,25 @@ def _finish_kernel(
     nll = tl.maximum(log_odds, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(log_odds)))
     rest = total / total_with_target  # 1 - p_y, without the subtraction
 
-    unit, coefficient, at_target, ds = token_terms(nll, lse, smoothing_term, s, c_y, c_mean, Z_LOSS)
+    weight_sum = c_y
+    excess = tl.zeros((BLOCK,), tl.float32)
+    log_prob = -nll
+    if SPARSE:
+        sums_ptr += token
+        weight_sum = tl.load(sums_ptr + _WEIGHT * M, mask=known, other=0.0)
+        excess = tl.load(sums_ptr + _EXCESS * M, mask=known, other=0.0)
+        mass = tl.load(sums_ptr + _MASS * M, mask=known, other=0.0)
+        log_prob = -(mass * nll + tl.load(sums_ptr + _PLAIN_EXCESS * M, mask=known, other=0.0))
+    unit, coefficient, at_target, ds = token_terms(
+        nll, lse, smoothing_term, s, weight_sum, excess, c_mean, Z_LOSS
+    )
+    if SPARSE:
+        at_target += (1.0 - s) * tl.load(sums_ptr + _OTHER_WEIGHT * M, mask=known, other=0.0)
     at_target -= coefficient * rest
     rate = coefficient / total_with_target
+    if SPARSE:
+        tl.store(factors_ptr + 4 * M + token, rate, mask=known)
+        tl.store(factors_ptr + 6 * M + token, nll + nan_mask, mask=known)
     if WRITE:
         # normalized by the sum of x as stored, which cancels the rounding of x if one class dominates
         rounded = tl.load(table_ptr + _ROUNDED * M, mask=known, other=1.0)
@@ -1043,6 +1293,8 @@ def _finish_kernel(
 
     a = a * LOGIT_SCALE
     factors_ptr += token
+    if SPARSE:
+        tl.store(factors_ptr + 5 * M, a, mask=known)
     tl.store(factors_ptr + 3 * M, rate, mask=known)
     if SOFTCAP != 0.0:
         slope = 1.0 - (z_y / SOFTCAP) * (z_y / SOFTCAP)
@@ -1059,12 +1311,13 @@ def _finish_kernel(
         others = tl.load(table_ptr + _HIGH * M, mask=known, other=0.0)
         second = tl.load(table_ptr + _SECOND * M, mask=known, other=0.0)
         plain = tl.load(table_ptr + _PLAIN * M, mask=known, other=0.0)
+        top = tl.load(table_ptr + _TOP * M, mask=known, other=0.0)
         largest = tl.maximum(d_y, others)
         second = merge_two_largest(d_y, float("-inf"), others, second)
         store_statistics(
             statistics_ptr + token, stride_s, known, selected & (target >= 0) & (target < V),
-            k * _LN2, total_with_target, nll, moment * _LN2, largest * _LN2, second * _LN2,
-            (k + plain / V) * _LN2, d_y >= others,
+            k * _LN2, total_with_target, log_prob, moment * _LN2, largest * _LN2, second * _LN2,
+            (k + plain / V) * _LN2, d_y >= others, target.to(tl.float32), top,
         )  # fmt: skip
 
 
@@ -1078,10 +1331,13 @@ def _input_gradient_kernel(
     column_mean_ptr,  # [D] fp32, read unless CAPPED
     label_ptr,  # [M] int32
     index_ptr,  # [M] int64, tokens of dinput
-    factors_ptr,  # [4, M]
+    factors_ptr,  # [7, M]
+    classes_ptr,  # [M, K] int64
+    factor_ptr,  # [M, K] fp32
     dinput_ptr,  # [N, D], out
     M,
     D,
+    K,  # 0 for class indices
     CAPPED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -1098,18 +1354,25 @@ def _input_gradient_kernel(
         de += of_target * tl.load(head_ptr + y * D + feature, mask=inside, other=0.0).to(tl.float32)
         if not CAPPED:
             de -= of_mean * tl.load(column_mean_ptr + feature, mask=inside, other=0.0)
+        for i in range(1, K):
+            factor = tl.load(factor_ptr + token * K + i)
+            if factor != 0.0:  # true for NaN
+                row = head_ptr + tl.load(classes_ptr + token * K + i) * D
+                de += factor * tl.load(row + feature, mask=inside, other=0.0).to(tl.float32)
         tl.store(dinput_ptr + out * D + feature, de.to(dinput_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _add_targets_kernel(
     hidden_ptr,  # [M, D]
-    factor_ptr,  # [M] fp32
-    sorted_ptr,  # [M], labels in ascending order
-    order_ptr,  # [M], the tokens in the order of the labels
+    factor_ptr,  # [M K] fp32
+    sorted_ptr,  # [M K], labels in ascending order; V for an entry that does not count
+    order_ptr,  # [M K], the entries in the order of the labels
     out_ptr,  # [V, D] fp32: factor times hidden is added at the labels
-    M,
+    entries,  # M K
+    V,
     D,
+    K,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -1117,17 +1380,19 @@ def _add_targets_kernel(
     place = tl.program_id(0)
     label = tl.load(sorted_ptr + place).to(tl.int64)
     if tl.load(sorted_ptr + place - 1, mask=place > 0, other=-1) == label:
-        return  # not the first token of its label
+        return  # not the first entry of its label
+    if label >= V:
+        return
     feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = feature < D
     acc = tl.zeros((BLOCK_D,), tl.float32)
     same = BLOCK_T
     while same == BLOCK_T:
         at = place + tl.arange(0, BLOCK_T)
-        mine = tl.load(sorted_ptr + at, mask=at < M, other=-1) == label
-        token = tl.load(order_ptr + at, mask=mine, other=0)
-        factor = tl.load(factor_ptr + token, mask=mine, other=0.0)
-        ptrs = hidden_ptr + token.to(tl.int64)[:, None] * D + feature[None, :]
+        mine = tl.load(sorted_ptr + at, mask=at < entries, other=-1) == label
+        entry = tl.load(order_ptr + at, mask=mine, other=0)
+        factor = tl.load(factor_ptr + entry, mask=mine, other=0.0)
+        ptrs = hidden_ptr + (entry // K).to(tl.int64)[:, None] * D + feature[None, :]
         hidden = tl.load(ptrs, mask=mine[:, None] & inside[None, :], other=0.0).to(tl.float32)
         # a select, not a product: tokens of other labels may be NaN
         acc += tl.sum(tl.where(mine[:, None], factor[:, None] * hidden, 0.0), axis=0)
@@ -1201,7 +1466,10 @@ def linear_cross_entropy(
     for part in _chunks(count, run.chunk_tokens):
         run.compute(part)
     run.complete()
-    mark_missed(tokens, inputs.target, spec.ignore_index, outputs.loss, outputs.state.T, outputs.dinput)
+    mark_missed(
+        tokens, inputs.target, spec.ignore_index, outputs.loss, outputs.state.T, outputs.dinput,
+        outputs.dprobabilities,
+    )  # fmt: skip
     return outputs
 
 
@@ -1269,6 +1537,25 @@ class _Head(NamedTuple):
         return self.weight.shape[0]
 
 
+class _Classes(NamedTuple):
+    """The classes of a chunk's targets of several classes."""
+
+    column: Tensor  # [M, K] int64; the first is the label's
+    probability: Tensor  # [M, K]
+    z: Tensor  # [M, K], their logits
+    sums: Tensor  # [5, M]
+    factor: Tensor  # [M, K], of each class's row of the head in the gradient; 0 for the label
+
+    @property
+    def width(self) -> int:
+        """K."""
+        return self.column.shape[1]
+
+    @property
+    def block(self) -> int:
+        return _block_r(self.width)
+
+
 class _Chunk(NamedTuple):
     """A chunk of the loss tokens."""
 
@@ -1276,9 +1563,25 @@ class _Chunk(NamedTuple):
     hidden: Tensor  # [M, D]
     label: Tensor  # [M] int32, a column in [0, V) for every token
     nan_mask: Tensor  # [M]
-    table: Tensor  # [10, M], shared by kernels
-    factors: Tensor  # [4, M], factors of x C, C_y and cbar, and K / (total + t)
+    table: Tensor  # [11, M], shared by kernels
+    factors: Tensor  # [7, M], see `_finish_kernel`
     lora_u: Tensor | None  # [M, r] fp32, scale e A^T
+    classes: _Classes | None  # None for class indices
+
+    @property
+    def class_columns(self) -> Tensor:
+        """The columns of the target's classes, [M, K] int64; that of the label is the first."""
+        return self.label[:, None].long() if self.classes is None else self.classes.column
+
+    @property
+    def of_classes(self) -> Tensor:
+        """The factor of each class's row of the head in the gradient, [M, K]."""
+        of_label = self.factors[1][:, None]
+        return of_label if self.classes is None else torch.cat([of_label, self.classes.factor[:, 1:]], 1)
+
+    def by_class(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the columns of the target's classes and their factors, [M] each."""
+        yield from zip(self.class_columns.T, self.of_classes.T, strict=True)
 
 
 class _Made(NamedTuple):
@@ -1293,6 +1596,7 @@ class _Run(ABC):
     """One call of the operator, with the buffers and sums that its chunks share."""
 
     chunk_tokens: int  # number of tokens at a time
+    logits_given: bool  # whether `_make_x` computes the logits of a chunk, among them the classes' logits
 
     def __init__(
         self,
@@ -1340,24 +1644,30 @@ class _Run(ABC):
     def compute(self, part: slice) -> None:
         """Compute loss, statistics and gradients of one chunk."""
         chunk = self._prepare(part)
+        if chunk.classes is not None and not self.logits_given:
+            self._class_logits(chunk, chunk.classes, None)
         made = self._make_x(chunk)
         weight = None
         self._finish(chunk, weight)
         if self.token_fns is not None:
             # loss and factors depend on the values that the functions return, so they are computed again
-            smoothing, weight = self.token_fns(self.packed[:7, part])
+            smoothing, weight = self.token_fns(self.packed[:LOGITS_STATISTICS, part])
             if smoothing is not None:
                 self.smoothing[part] = self.tokens.zero_ignored(smoothing, part)
             if weight is not None:
                 weight = self.tokens.zero_ignored(weight, part).contiguous()
                 self.scale[part] *= weight
             self._finish(chunk, weight)
+        if chunk.classes is not None and (self.spec.gradients or self.spec.probability_grad):
+            self._class_factors(chunk, chunk.classes, weight)
         if not self.spec.gradients:
             return
         if self.spec.softcap:
             assert made.logits is not None
             assert made.x is not None
             self._softcap_gradient(chunk, made.logits, made.x)
+        if chunk.classes is not None and made.x is not None:
+            self._clear(made.x, chunk.classes, 0)
         self._input_gradient(chunk, made)
         if self.spec.head_grad or self.spec.bias_grad:
             assert made.x is not None
@@ -1368,7 +1678,7 @@ class _Run(ABC):
         outputs, vocab = self.outputs, self.head.vocab
         if self.spec.statistics:
             counted = (self.target != self.spec.ignore_index) & (self.target >= 0) & (self.target < vocab)
-            self.packed[7] = torch.where(counted, 0.0, torch.nan)
+            self.packed[-1] = torch.where(counted, 0.0, torch.nan)
             if self.all_selected:
                 outputs.statistics.copy_(self.packed)
             else:
@@ -1397,7 +1707,15 @@ class _Run(ABC):
         label = hidden.new_empty(count, dtype=torch.int32)
         nan_mask = hidden.new_empty(count, dtype=torch.float32)
         table = hidden.new_empty((_TABLE_PLANES, count), dtype=torch.float32)
-        factors = hidden.new_empty((4, count), dtype=torch.float32)
+        factors = hidden.new_empty((7, count), dtype=torch.float32)
+        classes = None
+        if self.inputs.classes is not None:
+            assert self.inputs.probabilities is not None
+            column = self._gather(self.inputs.classes, part).contiguous()
+            probability = self._gather(self.inputs.probabilities, part).contiguous()
+            z, factor = torch.empty_like(probability), torch.empty_like(probability)
+            sums = hidden.new_empty((_CLASS_PLANES, count), dtype=torch.float32)
+            classes = _Classes(column, probability, z, sums, factor)
         _prepare_kernel[(count,)](
             hidden, head.weight, head.bias, u, head.lora_b, self.target[part], tokens.complete,
             head.merged_mean, head.bias_mean, head.bias_high, label, nan_mask, table,
@@ -1406,7 +1724,44 @@ class _Run(ABC):
             BLOCK_D=_block_d(features), BLOCK_R=_block_r(self.inputs.rank),
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-        return _Chunk(part, hidden, label, nan_mask, table, factors, u)
+        return _Chunk(part, hidden, label, nan_mask, table, factors, u, classes)
+
+    def _class_logits(self, chunk: _Chunk, classes: _Classes, logits: Tensor | None) -> None:
+        """Compute the logits of the target's classes, or read them, and the sums over them."""
+        head, (count, features) = self.head, chunk.hidden.shape
+        _classes_kernel[(count,)](
+            logits, chunk.hidden, head.weight, chunk.lora_u, head.lora_b, head.bias, head.class_weight,
+            chunk.label, classes.column, classes.probability, chunk.table, classes.z, classes.sums,
+            0 if logits is None else logits.stride(0), count, features, self.inputs.rank, classes.width,
+            **self.flags,
+            GIVEN=logits is not None,
+            WEIGHTED=head.class_weight is not None,
+            EVERY=self.spec.probability_grad,
+            SOFTCAP=self.spec.softcap,
+            BLOCK_D=_block_d(features), BLOCK_R=_block_r(self.inputs.rank),
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    def _class_factors(self, chunk: _Chunk, classes: _Classes, weight: Tensor | None) -> None:
+        head, spec, part = self.head, self.spec, chunk.part
+        _class_factors_kernel[(len(chunk.label),)](
+            classes.column, classes.probability, classes.z, head.class_weight, chunk.table, chunk.factors,
+            self.smoothing[part], self.target[part], self.tokens.indices[part], weight, classes.factor,
+            self.outputs.dprobabilities, len(chunk.label), head.vocab, classes.width, spec.ignore_index,
+            WEIGHTED=head.class_weight is not None,
+            REWEIGHTED=weight is not None,
+            PROBABILITY_GRAD=spec.probability_grad,
+            SOFTCAP=spec.softcap,
+            BLOCK_C=classes.block, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    def _clear(self, x: Tensor, classes: _Classes, first_column: int) -> None:
+        """Set x to 0 in the columns of other classes."""
+        if classes.width > 1:
+            _clear_kernel[(len(x),)](
+                x, classes.column, classes.probability, x.stride(0), first_column, x.shape[1], classes.width,
+                BLOCK_C=classes.block, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
 
     @abstractmethod
     def _make_x(self, chunk: _Chunk) -> _Made:
@@ -1446,9 +1801,11 @@ class _Run(ABC):
         _finish_kernel[(triton.cdiv(count, 128),)](
             chunk.table, self.tokens.indices[part], self.target[part], chunk.label, chunk.nan_mask,
             self.smoothing[part], self.scale[part], weight, head.class_weight, head.class_mean,
+            None if chunk.classes is None else chunk.classes.sums,
             outputs.loss, outputs.state, self.packed[:, part] if self.statistics else self.packed,
             chunk.factors, self.packed.stride(0), len(outputs.loss), count, head.vocab, spec.ignore_index,
             REWEIGHTED=weight is not None,
+            SPARSE=chunk.classes is not None,
             WEIGHTED=head.class_weight is not None,
             STATISTICS=self.statistics,
             WRITE=spec.gradients and not spec.softcap,
@@ -1470,7 +1827,7 @@ class _Run(ABC):
 
     def _input_gradient(self, chunk: _Chunk, made: _Made) -> None:
         """Compute the gradients of the hidden states and of an adapter."""
-        spec, head, outputs = self.spec, self.head, self.outputs
+        spec, head, outputs, classes = self.spec, self.head, self.outputs, chunk.classes
         count, features = chunk.hidden.shape
         indices, of_x = self.tokens.indices[chunk.part], made.product
         if spec.input_grad and of_x is None:
@@ -1479,19 +1836,20 @@ class _Run(ABC):
         if chunk.lora_u is None:
             if of_x is not None:
                 _input_gradient_kernel[(count,)](
-                    of_x, head.weight, head.weight_mean, chunk.label, indices, chunk.factors, outputs.dinput,
-                    count, features, CAPPED=bool(spec.softcap), BLOCK_D=_block_d(features),
-                    num_warps=4, enable_fp_fusion=True,
+                    of_x, head.weight, head.weight_mean, chunk.label, indices, chunk.factors,
+                    *((None, None) if classes is None else (classes.column, classes.factor)), outputs.dinput,
+                    count, features, 0 if classes is None else classes.width,
+                    CAPPED=bool(spec.softcap), BLOCK_D=_block_d(features), num_warps=4, enable_fp_fusion=True,
                 )  # fmt: skip
             return
         assert made.x is not None
         through_b = self._lora_gradients(chunk, made.x, chunk.lora_u)
         if of_x is not None:
-            _, of_target, of_mean, _ = chunk.factors.unbind(0)
+            of_mean = chunk.factors[2]
             assert head.lora_a is not None
             multiply = _through if self.factor == torch.bfloat16 else torch.mm
             de = of_x.mul_(chunk.factors[0][:, None]).add_(multiply(through_b, head.lora_a))
-            de.addcmul_(of_target[:, None], head.weight[chunk.label].to(torch.float32))
+            add_rows(de, chunk.of_classes, head.weight, chunk.class_columns)
             if head.weight_mean is not None:
                 de.addcmul_(of_mean[:, None], head.weight_mean, value=-1)
             outputs.dinput[indices] = de.to(outputs.dinput.dtype)
@@ -1500,14 +1858,15 @@ class _Run(ABC):
         """Add the gradients of A and B; return the gradient of u, [M, r]."""
         head, outputs = self.head, self.outputs
         assert head.lora_b is not None
-        of_x, of_target, of_mean, _ = chunk.factors.unbind(0)
+        of_x, of_mean = chunk.factors[0], chunk.factors[2]
         through_b = _times(x, head.lora_b) * of_x[:, None]
-        through_b.addcmul_(head.lora_b[chunk.label], of_target[:, None])
+        add_rows(through_b, chunk.of_classes, head.lora_b, chunk.class_columns)
         through_b = (through_b - of_mean[:, None] * head.lora_b_mean) * self.spec.lora_scale
         if self.spec.lora_grad:
             outputs.dlora_a.add_(_times(chunk.hidden.T, through_b).T)
             outputs.dlora_b.add_(_times(x.T, u * of_x[:, None]))
-            add_by_label(outputs.dlora_b, chunk.label.long(), u * of_target[:, None])
+            for column, factor in chunk.by_class():
+                add_by_label(outputs.dlora_b, column, u * factor[:, None])
             self.smoothed_u += of_mean @ u
         return through_b
 
@@ -1524,6 +1883,8 @@ class _Run(ABC):
 
 class _FixedReference(_Run):
     """x from the GEMM that computes the logits, in slices of the vocabulary."""
+
+    logits_given = False
 
     def _allocate(self) -> None:
         inputs, spec, variant, vocab = self.inputs, self.spec, self.variant, self.head.vocab
@@ -1594,6 +1955,8 @@ class _FixedReference(_Run):
             else:
                 self._by_triton(chunk, columns, x, u)
             if write and not self.keep:
+                if chunk.classes is not None:
+                    self._clear(x, chunk.classes, columns.start)
                 weight = head.weight[columns]
                 of_x = product(x, weight) if first or of_x is None else add_product(of_x, x, weight)
         x = self.buffer[:count, : head.vocab]
@@ -1610,7 +1973,7 @@ class _FixedReference(_Run):
         bias = None if head.bias is None else head.bias[columns]
         rank = 0 if u is None else u.shape[1]
         tiles_m, tiles_n = triton.cdiv(count, config.block_m), triton.cdiv(width, config.block_n)
-        partial = chunk.table.new_empty((6 if statistics else 2, tiles_n, count))
+        partial = chunk.table.new_empty((7 if statistics else 2, tiles_n, count))
         flags = {
             "BIASED": bias is not None,
             "RANKED": u is not None,
@@ -1673,12 +2036,14 @@ class _FixedReference(_Run):
         )  # fmt: skip
 
     def _far_tokens(self, chunk: _Chunk, of_x: Tensor) -> None:
-        head, (count, features) = self.head, chunk.hidden.shape
+        head, classes, (count, features) = self.head, chunk.classes, chunk.hidden.shape
         programs = min(16, triton.cdiv(count, 128))
         scratch = of_x.new_empty((programs, head.vocab))
         _far_tokens_kernel[(programs,)](
-            chunk.hidden, head.weight, head.bias, chunk.label, chunk.table, scratch, of_x,
-            count, head.vocab, features,
+            chunk.hidden, head.weight, head.bias, chunk.label,
+            *((None, None) if classes is None else (classes.column, classes.probability)),
+            chunk.table, scratch, of_x, count, head.vocab, features, 0 if classes is None else classes.width,
+            BLOCK_C=0 if classes is None else classes.block,
             BIASED=head.bias is not None,
             STATISTICS=self.statistics,
             SCALE=self.spec.logit_scale * _LOG2E.value,
@@ -1688,7 +2053,7 @@ class _FixedReference(_Run):
     def _head_gradient(self, chunk: _Chunk, x: Tensor) -> None:
         """Add x^T (f E) and the rank-one part to dC in one product, then the targets' part."""
         outputs, hidden, count = self.outputs, chunk.hidden, len(chunk.label)
-        of_x, of_target, of_mean, _ = chunk.factors.unbind(0)
+        of_x, of_mean = chunk.factors[0], chunk.factors[2]
         extra = len(self.rank_one)
         right = hidden.new_empty((count + extra, hidden.shape[1]), dtype=torch.bfloat16)
         torch.mul(hidden, of_x[:, None], out=right[:count])
@@ -1701,16 +2066,22 @@ class _FixedReference(_Run):
         else:
             product(left, right, out=outputs.dlinear_weight)
         self.started = True
-        label, order = torch.sort(chunk.label, stable=True)
+        columns, factor = chunk.class_columns, chunk.of_classes
+        counts = factor != 0  # padding would be one long row of entries for class 0
+        counts[:, 0] = True
+        label, order = torch.sort(torch.where(counts, columns, self.head.vocab).flatten(), stable=True)
         block_d = min(256, triton.next_power_of_2(hidden.shape[1]))
-        _add_targets_kernel[(count, triton.cdiv(hidden.shape[1], block_d))](
-            hidden, of_target, label, order, outputs.dlinear_weight, count, hidden.shape[1],
+        _add_targets_kernel[(len(label), triton.cdiv(hidden.shape[1], block_d))](
+            hidden, factor.contiguous(), label, order, outputs.dlinear_weight,
+            len(label), self.head.vocab, hidden.shape[1], columns.shape[1],
             BLOCK_T=16, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 
 class _Exact(_Run):
     """x from float32 logits of a chunk, with each token's maximum as the reference point."""
+
+    logits_given = True
 
     def _allocate(self) -> None:
         inputs, spec, head = self.inputs, self.spec, self.head
@@ -1749,6 +2120,8 @@ class _Exact(_Run):
 
     def _make_x(self, chunk: _Chunk) -> _Made:
         logits = self._logits(chunk)
+        if chunk.classes is not None:
+            self._class_logits(chunk, chunk.classes, logits)
         # in the memory of the logits: 16-bit x of a token overwrites the first half of its logits
         x = logits.view(self.x_dtype)[:, : self.head.vocab]
         headroom = _HEADROOM if self.x_dtype == torch.float16 else 0.0
@@ -1772,16 +2145,17 @@ class _Exact(_Run):
 
     def _head_gradient(self, chunk: _Chunk, x: Tensor) -> None:
         outputs, hidden = self.outputs, chunk.hidden.to(torch.float32)
-        of_x, of_target, of_mean, _ = chunk.factors.unbind(0)
-        label = chunk.label.long()
+        of_x, of_mean = chunk.factors[0], chunk.factors[2]
         if self.spec.head_grad:
             right = (hidden * of_x[:, None]).to(self.factor)
             add_product(outputs.dlinear_weight, x.to(self.factor).T, right)
-            add_by_label(outputs.dlinear_weight, label, hidden * of_target[:, None])
+            for column, factor in chunk.by_class():
+                add_by_label(outputs.dlinear_weight, column, hidden * factor[:, None])
             self.smoothed += of_mean @ hidden
         if self.spec.bias_grad:
             outputs.dlinear_bias.add_(of_x @ x)
-            add_by_label(outputs.dlinear_bias, label, of_target)
+            for column, factor in chunk.by_class():
+                add_by_label(outputs.dlinear_bias, column, factor)
             self.smoothed_count += of_mean.sum()
 
 

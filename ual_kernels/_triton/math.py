@@ -20,47 +20,51 @@ def final_logits(x, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr):
 
 
 @triton.jit
-def token_terms(nll, lse, smoothing_term, s, c_y, c_mean, Z_LOSS: tl.constexpr):
+def token_terms(nll, lse, smoothing_term, s, weight, excess, c_mean, Z_LOSS: tl.constexpr):
     """Loss for a sample weight of 1, K, U and dloss/ds; see `_tokens.token_terms`."""
-    k = (1.0 - s) * c_y + s * c_mean
+    k = (1.0 - s) * weight + s * c_mean
     # without smoothing the smoothing term must not be used: it may be infinite, and 0 * inf is NaN
-    loss = k * nll - tl.where(s == 0.0, 0.0, s * smoothing_term)
+    loss = k * nll + (1.0 - s) * excess - tl.where(s == 0.0, 0.0, s * smoothing_term)
     uniform = s * c_mean
     if Z_LOSS != 0.0:
         loss += Z_LOSS * lse * lse
         k += 2.0 * Z_LOSS * lse
         uniform += 2.0 * Z_LOSS * lse
-    return loss, k, uniform, (c_mean - c_y) * nll - smoothing_term
+    return loss, k, uniform, (c_mean - weight) * nll - excess - smoothing_term
 
 
 @triton.jit
 def store_statistics(
-    statistics_ptr,  # [7, M], planes `stride` apart, at the tokens; out
+    statistics_ptr,  # [8, M], planes `stride` apart, at the tokens; out
     stride,
     mask,  # tokens that exist
     valid,  # tokens that are neither ignored nor out of range; other tokens get NaN
     reference,
     total,
-    nll,
+    log_prob,
     moment,
     largest,
     second,
     mean,
     correct,
+    label,
+    predicted,
 ):
-    """Store the first seven fields of TokenStatistics, in nats; see `_tokens.token_statistics`.
+    """Store the fields of TokenStatistics without dropped mass, in nats; see `_tokens.token_statistics`.
 
     `largest` and `second` are relative to `reference`, like the sums.
     """
     nan = float("nan")
     log_total = tl.log(total)
     tl.store(statistics_ptr, tl.where(valid, reference + log_total, nan), mask=mask)
-    tl.store(statistics_ptr + stride, tl.where(valid, -nll, nan), mask=mask)
+    tl.store(statistics_ptr + stride, tl.where(valid, log_prob, nan), mask=mask)
     tl.store(statistics_ptr + 2 * stride, tl.where(valid, log_total - moment / total, nan), mask=mask)
     tl.store(statistics_ptr + 3 * stride, tl.where(valid, tl.exp(largest) / total, nan), mask=mask)
     tl.store(statistics_ptr + 4 * stride, tl.where(valid, largest - second, nan), mask=mask)
     tl.store(statistics_ptr + 5 * stride, tl.where(valid, mean, nan), mask=mask)
     tl.store(statistics_ptr + 6 * stride, tl.where(valid & correct, 1.0, 0.0), mask=mask)
+    predicted = tl.where(valid, tl.where(correct, label, predicted), -1)
+    tl.store(statistics_ptr + 7 * stride, predicted.to(statistics_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
