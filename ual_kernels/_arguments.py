@@ -89,6 +89,8 @@ def check(
     """
     if isinstance(target, SparseTarget):
         _check_sparse(target, shape, tokens)
+    elif not isinstance(target, Tensor):
+        raise ValueError(f"target must be a tensor or a SparseTarget, got {type(target).__name__}")
     elif target.is_floating_point():
         _check_dense(target, (*shape, classes), tokens, supported=dense)
     else:

@@ -24,8 +24,9 @@ class LogitsInputs(NamedTuple):
     target: Tensor  # [N] int32 or int64
     smoothing: Tensor  # [N] ACC
     class_weight: Tensor | None  # [V] ACC
-    classes: Tensor | None  # [N, K] int64, `target` first, no class twice except where the probability is 0
-    probabilities: Tensor | None  # [N, K] ACC, or [N, V] ACC without `classes`; None: 1 for `target`
+    # [N, K] int64: `target` first, and no class twice except where the probability is 0
+    classes: Tensor | None = None
+    probabilities: Tensor | None = None  # [N, K] ACC, or [N, V] ACC without `classes`; None: 1 for `target`
 
 
 class LogitsSpec(NamedTuple):
@@ -76,8 +77,8 @@ class LinearInputs(NamedTuple):
     smoothing: Tensor  # [N] ACC
     token_scale: Tensor  # [N] ACC, sample weight over the reduction's divisor
     class_weight: Tensor | None  # [V] ACC
-    classes: Tensor | None  # [N, K] int64, `target` first, no class twice except where the probability is 0
-    probabilities: Tensor | None  # [N, K] ACC; None: 1 for `target`
+    classes: Tensor | None = None  # as for `LogitsInputs`
+    probabilities: Tensor | None = None  # [N, K] ACC; None: 1 for `target`
 
     @property
     def rank(self) -> int:

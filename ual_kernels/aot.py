@@ -125,12 +125,14 @@ def _known(kernel: Any, dtype: str, **given: Any) -> dict[str, Any]:
     """Return the arguments of a kernel of the linear loss in a typical call, updated by `given`."""
     usual = {
         **dict.fromkeys(("e_ptr", "head_ptr", "x_ptr", "matrix_ptr", "hidden_ptr"), f"*{dtype}:16"),
-        **dict.fromkeys(("target_ptr", "index_ptr", "order_ptr"), "*i64:16"),
-        **dict.fromkeys(("label_ptr", "sorted_ptr"), "*i32:16"),
+        **dict.fromkeys(("target_ptr", "selected_ptr", "index_ptr", "order_ptr", "sorted_ptr"), "*i64:16"),
+        **dict.fromkeys(("label_ptr",), "*i32:16"),
         **dict.fromkeys(("V", "D", "stride_x", "stride_l", "first_column"), "i32:16"),
         **dict.fromkeys(("u_desc", "b_desc", "u_ptr", "b_ptr", "weight_ptr", "complete_ptr"), None),
         **dict.fromkeys(("BIASED", "RANKED", "WEIGHTED", "STATISTICS", "INTERPRETED", "CAPPED"), False),
-        **dict.fromkeys(("COUNTED", "REWEIGHTED", "FIRST"), False),
+        **dict.fromkeys(("COUNTED", "REWEIGHTED", "FIRST", "SPARSE"), False),
+        **dict.fromkeys(("classes_ptr", "probability_ptr", "sums_ptr", "factor_ptr"), None),
+        "BLOCK_C": 0,
         "WRITE": True, "SOFTCAP": 0.0, "LOGIT_SCALE": 1.0, "SCALE": 1.4426950408889634, "Z_LOSS": 0.0,
         "HEADROOM": 0.0, "BLOCK_R": 16, "PROCESSORS": 132,
         **given,
@@ -198,6 +200,12 @@ def _beside_gemms() -> Iterator[Specialization]:
     exponentials = {"STATISTICS": True, "BIASED": True, "BLOCK_V": 4_096}
     far = {"STATISTICS": True, "BIASED": True, "BLOCK_M": 128, "BLOCK_V": 64, "BLOCK_D": 128}
     finish = {**every, "SOFTCAP": 30.0, "REWEIGHTED": True, "weight_ptr": "*fp32:16", "BLOCK": 128}
+    listed = {"classes_ptr": "*i64:16", "probability_ptr": "*fp32:16", "BLOCK_C": 32}
+    factors, sums = {**listed, "factor_ptr": "*fp32:16"}, {"sums_ptr": "*fp32:16"}
+    classes = {**listed, **lora, **sums, "BIASED": True, "WEIGHTED": True, "EVERY": True,
+               "GIVEN": False, "BLOCK_D": 1_024}  # fmt: skip
+    of_classes = {**factors, "WEIGHTED": True, "REWEIGHTED": True, "weight_ptr": "*fp32:16",
+                  "PROBABILITY_GRAD": True, "SOFTCAP": 30.0}  # fmt: skip
     halves, wide = ("bf16", "fp16"), ("bf16", "fp16", "fp32")
     beside: list[tuple[str, Any, tuple[str, ...], dict[str, Any], int]] = [
         ("prepare/all", source._prepare_kernel, wide, prepare, 4),
@@ -209,10 +217,19 @@ def _beside_gemms() -> Iterator[Specialization]:
         ("own_maximum/capped", source._own_maximum_kernel, ("bf16", "fp32"), {**given, **capped}, 8),
         ("own_maximum/again", source._own_maximum_kernel, ("bf16",), {**again, **lora, **every}, 8),
         ("far/all", source._far_tokens_kernel, ("bf16",), far, 8),
+        ("far/sparse", source._far_tokens_kernel, ("bf16",), {**far, **listed}, 8),
+        ("classes/all", source._classes_kernel, wide, classes, 4),
+        ("classes/given", source._classes_kernel, ("bf16",), {**classes, "GIVEN": True}, 4),
+        ("clear/plain", source._clear_kernel, wide, listed, 4),
+        ("class_factors/all", source._class_factors_kernel, ("bf16",), of_classes, 4),
+        ("finish/sparse", source._finish_kernel, ("bf16",), {**finish, **sums, "SPARSE": True}, 4),
+        ("gradient/sparse", source._input_gradient_kernel, wide, {**factors, "SPARSE": True,
+                                                                   "BLOCK_D": 1_024}, 4),
         ("softcap/all", source._softcap_gradient_kernel, ("bf16", "fp32"), {**capped, "BLOCK_V": 4_096}, 8),
         ("finish/all", source._finish_kernel, ("bf16",), finish, 4),
         ("gradient/plain", source._input_gradient_kernel, wide, {"BLOCK_D": 1_024}, 4),
-        ("targets/plain", source._add_targets_kernel, ("bf16",), {"BLOCK_T": 16, "BLOCK_D": 256}, 4),
+        ("targets/plain", source._add_targets_kernel, ("bf16",),
+         {"factor_ptr": "*fp32:16", "BLOCK_T": 16, "BLOCK_D": 256}, 4),
         ("column_sum/weighted", source._column_sum_kernel, halves, {"WEIGHTED": True, "BLOCK_V": 32,
                                                                     "BLOCK_D": 128}, 4),
     ]  # fmt: skip

@@ -163,7 +163,7 @@ def _variant(c: Case) -> str:
     assert c.head is not None
     n = c.smoothing if isinstance(c.smoothing, Tensor) else torch.zeros(len(c.target), device=DEVICE)
     inputs = LinearInputs(c.hidden, c.head, None, None, None, c.target, n, n, None)
-    flags = (IGNORED, 0.0, 1.0, 1.0, 0.0, 0.0, False, True, c.head.requires_grad, False, False, False)
+    flags = (IGNORED, 0.0, 1.0, 1.0, 0.0, 0.0, False, True, c.head.requires_grad, False, False, False, False)
     return of_states.choose_variant(inputs, LinearSpec(*flags, ALL_TOKENS, 0, "high", "triton"), c.head)
 
 

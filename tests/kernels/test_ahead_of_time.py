@@ -130,9 +130,9 @@ def test_the_machine_code_of_another_release() -> None:
 
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
-    "            dx = _dlogits(x, k, log_sum, coefficient, c, scale, ACC, SOFTCAP, LOGIT_SCALE)\n"
+    "            dx = _dlogits(x, k, log_sum, coefficient, q, scale, ACC, SOFTCAP, LOGIT_SCALE)\n"
     "            tl.store(out_ptr + start",
-    "            dx = _dlogits(x, k, log_sum, coefficient, c, scale, ACC, SOFTCAP, LOGIT_SCALE)\n"
+    "            dx = _dlogits(x, k, log_sum, coefficient, q, scale, ACC, SOFTCAP, LOGIT_SCALE)\n"
     "            tl.debug_barrier()\n            tl.store(out_ptr + start",
 )
 def test_each_thread_stores_only_what_it_has_loaded() -> None:

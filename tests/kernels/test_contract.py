@@ -68,7 +68,10 @@ def test_opcheck_logits(
     weight = torch.rand(13, device=device, dtype=scale.dtype)
     flags = (-100, 5.0, 1.5, 1e-3)
     target = target.clamp(min=0)
-    inputs, spec = LogitsInputs(logits, target, smoothing, weight), LogitsSpec(*flags, statistics, backend)
+    inputs, spec = (
+        LogitsInputs(logits, target, smoothing, weight),
+        LogitsSpec(*flags, statistics, False, backend),
+    )
     torch.library.opcheck(ops.cross_entropy_op, (*inputs, *spec))
     inputs = inputs._replace(logits=logits.detach(), smoothing=smoothing.detach())
     state = LogitsOutputs(*ops.cross_entropy_op(*inputs, *spec)).state
@@ -95,7 +98,7 @@ def test_opcheck_linear(
         leaves["sample_weight"],
         None,
     )
-    gradients = (not per_token, not per_token, *(biased and not per_token,) * 2, per_token)
+    gradients = (not per_token, not per_token, *(biased and not per_token,) * 2, False, per_token)
     spec = LinearSpec(-100, 0.0, 1.0, 0.5, 1e-3, 0.0, True, *gradients, ALL_TOKENS, 2, "high", "torch")
     torch.library.opcheck(ops.linear_cross_entropy_op, (*inputs, *spec))
 
@@ -161,9 +164,9 @@ def test_options_of_the_head_compile(how: dict[str, Any], backend: str, device: 
 
 @pytest.mark.kills(
     "ual_kernels/_arguments.py",
-    "    missing = (1,) * (target.ndim - value.ndim)",
+    "    missing = (1,) * (len(shape) - value.ndim)",
     "    value = value if value.ndim else value.new_tensor(value.item())\n"
-    "    missing = (1,) * (target.ndim - value.ndim)",
+    "    missing = (1,) * (len(shape) - value.ndim)",
 )
 @pytest.mark.parametrize("loss", [cross_entropy, linear_cross_entropy])
 @pytest.mark.parametrize("learned", [False, True])

@@ -382,9 +382,9 @@ def test_opcheck(dtype: torch.dtype, variant: str, device: torch.device) -> None
     adapter = torch.randn(2, 16, device=device), torch.randn(13, 2, device=device)
     for *gradients, lora in (
         (True, True, False, False, False, (None, None)),
-        (True, False, False, False, True, (None, None)),
-        (False, False, False, False, False, (None, None)),
-        (True, True, False, True, False, adapter),
+        (True, False, False, False, False, True, (None, None)),
+        (False, False, False, False, False, False, (None, None)),
+        (True, True, False, True, False, False, adapter),
     ):
         torch.library.opcheck(
             ops.linear_cross_entropy_op,
@@ -423,7 +423,14 @@ def test_equals_the_torch_backend(
         detached["input"], detached["linear_weight"], detached["linear_bias"], *lora, target,
         detached["label_smoothing"], detached["sample_weight"], weight,
     )  # fmt: skip
-    gradients = (True, True, True, adapter, False)  # of input, head, bias, adapter; the last is per_token
+    gradients = (
+        True,
+        True,
+        True,
+        adapter,
+        False,
+        False,
+    )  # of input, head, bias, adapter, probabilities; per_token
     flags = (-100, softcap, 0.5, 0.25, 1e-3, 0.0, True, *gradients, max_loss_tokens, 5, "high")
     theirs = ops.linear_cross_entropy_op(*inputs, *LinearSpec(*flags, "torch"))
     mine = ops.linear_cross_entropy_op(*inputs, *LinearSpec(*flags, "triton"))

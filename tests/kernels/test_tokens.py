@@ -32,9 +32,10 @@ def _terms_kernel(inputs_ptr, out_ptr, M, Z_LOSS: tl.constexpr, BLOCK: tl.conste
     lse = tl.load(inputs_ptr + M, mask=mask)
     term = tl.load(inputs_ptr + 2 * M, mask=mask)
     s = tl.load(inputs_ptr + 3 * M, mask=mask)
-    c_y = tl.load(inputs_ptr + 4 * M, mask=mask)
-    c_mean = tl.load(inputs_ptr + 5 * M, mask=mask)
-    loss, k, uniform, ds = math.token_terms(nll, lse, term, s, c_y, c_mean, Z_LOSS)
+    weight = tl.load(inputs_ptr + 4 * M, mask=mask)
+    excess = tl.load(inputs_ptr + 5 * M, mask=mask)
+    c_mean = tl.load(inputs_ptr + 6 * M, mask=mask)
+    loss, k, uniform, ds = math.token_terms(nll, lse, term, s, weight, excess, c_mean, Z_LOSS)
     out_ptr += token
     tl.store(out_ptr, loss, mask=mask)
     tl.store(out_ptr + M, k, mask=mask)
@@ -55,6 +56,7 @@ def _statistics_kernel(inputs_ptr, out_ptr, M, BLOCK: tl.constexpr):
         reference, tl.load(inputs_ptr + 2 * M, mask=mask), tl.load(inputs_ptr + 3 * M, mask=mask),
         tl.load(inputs_ptr + 4 * M, mask=mask), largest - reference, second - reference,
         tl.load(inputs_ptr + 7 * M, mask=mask), tl.load(inputs_ptr, mask=mask) >= largest,
+        tl.load(inputs_ptr + 8 * M, mask=mask), tl.load(inputs_ptr + 9 * M, mask=mask),
     )  # fmt: skip
 
 
@@ -67,7 +69,7 @@ def triton_terms(*inputs: Tensor, z_loss: float) -> tuple[Tensor, ...]:
 
 def triton_statistics(*inputs: Tensor) -> Tensor:
     packed = torch.stack(inputs)
-    out = packed.new_full((7, N), torch.nan)
+    out = packed.new_full((8, N), torch.nan)
     _statistics_kernel[(1,)](packed, out, N, BLOCK=16)
     return out
 
@@ -86,32 +88,43 @@ def problem(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.kills("ual_kernels/_tokens.py", "uniform + 2 * z_loss * lse\n", "uniform\n")
-@pytest.mark.kills("ual_kernels/_tokens.py", "(c_mean - c_y) * nll - smoothing_term)", "-smoothing_term)")
+@pytest.mark.kills(
+    "ual_kernels/_tokens.py", "(c_mean - weight) * nll - excess - smoothing_term)", "-smoothing_term)"
+)
 @pytest.mark.kills("ual_kernels/_triton/math.py", "uniform += 2.0 * Z_LOSS * lse", "pass")
 @pytest.mark.kills(
-    "ual_kernels/_triton/math.py", "k = (1.0 - s) * c_y + s * c_mean", "k = (1.0 - s) * c_y + s"
+    "ual_kernels/_triton/math.py", "k = (1.0 - s) * weight + s * c_mean", "k = (1.0 - s) * weight + s"
 )
+@pytest.mark.kills("ual_kernels/_tokens.py", "(1 - s) * excess", "excess")
+@pytest.mark.kills("ual_kernels/_triton/math.py", "(1.0 - s) * excess", "excess")
+@pytest.mark.kills("ual_kernels/_triton/math.py", "nll - excess - smoothing_term", "nll - smoothing_term")
+@pytest.mark.parametrize("several", [False, True], ids=["index", "several"])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("terms", [torch_terms, triton_terms])
 def test_the_terms_are_the_reference_and_its_derivatives(
-    terms: Callable[..., tuple[Tensor, ...]], z_loss: float, problem: tuple[Tensor, ...]
+    terms: Callable[..., tuple[Tensor, ...]], z_loss: float, several: bool, problem: tuple[Tensor, ...]
 ) -> None:
     z, y, s, c = problem
     z, s = z.requires_grad_(), s.requires_grad_()
-    loss = reference.cross_entropy(z, y, s, weight=c, z_loss=z_loss)
+    classes = torch.stack([y, (y + 2) % V, (y + 5) % V], 1) if several else y[:, None]
+    share = z.new_tensor([0.5, 0.3, 0.2] if several else [1.0]).expand(N, -1)
+    loss = reference.cross_entropy(z, y, s, weight=c, z_loss=z_loss, classes=classes, probabilities=share)
     dz, ds = torch.autograd.grad(loss.sum(), [z, s])
 
     z, s, column = z.detach(), s.detach(), y[:, None]
     z_y, lse, p = z.gather(1, column).squeeze(1), torch.logsumexp(z, 1), torch.softmax(z, 1)
-    c_y, c_mean = c[y], c.mean().expand(N)
+    c_mean = c.mean().expand(N)
     term = (c * z).mean(1) - c_mean * z_y
-    ours, k, uniform, ours_ds = terms(lse - z_y, lse, term, s, c_y, c_mean, z_loss=z_loss)
+    w = share * c[classes]
+    excess = (w * (z_y[:, None] - z.gather(1, classes))).sum(1)
+    ours, k, uniform, ours_ds = terms(lse - z_y, lse, term, s, w.sum(1), excess, c_mean, z_loss=z_loss)
     close = {"rtol": 0.0, "atol": 64 * torch.finfo(torch.float64).eps * z.abs().max().item()}
     torch.testing.assert_close(ours, loss.detach(), **close)
     torch.testing.assert_close(ours_ds, ds, **close)
     everywhere = k[:, None] * p - s[:, None] * c / V
-    at_target = uniform - k * (1 - p.gather(1, column).squeeze(1)) - s * c_y / V
-    torch.testing.assert_close(everywhere.scatter(1, column, at_target[:, None]), dz, **close)
+    at_label = uniform + (1 - s) * w[:, 1:].sum(1) - k * (1 - p.gather(1, column).squeeze(1)) - s * c[y] / V
+    everywhere = everywhere.scatter_add(1, classes[:, 1:], -(1 - s)[:, None] * w[:, 1:])
+    torch.testing.assert_close(everywhere.scatter(1, column, at_label[:, None]), dz, **close)
 
 
 @pytest.mark.kills("ual_kernels/_tokens.py", "log_total - moment / total", "log_total + moment / total")
@@ -129,8 +142,8 @@ def test_the_statistics_are_the_references(
     x = torch.exp(z - point[:, None])
     two = z.topk(2).values
     found = statistics(
-        z_y, point, x.sum(1), torch.logsumexp(z, 1) - z_y, (x * (z - point[:, None])).sum(1),
-        two[:, 0], two[:, 1], z.mean(1),
+        z_y, point, x.sum(1), z_y - torch.logsumexp(z, 1), (x * (z - point[:, None])).sum(1),
+        two[:, 0], two[:, 1], z.mean(1), y.to(z.dtype), z.argmax(1).to(z.dtype),
     )  # fmt: skip
     torch.testing.assert_close(found, reference.statistics(z, y), rtol=1e-12, atol=1e-12)
 

@@ -1332,12 +1332,13 @@ def _input_gradient_kernel(
     label_ptr,  # [M] int32
     index_ptr,  # [M] int64, tokens of dinput
     factors_ptr,  # [7, M]
-    classes_ptr,  # [M, K] int64
-    factor_ptr,  # [M, K] fp32
+    classes_ptr,  # [M, K] int64, read if SPARSE
+    factor_ptr,  # [M, K] fp32, read if SPARSE
     dinput_ptr,  # [N, D], out
     M,
     D,
-    K,  # 0 for class indices
+    K,
+    SPARSE: tl.constexpr,
     CAPPED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -1354,11 +1355,12 @@ def _input_gradient_kernel(
         de += of_target * tl.load(head_ptr + y * D + feature, mask=inside, other=0.0).to(tl.float32)
         if not CAPPED:
             de -= of_mean * tl.load(column_mean_ptr + feature, mask=inside, other=0.0)
-        for i in range(1, K):
-            factor = tl.load(factor_ptr + token * K + i)
-            if factor != 0.0:  # true for NaN
-                row = head_ptr + tl.load(classes_ptr + token * K + i) * D
-                de += factor * tl.load(row + feature, mask=inside, other=0.0).to(tl.float32)
+        if SPARSE:
+            for i in range(1, K):
+                factor = tl.load(factor_ptr + token * K + i)
+                if factor != 0.0:  # true for NaN
+                    row = head_ptr + tl.load(classes_ptr + token * K + i) * D
+                    de += factor * tl.load(row + feature, mask=inside, other=0.0).to(tl.float32)
         tl.store(dinput_ptr + out * D + feature, de.to(dinput_ptr.dtype.element_ty), mask=inside)
 
 
@@ -1839,7 +1841,8 @@ class _Run(ABC):
                     of_x, head.weight, head.weight_mean, chunk.label, indices, chunk.factors,
                     *((None, None) if classes is None else (classes.column, classes.factor)), outputs.dinput,
                     count, features, 0 if classes is None else classes.width,
-                    CAPPED=bool(spec.softcap), BLOCK_D=_block_d(features), num_warps=4, enable_fp_fusion=True,
+                    SPARSE=classes is not None, CAPPED=bool(spec.softcap), BLOCK_D=_block_d(features),
+                    num_warps=4, enable_fp_fusion=True,
                 )  # fmt: skip
             return
         assert made.x is not None
