@@ -54,7 +54,7 @@ def subtract_at(out: Tensor, column: Tensor, values: Tensor) -> None:
 
 
 def add_rows(out: Tensor, factor: Tensor, matrix: Tensor, row: Tensor) -> None:
-    """Compute out [M, D] += sum over k of factor [M, K] times rows [M, K] of a matrix [V, D].
+    """Compute out [M, D] += sum over k of factor_k matrix[row_k], for factor and row [M, K], matrix [V, D].
 
     No [M, K, D] is allocated.
     """

@@ -47,7 +47,7 @@ def forward(
         terms = token_terms(
             sums.nll, sums.lse, sums.smoothing_term, s, target.weight, target.excess, c_mean, spec.z_loss
         )
-        state = torch.stack([sums.largest, sums.log_sum, terms.k + nan_mask, terms.ds])
+        state = torch.stack([sums.largest, sums.log_sum, terms.k + nan_mask, terms.ds + nan_mask])
         outputs.loss[chunk] = torch.where(label.selected, terms.loss + nan_mask, 0.0)
         outputs.state[:, chunk] = torch.where(label.selected, state, 0.0)
         if sums.statistics is not None:

@@ -2070,7 +2070,7 @@ class _FixedReference(_Run):
             product(left, right, out=outputs.dlinear_weight)
         self.started = True
         columns, factor = chunk.class_columns, chunk.of_classes
-        counts = factor != 0  # padding would be one long row of entries for class 0
+        counts = factor != 0  # padding would be a long list of entries for class 0
         counts[:, 0] = True
         label, order = torch.sort(torch.where(counts, columns, self.head.vocab).flatten(), stable=True)
         block_d = min(256, triton.next_power_of_2(hidden.shape[1]))
