@@ -53,13 +53,13 @@ def subtract_at(out: Tensor, column: Tensor, values: Tensor) -> None:
         out.scatter_add_(1, column, -values)
 
 
-def add_rows(out: Tensor, factor: Tensor, matrix: Tensor, row: Tensor) -> None:
-    """Compute out [M, D] += sum over k of factor_k matrix[row_k], for factor and row [M, K], matrix [V, D].
+def add_selected(out: Tensor, factor: Tensor, matrix: Tensor, label: Tensor) -> None:
+    """Compute out [M, D] += sum over k of factor_k matrix[label_k], for factor and label [M, K], matrix [V, D].
 
     No [M, K, D] is allocated.
     """
-    for k in range(row.shape[1]):
-        out.addcmul_(factor[:, k, None], matrix[row[:, k]].to(out.dtype))
+    for k in range(label.shape[1]):
+        out.addcmul_(factor[:, k, None], matrix[label[:, k]].to(out.dtype))
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ual_kernels._matrices import add_by_label, add_rows, column_mean
+from ual_kernels._matrices import add_by_label, add_selected, column_mean
 from ual_kernels._operands import LinearInputs, LinearOutputs, LinearSpec, accumulator
 from ual_kernels._tokens import (
     LossTokens,
@@ -572,7 +572,7 @@ class Sweep:
         if x_right is None:
             return None
         dleft = x_right.mul_(factors.of_x[:, None])
-        add_rows(dleft, factors.of_target, t.right, chunk.column)
+        add_selected(dleft, factors.of_target, t.right, chunk.column)
         if t.mean is not None:
             dleft.addcmul_(factors.of_mean[:, None], t.mean, value=-1)
         elif slope_right is not None:

@@ -47,7 +47,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ual_kernels._matrices import add_by_label, add_rows
+from ual_kernels._matrices import add_by_label, add_selected
 from ual_kernels._operands import LinearInputs, LinearOutputs, LinearSpec
 from ual_kernels._tokens import LossTokens, TokenFns, mark_missed, select_loss_tokens
 from ual_kernels._triton.gemm import add_product, halves, product
@@ -1852,7 +1852,7 @@ class _Run(ABC):
             assert head.lora_a is not None
             multiply = _through if self.factor == torch.bfloat16 else torch.mm
             de = of_x.mul_(chunk.factors[0][:, None]).add_(multiply(through_b, head.lora_a))
-            add_rows(de, chunk.of_classes, head.weight, chunk.class_columns)
+            add_selected(de, chunk.of_classes, head.weight, chunk.class_columns)
             if head.weight_mean is not None:
                 de.addcmul_(of_mean[:, None], head.weight_mean, value=-1)
             outputs.dinput[indices] = de.to(outputs.dinput.dtype)
@@ -1863,7 +1863,7 @@ class _Run(ABC):
         assert head.lora_b is not None
         of_x, of_mean = chunk.factors[0], chunk.factors[2]
         through_b = _times(x, head.lora_b) * of_x[:, None]
-        add_rows(through_b, chunk.of_classes, head.lora_b, chunk.class_columns)
+        add_selected(through_b, chunk.of_classes, head.lora_b, chunk.class_columns)
         through_b = (through_b - of_mean[:, None] * head.lora_b_mean) * self.spec.lora_scale
         if self.spec.lora_grad:
             outputs.dlora_a.add_(_times(chunk.hidden.T, through_b).T)
