@@ -137,6 +137,12 @@ def form(config: pytest.Config) -> Form:
     )
 
 
+def gate(config: pytest.Config) -> tuple[Problem, int]:
+    """Return the gate's problem and the upper bound on its rounds. `--rows` and `--rounds` apply."""
+    problem, rows = CPU_PROBLEMS[0], config.getoption("rows")
+    return replace(problem, rows=rows) if rows else problem, config.getoption("rounds") or 24
+
+
 def providers(config: pytest.Config, of: tuple[Provider, ...]) -> list[Provider]:
     """Return the providers of a suite that `--provider` selects; all of them without `--provider`."""
     wanted = [name for name in config.getoption("provider") if _known(of, name)]

@@ -14,6 +14,7 @@ from benchmarks.measure import (
     Step,
     errors,
     extra_memory_elsewhere,
+    faster_dtype,
     fits,
     peak_bytes,
     products,
@@ -23,12 +24,12 @@ from benchmarks.measure import (
     telling,
     training_step,
 )
-from benchmarks.problems import CPU_PROBLEMS, FROZEN, Case, Problem, Setting
+from benchmarks.problems import FROZEN, Case, Problem, Setting
 from benchmarks.providers import PROVIDERS, Provider
 
 OURS = next(p for p in PROVIDERS if p.name == ("ours, triton fused" if CUDA else "ours"))
-# Upper bound on the best time of ours over the best time of the bare products. docs/benchmarks.md quotes the
-# committed ratios of ours and of the naive loss.
+# Upper bound on the best time of ours in bfloat16 over the best time of the bare products, in the dtype that
+# this machine multiplies faster. docs/benchmarks.md quotes the ratios of ours and of the naive loss.
 GATE = 1.5 if CUDA else 3.0
 
 
@@ -87,13 +88,20 @@ def test_linear_cross_entropy(
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def test_ours_stays_near_the_bare_products(benchmark: Any, row: dict[str, Any]) -> None:
-    """The gate: the ratio of the best times of one run, which other load on the machine disturbs least."""
-    problem = CPU_PROBLEMS[0]
+def test_ours_stays_near_the_bare_products(
+    benchmark: Any, row: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    """The gate: the ratio of the best times of one run, which other load on the machine disturbs least.
+
+    A CPU without bfloat16 units takes up to a hundred times longer for bfloat16 products than for float32
+    products. Next to such products, no loss would be slow.
+    """
+    problem, rounds = grid.gate(request.config)
     benchmark.group, benchmark.extra_info = "gate", row
-    row |= {"problem": problem.name, "setting": FROZEN.name, "provider": OURS.name}
-    case = problem.case(FROZEN, DEVICE, DTYPES["bf16"])
-    step = training_step(OURS.load(), case)
-    row["seconds"] = found = race(benchmark, step, {"products": products(case, FROZEN)}, 24, 40.0)
+    dtype = faster_dtype(problem)
+    row |= {"problem": problem.name, "setting": FROZEN.name, "provider": OURS.name, "products_dtype": dtype}
+    bare = products(problem.case(FROZEN, DEVICE, DTYPES[dtype]), FROZEN)
+    step = training_step(OURS.load(), problem.case(FROZEN, DEVICE, DTYPES["bf16"]))
+    row["seconds"] = found = race(benchmark, step, {"products": bare}, rounds, 40.0)
     best = min(found["it"]) / min(found["products"])
     assert best <= GATE, f"ours / bare products is {best:.2f}, best of each; at most {GATE} is allowed"
