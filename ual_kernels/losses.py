@@ -7,6 +7,8 @@ With p = softmax(z) of the final logits, target y and H = -sum_v p_v log p_v, pe
     ual, uniform    -sum_v q_v log p_v,  q = (1 - s) onehot(y) + s / V      s per sample, or one for all
     weighted        -w log p_y                                              w per sample or token
     dft             -p_y log p_y                                            p_y without gradient
+    power           -p_y^k log p_y                                          p_y without gradient
+    reverse         -(a + A p_y) log p_y                                    p_y without gradient
     eaft            -(H / ln 20)^alpha log p_y                              H without gradient
     mile            -(sigma + H)^gamma log p_y                              H without gradient
     gem             sum_v q_v log p_v - log p_y,  q = softmax(z / beta)     q without gradient
@@ -163,6 +165,60 @@ def dft() -> Weighting[TokenFn]:
     return {"sample_weight": target_probability}
 
 
+def power(k: float = 1.0) -> Weighting[TokenFn]:
+    """Probability-based objectives: w = p_y^k without its gradient, in [0, 1] (arXiv 2510.00526).
+
+    The gradient of a token is p_y^k (p - onehot(y)), that of (1 - p_y^k) / k. The value differs from this
+    term. k = 1 is `dft`. The larger k is, the less is learned from tokens with a low probability. In the
+    paper, k = 1 and k = 10 are better than cross entropy (k = 0) where the model already knows the task well.
+
+    Args:
+        k: >= 0; 0 is plain cross entropy.
+
+    Raises:
+        ValueError: `k` is out of range.
+
+    >>> import torch
+    >>> from ual_kernels import cross_entropy
+    >>> round(cross_entropy(torch.zeros(2, 4), torch.tensor([1, 2]), **power(2)).item(), 4)  # log(4) / 16
+    0.0866
+    """
+    if not 0 <= k < math.inf:
+        raise ValueError(f"power's k must be a number >= 0, got {k}; the paper uses 1 and 10")
+    return {"sample_weight": ProbabilityPower(shift=0.0, factor=1.0, power=k)}
+
+
+def reverse(A: float = 4.0, *, cross_entropy: float = 0.0) -> Weighting[TokenFn]:
+    """Reverse or symmetric cross entropy: w = cross_entropy + A p_y without its gradient (arXiv 1908.06112).
+
+    Reverse cross entropy is -sum_v p_v log q_v. For q = onehot(y) and log 0 := -A it is A (1 - p_y), because
+    log q_y = 0. Its gradient, -A dp_y = A p_y d(-log p_y), is that of the weight A p_y. The value differs. The
+    paper's symmetric loss is alpha CE + beta RCE: pass beta |A| as `A`, because the paper's A is negative,
+    and alpha as `cross_entropy`. The default is A times `dft`.
+
+    Args:
+        A: > 0, minus the logarithm that stands for log 0, times the paper's beta.
+        cross_entropy: >= 0, the factor of cross entropy, the paper's alpha.
+
+    Raises:
+        ValueError: `A` or `cross_entropy` is out of range.
+
+    >>> import torch
+    >>> from ual_kernels import cross_entropy
+    >>> logits = torch.zeros(1, 4, requires_grad=True)
+    >>> cross_entropy(logits, torch.tensor([1]), **reverse(4.0)).backward()
+    >>> logits.grad  # A p_y (p - onehot(y)) with A p_y = 1
+    tensor([[ 0.2500, -0.7500,  0.2500,  0.2500]])
+    """
+    if not 0 < A < math.inf:
+        raise ValueError(f"reverse's A must be a positive number, got {A}; log 0 is replaced by -A")
+    if not 0 <= cross_entropy < math.inf:
+        raise ValueError(
+            f"reverse's cross_entropy must be a number >= 0, got {cross_entropy}; 0 is the reverse alone"
+        )
+    return {"sample_weight": ProbabilityPower(shift=cross_entropy, factor=A, power=1.0)}
+
+
 def eaft(top_k: int = 20, alpha: float = 1.0) -> Weighting[TokenFn]:
     """Entropy-adaptive fine-tuning: w = (H / ln top_k)^alpha without its gradient (arXiv 2601.02151).
 
@@ -260,6 +316,18 @@ def gem(beta: float = 0.7, *, logit_scale: float = 1.0, softcap: float | None = 
 def target_probability(statistics: TokenStatistics) -> Tensor:
     """p_y, in [0, 1]."""
     return statistics.log_prob.exp()
+
+
+@dataclass(frozen=True)
+class ProbabilityPower:
+    """shift + factor p_y^power."""
+
+    shift: float
+    factor: float
+    power: float
+
+    def __call__(self, statistics: TokenStatistics) -> Tensor:
+        return self.shift + self.factor * (self.power * statistics.log_prob).exp()
 
 
 @dataclass(frozen=True)

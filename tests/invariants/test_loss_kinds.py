@@ -39,6 +39,8 @@ def entropy(log_p: Tensor) -> Tensor:
 WEIGHT_FNS: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
     "sft": ({}, lambda log_p, log_py: torch.ones_like(log_py)),
     "dft": ({}, lambda log_p, log_py: log_py.exp()),
+    "power": ({"k": 0.5}, lambda log_p, log_py: log_py.exp().sqrt()),
+    "reverse": ({"A": 3.0, "cross_entropy": 0.1}, lambda log_p, log_py: 0.1 + 3.0 * log_py.exp()),
     "eaft": ({"alpha": 0.5, "top_k": 10}, lambda log_p, log_py: (entropy(log_p) / math.log(10)).sqrt()),
     "mile": ({"gamma": 2.0, "sigma": 0.5}, lambda log_p, log_py: (0.5 + entropy(log_p)) ** 2),
 }

@@ -69,6 +69,12 @@ PRESETS = {
     ),
     "weighted": Preset(losses.weighted, lambda z, y, n: n * nll(z, y), learns=True, divides=True),
     "dft": Preset(lambda n: losses.dft(), lambda z, y, n: torch.exp(-nll(z, y)).detach() * nll(z, y)),
+    "power": Preset(
+        lambda n: losses.power(2.5), lambda z, y, n: torch.exp(-2.5 * nll(z, y)).detach() * nll(z, y)
+    ),
+    "reverse": Preset(
+        lambda n: losses.reverse(3.0), lambda z, y, n: 3.0 * torch.exp(-nll(z, y)).detach() * nll(z, y)
+    ),
     "eaft": Preset(lambda n: losses.eaft(), lambda z, y, n: entropy(z) / math.log(20) * nll(z, y)),
     "eaft-5-root": Preset(
         lambda n: losses.eaft(top_k=5, alpha=0.5),
@@ -214,6 +220,44 @@ def test_dft_is_the_gradient_of_the_probability(device: torch.device) -> None:
     torch.testing.assert_close(gradient, -torch.autograd.grad(p, logits)[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.kills("ual_kernels/losses.py", "(self.power * statistics.log_prob)", "(statistics.log_prob)")
+@pytest.mark.parametrize("k", [0.5, 1.0, 10.0])
+def test_powers_gradient_is_the_papers(k: float, device: torch.device) -> None:
+    """That of (1 - p^k) / k; for k = 0 the limit is cross entropy, and k = 1 is DFT, bit for bit."""
+    logits, target = case("power", device, linear=False)["input"], targets(device)
+
+    def gradient(options: Any) -> Tensor:
+        loss = cross_entropy(logits, target, **options, reduction="sum")
+        return torch.autograd.grad(loss, logits)[0]
+
+    selected = target != -100
+    p = logits.softmax(-1)[selected].gather(1, target[selected][:, None])
+    (exact,) = torch.autograd.grad(((1 - p**k) / k).sum(), logits)
+    torch.testing.assert_close(gradient(losses.power(k)), exact, rtol=1e-12, atol=1e-12)
+    assert gradient(losses.power(0)).equal(gradient({}))
+    assert gradient(losses.power()).equal(gradient(losses.dft()))
+
+
+@pytest.mark.kills(
+    "ual_kernels/losses.py", "shift=cross_entropy, factor=A", "shift=cross_entropy, factor=A**2"
+)
+@pytest.mark.kills("ual_kernels/losses.py", "(shift=cross_entropy,", "(shift=0.0,")
+@pytest.mark.parametrize(("alpha", "beta", "A"), [(0.0, 1.0, -4.0), (0.1, 1.0, -6.0), (6.0, 0.1, -4.0)])
+def test_reverses_gradient_is_that_of_symmetric_cross_entropy(
+    alpha: float, beta: float, A: float, device: torch.device
+) -> None:
+    """alpha CE + beta RCE, where RCE = -sum_v p_v log q_v with log 0 := A < 0 has no more terms than V."""
+    logits, target = case("reverse", device, linear=False)["input"], targets(device)
+    loss = cross_entropy(logits, target, **losses.reverse(-beta * A, cross_entropy=alpha), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, logits)
+    z, y = logits[target != -100], target[target != -100]
+    log_q = torch.full_like(z, A).scatter(1, y[:, None], 0.0)
+    reverse = -(z.softmax(-1) * log_q).sum(-1)
+    torch.testing.assert_close(reverse, -A * (1 - torch.exp(-nll(z, y))), rtol=1e-12, atol=1e-12)
+    (exact,) = torch.autograd.grad((alpha * nll(z, y) + beta * reverse).sum(), logits)
+    torch.testing.assert_close(gradient, exact, rtol=1e-12, atol=1e-12)
+
+
 def eaft_weights(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Return the weights of `losses.eaft` and of the paper, which renormalizes the largest logits."""
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
@@ -303,7 +347,9 @@ def test_gem_does_not_overwrite_the_models_own_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [losses.eaft(), losses.eaft(alpha=0.5), losses.dft()], ids=["eaft", "root", "dft"]
+    "options",
+    [losses.eaft(), losses.eaft(alpha=0.5), losses.dft(), losses.power(0.5), losses.reverse()],
+    ids=["eaft", "root", "dft", "power", "reverse"],
 )
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 def test_certain_tokens_have_no_loss(options: Any, backend: str, device: torch.device) -> None:
@@ -327,7 +373,9 @@ def test_an_entropy_rounded_below_zero_is_zero() -> None:
     assert losses.mile(sigma=1e-8)["sample_weight"](statistics).min() > 0
 
 
-@pytest.mark.parametrize("make", [losses.dft, losses.eaft, losses.mile, losses.gem])
+@pytest.mark.parametrize(
+    "make", [losses.dft, losses.power, losses.reverse, losses.eaft, losses.mile, losses.gem]
+)
 def test_token_fns_can_be_pickled(make: Callable[[], dict[str, Any]]) -> None:
     assert pickle.loads(pickle.dumps(make())) == make()
 
@@ -343,6 +391,14 @@ def test_token_fns_can_be_pickled(make: Callable[[], dict[str, Any]]) -> None:
         (lambda: losses.uniform(-0.1), r"uniform's smoothing must be in \[0, 1\], got -0.1"),
         (lambda: losses.uniform(math.nan), r"uniform's smoothing must be in \[0, 1\], got nan"),
         (lambda: losses.eaft(top_k=1), "eaft's top_k must be an integer >= 2, got 1; the paper uses 20"),
+        (lambda: losses.power(-1), "power's k must be a number >= 0, got -1; the paper uses 1 and 10"),
+        (lambda: losses.power(math.nan), "power's k must be a number >= 0, got nan"),
+        (lambda: losses.reverse(-4.0), "reverse's A must be a positive number, got -4.0; log 0 is replaced"),
+        (lambda: losses.reverse(math.inf), "reverse's A must be a positive number, got inf"),
+        (
+            lambda: losses.reverse(cross_entropy=-0.1),
+            "reverse's cross_entropy must be a number >= 0, got -0.1; 0 is the reverse alone",
+        ),
         (
             lambda: losses.eaft(alpha=-1.0),
             "eaft's alpha must be a number >= 0, got -1.0; the paper uses 1.0",

@@ -45,6 +45,21 @@ LOSS_KINDS: dict[str, LossKind] = {
     "dft": LossKind(
         "Dynamic fine-tuning: each token is weighted by its probability", weights="made", preset="dft"
     ),
+    "power": LossKind(
+        "Probability-based fine-tuning: each token is weighted by a power of its probability",
+        weights="made",
+        preset="power",
+        options={"k": (Annotated[_Finite, Field(ge=0, description="the exponent; 1 is dft")], 1.0)},
+    ),
+    "reverse": LossKind(
+        "Reverse cross entropy: each token is weighted by A times its probability",
+        weights="made",
+        preset="reverse",
+        options={
+            "A": (Annotated[_Finite, Field(gt=0, description="-A stands for the logarithm of 0")], 4.0),
+            "cross_entropy": (Annotated[_Finite, Field(ge=0, description="its factor")], 0.0),
+        },
+    ),
     "eaft": LossKind(
         "Entropy-adaptive fine-tuning: each token is weighted by the prediction's entropy",
         weights="made",
