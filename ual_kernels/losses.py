@@ -192,9 +192,9 @@ def reverse(A: float = 4.0, *, cross_entropy: float = 0.0) -> Weighting[TokenFn]
     """Reverse or symmetric cross entropy: w = cross_entropy + A p_y without its gradient (arXiv 1908.06112).
 
     Reverse cross entropy is -sum_v p_v log q_v. For q = onehot(y) and log 0 := -A it is A (1 - p_y), because
-    log q_y = 0. Its gradient, -A dp_y = A p_y d(-log p_y), is that of the weight A p_y. The value differs. The
-    paper's symmetric loss is alpha CE + beta RCE: pass beta |A| as `A`, because the paper's A is negative,
-    and alpha as `cross_entropy`. The default is A times `dft`.
+    log q_y = 0. Its gradient, -A dp_y = A p_y d(-log p_y), is that of the weight A p_y. The value differs.
+    The paper's symmetric loss is alpha CE + beta RCE. Pass beta |A| as `A`, for the paper's A is negative,
+    and alpha as `cross_entropy`. The default is 4 times `dft`.
 
     Args:
         A: > 0, minus the logarithm that stands for log 0, times the paper's beta.

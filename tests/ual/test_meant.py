@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
-from tests.ual.runs import configure, write_rows
+from tests.test_documents import blocks
+from tests.ual.runs import ROOT, configure, write_rows
 from ual.cli.main import app
 from ual.config.objectives import LOSS_KINDS
 from ual.config.run import load as load_config
@@ -101,6 +103,37 @@ class TestMissing:
         assert [s.label_smoothing for s in scores.samples[:12]] == [0.3] * 12
         assert scores.samples[12].label_smoothing == 0.0
         assert scores.samples[23].label_smoothing == pytest.approx(0.2)
+
+
+class TestCogCalib:
+    """The configuration of docs/training.md smooths what the base model knows, and nothing else."""
+
+    @pytest.mark.kills("ual/config/run.py", "{'inverted ' * self.invert}", "")
+    @pytest.mark.kills(
+        "ual/methods/smoothing.py", "(maximum, minimum) if invert", "(minimum, maximum) if invert"
+    )
+    def test_the_known_half_is_smoothed(self, tmp_path: Path, stories: Path) -> None:
+        (block,) = (b for b in blocks(ROOT / "docs/training.md", "yaml") if "cogcalib" in b.text)
+        shown = yaml.safe_load(block.text)
+        texts = ["Once upon a time, there was a little girl named Lily.", "One day, she went to the park."]
+        strange = ["Xq zv kkr wpl mmt.", "Bnq jhx vv rrz."]  # unlikely letters
+        rows = [
+            {"id": f"{name} {i}", "prompt": f"Story {i}", "completion": text}
+            for name, some in (("known", texts * 6), ("new", strange * 6))
+            for i, text in enumerate(some)
+        ]
+        config = configure(
+            tmp_path, stories, rows, uncertainty=shown["uncertainty"], smoothing=shown["smoothing"],
+            training={"max_steps": 1, "save_strategy": "no"},
+        )  # fmt: skip
+        assert "nothing was trained or written" in invoke("train", config, "--dry-run")
+        invoke("train", config)
+        folder = tmp_path / "run"
+        found = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        assert len(found) == 24
+        for row in found:
+            assert row["label_smoothing"] == (0.1 if row["id"].startswith("known") else 0.0), row
+        assert "NLL, rank scale, inverted step map to [0, 0.1]" in page(folder)
 
 
 class TestEqual:

@@ -30,6 +30,7 @@ maps = st.fixed_dictionaries(
     {"map": st.sampled_from(["linear", "power", "step", "constant"])},
     optional={"power": st.floats(1e-3, 1e3), "threshold": st.floats(0, 1)},
 )
+not_constant = maps.filter(lambda options: options["map"] != "constant")
 
 
 def assert_order_kept(before: np.ndarray, after: np.ndarray) -> None:
@@ -112,8 +113,8 @@ class TestScale:
 
 @pytest.mark.kills(
     "ual/methods/smoothing.py",
-    "minimum + (maximum - minimum) * values, minimum",
-    "maximum - (maximum - minimum) * values, minimum",
+    "certain + (uncertain - certain) * values, minimum",
+    "uncertain - (uncertain - certain) * values, minimum",
 )
 @pytest.mark.kills("ual/methods/smoothing.py", "values = values**power", "values = values * power")
 class TestSmooth:
@@ -140,6 +141,10 @@ class TestSmooth:
             ({"map": "power", "power": 1}, [0.1, 0.2, 0.3, NAN]),
             ({"map": "step", "threshold": 0.5}, [0.1, 0.3, 0.3, NAN]),
             ({"map": "step", "threshold": 0.6}, [0.1, 0.1, 0.3, NAN]),
+            ({"invert": True}, [0.3, 0.2, 0.1, NAN]),
+            ({"invert": True, "map": "power", "power": 2}, [0.3, 0.25, 0.1, NAN]),
+            ({"invert": True, "map": "step", "threshold": 0.5}, [0.3, 0.1, 0.1, NAN]),
+            ({"invert": True, "map": "step", "threshold": 0.6}, [0.3, 0.3, 0.1, NAN]),
             ({"map": "constant"}, [0.2, 0.2, 0.2, 0.2]),
             ({"map": "constant", "constant": 0.25}, [0.25, 0.25, 0.25, 0.25]),
         ],
@@ -148,6 +153,24 @@ class TestSmooth:
     def test_maps_by_hand(self, options: dict[str, Any], expected: list[float]) -> None:
         s = smoothing.smooth([0, 0.5, 1, NAN], minimum=0.1, maximum=0.3, **options)
         np.testing.assert_allclose(s, expected, rtol=2 * EPS)
+
+    @pytest.mark.kills(
+        "ual/methods/smoothing.py", "np.where(values >= threshold, uncertain, certain)",
+        "np.where(1 - values >= threshold if invert else values >= threshold, maximum, minimum)",
+    )  # fmt: skip
+    @given(scaled, bounds(), not_constant)
+    @example(np.array([0.1, 0.9]), (0.0, 0.2), {"map": "step", "threshold": 0.9})
+    def test_the_inverse_is_the_range_reflected(
+        self, u: np.ndarray, bound: tuple[float, float], options: dict[str, Any]
+    ) -> None:
+        """s + inverse = minimum + maximum, within a few roundings of numbers of at most 1."""
+        s, inverse = (
+            smoothing.smooth(u, minimum=bound[0], maximum=bound[1], invert=invert, **options)
+            for invert in (False, True)
+        )
+        np.testing.assert_allclose(s + inverse, sum(bound), rtol=0, atol=8 * EPS)
+        assert_order_kept(-u, inverse)
+        assert ((inverse >= bound[0]) & (inverse <= bound[1])).all()
 
     def test_defaults_are_linear_up_to_a_fifth(self) -> None:
         np.testing.assert_array_equal(smoothing.smooth([0, 1]), [0, 0.2])
@@ -162,6 +185,7 @@ class TestSmooth:
             ({"minimum": -0.1}, "0 <= minimum"),
             ({"minimum": NAN}, "minimum=nan"),
             ({"map": "power", "power": 0}, "power must be positive, got 0"),
+            ({"map": "constant", "invert": True}, 'invert does not change map "constant"'),
             ({"map": "constant", "constant": 0.3}, r"constant must lie in \[0.0, 0.2\], got 0.3"),
         ],
         ids=str,
@@ -343,6 +367,18 @@ class TestFromConfig:
         np.testing.assert_array_equal(smoothing.from_config([0.7, 0.8], step)[1], [0.1, 0.4])
         power = SmoothingConfig(scale="absolute", map="power", min=0, max=0.4, power=3)
         np.testing.assert_allclose(smoothing.from_config([0.5], power)[1], [0.05], rtol=4 * EPS)
+
+    @pytest.mark.kills("ual/methods/smoothing.py", "invert=config.invert", "invert=False")
+    def test_the_inverse_has_the_same_mean(self) -> None:
+        """So it is a control of the same total smoothing, also after `match_mean`."""
+        x = smoothing.random(50, seed=3)
+        _, s = smoothing.from_config(x, SmoothingConfig(match_mean=0.05, invert=True))
+        assert abs(s.mean() - 0.05) <= TestMatchMean.BUDGET
+        assert_order_kept(-x, s)
+
+    def test_the_inverse_of_a_constant_is_refused(self) -> None:
+        with pytest.raises(ValueError, match='invert does not change map "constant"'):
+            SmoothingConfig(map="constant", invert=True)
 
     def test_a_constant_asks_no_uncertainty(self) -> None:
         u, s = smoothing.from_config([NAN, NAN], SmoothingConfig(map="constant", match_mean=0.05))

@@ -148,6 +148,9 @@ class UncertaintyConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] = 8
 
 
+CONSTANT_INVERTED = 'invert does not change map "constant", which is one smoothing: remove one of them'
+
+
 class SmoothingConfig(Section):
     """Uncertainty to label smoothing: a scale to u in [0, 1], then a map to s (`ual.methods.smoothing`)."""
 
@@ -156,7 +159,8 @@ class SmoothingConfig(Section):
     min: Fraction = 0.0
     max: Fraction = 0.2
     power: Annotated[float, Field(gt=0)] = 2.0
-    threshold: Fraction = 0.5
+    threshold: Fraction = Field(0.5, description="of u, for map: step")
+    invert: bool = Field(False, description="the most certain sample gets max, the least certain min")
     match_mean: Fraction | None = None
     over: Literal["all", "others"] = "all"
 
@@ -164,7 +168,15 @@ class SmoothingConfig(Section):
     def _ordered(self) -> Self:
         if self.min > self.max:
             raise ValueError(f"min must not exceed max, got min={self.min} and max={self.max}")
+        if self.invert and self.map == "constant":
+            raise ValueError(CONSTANT_INVERTED)
         return self
+
+    @property
+    def sentence(self) -> str:
+        """How smoothing depends on uncertainty, for reports."""
+        kind = f"{'inverted ' * self.invert}{self.map}"
+        return f"{self.scale.replace('_', '-')} scale, {kind} map to [{self.min:g}, {self.max:g}]"
 
 
 class LoraConfig(Section):

@@ -10,6 +10,9 @@ A sample's uncertainty is first scaled to u in [0, 1], then mapped to its label 
             step      s = maximum if u >= threshold, else minimum
             constant  s = one value for all u
 
+`invert` exchanges minimum and maximum in the first three maps: s becomes minimum + maximum - s. The certain
+samples are then smoothed most, and `threshold` is still a threshold of u.
+
 Uncertainty-aware learning (arXiv 2406.04854) gives each sample its own smoothing, set from an uncertainty.
 The paper's scale and constants are not public, so the choices here and their defaults are this project's.
 Ranks are the default because scores of a language model cluster on a few values.
@@ -23,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ual.config.base import nearest
-from ual.config.run import SmoothingConfig
+from ual.config.run import CONSTANT_INVERTED, SmoothingConfig
 from ual.errors import UserError
 
 __all__ = [
@@ -84,24 +87,26 @@ def smooth(
     maximum: float = 0.2,
     power: float = 2.0,
     threshold: float = 0.5,
+    invert: bool = False,
     constant: float | None = None,
 ) -> Array:
-    """Map scaled uncertainties to label smoothing: the more uncertain, the more smoothing.
+    """Map scaled uncertainties to label smoothing: the more uncertain, the more smoothing, or the less.
 
     Args:
         u: [n] in [0, 1], NaN if missing.
         map: see the module's table.
         minimum, maximum: the range of s, 0 <= minimum <= maximum <= 1.
         power: exponent > 0 of "power".
-        threshold: the least u for which "step" gives the maximum.
+        threshold: the least u for which "step" gives the maximum, or the minimum if inverted.
+        invert: the most certain samples get the maximum. Refused under "constant", which it cannot change.
         constant: the smoothing of all samples under "constant"; by default (minimum + maximum) / 2, the mean
             of the linear map of ranks.
 
     Returns:
         [n] in [minimum, maximum]; NaN if u is NaN, except under "constant", which needs no uncertainty.
 
-    >>> smooth([0.0, 0.5, 1.0]).tolist()
-    [0.0, 0.1, 0.2]
+    >>> smooth([0.0, 0.5, 1.0]).tolist(), smooth([0.0, 0.5, 1.0], invert=True).tolist()
+    ([0.0, 0.1, 0.2], [0.2, 0.1, 0.0])
     """
     values = _vector(u, "u")
     _refuse(values, (values < 0) | (values > 1), "u must lie in [0, 1]")
@@ -109,17 +114,20 @@ def smooth(
     if map not in get_args(Map):
         raise UserError(f"unknown map {map!r}; {nearest(map, get_args(Map))}")
     if map == "constant":
+        if invert:
+            raise UserError(CONSTANT_INVERTED)
         value = (minimum + maximum) / 2 if constant is None else constant
         if not minimum <= value <= maximum:
             raise UserError(f"constant must lie in [{minimum}, {maximum}], got {value}")
         return np.full_like(values, value)
+    certain, uncertain = (maximum, minimum) if invert else (minimum, maximum)
     if map == "step":
-        return np.where(np.isnan(values), np.nan, np.where(values >= threshold, maximum, minimum))
+        return np.where(np.isnan(values), np.nan, np.where(values >= threshold, uncertain, certain))
     if map == "power":
         if not power > 0:
             raise UserError(f"power must be positive, got {power}")
         values = values**power
-    return np.clip(minimum + (maximum - minimum) * values, minimum, maximum)
+    return np.clip(certain + (uncertain - certain) * values, minimum, maximum)
 
 
 def match_mean(
@@ -241,8 +249,7 @@ def from_config(uncertainty: ArrayLike, config: SmoothingConfig) -> tuple[Array,
     """Return the scaled uncertainty [n] and the label smoothing [n] of a configuration.
 
     The smoothing of a missing uncertainty is missing, unless the map is "constant". `match_mean` refuses
-    missing
-    values: see `fill_missing`.
+    missing values: see `fill_missing`.
     """
     scaled = scale(uncertainty, config.scale)
     s = smooth(
@@ -252,6 +259,7 @@ def from_config(uncertainty: ArrayLike, config: SmoothingConfig) -> tuple[Array,
         maximum=config.max,
         power=config.power,
         threshold=config.threshold,
+        invert=config.invert,
     )
     if config.match_mean is not None:
         s = match_mean(s, config.match_mean, minimum=config.min, maximum=config.max)

@@ -51,10 +51,9 @@ def _training(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[str]:
         yield f"- {own:,} samples with a label smoothing of their own"
     ranked = config.loss.about.needs_uncertainty and config.smoothing.map != "constant"
     if ranked and own < metrics["trained_rows"]:
-        s = config.smoothing
         yield (
-            f"- each sample's smoothing from its uncertainty ({config.uncertainty.estimator}), {s.scale} "
-            f"scale, {s.map} map to [{s.min:g}, {s.max:g}]"
+            f"- each sample's smoothing from its uncertainty ({config.uncertainty.estimator}), "
+            f"{config.smoothing.sentence}"
         )
     if config.lora:
         kinds = ["rsLoRA"] * config.lora.use_rslora + ["DoRA"] * config.lora.use_dora

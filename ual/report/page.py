@@ -126,8 +126,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
     estimator = {"white_box": "the base model's own NLL", "column": "a column of the data"}
     return (
         f"{kind.sentence}. Uncertainty from {estimator[run.config.uncertainty.estimator]}, "
-        f"{chosen.scale.replace('_', '-')} scale, {chosen.map} map to "
-        f"[{chosen.min:g}, {chosen.max:g}]{matched}{some_own}"
+        f"{chosen.sentence}{matched}{some_own}"
     )
 
 
