@@ -10,7 +10,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from tests.test_documents import blocks
 from tests.ual.runs import ROOT, configure, write_rows
 from ual.cli.main import app
 from ual.config.objectives import LOSS_KINDS
@@ -113,8 +112,9 @@ class TestCogCalib:
         "ual/methods/smoothing.py", "(maximum, minimum) if invert", "(minimum, maximum) if invert"
     )
     def test_the_known_half_is_smoothed(self, tmp_path: Path, stories: Path) -> None:
-        (block,) = (b for b in blocks(ROOT / "docs/training.md", "yaml") if "cogcalib" in b.text)
-        shown = yaml.safe_load(block.text)
+        text = (ROOT / "docs" / "training.md").read_text()
+        blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        (shown,) = (yaml.safe_load(block) for block in blocks if "cogcalib" in block)
         texts = ["Once upon a time, there was a little girl named Lily.", "One day, she went to the park."]
         strange = ["Xq zv kkr wpl mmt.", "Bnq jhx vv rrz."]  # unlikely letters
         rows = [
