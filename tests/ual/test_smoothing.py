@@ -159,7 +159,7 @@ class TestSmooth:
         "np.where(1 - values >= threshold if invert else values >= threshold, maximum, minimum)",
     )  # fmt: skip
     @given(scaled, bounds(), not_constant)
-    @example(np.array([0.1, 0.9]), (0.0, 0.2), {"map": "step", "threshold": 0.9})
+    @example(np.array([0.1, 0.5, 0.9]), (0.0, 0.2), {"map": "step", "threshold": 0.9})
     def test_the_inverse_is_the_range_reflected(
         self, u: np.ndarray, bound: tuple[float, float], options: dict[str, Any]
     ) -> None:
