@@ -13,7 +13,7 @@ from ual.errors import UserError
 from ual.records import Elicited, Message, Sample
 from ual.uncertainty import estimators
 from ual.uncertainty.estimators.registry import ESTIMATORS, build, discover
-from ual.uncertainty.protocol import Reply, Request, Token
+from ual.uncertainty.protocol import NO_ANSWER, Reply, Request, Token
 
 SAMPLE = Sample("1", (Message("user", "What is 2 + 2?"), Message("assistant", "4")), uncertainty=0.7)
 CHOICE = Sample(
@@ -243,6 +243,103 @@ def test_p_true_reads_only_the_first_token() -> None:
         assert found.value is None
 
 
+DISTRIBUTION = "ual/uncertainty/estimators/answer_distribution.py"
+VERDICTS = [
+    ("Yes", 0.5),
+    (" no", 0.2),
+    ("yes", 0.1),
+    ("no", 0.05),
+    ("\n", 0.04),
+    ("</s>", 0.03),
+    ("\ufffd", 0.01),
+]
+
+
+@pytest.mark.kills(DISTRIBUTION, "found.get(text, 0.0) + ", "", only="all")
+@pytest.mark.kills(DISTRIBUTION, "not _NO_ANSWER.fullmatch(text)", "True", only="all")
+@pytest.mark.kills(DISTRIBUTION, "text in self.options if self.options", "False if False", only="options")
+@pytest.mark.kills(DISTRIBUTION, "p / mass for", "p for", only="options")
+@pytest.mark.parametrize(
+    ("options", "masses"),
+    [
+        ({}, {"Yes": 0.5, "no": 0.25, "yes": 0.1}),
+        ({"options": ["no", " Yes ", "maybe"]}, {"Yes": 0.5, "no": 0.25}),
+    ],
+    ids=["all", "options"],
+)
+def test_answers_and_their_probabilities(options: dict[str, Any], masses: dict[str, float]) -> None:
+    """Equal texts are added up, what is no answer is left out, and the rest is renormalized."""
+    spec = {"name": "answer_distribution", **options}
+    found, (request,) = elicit(spec, lambda _: Reply("Yes", tokens=tokens((" Yes", VERDICTS))))
+    total = sum(masses.values())
+    shares = {text: p / total for text, p in masses.items()}
+    assert found.evidence["label_distribution"] == pytest.approx(shares)
+    assert list(found.evidence["label_distribution"]) == list(shares)  # the likeliest first
+    assert sum(found.evidence["label_distribution"].values()) == pytest.approx(1, abs=1e-15)
+    assert found.evidence["label_mass"] == pytest.approx(total)
+    assert found.value == pytest.approx(-sum(p * math.log(p) for p in shares.values()))
+    assert (request.messages, request.top_logprobs, request.temperature) == (SAMPLE.prompt, 20, 0.0)
+
+
+@pytest.mark.kills(DISTRIBUTION, "not first_only and (why", "False and (why")
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (Reply("Yes, it is", tokens=tokens(("Yes", VERDICTS), (",", []), (" it", []))), "several tokens"),
+        (Reply("Yes", "length", tokens=tokens(("Yes", VERDICTS))), "several tokens"),  # it may go on
+        (Reply("Yesterday", tokens=tokens(("Yes", VERDICTS), ("terday", []))), "several tokens"),
+        (Reply("Yes"), "no log-probabilities"),
+        (Reply(None, tokens=tokens(("Yes", VERDICTS))), "refusal"),
+        (Reply("", tokens=tokens(("\n", VERDICTS))), "empty"),
+        (Reply("<think>hm", "length", tokens=tokens(("<think>", []), ("hm", VERDICTS))), NO_ANSWER),
+    ],
+    ids=["several", "truncated", "part", "no tokens", "refusal", "empty", "thinking"],
+)
+def test_a_reply_that_is_not_one_token_has_no_distribution(reply: Reply, reason: str) -> None:
+    found, _ = elicit({"name": "answer_distribution"}, lambda _: reply)
+    assert (found.value, found.evidence["unparsed"]) == (None, reason)
+    assert "label_distribution" not in found.evidence
+
+
+def test_the_first_token_of_any_reply_can_be_read() -> None:
+    spec = {"name": "answer_distribution", "read": "first_token", "options": ["A", "B"]}
+    said = tokens(("A", [("A", 0.6), (" B", 0.2), ("The", 0.2)]))
+    found, (request,) = elicit(spec, lambda _: Reply("A", "length", tokens=said))
+    assert found.evidence["label_distribution"] == pytest.approx({"A": 0.75, "B": 0.25})
+    assert (request.max_tokens, found.evidence["label_mass"]) == (1, pytest.approx(0.8))
+    found, _ = elicit(spec, lambda _: Reply("C", "length", tokens=tokens(("C", [("C", 1.0)]))))
+    assert (found.value, found.evidence["unparsed"]) == (None, "no answer among the likeliest tokens")
+    assert found.evidence["label_mass"] == 0
+
+
+def test_an_answer_after_reasoning_is_read() -> None:
+    said = tokens(("<think>", []), ("hm", [("hm", 1.0)]), ("</think>", []), ("B", [("B", 0.9), ("A", 0.1)]))
+    found, _ = elicit({"name": "answer_distribution"}, lambda _: Reply("<think>hm</think>B", tokens=said))
+    assert found.evidence["label_distribution"] == pytest.approx({"B": 0.9, "A": 0.1})
+
+
+@pytest.mark.kills(DISTRIBUTION, 'if last.role != "user":', "if False:")
+def test_an_instruction_is_added_to_the_prompt() -> None:
+    spec = {"name": "answer_distribution", "instruction": "Say yes or no."}
+    _, (request,) = elicit(spec, lambda _: Reply("Yes"))
+    assert request.messages == (Message("user", "What is 2 + 2?\n\nSay yes or no."),)
+    turns = (*SAMPLE.prompt, Message("tool", "4"))
+    _, (request,) = elicit(spec, lambda _: Reply("Yes"), Sample("3", (*turns, Message("assistant", "4"))))
+    assert request.messages == (*turns, Message("user", "Say yes or no."))
+
+
+def test_wrong_options_of_a_distribution_are_named() -> None:
+    for options, fault in (
+        (["A"], "at least 2"),
+        (["A", "A "], "distinct"),
+        (["A", " "], "not blank"),
+        ([True, False], "expected texts, got True; YAML needs quotes around yes, no"),
+        ("AB", "valid list"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            build([{"name": "answer_distribution", "options": options}])
+
+
 def test_white_box_and_column() -> None:
     scores = {"nll": 1.5, "tokens": 3, "mean_entropy": 0.5, "max_entropy": 2.0, "mean_margin": 4.0}
     for measure, value in (("nll", 1.5), ("max_entropy", 2.0), ("mean_margin", -4.0)):
@@ -281,6 +378,6 @@ def test_a_new_file_is_a_new_estimator(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(estimators, "__path__", [*estimators.__path__, str(tmp_path)])
     assert discover().keys() == ESTIMATORS.keys() | {"coin"}
     assert ESTIMATORS.keys() == {
-        "column", "judge", "p_true", "rewording",
+        "answer_distribution", "column", "judge", "p_true", "rewording",
         "self_consistency", "semantic_entropy", "verbalised", "white_box",
     }  # fmt: skip

@@ -3,6 +3,7 @@
 The run folder holds
 
     rows.jsonl      for `ual train`: the samples as read, with the first estimator's `uncertainty` or null
+                    and all estimators' other columns
     elicited.jsonl  per sample: its id, its label if any, every estimator's value and evidence
     summary.json    counts, tokens, cost
     config.yaml     the resolved configuration
@@ -94,8 +95,10 @@ def prepare(config: ElicitConfig, limit: int | None = None) -> Job:
                 remedy="choose another output_dir",
             )
     _check_logprobs(job)
+    _check_columns(job)
     total = 0
     for row, sample in job.samples():
+        _check_not_replaced(job, row, sample)
         _label(row, sample, config.data.label)
         total += 1
     return replace(job, total=total)
@@ -196,6 +199,29 @@ def _check_logprobs(job: Job) -> None:
                 place="configuration, estimators",
                 remedy="remove this estimator; `verbalised`, `self_consistency`, and `judge` with read: text "
                 "need none",
+            )
+
+
+def _check_columns(job: Job) -> None:
+    """Check that no two estimators write the same column."""
+    written = dict[str, str]()
+    for estimator in job.estimators:
+        for column in estimator.columns:
+            if (other := written.setdefault(column, estimator.label)) != estimator.label:
+                raise UserError(
+                    f"`{other}` and `{estimator.label}` both write the column {column!r}",
+                    place="configuration, estimators",
+                    remedy="keep one of them, and run the other with another output_dir",
+                )
+
+
+def _check_not_replaced(job: Job, row: Mapping[str, Any], sample: Sample) -> None:
+    for estimator in job.estimators:
+        if taken := [column for column in estimator.columns if row.get(column) is not None]:
+            raise UserError(
+                f"`{estimator.label}` would replace the sample's own {taken[0]}",
+                place=f'{sample.place}, field "{taken[0]}"',
+                remedy=f"remove or rename this column, or remove `{estimator.label}` from estimators",
             )
 
 
@@ -346,7 +372,8 @@ async def _write(
             try:
                 async for row, sample, elicited in records:
                     right = _label(row, sample, job.config.data.label)
-                    samples.write(json_line({**row, "id": sample.id, "uncertainty": elicited[0].value}))
+                    found = {"uncertainty": elicited[0].value} | _columns(job, elicited)
+                    samples.write(json_line({**row, "id": sample.id, **found}))
                     estimates = {e.estimator: {"value": e.value, **e.evidence} for e in elicited}
                     evidence.write(json_line({"id": sample.id, "correct": right, "estimates": estimates}))
                     for record in elicited:
@@ -361,6 +388,12 @@ async def _write(
         if job.limit is None and done != job.total:
             raise UserError(f"the samples changed while they were read: {job.total}, now {done}")
     return done
+
+
+def _columns(job: Job, elicited: Sequence[Elicited]) -> dict[str, Any]:
+    """Return what the estimators add to a sample beside its uncertainty."""
+    records = zip(job.estimators, elicited, strict=True)
+    return {name: record.evidence.get(name) for estimator, record in records for name in estimator.columns}
 
 
 @dataclass(slots=True)

@@ -192,6 +192,8 @@ class Estimator(BaseModel):
 
     needs: ClassVar[frozenset[Task]] = frozenset({"generate"})
     """What the backends must be able to do."""
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Entries of the evidence that become columns of the samples; null where there is none."""
 
     @property
     def needs_logprobs(self) -> bool:

@@ -142,8 +142,8 @@ class Session:
             )
         elif request.top_logprobs and self._logprobs and reply.text and not reply.tokens:
             self._once(
-                "the server returns no log-probabilities: judge uses the written score. p_true, and judge "
-                "with read: first_token, have no value"
+                "the server returns no log-probabilities: judge uses the written score. p_true, "
+                "answer_distribution, and judge with read: first_token, have no value"
             )
 
     def _once(self, said: str) -> None:
