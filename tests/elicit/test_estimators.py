@@ -286,7 +286,7 @@ def test_answers_and_their_probabilities(options: dict[str, Any], masses: dict[s
     ("reply", "reason"),
     [
         (Reply("Yes, it is", tokens=tokens(("Yes", VERDICTS), (",", []), (" it", []))), "several tokens"),
-        (Reply("Yes", "length", tokens=tokens(("Yes", VERDICTS))), "several tokens"),  # it may go on
+        (Reply("Yes", "length", tokens=tokens(("Yes", VERDICTS))), "several tokens"),  # it may continue
         (Reply("Yesterday", tokens=tokens(("Yes", VERDICTS), ("terday", []))), "several tokens"),
         (Reply("Yes"), "no log-probabilities"),
         (Reply(None, tokens=tokens(("Yes", VERDICTS))), "refusal"),
