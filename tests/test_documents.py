@@ -369,6 +369,8 @@ def names(stories: Path) -> dict[str, Any]:
         "smoothing": torch.tensor([0.0, 0.2]),
         "weight": torch.ones(2),
         "model": AutoModelForCausalLM.from_pretrained(stories),
+        "teacher": AutoModelForCausalLM.from_pretrained(stories),
+        "student": AutoModelForCausalLM.from_pretrained(stories),
         "ids": torch.randint(3, 512, (2, 5)),
     }
 
@@ -388,8 +390,11 @@ def one_process() -> Iterator[None]:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem
 )
-def test_python_snippets(page: Path, names: dict[str, Any], one_process: None) -> None:
+def test_python_snippets(
+    page: Path, names: dict[str, Any], one_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In their order, in one namespace."""
+    monkeypatch.chdir(tmp_path)
     for block in blocks(page, "python"):
         exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
         if isinstance(loss := names.get("loss"), torch.Tensor):
