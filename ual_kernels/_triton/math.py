@@ -6,8 +6,35 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """tanh computed from exp, because the interpreter has no tanh. The error is about one ulp of 1."""
-    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+    """tanh, as accurate as PyTorch's up to a factor of 2, in float32 or float64.
+
+    `tl` has no tanh that the interpreter supports. 1 - 2 / (exp(2 |x|) + 1) cancels for small x. Up to 0.75,
+    tanh is therefore x + x z P(z) with z = x^2. P interpolates at the Chebyshev nodes of [0, 0.75^2]; its
+    relative error is 6e-9 (float32) and 6e-18 (float64), below half of a rounding.
+    """
+    size = tl.abs(x)
+    z = x * x
+    if x.dtype == tl.float64:
+        p = z * -1.64085996468314441e-6 + 1.00480539281294987e-5
+        p = p * z - 3.44947246999821692e-5
+        p = p * z + 9.42476297649358034e-5
+        p = p * z - 2.38094069369792824e-4
+        p = p * z + 5.89746998695332784e-4
+        p = p * z - 1.45578182533106923e-3
+        p = p * z + 3.59212138850604196e-3
+        p = p * z - 8.86323498743910123e-3
+        p = p * z + 2.18694885097110373e-2
+        p = p * z - 5.39682539675820755e-2
+        p = p * z + 1.33333333333326607e-1
+        p = p * z - 3.33333333333333322e-1
+    else:
+        p = z * 1.90950245e-3 - 7.93380762e-3
+        p = p * z + 2.16153189e-2
+        p = p * z - 5.39358536e-2
+        p = p * z + 1.33331796e-1
+        p = p * z - 3.33333321e-1
+    large = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
+    return tl.where(size < 0.75, x + x * (z * p), tl.where(x < 0.0, -large, large))
 
 
 @triton.jit
