@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import ual_kernels
-from ual_kernels import CrossEntropyOptions, LinearCrossEntropyOptions, losses
+from ual_kernels import CrossEntropyOptions, LinearCrossEntropyOptions, SparseTarget, losses
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float64, torch.float32, *HALVES]
@@ -32,7 +32,7 @@ DTYPES = [torch.float64, torch.float32, *HALVES]
 
 def definition(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | SparseTarget,
     *,
     label_smoothing: float | Tensor = 0.0,
     sample_weight: Tensor | None = None,
@@ -47,28 +47,58 @@ def definition(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """H(q, softmax(z)) with explicit q, for valid arguments. It shares no code with the package."""
+    shape = input.shape[:-1]
 
     def per_token(value: float | Tensor) -> Tensor:
-        value = torch.as_tensor(value, device=target.device).to(dtype)
-        return value.reshape(value.shape + (1,) * (target.ndim - value.ndim)).expand(target.shape)
+        value = torch.as_tensor(value, device=input.device).to(dtype)
+        return value.reshape(value.shape + (1,) * (len(shape) - value.ndim)).expand(shape)
 
-    selected = target != ignore_index
+    selected = loss_tokens(target, ignore_index)
     z = input.to(dtype)[selected] * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    y, vocab = target[selected].long(), z.shape[-1]
+    vocab = z.shape[-1]
     s = per_token(label_smoothing)[selected][:, None]
     w = per_token(1.0 if sample_weight is None else sample_weight)[selected]
     c = z.new_ones(vocab) if weight is None else weight.to(dtype)
-    hit = torch.nn.functional.one_hot(y, vocab).to(dtype)
+    hit = distribution(target, selected, vocab, dtype)
     spread = torch.full_like(hit, 1 / vocab) if smoothing_over == "all" else (1 - hit) / max(vocab - 1, 1)
     q = (1 - s) * hit + s * spread
     loss = w * (-(c * q * torch.log_softmax(z, -1)).sum(-1) + z_loss * torch.logsumexp(z, -1) ** 2)
     if reduction == "none":
-        return z.new_zeros(target.shape).masked_scatter(selected, loss)
+        return z.new_zeros(shape).masked_scatter(selected, loss)
     if reduction == "sum" or not selected.any():
         return loss.sum()
-    return loss.sum() / ((w * c[y]).sum() if num_items is None else torch.as_tensor(num_items).to(dtype))
+    if num_items is not None:
+        return loss.sum() / torch.as_tensor(num_items).to(dtype)
+    # as in PyTorch, probabilities of all classes are not part of the divisor
+    return loss.sum() / (w if is_dense(target) else w * (hit * c).sum(-1)).sum()
+
+
+def is_dense(target: Tensor | SparseTarget) -> bool:
+    """Whether a target has a probability for every class."""
+    return isinstance(target, Tensor) and target.is_floating_point()
+
+
+def loss_tokens(target: Tensor | SparseTarget, ignore_index: int = -100) -> Tensor:
+    """Return which tokens are not ignored."""
+    if isinstance(target, SparseTarget):
+        return target.indices[..., 0] != ignore_index
+    return (
+        target.new_ones(target.shape[:-1], dtype=torch.bool) if is_dense(target) else target != ignore_index
+    )
+
+
+def distribution(
+    target: Tensor | SparseTarget, selected: Tensor, vocab: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Return the target of the selected tokens without smoothing, [M, V]."""
+    if isinstance(target, SparseTarget):
+        p = target.probabilities[selected].to(dtype)
+        return p.new_zeros(len(p), vocab).scatter_add(1, target.indices[selected].long(), p)
+    if is_dense(target):
+        return target[selected].to(dtype)
+    return torch.nn.functional.one_hot(target[selected].long(), vocab).to(dtype)
 
 
 # ---- the losses with the fields of options as keywords ----
@@ -78,7 +108,9 @@ LOGITS_FIELDS = tuple(field.name for field in fields(CrossEntropyOptions))
 LINEAR_FIELDS = tuple(field.name for field in fields(LinearCrossEntropyOptions))
 
 
-def cross_entropy(input: Tensor, target: Tensor, *, return_statistics: bool = False, **keywords: Any) -> Any:
+def cross_entropy(
+    input: Tensor, target: Tensor | SparseTarget, *, return_statistics: bool = False, **keywords: Any
+) -> Any:
     """`ual_kernels.cross_entropy` with the fields of its options as keywords.
 
     `return_statistics` calls `cross_entropy_with_statistics`. `smoothing_over` converts by `losses.others`.
@@ -92,7 +124,7 @@ def cross_entropy(input: Tensor, target: Tensor, *, return_statistics: bool = Fa
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Tensor | SparseTarget,
     *,
     return_statistics: bool = False,
     vocab_size: int | None = None,
@@ -179,7 +211,7 @@ def linear_case(
 
 def linear_definition(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | SparseTarget,
     *,
     linear_weight: Tensor,
     linear_bias: Tensor | None = None,
@@ -190,6 +222,43 @@ def linear_definition(
     bias = None if linear_bias is None else linear_bias.to(dtype)
     logits = torch.nn.functional.linear(input.to(dtype), linear_weight.to(dtype), bias)
     return definition(logits, target, dtype=dtype, **rest)
+
+
+def several(target: Tensor, count: int, vocab: int, dtype: torch.dtype) -> SparseTarget:
+    """Return `count` classes per token, the target first, so that the same tokens are ignored.
+
+    Every fifth token has a class several times, every fifth padding, every fifth padding beside class 0, and
+    every fifth a first class of probability 0. Probabilities have a sum of 1 in float64.
+    """
+    place = torch.arange(count, device=target.device)
+    kind = (torch.arange(target.numel(), device=target.device).reshape(target.shape) % 5)[..., None]
+    indices = torch.randint(vocab, (*target.shape, count), device=target.device)
+    indices[..., :1] = target[..., None]
+    logits = torch.randn(indices.shape, device=target.device, dtype=torch.float64) * 2
+    if count > 1:
+        again = (place % 3 == 1) & (kind == 1)
+        indices = torch.where(again, target[..., None].clamp(min=0), indices)
+        padding = (place > (count - 1) // 2) & ((kind == 2) | (kind == 3))
+        indices = indices.masked_fill(padding, 0).masked_fill((place == 1) & (kind == 3) & ~padding, 0)
+        logits = logits.masked_fill(padding | ((place == 0) & (kind == 4)), -torch.inf)
+    return SparseTarget(indices, torch.softmax(logits, -1).to(dtype))
+
+
+def with_probabilities(
+    leaves: dict[str, Tensor], target: Tensor, count: int, vocab: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Add a leaf `probabilities` [..., K], in the accumulator's dtype, and return its classes."""
+    made = several(target, count, vocab, leaves["label_smoothing"].dtype)
+    return leaves | {"probabilities": made.probabilities.requires_grad_()}, made.indices
+
+
+def of_several(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a loss with the target that a leaf `probabilities` and its classes are."""
+
+    def called(*, target: Tensor, probabilities: Tensor, **rest: Any) -> Any:
+        return loss(target=SparseTarget(target, probabilities), **rest)
+
+    return called
 
 
 ADAPTER_SCALE = 0.75
