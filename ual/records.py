@@ -41,6 +41,8 @@ class Sample:
     `uncertainty` is in the data set's units; `label_smoothing` in [0, 1] overrides the value derived from it;
     `sample_weight` >= 0 multiplies the sample's loss. `source` groups samples in tables; `place` is where the
     sample was read (``train.jsonl, line 7``); `tools` are JSON schemas of what the assistant may call.
+    `options` are the texts that the response could be, each with its probability as a target. Without a label
+    distribution, the response has probability 1 and the others 0. They are empty unless the run uses them.
     """
 
     id: str
@@ -51,6 +53,7 @@ class Sample:
     sample_weight: float = 1.0
     place: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
+    options: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def prompt(self) -> tuple[Message, ...]:

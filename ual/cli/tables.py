@@ -146,7 +146,10 @@ def preview(found: "Preview") -> RenderableType:
 
 
 def preview_sample(shown: "Shown", *, colored: bool) -> tuple[str, Text]:
-    """A sample's figures and its text; loss tokens are green, or without color between « and »."""
+    """A sample's figures and its text; loss tokens are green, or without color between « and ».
+
+    If the sample has options, their tokens and probabilities at the decision token follow the figures.
+    """
     smoothing = "unknown yet" if shown.smoothing is None else f"{shown.smoothing:.3f}"
     cut = ", cut at data.max_length" if shown.truncated else ""
     figures = (
@@ -154,6 +157,13 @@ def preview_sample(shown: "Shown", *, colored: bool) -> tuple[str, Text]:
         f"{shown.loss_tokens} of {shown.tokens} are loss tokens{cut}"
         f"[dim]  {escape(shown.sample.source)}  {escape(shown.sample.place)}[/dim]"
     )
+    if shown.decision is not None:
+        figures += f"\ndecision at token {shown.decision.position} of 0 to {shown.tokens - 1}: " + ", ".join(
+            f"{escape(repr(option.token))} {option.probability:.3f} ({escape(option.text)})"
+            for option in shown.decision.options
+        )
+        if shown.smoothing is None:
+            figures += " without smoothing"
     text = Text()
     for span in shown.spans:
         if colored:

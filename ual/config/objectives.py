@@ -17,6 +17,8 @@ class LossKind:
     """own: each sample's, from its uncertainty. uniform: one for all samples."""
     weights: Literal["optional", "required", "made"] = "optional"
     """Whether samples may bring `sample_weight`, must bring it, or the loss makes a weight for each token."""
+    distribution: bool = False
+    """Whether samples must bring `label_distribution`, which is then the target of their decision token."""
     preset: str | None = None
     """The function of `ual_kernels.losses` that makes the tokens' weights."""
     options: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
@@ -41,6 +43,10 @@ LOSS_KINDS: dict[str, LossKind] = {
     ),
     "sft": LossKind("Plain fine-tuning, without label smoothing"),
     "uniform": LossKind("Fine-tuning with the same label smoothing for every sample", smoothing="uniform"),
+    "soft_labels": LossKind(
+        "Fine-tuning on each sample's label distribution at the token where its options differ",
+        distribution=True,
+    ),
     "weighted": LossKind("Fine-tuning with the samples' own weights", weights="required"),
     "dft": LossKind(
         "Dynamic fine-tuning: each token is weighted by its probability", weights="made", preset="dft"

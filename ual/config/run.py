@@ -41,6 +41,7 @@ CONVERSATION = (
 """Columns of a sample that make its conversation."""
 COLUMNS = (
     *CONVERSATION, "system", "id", "source", "uncertainty", "label_smoothing", "sample_weight", "tools",
+    "options", "label_distribution",
 )  # fmt: skip
 """Columns of a sample that are read."""
 Files = UserPath | Annotated[list[UserPath], Field(min_length=1)]
@@ -162,7 +163,9 @@ class SmoothingConfig(Section):
     threshold: Fraction = Field(0.5, description="of u, for map: step")
     invert: bool = Field(False, description="the most certain sample gets max, the least certain min")
     match_mean: Fraction | None = None
-    over: Literal["all", "others"] = "all"
+    over: Literal["all", "others", "options"] = Field(
+        "all", description="classes over which s is spread; options: the sample's own, where they differ"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -308,6 +311,18 @@ class RunConfig(CommandConfig):
         """Return the configuration with the date that templates read, unless it has one."""
         data = self.data.model_copy(update={"date": self.data.date or date})
         return self.model_copy(update={"data": data})
+
+    @property
+    def smoothing_over(self) -> Literal["all", "others", "options"]:
+        """The classes over which the loss spreads smoothing; a loss without smoothing spreads none."""
+        return "all" if self.loss.about.smoothing == "none" else self.smoothing.over
+
+    @property
+    def decided_by(self) -> Literal["options", "label_distribution"] | None:
+        """The column of a sample's options that training samples must have."""
+        if self.loss.about.distribution:
+            return "label_distribution"
+        return "options" if self.smoothing_over == "options" else None
 
     @property
     def label(self) -> str:

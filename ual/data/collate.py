@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from ual.errors import UserError
 
 _NUMBERS = ("label_smoothing", "sample_weight")
 Average = Literal["weights", "tokens", "samples"]
-SmoothingOver = Literal["all", "others"]
+SmoothingOver = Literal["all", "others", "options"]
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,19 @@ class Collator:
         average: ``samples`` divides each sample's weight by its number of loss tokens, so that samples of any
             length count equally. Loss tokens are those of ``labels[1:]`` that are not -100. Other values keep
             the weights.
-        smoothing_over: ``others`` adds `smoothing_over` to the batch, so that a fused model spreads smoothing
-            over all classes but the target.
+        smoothing_over: ``others`` or ``options`` add `smoothing_over` to the batch, so that a fused model
+            spreads smoothing over all classes but the target, or over a sample's options.
 
     Calling it takes features with `input_ids` and `labels` (lists of int of one length), `label_smoothing`
     and `sample_weight` (floats; further keys are left out) and returns `input_ids`, `attention_mask` and
     `labels` [B, T] int64, `label_smoothing` and `sample_weight` [B] float32, and `max_loss_tokens`, the
     number of labels that are not ignored, counted on the host to avoid a device synchronization. If the
     features have `groups` (a list of K ints each), `groups` is [B, K] int64.
+
+    A feature may have a decision (`TokenizedSample.deciding`): its position, and the tokens and probabilities
+    of its options there. If some have one, or smoothing is spread over options, `option_ids` is [B, T, K]
+    int64 and `option_probabilities` [B, T, K] float32. K is the largest number of options in the batch.
+    `option_ids` is -100 beyond a token's options.
 
     Raises:
         UserError: a feature has lost its `label_smoothing` or `sample_weight`.
@@ -75,7 +81,8 @@ class Collator:
         }
         if "groups" in features[0]:
             batch["groups"] = torch.tensor([feature["groups"] for feature in features])
-        return batch | _over(self.smoothing_over)
+        placed = [(i, 0, feature) for i, feature in enumerate(features)]
+        return batch | _over(self.smoothing_over, placed, shape)
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,8 @@ class PackedCollator:
             kernels, which need a batch of one.
 
     Returns `input_ids`, `position_ids`, `labels` [B, T] int64, `label_smoothing` and `sample_weight` [B, T]
-    float32 (every token has its sample's), `max_loss_tokens`, and `groups` [B, T, K] if the features have
-    them.
+    float32 (every token has its sample's), `max_loss_tokens`, `groups` [B, T, K] if the features have them,
+    and the options of decisions as `Collator` does.
 
     Raises:
         UserError: as `Collator`.
@@ -129,7 +136,11 @@ class PackedCollator:
             name: torch.stack([sequence[name] for sequence in sequences]) for name in sequences[0]
         }
         batch["max_loss_tokens"] = int((batch["labels"] != IGNORE_INDEX).sum())
-        return batch | _over(self.smoothing_over)
+        placed = []
+        for i, pack in enumerate(packs):
+            starts = accumulate((len(sample["input_ids"]) for sample in pack), initial=0)
+            placed += [(i, start, sample) for start, sample in zip(starts, pack, strict=False)]
+        return batch | _over(self.smoothing_over, placed, (len(packs), length))
 
     def _sequence(self, samples: Sequence[Mapping[str, Any]], length: int) -> dict[str, Tensor]:
         lengths = [len(sample["input_ids"]) for sample in samples]
@@ -176,9 +187,29 @@ def _numbers(features: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
     return smoothing, weight
 
 
-def _over(smoothing_over: SmoothingOver) -> dict[str, Any]:
-    """What tells a fused model over which classes smoothing spreads; its default is all of them."""
-    return {} if smoothing_over == "all" else {"smoothing_over": smoothing_over}
+def _over(
+    smoothing_over: SmoothingOver,
+    placed: Sequence[tuple[int, int, Mapping[str, Any]]],
+    shape: tuple[int, int],
+) -> dict[str, Any]:
+    """What tells a fused model the options of decisions, and over which classes smoothing spreads.
+
+    Args:
+        smoothing_over: the model's default is all classes.
+        placed: for each feature, its sequence in the batch, and the position there of its first token.
+        shape: of the labels.
+    """
+    batch: dict[str, Any] = {} if smoothing_over == "all" else {"smoothing_over": smoothing_over}
+    decided = [(i, start + of["decision"], of) for i, start, of in placed if "decision" in of]
+    if decided or smoothing_over == "options":
+        most = max((len(of["option_ids"]) for *_, of in decided), default=1)
+        batch["option_ids"] = torch.full((*shape, most), IGNORE_INDEX, dtype=torch.int64)
+        batch["option_probabilities"] = torch.zeros((*shape, most), dtype=torch.float32)
+        for i, position, of in decided:
+            count = len(of["option_ids"])
+            batch["option_ids"][i, position, :count] = torch.tensor(of["option_ids"])
+            batch["option_probabilities"][i, position, :count] = torch.tensor(of["option_probabilities"])
+    return batch
 
 
 def _round_up(length: int, multiple: int) -> int:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ual.config.run import COLUMNS, CONVERSATION
-from ual.data.schema import FieldError, show
+from ual.data.schema import OPTIONS, FieldError, show
 from ual.errors import UserError
 
 _NUMBERS = ("uncertainty", "label_smoothing", "sample_weight")
 _LISTS = ("messages", "conversations", "history", "tools")
-_MAY_BE_EMPTY = ("system", "id", "source", "input", *_NUMBERS, "history", "tools")
+_MAY_BE_EMPTY = ("system", "id", "source", "input", *_NUMBERS, "history", "tools", *OPTIONS)
 _INTEGER = re.compile(r"-?\d{1,18}")
 _FLOAT = re.compile(r"-?\d{1,18}\.\d+(e[+-]?\d+)?")
 

@@ -19,13 +19,14 @@ from typing import Any, Literal
 
 from ual.data import delimited
 from ual.data.columns import Columns
-from ual.data.schema import FieldError, SampleRecord, check, conversation, show
+from ual.data.schema import FieldError, SampleRecord, check, conversation, options, show, with_response
 from ual.errors import UserError
 from ual.files import lines, shown
 from ual.records import Sample
 
 Format = Literal["auto", "messages", "prompt_completion", "alpaca"]
 Invalid = Literal["refuse", "drop"]
+DecidedBy = Literal["options", "label_distribution"] | None
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def load(
     columns: Mapping[str, str | None] | None = None,
     invalid: Invalid = "refuse",
     dropped: Counter[str] | None = None,
+    decided_by: DecidedBy = None,
 ) -> list[Sample]:
     """Read and validate all samples.
 
@@ -73,6 +75,9 @@ def load(
         columns: a sample's column -> a column of the file, or a template; see `ual.data.columns.Columns`.
         invalid: "drop" skips wrong samples.
         dropped: counts the samples that were skipped, by the reason.
+        decided_by: the column of options that samples must have, see `ual.data.schema.options`; None reads
+            neither `options` nor `label_distribution`. A sample without a response always has the most
+            probable text of its `label_distribution` as response.
 
     Returns:
         The samples in order. Optional columns are `id`, `source`, `uncertainty` (finite), `label_smoothing`
@@ -88,7 +93,8 @@ def load(
             assistant turn, and an assistant turn at its end.
     """
     names = expand(path_or_name)
-    how = _How(names, format, split, columns or {}, _Faults(names, invalid, dropped), {}, {})
+    faults = _Faults(names, invalid, dropped)
+    how = _How(names, format, split, columns or {}, faults, {}, {}, decided_by=decided_by)
     return [sample for _, sample in _read(how)]
 
 
@@ -100,6 +106,7 @@ def stream(
     columns: Mapping[str, str | None] | None = None,
     invalid: Invalid = "refuse",
     dropped: Counter[str] | None = None,
+    decided_by: DecidedBy = None,
 ) -> Iterator[tuple[Mapping[str, Any], Sample]]:
     """Yield every sample as it is written and as it is validated, in order.
 
@@ -113,8 +120,9 @@ def stream(
     """
     names = expand(path_or_name)
     faults = _Faults(names, invalid, dropped, most=1)
-    how = _How(names, format, split, columns or {}, faults, _OnDisk(), _OnDisk(), streaming=True)
-    return _read(how)
+    return _read(
+        _How(names, format, split, columns or {}, faults, _OnDisk(), _OnDisk(), True, decided_by=decided_by)
+    )
 
 
 def expand(path_or_name: str | Sequence[str]) -> list[str]:
@@ -335,6 +343,7 @@ class _How:
     places: _Strings
     copies: _Strings
     streaming: bool = False
+    decided_by: DecidedBy = None
     forms: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -348,15 +357,16 @@ def _read(how: _How) -> Iterator[tuple[Mapping[str, Any], Sample]]:
         for where, raw in _written(name, how.split, streaming=how.streaming):
             try:
                 row = columns(_mapping(raw))
+                complete = with_response(row)
                 if name not in how.forms:
                     try:
                         how.faults.form, how.forms[name] = _detect(
-                            row, how.format, columns.of_conversation, f"{name}, {where}"
+                            complete, how.format, columns.of_conversation, f"{name}, {where}"
                         )
                     except UserError as error:
                         undetected = undetected or error
                         raise FieldError("", "no columns to make a conversation of") from error
-                sample = _sample(row, how.forms[name], how.copies, f"{name}, {where}")
+                sample = _sample(complete, how.forms[name], how, f"{name}, {where}")
                 if earlier := how.places.get(sample.id):
                     said = f"{sample.id!r} is already the id of {earlier.removeprefix(f'{name}, ')}"
                     raise FieldError("id", said, reason="it is the id of an earlier sample")
@@ -416,7 +426,7 @@ def _detect(
     )
 
 
-def _sample(row: Mapping[str, Any], columns: tuple[str, ...], copies: _Strings, place: str) -> Sample:
+def _sample(row: Mapping[str, Any], columns: tuple[str, ...], how: _How, place: str) -> Sample:
     messages = conversation(row, columns)
     given = check(SampleRecord, row)
     tools = tuple(given.tools)
@@ -426,7 +436,7 @@ def _sample(row: Mapping[str, Any], columns: tuple[str, ...], copies: _Strings, 
             [m.role, m.content, *m.tool_calls, *filter(None, [m.reasoning_content])] for m in messages
         ]
         digest = hashlib.sha256(json.dumps([*said, tools] if tools else said).encode()).hexdigest()[:16]
-        copies[digest] = count = (copies.get(digest) or 0) + 1
+        how.copies[digest] = count = (how.copies.get(digest) or 0) + 1
         id = digest if count == 1 else f"{digest}-{count}"
     return Sample(
         id=id,
@@ -437,4 +447,5 @@ def _sample(row: Mapping[str, Any], columns: tuple[str, ...], copies: _Strings, 
         sample_weight=1.0 if given.sample_weight is None else given.sample_weight,
         place=place,
         tools=tools,
+        options=options(row, messages[-1], how.decided_by, smoothed=given.label_smoothing != 0),
     )

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ual.data import markers, template
+from ual.data import decision, markers, template
+from ual.data.decision import Rendering, Token
 from ual.data.markers import Markers
 from ual.data.remedies import remedies
 from ual.data.template import ChatTemplate, RefusalError, Span
@@ -45,17 +46,34 @@ _QUESTION = Message("user", "question")
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSample:
-    """A rendered sample: `labels` are `input_ids`, with -100 for all tokens but the assistant's."""
+    """A rendered sample: `labels` are `input_ids`, with -100 for all tokens but the assistant's.
+
+    `decision` is the position of the token at which options differ, -1 without options. `option_ids` are the
+    options' tokens there.
+    """
 
     id: str
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     truncated: bool = False
+    decision: int = -1
+    option_ids: tuple[int, ...] = ()
 
     @property
     def loss_tokens(self) -> int:
         """The number of tokens with a loss. The first token is not predicted, so it never has one."""
         return int(np.count_nonzero(self.labels[1:] != IGNORE_INDEX))
+
+    def deciding(self, options: Mapping[str, float]) -> dict[str, Any]:
+        """Return the decision as collators take it, with the options' probabilities; empty without one."""
+        if self.decision < 0:
+            return {}
+        probabilities = list(options.values())
+        return {
+            "decision": self.decision,
+            "option_ids": self.option_ids,
+            "option_probabilities": probabilities,
+        }
 
 
 class Renderer:
@@ -80,7 +98,7 @@ class Renderer:
         max_length: the most tokens of a sample; None for min(context, 2048).
         context_length: of the model, in tokens; None for the tokenizer's, if it has one.
         overlong: ``refuse``; ``truncate`` to the first `max_length` tokens, without EOS, or drop the sample
-            if none of them is the assistant's; or ``drop``.
+            if none of them is the assistant's, or if its decision is not among them; or ``drop``.
         system_prompt: the system turn of conversations that have none.
         train_on: ``all`` assistant turns, or only the ``last`` one.
 
@@ -150,7 +168,10 @@ class Renderer:
             "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
             "stop": sorted(self._markers.stop_ids),
             "options": [self.max_length, self._overlong, self._system_prompt, self.train_on],
-            "code": [Path(f).read_text("utf-8") for f in (__file__, markers.__file__, template.__file__)],
+            "code": [
+                Path(f).read_text("utf-8")
+                for f in (__file__, decision.__file__, markers.__file__, template.__file__)
+            ],
             "versions": [importlib.metadata.version(p) for p in ("transformers", "tokenizers")],
         }
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
@@ -160,23 +181,40 @@ class Renderer:
 
         Raises:
             UserError: the template refuses the conversation, does not show a part of it or exactly which
-                characters are the assistant's; or the sample is too long, and `overlong` is "refuse".
+                characters are the assistant's; the sample is too long, and `overlong` is "refuse"; or its
+                options have no decision (`ual.data.decision.find`).
         """
-        whole = self._with_system(sample)
-        try:
-            tokens = self._tokens(*self.turns(whole))
-        except RefusalError as refused:
-            raise self._error(refused, whole) from refused
+        rendered = self._rendered(sample)
+        tokens, decided = rendered.tokens, decision.Decision(-1, ())
+        if len(sample.options) > 1:
+            each = {
+                option: rendered if option == sample.response else self._rendered(_saying(sample, option))
+                for option in sample.options
+            }
+            decided = decision.find(each, sample.place)
         return self._fit(
             sample,
             TokenizedSample(
                 id=sample.id,
-                input_ids=np.array([token for token, _ in tokens], dtype=np.int32),
+                input_ids=np.array([token.id for token in tokens], dtype=np.int32),
                 labels=np.array(
-                    [token if trained else IGNORE_INDEX for token, trained in tokens], dtype=np.int32
+                    [token.id if token.trained else IGNORE_INDEX for token in tokens], dtype=np.int32
                 ),
+                decision=decided.position,
+                option_ids=decided.ids,
             ),
         )
+
+    def _rendered(self, sample: Sample) -> Rendering:
+        whole = self._with_system(sample)
+        try:
+            text, spans = self.turns(whole)
+            if sample.options and not text.endswith(self._closing):
+                raise RefusalError("ends this response otherwise than that of a short conversation")
+            end = len(text.removesuffix(self._closing).rstrip())
+            return Rendering(self._tokens(text, spans), end)
+        except RefusalError as refused:
+            raise self._error(refused, whole) from refused
 
     def render_prompt(self, sample: Sample) -> str:
         """Return the text before the final response, with its generation prompt.
@@ -211,8 +249,8 @@ class Renderer:
             )
         if self._overlong == "truncate":
             ids, labels = (tokens[: self.max_length] for tokens in (tokenized.input_ids, tokenized.labels))
-            cut = TokenizedSample(tokenized.id, ids, labels, truncated=True)
-            if cut.loss_tokens:
+            cut = replace(tokenized, input_ids=ids, labels=labels, truncated=True)
+            if cut.loss_tokens and cut.decision < len(ids):
                 self.counts["truncated"] += 1
                 return cut
         self.counts["dropped"] += 1
@@ -225,8 +263,8 @@ class Renderer:
             remedy=", or ".join(remedies(self, sample)) or "change or remove the sample",
         )
 
-    def _tokens(self, text: str, spans: Sequence[Span]) -> list[tuple[int, bool]]:
-        """Return every token, and whether it is trained. The last one stops generation."""
+    def _tokens(self, text: str, spans: Sequence[Span]) -> list[Token]:
+        """Return every token. The last one stops generation."""
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
         trained = [_belongs(text, offset, spans) for offset in offsets]
@@ -243,8 +281,9 @@ class Renderer:
             stop = kept[-1]
         if ids[stop] in stops:
             trained[stop] = True
-            return list(zip(ids[: stop + 1], trained, strict=False))
-        return [(ids[i], trained[i]) for i in kept] + [(self.tokenizer.eos_token_id, True)]
+            return [Token(ids[i], trained[i], offsets[i][0]) for i in range(stop + 1)]
+        tokens = [Token(ids[i], trained[i], offsets[i][0]) for i in kept]
+        return [*tokens, Token(self.tokenizer.eos_token_id, True, len(text))]
 
     def _text(self, sample: Sample, count: int) -> str:
         """Return the text of the first messages."""
@@ -382,6 +421,11 @@ class Renderer:
                 f"{self.template.place} does not show the assistant's text",
                 remedy="set data.chat_template to a template that renders the assistant's turns",
             )
+
+
+def _saying(sample: Sample, text: str) -> Sample:
+    """Return the sample with another text as its response."""
+    return replace(sample, messages=(*sample.prompt, replace(sample.messages[-1], content=text)))
 
 
 def _common(first: str, second: str) -> int:

@@ -1,10 +1,12 @@
 """What a training sample, and a question with its answers, look like in a file."""
 
 import json
+import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +24,9 @@ _MAX = sys.float_info.max
 _UNSUPPORTED = ("function_call",)  # of messages
 _SELECTS = ("weight", "train", "training", "loss")  # whether a turn is trained, in exports of several tools
 _MEDIA = ("images", "videos", "audios")
+OPTIONS = ("options", "label_distribution")
+_RESPONSES = {"prompt": "completion", "question": "answer", "instruction": "output"}
+_SUM_ERROR = 1e-3  # of probabilities, as in `ual_kernels.SparseTarget`
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same field
 
 
@@ -93,6 +98,39 @@ def _objects(value: Any) -> Any:
         raise ValueError("expected a list of objects, or its JSON")
     json.dumps(value, ensure_ascii=False, default=str).encode()  # half of a surrogate pair raises
     return _without_nulls(value)
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _texts(value: Any) -> Any:
+    value = _from_json(value)
+    if not isinstance(value, list) or not value or not all(isinstance(t, str) and t.strip() for t in value):
+        raise ValueError("expected a list of texts that are not empty, or its JSON")
+    if twice := [text for text, count in Counter(value).items() if count > 1]:
+        raise ValueError(f"an option is there twice: {show(twice[0])}")
+    return value
+
+
+def _distribution(value: Any) -> Any:
+    value = _from_json(value)
+    if not isinstance(value, Mapping):
+        raise ValueError('expected {"text": probability, ...}, or its JSON')
+    value = _without_nulls(value)
+    _texts(list(value))
+    for text, p in value.items():
+        if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= _MAX:
+            raise ValueError(f"a probability is not a number >= 0: {show({text: p})}")
+    total = math.fsum(value.values())
+    if abs(total - 1) > _SUM_ERROR:
+        raise ValueError(f"the probabilities must add up to 1, got {total:g} as the sum of {show(value)}")
+    return {text: p / total for text, p in value.items()}
 
 
 def _without_nulls(value: Any) -> Any:
@@ -169,6 +207,18 @@ class SampleRecord(BaseModel):
     label_smoothing: Annotated[float, _number(" in [0, 1]", 0, 1)] | None = None
     sample_weight: Annotated[float, _number(" >= 0", 0)] | None = None
     tools: Objects = []
+
+
+class OptionsRecord(BaseModel):
+    """The texts that a response could be."""
+
+    options: Annotated[list[Text], BeforeValidator(_texts)] | None = None
+
+
+class DistributionRecord(BaseModel):
+    """The texts that a response could be, and their probabilities, which add up to 1."""
+
+    label_distribution: Annotated[dict[Text, float], BeforeValidator(_distribution)] | None = None
 
 
 class AlpacaRecord(BaseModel):
@@ -341,6 +391,66 @@ def conversation(written: Mapping[str, Any], columns: Sequence[str]) -> tuple[Me
     if "user" not in roles[: roles.index("assistant")]:
         raise FieldError(first, "the conversation needs a user turn before its first assistant turn")
     return tuple(said)
+
+
+def with_response(written: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the sample; if it has a prompt and no response, with the most probable text as its response.
+
+    Raises:
+        FieldError: the label distribution is wrong.
+    """
+    if written.get("label_distribution") is not None and not (
+        written.get("messages") or written.get("conversations")
+    ):
+        for prompt, response in _RESPONSES.items():
+            if written.get(prompt) is not None and written.get(response) is None:
+                found = check(DistributionRecord, written).label_distribution or {}
+                return {**written, response: max(found, key=found.__getitem__)}
+    return written
+
+
+def options(
+    written: Mapping[str, Any],
+    response: Message,
+    wanted: Literal["options", "label_distribution"] | None,
+    *,
+    smoothed: bool,
+) -> dict[str, float]:
+    """Return the texts that a response could be, with their probabilities as the target.
+
+    Args:
+        written: the sample as it is written.
+        response: its last message.
+        wanted: the column that the loss uses. None returns nothing. A sample without `options` has those of
+            its `label_distribution`.
+        smoothed: whether the sample may have a smoothing above 0, so that it needs options.
+
+    Raises:
+        FieldError: the column is missing or wrong, or the response is none of its texts.
+    """
+    if wanted is None:
+        return {}
+    texts = check(OptionsRecord, written).options if wanted == "options" else None
+    column = "options" if texts else "label_distribution"
+    found = dict.fromkeys(texts or (), 0.0) or check(DistributionRecord, written).label_distribution
+    if found is None and wanted == "label_distribution":
+        raise FieldError(
+            wanted, 'is missing, and loss soft_labels needs it; {"response": 1} is a plain label'
+        )
+    if found is None or (wanted == "options" and len(found) < 2):
+        if smoothed:
+            lacks = "is missing" if found is None else "has one text only"
+            said = f"{lacks}, and smoothing.over is options; a sample with label_smoothing 0 needs none"
+            raise FieldError(column if found else wanted, said)
+        return {}
+    if response.tool_calls:
+        raise FieldError(column, "the response has tool calls, and an option is a text")
+    if response.content not in found:
+        said = f"the response is none of them, got {show(list(found))} and the response "
+        raise FieldError(column, said + show(response.content))
+    if wanted == "options":
+        return {text: float(text == response.content) for text in found}
+    return found
 
 
 def _with_system(given: Any, said: list[Message]) -> list[Message]:

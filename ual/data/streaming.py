@@ -102,6 +102,7 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
                 "label_smoothing": float(self._smoothing[i]),
                 "sample_weight": sample.sample_weight,
                 "groups": self._groups.of_samples[i].tolist(),
+                **rendered.deciding(sample.options),
             }
         if count != len(self._smoothing):
             found = "more" if count > len(self._smoothing) else "fewer"

@@ -18,7 +18,7 @@ from ual.records import Sample
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 2  # of the files; part of the key
+_FORMAT = 3  # of the files; part of the key
 _DROPPED = TokenizedSample("", np.empty(0, np.int32), np.empty(0, np.int32))  # ids are not empty
 _BATCH = 1000  # samples in memory while a file is written
 _LARGEST = 8 << 30  # bytes; beyond them the files that were not used for longest are removed
@@ -32,9 +32,9 @@ def tokenize(
 ) -> dict[str, TokenizedSample]:
     """Render all samples, or map the file that an earlier call wrote for the same samples and renderer.
 
-    The file's name is a hash of every sample's id, messages and tools, and of `renderer.fingerprint`.
-    Smoothings and weights do not change tokens, so they are not hashed. Processes that need the same file
-    wait until one of them has written it.
+    The file's name is a hash of every sample's id, messages, tools and options, and of
+    `renderer.fingerprint`. Smoothings, weights and probabilities do not change tokens, so they are not hashed.
+    Processes that need the same file wait until one of them has written it.
 
     Args:
         samples: with distinct ids.
@@ -104,11 +104,11 @@ def _write(path: Path, rendered: Iterator[TokenizedSample]) -> None:
 
     tokens = pa.list_(pa.int32())
     types = {"id": pa.string(), "input_ids": tokens, "labels": tokens, "truncated": pa.bool_()}
-    schema = pa.schema(types | {"checksum": pa.uint32()})
+    types |= {"decision": pa.int32(), "option_ids": tokens, "checksum": pa.uint32()}
     with (
         aside(path) as scratch,
         pa.OSFile(str(scratch), "wb") as file,
-        pa.ipc.new_stream(file, schema) as out,
+        pa.ipc.new_stream(file, schema := pa.schema(types)) as out,
     ):
         while rows := [asdict(t) | {"checksum": _checksum(t)} for t in islice(rendered, _BATCH)]:
             out.write_batch(pa.RecordBatch.from_pylist(rows, schema))
@@ -121,9 +121,10 @@ def _read(path: Path, count: int) -> dict[str, TokenizedSample]:
     found: list[TokenizedSample] = []
     checksums: list[int] = []
     for batch in pa.ipc.open_stream(pa.memory_map(str(path))):
-        ids, input_ids, labels, truncated, checksum = batch.columns
+        ids, input_ids, labels, truncated, decision, option_ids, checksum = batch.columns
         tokens = [np.split(c.values.to_numpy(), c.offsets.to_numpy()[1:-1]) for c in (input_ids, labels)]
-        found += map(TokenizedSample, ids.to_pylist(), *tokens, truncated.to_pylist())
+        decisions = decision.to_pylist(), map(tuple, option_ids.to_pylist())
+        found += map(TokenizedSample, ids.to_pylist(), *tokens, truncated.to_pylist(), *decisions)
         checksums += checksum.to_pylist()
     if len(found) != count or list(map(_checksum, found)) != checksums:
         raise ValueError("it is damaged")
@@ -131,12 +132,14 @@ def _read(path: Path, count: int) -> dict[str, TokenizedSample]:
 
 
 def _checksum(rendered: TokenizedSample) -> int:
-    return zlib.crc32(rendered.labels.data, zlib.crc32(rendered.input_ids.data))
+    of_options = zlib.crc32(np.array([rendered.decision, *rendered.option_ids]).data)
+    return zlib.crc32(rendered.labels.data, zlib.crc32(rendered.input_ids.data, of_options))
 
 
 def _key(samples: Sequence[Sample], renderer: Renderer) -> str:
     digest = hashlib.sha256(f"{_FORMAT} {renderer.fingerprint}".encode())
     for sample in samples:
         chat = [message.as_dict() for message in sample.messages]
-        digest.update(json.dumps([sample.id, chat, sample.tools]).encode() + b"\n")
+        written = [sample.id, chat, sample.tools, list(sample.options)]
+        digest.update(json.dumps(written).encode() + b"\n")
     return digest.hexdigest()

@@ -84,7 +84,7 @@ def read(config: RunConfig) -> Read:
     data = config.data
     apart = _each_turn if data.train_on == "each" else iter
     dropped = Counter[str]()
-    train = [] if data.streaming else load(data.train, split=data.train_split, **_how(data, dropped))
+    train = [] if data.streaming else load(data.train, split=data.train_split, **_decided(config, dropped))
     if data.eval is not None:
         of_held_out = Counter[str]()
         held_out = load(data.eval, split=data.eval_split, **_how(data, of_held_out))
@@ -118,7 +118,8 @@ def streamed_samples(config: RunConfig, dropped: Counter[str] | None = None) -> 
         UserError: a sample is wrong.
     """
     data, dropped = config.data, Counter() if dropped is None else dropped
-    found = (sample for _, sample in stream(data.train, split=data.train_split, **_how(data, dropped)))
+    how = _decided(config, dropped)
+    found = (sample for _, sample in stream(data.train, split=data.train_split, **how))
     return each_turn(found) if data.train_on == "each" else found
 
 
@@ -137,6 +138,11 @@ def first(config: RunConfig, count: int) -> Read:
 
 def _how(data: DataConfig, dropped: Counter[str]) -> dict[str, Any]:
     return {"format": data.format, "columns": data.columns, "invalid": data.invalid, "dropped": dropped}
+
+
+def _decided(config: RunConfig, dropped: Counter[str]) -> dict[str, Any]:
+    """Return how training samples are read; held-out samples need no options."""
+    return _how(config.data, dropped) | {"decided_by": config.decided_by}
 
 
 def _named(dropped: Counter[str]) -> dict[str, int]:
@@ -215,6 +221,7 @@ def in_memory(
             label_smoothing=s.label_smoothing,
             sample_weight=s.sample_weight,
             groups=of_sample,
+            **tokens[s.sample.id].deciding(s.sample.options),
         )
         for s, of_sample in zip(scored, groups.of_samples.tolist(), strict=True)
     ]

@@ -23,13 +23,21 @@ from ual.errors import UserError
 from ual.models import head as heads
 from ual.models import probe
 from ual.models.attach import Attached, attach, detach, foreign_forward
-from ual.models.loss import LossForm, TokenLoss, column, shifted
+from ual.models.loss import LossForm, TokenLoss, column, options, shifted
 from ual_kernels import IGNORE_INDEX, Backend, TokenStatistics
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _COLUMNS = ("label_smoothing", "sample_weight")
-_ADDED = (*_COLUMNS, "smoothing_over", "num_items_in_batch", "max_loss_tokens", "return_statistics")
+_OPTIONS = ("option_ids", "option_probabilities")
+_ADDED = (
+    *_COLUMNS,
+    "smoothing_over",
+    *_OPTIONS,
+    "num_items_in_batch",
+    "max_loss_tokens",
+    "return_statistics",
+)
 _MISNOMERS = {  # whole names: vision models take interp_weights
     "label_smoothing": r".*smooth.*",
     "sample_weight": r"(per_)?((loss|class|label|sample|token)s?_)*weight(s|ing)?",
@@ -84,7 +92,12 @@ def fuse(
     - label_smoothing, sample_weight: a number, or a tensor, array or list, [B] or [B, T]. The value at [b, t]
       belongs to ``labels[b, t]`` and is shifted with it (to ``shift_labels[b, t]`` if those are given).
       Integers are numbers; None is 0 (smoothing) or 1 (weight).
-    - smoothing_over: "all" classes, or "others": all but the target (`ual_kernels.losses.others`).
+    - smoothing_over: "all" classes, "others": all but the target (`ual_kernels.losses.others`), or "options":
+      those that `option_ids` names. Tokens without options are then not smoothed.
+    - option_ids: integers [B, T, K]. Those at [b, t] are classes that could stand in place of
+      ``labels[b, t]``, with -100 after them; shifted with the labels.
+    - option_probabilities: [B, T, K], the target's probabilities of `option_ids`, which add up to 1 where a
+      token has options. Without them, the target is the label, which must be among its options.
     - shift_labels: labels that are shifted already, as sequence parallelism needs.
     - ignore_index: the label of ignored tokens, -100 by default.
     - num_items_in_batch: the divisor, in place of the sum of weights.
@@ -255,6 +268,8 @@ class _FusedCausalLM(Attached):
         label_smoothing: Any = None,
         sample_weight: Any = None,
         smoothing_over: str = "all",
+        option_ids: Any = None,
+        option_probabilities: Any = None,
         ignore_index: int = IGNORE_INDEX,
         num_items_in_batch: int | Tensor | None = None,
         max_loss_tokens: int | None = None,
@@ -269,11 +284,14 @@ class _FusedCausalLM(Attached):
         asked = [name for name, value in columns.items() if value is not None]
         given = labels if shift_labels is None else shift_labels
         if given is None:
-            _check_unlabeled(self, [*asked, *(["return_statistics"] if return_statistics else [])])
+            late = dict(zip(_OPTIONS, (option_ids, option_probabilities), strict=True))
+            late["return_statistics"] = return_statistics or None
+            _check_unlabeled(self, [*asked, *(name for name, value in late.items() if value is not None)])
             if return_dict is not None:
                 kwargs["return_dict"] = return_dict
             return _without_loss(super().forward(*args, **kwargs))
-        _check_labeled(self, asked, given, ignore_index, smoothing_over)
+        _check_labeled(self, asked, given, ignore_index)
+        _check_over(smoothing_over, label_smoothing, option_ids)
 
         settings = self._settings
         logits = not (return_statistics or self.training or torch.is_grad_enabled())
@@ -282,11 +300,14 @@ class _FusedCausalLM(Attached):
             name = "labels" if shift_labels is None else "shift_labels"
             raise ValueError(f"{name} must have shape {list(hidden.shape[:-1])}, got {list(given.shape)}")
         shift = shift_labels is None and settings.form.shifts_labels
+        ids, probabilities = options(option_ids, option_probabilities, given, shift=shift)
         loss = TokenLoss(
             targets=shifted(given, ignore_index) if shift else given,
             form=settings.form,
             **{name: column(name, value, given, shift=shift) for name, value in columns.items()},
             smoothing_over=smoothing_over,
+            option_ids=ids,
+            option_probabilities=probabilities,
             ignore_index=ignore_index,
             num_items=num_items_in_batch,
             max_loss_tokens=max_loss_tokens,
@@ -398,15 +419,22 @@ def _without_loss(outputs: Any) -> Any:
     return outputs
 
 
-def _check_labeled(
-    model: Any, asked: list[str], labels: Tensor, ignore_index: int, smoothing_over: str
-) -> None:
+def _check_over(smoothing_over: str, smoothing: Any, option_ids: Any) -> None:
+    if smoothing_over not in ("all", "others", "options"):
+        raise ValueError(f'smoothing_over must be "all", "others" or "options", got {smoothing_over!r}')
+    if smoothing_over == "options" and option_ids is None:
+        raise ValueError('smoothing_over="options" needs option_ids, the classes of each token\'s options')
+    if smoothing_over == "options" and callable(smoothing):
+        raise ValueError('smoothing_over="options" takes label_smoothing as numbers, not as a function')
+    if smoothing_over == "others" and option_ids is not None:
+        raise ValueError('smoothing_over="others" needs one target per token, so option_ids must be None')
+
+
+def _check_labeled(model: Any, asked: list[str], labels: Tensor, ignore_index: int) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be an integer tensor [B, T], got {type(labels).__name__}")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
-    if smoothing_over not in ("all", "others"):
-        raise ValueError(f'smoothing_over must be "all" or "others", got {smoothing_over!r}')
     missing = [name for name in model._settings.require if name not in asked]
     if missing and _is_training(model):
         raise UserError(

@@ -13,6 +13,7 @@ from ual_kernels import (
     IGNORE_INDEX,
     Backend,
     LinearCrossEntropyOptions,
+    SparseTarget,
     linear_cross_entropy,
     linear_cross_entropy_with_statistics,
     losses,
@@ -39,7 +40,10 @@ class TokenLoss:
         targets: [B, T] the class of each position, or `ignore_index`.
         label_smoothing, sample_weight: numbers, or tensors [B] or [B, T] that match `targets`, or functions
             of the statistics; None is 0 and 1.
-        smoothing_over: "all" or "others".
+        smoothing_over: "all", "others" or "options".
+        option_ids: [B, T, K] the classes over which the target of a position is spread, and negative numbers
+            after them. A position without any has its class as target.
+        option_probabilities: [B, T, K] the target; None is 1 for the class of the position.
         form: how the model computes logits.
         others: as in `ual_kernels.linear_cross_entropy`.
     """
@@ -49,6 +53,8 @@ class TokenLoss:
     label_smoothing: Any = None
     sample_weight: Any = None
     smoothing_over: str = "all"
+    option_ids: Tensor | None = None
+    option_probabilities: Tensor | None = None
     ignore_index: int = IGNORE_INDEX
     num_items: int | Tensor | None = None
     max_loss_tokens: int | None = None
@@ -59,9 +65,16 @@ class TokenLoss:
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None) -> HeadLoss:
         """Compute it, with every tensor on the device of `hidden` (`device_map` spreads a model)."""
         device, num_items = hidden.device, self.num_items
+        targets: Tensor | SparseTarget = self.targets.to(device)
         smoothing = 0.0 if self.label_smoothing is None else _on(device, self.label_smoothing)
         if self.smoothing_over == "others":
             smoothing = losses.others(smoothing, len(weight))  # a DTensor's length counts all ranks' classes
+        if self.option_ids is not None:
+            spread = 0.0
+            if self.smoothing_over == "options":
+                spread, smoothing = smoothing, 0.0
+            options = _on(device, self.option_ids), _on(device, self.option_probabilities)
+            targets = decided(self.targets.to(device), *options, spread, self.ignore_index)
         group = None
         if isinstance(weight, DTensor):  # tensor parallelism: this rank computes its rows of the head
             group = weight.device_mesh.get_group()
@@ -79,10 +92,37 @@ class TokenLoss:
             "options": LinearCrossEntropyOptions(max_loss_tokens=self.max_loss_tokens, process_group=group),
             "backend": self.backend,
         }
-        targets = self.targets.to(device)
         if self.statistics:
             return HeadLoss(*linear_cross_entropy_with_statistics(hidden, weight, targets, **arguments))
         return HeadLoss(linear_cross_entropy(hidden, weight, targets, **arguments), None)
+
+
+def decided(
+    labels: Tensor,
+    option_ids: Tensor,
+    option_probabilities: Tensor | None,
+    smoothing: float | Tensor,
+    ignore_index: int,
+) -> SparseTarget:
+    """Return [B, T, K] targets: the options of positions that have some, and the label of all others.
+
+    Args:
+        labels: [B, T].
+        option_ids, option_probabilities: as in `TokenLoss`.
+        smoothing: a number, [B] or [B, T]; the share of the target that is spread evenly over the options.
+        ignore_index: of labels.
+    """
+    given = option_ids >= 0
+    p = given * (option_ids == labels[..., None] if option_probabilities is None else option_probabilities)
+    if isinstance(smoothing, Tensor):
+        smoothing = smoothing.reshape(*smoothing.shape, *[1] * (option_ids.ndim - smoothing.ndim))
+    p = (1 - smoothing) * p + smoothing * given / given.sum(-1, keepdim=True).clamp(min=1)
+    first = torch.zeros_like(given)
+    first[..., 0] = True
+    alone = first & ~given.any(-1, keepdim=True)
+    ignored = first & (labels == ignore_index)[..., None]
+    indices = torch.where(alone | ignored, labels[..., None], option_ids * given)
+    return SparseTarget(indices, torch.where(alone, 1.0, p))
 
 
 def shifted(labels: Tensor, ignore_index: int) -> Tensor:
@@ -128,6 +168,40 @@ def column(name: str, value: Any, labels: Tensor, *, shift: bool) -> Any:
     if shift and value.ndim == labels.ndim:
         return nn.functional.pad(value[..., 1:], (0, 1))
     return value
+
+
+def options(
+    option_ids: Any, option_probabilities: Any, labels: Tensor, *, shift: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the options of a batch's tokens as the loss takes them.
+
+    Args:
+        option_ids, option_probabilities: None, or tensors, arrays or lists [B, T, K], as in `TokenLoss`.
+        labels: [B, T].
+        shift: whether they are moved one position to the left, as the labels are.
+
+    Raises:
+        ValueError: there are probabilities without options, a shape is wrong, or the ids are no integers.
+    """
+    if option_ids is None:
+        if option_probabilities is not None:
+            raise ValueError("option_probabilities needs option_ids, the classes that they belong to")
+        return None, None
+    ids = torch.as_tensor(option_ids)
+    if ids.is_floating_point() or ids.ndim != labels.ndim + 1 or ids.shape[:-1] != labels.shape:
+        expected = f"integers [{', '.join(map(str, labels.shape))}, K]"
+        raise ValueError(f"option_ids must be {expected}, got {ids.dtype} {list(ids.shape)}")
+    found = [ids]
+    if option_probabilities is not None:
+        p = torch.as_tensor(option_probabilities)
+        if p.shape != ids.shape:
+            raise ValueError(
+                f"option_probabilities must have shape {list(ids.shape)} like option_ids, got {list(p.shape)}"
+            )
+        found.append(p if p.is_floating_point() else p.to(torch.float32))
+    if shift:
+        found = [nn.functional.pad(of[..., 1:, :], (0, 0, 0, 1), value=-1) for of in found]
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def _on(device: torch.device, value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from ual.config.run import RunConfig
-from ual.data import TokenizedSample, pack, training_set
+from ual.data import TokenizedSample, decision, pack, training_set
 from ual.data.render import IGNORE_INDEX
 from ual.pipelines import samples
 from ual.records import Elicited, Sample, Scored
@@ -38,14 +38,36 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Option:
+    """A text that the response could be, its token at the decision, and its probability as the target."""
+
+    text: str
+    token: str
+    token_id: int
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The token at which a sample's options differ: its position among the tokens, from 0."""
+
+    position: int
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Shown:
-    """A sample as it is trained; `smoothing` is None if a model has yet to be asked."""
+    """A sample as it is trained; `smoothing` is None if a model has yet to be asked.
+
+    The decision's probabilities are then those without smoothing.
+    """
 
     sample: Sample
     spans: tuple[Span, ...]
     smoothing: float | None
     weight: float
     truncated: bool
+    decision: Decision | None = None
 
     @property
     def tokens(self) -> int:
@@ -248,6 +270,19 @@ def _show(sample: Sample, rendered: samples.Rendered, scored: Scored | None) -> 
         smoothing=None if scored is None else scored.label_smoothing,
         weight=sample.sample_weight,
         truncated=tokens.truncated,
+        decision=None if tokens.decision < 0 else _decision(sample, rendered, scored),
+    )
+
+
+def _decision(sample: Sample, rendered: samples.Rendered, scored: Scored | None) -> Decision:
+    tokens, smoothing = rendered.tokens[sample.id], 0.0 if scored is None else scored.label_smoothing
+    target = decision.spread(sample.options, smoothing, rendered.config.smoothing_over)
+    return Decision(
+        tokens.decision,
+        tuple(
+            Option(text, rendered.tokenizer.decode([token]), token, p)
+            for (text, p), token in zip(target.items(), tokens.option_ids, strict=True)
+        ),
     )
 
 

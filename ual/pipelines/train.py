@@ -14,7 +14,7 @@ import transformers
 from rich.console import Console
 
 from ual.config.run import RunConfig
-from ual.data import Collator, PackedCollator, training_set
+from ual.data import Collator, PackedCollator, decision, training_set
 from ual.data.training_set import Scores, TrainingSet
 from ual.errors import UserError
 from ual.evaluate import Evaluation, SampleEvaluation, evaluate
@@ -312,7 +312,7 @@ def _load(
 
 
 def _collator(config: RunConfig, pad_token_id: int, model: Any) -> Collator | PackedCollator:
-    options: dict[str, Any] = {"average": config.loss.average, "smoothing_over": config.smoothing.over}
+    options: dict[str, Any] = {"average": config.loss.average, "smoothing_over": config.smoothing_over}
     if not config.data.packing:
         return Collator(pad_token_id, **options)
     return PackedCollator(pad_token_id, padding_free=is_padding_free(model), **options)
@@ -505,7 +505,9 @@ def _weights(config: RunConfig) -> str:
 
 
 def _described(rendered: Rendered, training: TrainingSet) -> Iterator[dict[str, Any]]:
+    over = rendered.config.smoothing_over
     for s in training.shown:
+        target = decision.spread(s.sample.options, s.label_smoothing, over)
         yield {
             "id": s.sample.id,
             "source": s.sample.source,
@@ -516,7 +518,7 @@ def _described(rendered: Rendered, training: TrainingSet) -> Iterator[dict[str, 
             "response_tokens": training.loss_tokens[s.sample.id],
             "prompt": rendered.renderer.render_prompt(s.sample)[:_TEXT_SHOWN],
             "response": s.sample.response[:_TEXT_SHOWN],
-        }
+        } | ({"options": target} if target else {})
 
 
 def _environment(

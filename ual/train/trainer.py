@@ -19,7 +19,7 @@ from ual.train.objective import PLAIN, Objective
 from ual_kernels import IGNORE_INDEX
 
 _IDS = "sample_ids"
-_PER_SAMPLE = ("label_smoothing", "sample_weight")
+_EXACT = ("label_smoothing", "sample_weight", "option_probabilities")
 
 
 class UALTrainer(CheckpointingTrainer):
@@ -114,8 +114,8 @@ class UALTrainer(CheckpointingTrainer):
         return [name for ids in guilty or [ids for ids, _ in self._window] for name in ids]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Keep smoothing and weight in float32: transformers casts floating inputs to DeepSpeed's dtype."""
-        exact = {name: inputs[name].to(self.args.device) for name in _PER_SAMPLE if name in inputs}
+        """Keep these columns in float32: transformers casts floating inputs to DeepSpeed's dtype."""
+        exact = {name: inputs[name].to(self.args.device) for name in _EXACT if name in inputs}
         return {**super()._prepare_inputs(inputs), **exact}
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
