@@ -158,12 +158,12 @@ def preview_sample(shown: "Shown", *, colored: bool) -> tuple[str, Text]:
         f"[dim]  {escape(shown.sample.source)}  {escape(shown.sample.place)}[/dim]"
     )
     if shown.decision is not None:
-        figures += f"\ndecision at token {shown.decision.position} of 0 to {shown.tokens - 1}: " + ", ".join(
-            f"{escape(repr(option.token))} {option.probability:.3f} ({escape(option.text)})"
+        target = ", ".join(
+            escape(f'"{option.text}" {option.probability:.3f} by {option.token!r}')
             for option in shown.decision.options
         )
-        if shown.smoothing is None:
-            figures += " without smoothing"
+        unknown = " without smoothing" if shown.smoothing is None else ""
+        figures += f"\ndecision at token {shown.decision.position}{unknown}: {target}"
     text = Text()
     for span in shown.spans:
         if colored:

@@ -318,11 +318,15 @@ class RunConfig(CommandConfig):
         return "all" if self.loss.about.smoothing == "none" else self.smoothing.over
 
     @property
+    def over_options(self) -> bool:
+        return self.smoothing_over == "options"
+
+    @property
     def decided_by(self) -> Literal["options", "label_distribution"] | None:
         """The column of a sample's options that training samples must have."""
         if self.loss.about.distribution:
             return "label_distribution"
-        return "options" if self.smoothing_over == "options" else None
+        return "options" if self.over_options else None
 
     @property
     def label(self) -> str:

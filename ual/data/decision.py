@@ -1,8 +1,8 @@
 """The decision token of a sample: the first one at which its options differ.
 
-Each option is rendered and tokenized as the response of the sample, with the chat template and the merges across
-the start of the response that training has. The tokens before the decision are equal for all options. At the
-decision, each option has a token of its own.
+Each option is rendered and tokenized as the response of the sample, with the chat template and the merges
+across the start of the response that training has. The tokens before the decision are equal for all options.
+At the decision, each option has a token of its own.
 """
 
 import itertools

@@ -33,8 +33,8 @@ def tokenize(
     """Render all samples, or map the file that an earlier call wrote for the same samples and renderer.
 
     The file's name is a hash of every sample's id, messages, tools and options, and of
-    `renderer.fingerprint`. Smoothings, weights and probabilities do not change tokens, so they are not hashed.
-    Processes that need the same file wait until one of them has written it.
+    `renderer.fingerprint`. Smoothings, weights and probabilities do not change tokens, so they are not
+    hashed. Processes that need the same file wait until one of them has written it.
 
     Args:
         samples: with distinct ids.

@@ -91,6 +91,7 @@ def read(config: RunConfig) -> Read:
         dropped.update({f"held out, {reason}": count for reason, count in of_held_out.items()})
     else:
         train, held_out = hold_out(train, data.eval_fraction) if data.eval_fraction else (train, [])
+    held_out = [replace(sample, options={}) for sample in held_out]  # measured by their responses
     overlap = Overlap(held_out if data.eval is not None else [])
     for sample in train:
         overlap.add(sample)

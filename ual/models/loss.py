@@ -113,7 +113,9 @@ def decided(
         ignore_index: of labels.
     """
     given = option_ids >= 0
-    p = given * (option_ids == labels[..., None] if option_probabilities is None else option_probabilities)
+    p = (option_ids == labels[..., None]).to(torch.float32)
+    if option_probabilities is not None:
+        p = torch.where(given, option_probabilities, 0.0)
     if isinstance(smoothing, Tensor):
         smoothing = smoothing.reshape(*smoothing.shape, *[1] * (option_ids.ndim - smoothing.ndim))
     p = (1 - smoothing) * p + smoothing * given / given.sum(-1, keepdim=True).clamp(min=1)
@@ -191,17 +193,17 @@ def options(
     if ids.is_floating_point() or ids.ndim != labels.ndim + 1 or ids.shape[:-1] != labels.shape:
         expected = f"integers [{', '.join(map(str, labels.shape))}, K]"
         raise ValueError(f"option_ids must be {expected}, got {ids.dtype} {list(ids.shape)}")
-    found = [ids]
-    if option_probabilities is not None:
-        p = torch.as_tensor(option_probabilities)
-        if p.shape != ids.shape:
-            raise ValueError(
-                f"option_probabilities must have shape {list(ids.shape)} like option_ids, got {list(p.shape)}"
-            )
-        found.append(p if p.is_floating_point() else p.to(torch.float32))
+    p = None if option_probabilities is None else torch.as_tensor(option_probabilities)
+    if p is not None and p.shape != ids.shape:
+        raise ValueError(
+            f"option_probabilities must have shape {list(ids.shape)} like option_ids, got {list(p.shape)}"
+        )
+    if p is not None and not p.is_floating_point():
+        p = p.to(torch.float32)
     if shift:
-        found = [nn.functional.pad(of[..., 1:, :], (0, 0, 0, 1), value=-1) for of in found]
-    return found[0], found[1] if len(found) > 1 else None
+        ids = nn.functional.pad(ids[..., 1:, :], (0, 0, 0, 1), value=-1)
+        p = None if p is None else nn.functional.pad(p[..., 1:, :], (0, 0, 0, 1))
+    return ids, p
 
 
 def _on(device: torch.device, value: Any) -> Any:

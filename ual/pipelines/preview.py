@@ -277,10 +277,12 @@ def _show(sample: Sample, rendered: samples.Rendered, scored: Scored | None) -> 
 def _decision(sample: Sample, rendered: samples.Rendered, scored: Scored | None) -> Decision:
     tokens, smoothing = rendered.tokens[sample.id], 0.0 if scored is None else scored.label_smoothing
     target = decision.spread(sample.options, smoothing, rendered.config.smoothing_over)
+    before = tokens.input_ids[: tokens.decision].tolist()
+    start = len(_text(rendered.tokenizer, before))
     return Decision(
         tokens.decision,
         tuple(
-            Option(text, rendered.tokenizer.decode([token]), token, p)
+            Option(text, _text(rendered.tokenizer, [*before, token])[start:], token, p)
             for (text, p), token in zip(target.items(), tokens.option_ids, strict=True)
         ),
     )
@@ -292,10 +294,14 @@ def _spans(tokens: TokenizedSample, tokenizer: Any) -> Iterator[Span]:
     trained = [False, *(bool(label != IGNORE_INDEX) for label in tokens.labels[1:])]
     for i in range(1, len(trained) + 1):
         if i == len(trained) or trained[i] != trained[start]:
-            # decoded from the beginning, since some tokenizers strip the first space
-            text = tokenizer.decode(tokens.input_ids[:i], clean_up_tokenization_spaces=False)
+            text = _text(tokenizer, tokens.input_ids[:i])
             yield Span(text[shown:], i - start, trained[start])
             start, shown = i, len(text)
+
+
+def _text(tokenizer: Any, ids: Any) -> str:
+    """Return the text of tokens, which some tokenizers strip of a first space: begin with the first token."""
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def _existing(path: Path) -> Path:

@@ -46,6 +46,8 @@ def _training(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     mean, own = metrics["mean_smoothing"], metrics.get("own_smoothing") or 0
     smoothing = f"label smoothing {mean:.3f} on average" if mean else "without label smoothing"
+    if mean and config.over_options:
+        smoothing += ", spread over each sample's options at the token where they differ"
     yield f"- loss `{config.loss.kind}`, {smoothing}"
     if own:
         yield f"- {own:,} samples with a label smoothing of their own"

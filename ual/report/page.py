@@ -21,6 +21,7 @@ from ual.runs.read import Row, Run, number, read, section, text
 
 _TAIL = 3  # samples shown from each end of the uncertainties
 _TEXT_SHOWN = 700  # characters of a prompt or response on a page
+_OPTIONS_SHOWN = 8  # of a sample
 
 
 def write(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
@@ -108,8 +109,9 @@ def _subtitle(runs: Sequence[Run]) -> str:
     if kind is None:
         return "A training run"
     smoothing = number(run.metrics, "mean_smoothing")
+    over = ", spread over each sample's options" * (run.config is not None and run.config.over_options)
     if kind.smoothing == "uniform" and smoothing is not None:
-        return f"{kind.sentence}, {smoothing:g}"
+        return f"{kind.sentence}, {smoothing:g}{over}"
     if kind.smoothing != "own" or run.config is None:
         return kind.sentence
     own = int(number(run.metrics, "own_smoothing") or 0)
@@ -118,15 +120,15 @@ def _subtitle(runs: Sequence[Run]) -> str:
     chosen = run.config.smoothing
     if run.is_constant:
         source = column if all_own else f"smoothing.map: {chosen.map}"
-        return f"{LOSS_KINDS['uniform'].sentence}, {smoothing or 0:g} ({source})"
+        return f"{LOSS_KINDS['uniform'].sentence}, {smoothing or 0:g} ({source}){over}"
     if all_own:
-        return f"Fine-tuning with {column}"
+        return f"Fine-tuning with {column}{over}"
     some_own = f"; {own:,} samples have a label_smoothing of their own" if own else ""
     matched = "" if chosen.match_mean is None else f", scaled to a mean of {chosen.match_mean:g}"
     estimator = {"white_box": "the base model's own NLL", "column": "a column of the data"}
     return (
         f"{kind.sentence}. Uncertainty from {estimator[run.config.uncertainty.estimator]}, "
-        f"{chosen.sentence}{matched}{some_own}"
+        f"{chosen.sentence}{matched}{over}{some_own}"
     )
 
 
@@ -182,6 +184,8 @@ def _example(run: Run, row: Row) -> dict[str, Any]:
         "weight w": "sample_weight",
     }
     values = [(name, number(sample, key)) for name, key in shown.items()]
+    options = section(sample, "options")
+    values += [(f"p({option[:40]})", number(options, option)) for option in [*options][:_OPTIONS_SHOWN]]
     prompt, response = text(sample, "prompt").strip(), text(sample, "response").strip()
     if len(prompt) > _TEXT_SHOWN:
         prompt = f"[{len(prompt) - _TEXT_SHOWN:,} characters before] …" + prompt[-_TEXT_SHOWN:]
