@@ -79,7 +79,7 @@ def build(head: str, dtype: torch.dtype, **options: Any) -> nn.Module:
 
 
 def samples(accumulation: int) -> list[dict[str, Any]]:
-    """Return samples for all steps, with several lengths, smoothings and weights."""
+    """Return samples of several lengths, smoothings and weights for all steps, with 2 to 4 options or none."""
     generator = torch.Generator().manual_seed(3)
     made = []
     for i in range(RANKS * SAMPLES * accumulation * STEPS):
@@ -90,6 +90,10 @@ def samples(accumulation: int) -> list[dict[str, Any]]:
             {"id": f"sample {i}", "input_ids": ids, "labels": labels, "label_smoothing": smoothing}
             | {"sample_weight": weight}
         )
+        if i % 4:
+            options = tuple((ids[3] + j) % VOCAB for j in range(1 + i % 4))
+            p = [0.7, *[0.3 / (i % 4)] * (i % 4)]
+            made[-1] |= {"decision": 3, "option_ids": options, "option_probabilities": p}
     return made
 
 
