@@ -79,7 +79,7 @@ def build(head: str, dtype: torch.dtype, **options: Any) -> nn.Module:
 
 
 def samples(accumulation: int) -> list[dict[str, Any]]:
-    """Return samples of several lengths, smoothings and weights for all steps, with 2 to 4 options or none."""
+    """Return samples for all steps, with several lengths, smoothings and weights, and up to 4 options."""
     generator = torch.Generator().manual_seed(3)
     made = []
     for i in range(RANKS * SAMPLES * accumulation * STEPS):
