@@ -29,6 +29,7 @@ from ual.errors import UserError
 from ual.models import fuse
 from ual.pipelines import samples
 from ual.pipelines.preview import preview
+from ual.pipelines.train import run
 from ual.records import Message, Sample
 
 LABELS = {"e": "entailment", "n": "neutral", "c": "contradiction"}
@@ -357,7 +358,7 @@ class TestRefusals:
             with pytest.raises(UserError, match=re.escape(said)) as caught:
                 Renderer(chat, chat_template=template).render(asked(options, response))
             assert caught.value.place == "rows.jsonl, line 3"
-            assert "each begins with a token of its own" in (caught.value.remedy or "")
+            assert "all of them differ at one token" in (caught.value.remedy or "")
 
     @pytest.mark.kills("ual/data/decision.py", "if not token.trained:", "if False:")
     def test_a_decision_in_the_prompt(self, chat: Any, tmp_path: Path) -> None:
@@ -380,6 +381,29 @@ class TestRefusals:
         renderer = Renderer(chat, chat_template=str(tmp_path / "stripping.jinja"))
         with pytest.raises(UserError, match='the options "yes" and "yes " are rendered to the same tokens'):
             renderer.render(asked(["yes", "yes "]))
+
+    @pytest.mark.kills("ual/pipelines/samples.py", "UNDECIDED: undecided, overlong: -undecided", "")
+    @pytest.mark.kills(
+        "ual/data/tokenize.py", "sum(row.decision == _UNDECIDED.decision for row in read)", "0"
+    )
+    def test_they_are_dropped_if_wrong_samples_are(self, tmp_path: Path, tiny: Path) -> None:
+        """And counted, also if the tokens are those of the cache."""
+        rows = [row(id=str(i), options=["yes", ["no", "yes, but"][i == 2]], uncertainty=i) for i in range(5)]
+        rows.append({"prompt": "word " * 99, "completion": "a", "options": ["a", "b"], "uncertainty": 1})
+        data = {"invalid": "drop", "overlong": "drop"}
+        config = configure(
+            tmp_path, tiny, rows, uncertainty="column", smoothing={"over": "options"}, data=data
+        )
+        for _ in range(2):
+            found = preview(load_config(config), count=9, cache=tmp_path / "cache")
+            assert found.dropped == {
+                "options without a decision token (data.invalid: drop)": 1,
+                "longer than 192 tokens (data.overlong: drop)": 1,
+            }
+            assert [shown.sample.id for shown in found.shown] == ["0", "1", "3", "4"]
+            assert (found.count, found.trained) == (6, 4)
+        metrics = run(load_config(config, ["training.max_steps=1"])).metrics
+        assert metrics["not_trained"] == found.dropped
 
     def test_the_command_shows_them(self, tmp_path: Path, stories: Path) -> None:
         rows = [row(options=["yes", "yes, but"], uncertainty=i) for i in range(3)]

@@ -12,6 +12,10 @@ from typing import NamedTuple
 from ual.errors import UserError
 
 
+class UndecidedError(UserError):
+    """The options of a sample have no decision token."""
+
+
 class Token(NamedTuple):
     """A token of a rendered sample, whether it is trained, and where its characters start."""
 
@@ -42,7 +46,7 @@ def find(renderings: Mapping[str, Rendering], place: str = "") -> Decision:
         place: of the sample, for errors.
 
     Raises:
-        UserError: two options share the token at the first position where options differ; an option ends
+        UndecidedError: two options share the token at the first position where options differ; an option ends
             there, because it is a prefix of another; or the token there is not trained.
     """
     columns = itertools.zip_longest(*(rendering.tokens for rendering in renderings.values()))
@@ -75,12 +79,12 @@ def _named(options: Sequence[str]) -> str:
     return f"the options {', '.join(before)} and {last}"
 
 
-def _refused(problem: str, place: str) -> UserError:
-    return UserError(
+def _refused(problem: str, place: str) -> UndecidedError:
+    return UndecidedError(
         problem,
         place=place,
-        remedy="write the options so that each begins with a token of its own, such as (A), (B) and (C), or "
-        "remove the sample",
+        remedy="write the options so that all of them differ at one token, as (A), (B) and (C) do, or remove "
+        'the sample, or set data.invalid to "drop"',
     )
 
 

@@ -101,13 +101,15 @@ class Renderer:
             if none of them is the assistant's, or if its decision is not among them; or ``drop``.
         system_prompt: the system turn of conversations that have none.
         train_on: ``all`` assistant turns, or only the ``last`` one.
+        undecided: ``refuse`` or ``drop`` a sample whose options have no decision token.
 
     Attributes:
         max_length: the limit in use.
         template: the chat template in use.
         opening: the generation prompt of a short conversation.
         fingerprint: a hash of everything but the conversation that decides its tokens.
-        counts: the number of samples that were "rendered" (completely), "truncated" and "dropped" so far.
+        counts: the number of samples that were "rendered" (completely), "truncated", "dropped" for their
+            length, and "undecided" and therefore dropped, so far.
 
     Raises:
         UserError: the tokenizer has no offsets, no EOS or no template; the template is unknown or broken, or
@@ -127,6 +129,7 @@ class Renderer:
         overlong: Literal["refuse", "truncate", "drop"] = "refuse",
         system_prompt: str | None = None,
         train_on: Literal["all", "last"] = "all",
+        undecided: Literal["refuse", "drop"] = "refuse",
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
@@ -148,6 +151,7 @@ class Renderer:
         self._overlong = overlong
         self._system_prompt = system_prompt
         self.train_on = train_on
+        self._undecided = undecided
         self.counts: Counter[str] = Counter()
         self._probe()
 
@@ -167,7 +171,13 @@ class Renderer:
         made_by = self.template.made_by | {
             "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
             "stop": sorted(self._markers.stop_ids),
-            "options": [self.max_length, self._overlong, self._system_prompt, self.train_on],
+            "options": [
+                self.max_length,
+                self._overlong,
+                self._system_prompt,
+                self.train_on,
+                self._undecided,
+            ],
             "code": [
                 Path(f).read_text("utf-8")
                 for f in (__file__, decision.__file__, markers.__file__, template.__file__)
@@ -177,7 +187,7 @@ class Renderer:
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
     def render(self, sample: Sample) -> TokenizedSample | None:
-        """Return the sample's tokens and labels, or None if it is dropped for its length.
+        """Return the sample's tokens and labels, or None if it is dropped.
 
         Raises:
             UserError: the template refuses the conversation, does not show a part of it or exactly which
@@ -191,7 +201,13 @@ class Renderer:
                 option: rendered if option == sample.response else self._rendered(_saying(sample, option))
                 for option in sample.options
             }
-            decided = decision.find(each, sample.place)
+            try:
+                decided = decision.find(each, sample.place)
+            except decision.UndecidedError:
+                if self._undecided == "refuse":
+                    raise
+                self.counts["undecided"] += 1
+                return None
         return self._fit(
             sample,
             TokenizedSample(

@@ -4,9 +4,9 @@ import hashlib
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 
 _FORMAT = 3  # of the files; part of the key
 _DROPPED = TokenizedSample("", np.empty(0, np.int32), np.empty(0, np.int32))  # ids are not empty
+_UNDECIDED = replace(_DROPPED, decision=-2)
 _BATCH = 1000  # samples in memory while a file is written
 _LARGEST = 8 << 30  # bytes; beyond them the files that were not used for longest are removed
 
@@ -56,7 +57,11 @@ def tokenize(
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         _log.warning("tokenized samples are not cached: %s", error)
         renderer.counts = before
-    return {rendered.id: rendered for rendered in _render(samples, renderer, advance) if rendered.id}
+    return _by_id(_render(samples, renderer, advance))
+
+
+def _by_id(rendered: Iterable[TokenizedSample]) -> dict[str, TokenizedSample]:
+    return {of.id: of for of in rendered if of.id}
 
 
 def _cached(
@@ -68,7 +73,7 @@ def _cached(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         try:
-            found = _read(path, len(samples))
+            read = _read(path, len(samples))
             path.touch()
         except Exception as error:  # Arrow has several classes for a damaged file
             if path.exists():
@@ -76,12 +81,15 @@ def _cached(
             for left in folder.glob(f".{path.name}.*.partial"):  # of processes that were killed
                 left.unlink()
             _write(path, _render(samples, renderer, advance))
-            found = _read(path, len(samples))
+            found = _by_id(_read(path, len(samples)))
         else:
+            found = _by_id(read)
             _log.info("%d tokenized samples from %s", len(found), path)
             truncated = sum(rendered.truncated for rendered in found.values())
-            dropped = len(samples) - len(found)
-            renderer.counts.update(rendered=len(found) - truncated, truncated=truncated, dropped=dropped)
+            undecided = sum(row.decision == _UNDECIDED.decision for row in read)
+            dropped = len(samples) - len(found) - undecided
+            renderer.counts.update(rendered=len(found) - truncated, truncated=truncated)
+            renderer.counts.update(dropped=dropped, undecided=undecided)
             advance(len(samples))
     with suppress(FileNotFoundError):  # another process may remove it at the same time
         files = sorted(folder.glob("*.arrow"), key=lambda file: file.stat().st_mtime)
@@ -94,7 +102,9 @@ def _render(
     samples: Sequence[Sample], renderer: Renderer, advance: Callable[[int], None]
 ) -> Iterator[TokenizedSample]:
     for sample in samples:
-        yield renderer.render(sample) or _DROPPED
+        before = renderer.counts["undecided"]
+        rendered = renderer.render(sample)
+        yield rendered or (_DROPPED if renderer.counts["undecided"] == before else _UNDECIDED)
         advance(1)
 
 
@@ -114,7 +124,7 @@ def _write(path: Path, rendered: Iterator[TokenizedSample]) -> None:
             out.write_batch(pa.RecordBatch.from_pylist(rows, schema))
 
 
-def _read(path: Path, count: int) -> dict[str, TokenizedSample]:
+def _read(path: Path, count: int) -> list[TokenizedSample]:
     """Map a file of `count` samples, and return views of its tokens."""
     import pyarrow as pa
 
@@ -128,7 +138,7 @@ def _read(path: Path, count: int) -> dict[str, TokenizedSample]:
         checksums += checksum.to_pylist()
     if len(found) != count or list(map(_checksum, found)) != checksums:
         raise ValueError("it is damaged")
-    return {rendered.id: rendered for rendered in found if rendered.id}
+    return found
 
 
 def _checksum(rendered: TokenizedSample) -> int:

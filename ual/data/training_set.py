@@ -198,6 +198,7 @@ def renderer(
         overlong=data.overlong,
         system_prompt=data.system_prompt,
         train_on="last" if data.train_on == "each" else data.train_on,
+        undecided=data.invalid,
     )
 
 

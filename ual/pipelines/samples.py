@@ -20,6 +20,8 @@ from ual.uncertainty.estimators import column
 
 log = logging.getLogger(__name__)
 
+UNDECIDED = "options without a decision token (data.invalid: drop)"
+
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
@@ -100,6 +102,8 @@ def not_trained(rendered: Rendered, kept: set[str]) -> dict[str, int]:
     if config.data.overlong == "drop":
         overlong = f"longer than {limit} tokens (data.overlong: drop)"
     dropped = Counter(rendered.read.dropped)
+    if undecided := rendered.renderer.counts["undecided"]:
+        dropped.update({UNDECIDED: undecided, overlong: -undecided})
     for sample in rendered.read.train:
         if sample.id not in rendered.tokens:
             dropped[overlong] += 1
@@ -107,7 +111,7 @@ def not_trained(rendered: Rendered, kept: set[str]) -> dict[str, int]:
             dropped["no uncertainty (uncertainty.missing: drop)"] += 1
         elif sample.sample_weight == 0:
             dropped["sample_weight 0: read, never trained"] += 1
-    return dict(dropped)
+    return {reason: count for reason, count in dropped.items() if count}
 
 
 def check_left(config: RunConfig, left: Sequence[Sample]) -> None:

@@ -201,6 +201,8 @@ def _render(config: RunConfig, trust_remote_code: bool, progress: Progress, cach
             f"{counts['dropped']} samples dropped and {counts['truncated']} truncated at "
             f"{rendered.renderer.max_length} tokens (data.overlong: {config.data.overlong})"
         )
+    if counts["undecided"]:
+        progress.say(f"{counts['undecided']} samples dropped: {samples.UNDECIDED}")
     samples.check_left(config, rendered.train)
     return rendered
 
