@@ -13,6 +13,7 @@ import hypothesis
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from hypothesis import strategies as st
 from pyarrow import parquet
 from torch import Tensor
@@ -21,7 +22,8 @@ from typer.testing import CliRunner
 
 from tests.ual.runs import configure, history, write_rows
 from ual.cli import main as cli
-from ual.config.run import RunConfig
+from ual.cli import tables
+from ual.config.run import RunConfig, parse
 from ual.config.run import load as load_config
 from ual.data import Collator, PackedCollator, Renderer, load, stream, tokenize, training_set
 from ual.data.decision import spread
@@ -696,6 +698,32 @@ def test_the_preview_shows_the_decision(shared: Path, stories: Path, tmp_path: P
     )
     waiting = ual("preview", config, "-n", 1, "loss=ual", *overrides[1:2], "uncertainty=white_box")
     assert f"decision at token {position} without smoothing: " in waiting.stdout
+
+
+def test_the_documented_example(
+    shared: Path, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configuration of docs/data.md, and the line that it prints."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    section = page.split("\n## Options\n")[1].split("\n## ")[0]
+    [configured, printed] = re.findall(r"```\w*\n(.*?)```", section, flags=re.DOTALL)
+    raw = yaml.safe_load(configured) | {"model": str(smollm2), "output_dir": str(tmp_path / "run")}
+    train = str(shared / "data" / raw["data"]["train"])
+    raw["data"] |= {"train": train, "eval_fraction": 0, "streaming": True, "overlong": "drop"}
+    raw["training"] = {"max_steps": 1}
+    monkeypatch.setattr("ual.pipelines.preview.STREAMED", 20)
+    shown = preview(parse(raw), count=20).shown
+    figures, _ = tables.preview_sample(shown[1], colored=False)
+    assert figures.splitlines()[1] == printed.strip()
+    for loss in ("ual", "uniform"):
+        smoothed = parse(raw | {"loss": loss, "smoothing": {"over": "options"}})
+        for sample in preview(smoothed, count=20).shown:
+            assert sample.decision is not None
+            assert sample.smoothing is not None
+            p = {option.text: option.probability for option in sample.decision.options}
+            right = sample.sample.response
+            assert p.pop(right) == pytest.approx(1 - sample.smoothing * 2 / 3)
+            assert list(p.values()) == pytest.approx([sample.smoothing / 3] * 2)
 
 
 def test_a_target_is_spread_as_documented() -> None:
