@@ -54,7 +54,7 @@ def subtract_at(out: Tensor, column: Tensor, values: Tensor) -> None:
 
 
 def add_selected(out: Tensor, factor: Tensor, matrix: Tensor, label: Tensor) -> None:
-    """Compute out [M, D] += sum over k of factor_k matrix[label_k], for factor and label [M, K], matrix [V, D].
+    """Compute out [M, D] += sum over k of factor [M, K] times matrix [V, D] at labels [M, K].
 
     No [M, K, D] is allocated.
     """
