@@ -7,6 +7,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ual_kernels import SparseTarget
+
 IGNORED = -100
 LORA_RANK, LORA_SCALE = 16, 2.0
 
@@ -24,6 +26,7 @@ class Case(NamedTuple):
     reduction: str = "mean"
     upstream: Tensor | None = None  # [N] float32, for reduction="none"
     lora: Adapter | None = None  # added to the head
+    soft: SparseTarget | None = None  # [N, K], with `target` as its first class; replaces `target`
 
     def differentiable(self) -> dict[str, Tensor]:
         """Return the inputs that require a gradient, by the name of the gradient."""
@@ -59,12 +62,15 @@ def exact(case: Case) -> Exact:
     share = selected.double()
     if case.weight is not None:
         share = torch.where(selected, case.weight.double(), 0.0)
+    p = torch.ones_like(y, dtype=e.dtype)
+    if case.soft is not None:
+        y, p = torch.where(selected[:, None], case.soft.indices, 0), case.soft.probabilities.double()
     log_p = torch.log_softmax(e if effective is None else e @ effective.T, -1)
-    losses = (-(1 - s) * log_p.gather(1, y).squeeze(1) - s * log_p.mean(1)) * share
+    losses = (-(1 - s) * (p * log_p.gather(1, y)).sum(1) - s * log_p.mean(1)) * share
     upstream = share / share.sum() if case.upstream is None else share * case.upstream.double()
     vocab = log_p.shape[1]
     dz = log_p.exp_().sub_((s / vocab)[:, None])
-    dz.scatter_add_(1, y, (s - 1)[:, None]).mul_(upstream[:, None])
+    dz.scatter_add_(1, y, (s - 1)[:, None] * p).mul_(upstream[:, None])
     loss = losses.sum() / share.sum()
     if effective is None:
         return Exact(losses, loss, {"dz": dz})
@@ -84,6 +90,7 @@ class Setting:
     smoothed: bool = True
     weighted: bool = False  # with reduction="none" and an upstream gradient per token
     ignored: float = 0.0  # share of the tokens
+    classes: int = 0  # of a SparseTarget; 0 is a class index
 
     @property
     def products(self) -> int:
@@ -92,6 +99,7 @@ class Setting:
 
 
 FROZEN = Setting("frozen")
+SOFT = Setting("soft-targets", classes=20)
 SETTINGS = (
     FROZEN,
     Setting("none+weights", weighted=True),
@@ -100,6 +108,8 @@ SETTINGS = (
     Setting("no-smoothing", smoothed=False),
     Setting("half-ignored", ignored=0.5),
     Setting("most-ignored", ignored=0.8),
+    SOFT,
+    Setting("soft-targets-trainable", trainable=True, classes=20),
 )
 
 
@@ -139,6 +149,11 @@ class Problem:
         target[: int(n * setting.ignored)] = IGNORED  # prompts come first
         smoothing = torch.rand(n, device=device, generator=g) * 0.2 if setting.smoothed else 0.0
         case = Case(hidden, None, target, smoothing)
+        if setting.classes:
+            indices = torch.randint(self.vocab, (n, setting.classes), device=device, generator=g)
+            indices[:, 0] = target
+            logits = torch.empty(indices.shape, device=device).normal_(std=2, generator=g)
+            case = case._replace(soft=SparseTarget(indices, logits.softmax(1)))
         if not setting.weighted:
             return case
         weight = torch.rand(n, device=device, generator=g) + 0.5

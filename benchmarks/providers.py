@@ -54,6 +54,7 @@ class Provider:
     weights: bool = False  # supports a weight per token
     per_token: bool = True  # supports reduction="none"
     adapters: bool = False  # supports a LoRA head; for other providers the adapter is merged in each step
+    soft: bool = False  # supports targets of several classes
     ours: str = ""  # the precision, "high" or "fast", of a loss of this project
     needs_gpu: bool = False
     overwrites: bool = False  # overwrites its input
@@ -89,8 +90,10 @@ class Provider:
         """Return the case that this provider supports and that is closest to `case`.
 
         Raises:
-            MissingError: it lacks reduction="none".
+            MissingError: it lacks reduction="none", or targets of several classes.
         """
+        if case.soft is not None and not self.soft:
+            raise MissingError("no support for targets of several classes")
         if case.reduction == "none" and not self.per_token:
             raise MissingError('no support for reduction="none"')
         weight = case.weight if self.weights else None
@@ -110,9 +113,16 @@ def reduced(losses: Tensor, c: Case) -> Tensor:
 
 
 def naive(c: Case) -> Tensor:
-    """Smoothing per token without fusion: logits in the model's dtype, log_softmax in float32, autograd."""
+    """Smoothing per token without fusion: logits in the model's dtype, log_softmax in float32, autograd.
+
+    A target of several classes is made dense.
+    """
     log_p = torch.log_softmax(_logits(c).float(), -1)
-    nll = -log_p.gather(1, torch.where(c.target != IGNORED, c.target, 0)[:, None]).squeeze(1)
+    if c.soft is not None:
+        indices = torch.where(c.target[:, None] != IGNORED, c.soft.indices, 0)
+        nll = -(torch.zeros_like(log_p).scatter_add_(1, indices, c.soft.probabilities) * log_p).sum(1)
+    else:
+        nll = -log_p.gather(1, torch.where(c.target != IGNORED, c.target, 0)[:, None]).squeeze(1)
     return reduced((1 - c.smoothing) * nll - c.smoothing * log_p.mean(1), c)
 
 
@@ -165,8 +175,8 @@ def _unsloth_logits() -> Loss:
 def _ours_logits(inplace: bool) -> Callable[[], Loss]:
     def loss(c: Case) -> Tensor:
         return cross_entropy(
-            c.hidden, c.target, label_smoothing=c.smoothing, sample_weight=c.weight, reduction=c.reduction,
-            options=CrossEntropyOptions(inplace_backward=inplace),
+            c.hidden, c.soft or c.target, label_smoothing=c.smoothing, sample_weight=c.weight,
+            reduction=c.reduction, options=CrossEntropyOptions(inplace_backward=inplace),
             backend="triton" if torch.cuda.is_available() else "torch",
         )  # fmt: skip
 
@@ -185,7 +195,7 @@ def _ours(precision: str, variant: str = "") -> Callable[[], Loss]:
             if variant:
                 kernels.VARIANT = variant  # not reset: backward may call the kernels again
             return linear_cross_entropy(
-                c.hidden, c.head, c.target, linear_lora=c.lora, label_smoothing=c.smoothing,
+                c.hidden, c.head, c.soft or c.target, linear_lora=c.lora, label_smoothing=c.smoothing,
                 sample_weight=c.weight, reduction=c.reduction,
                 options=LinearCrossEntropyOptions(precision=precision),
                 backend="triton" if variant else "torch",
@@ -263,9 +273,25 @@ def composed(build: Callable[[], Loss]) -> Callable[[], Loss]:
 
 HIGH, FAST = "high", "fast"
 PROVIDERS = (
-    Provider("ours", Solves.PER_TOKEN, _ours(HIGH), "ual-kernels", weights=True, adapters=True, ours=HIGH),
     Provider(
-        "ours, fast", Solves.PER_TOKEN, _ours(FAST), "ual-kernels", weights=True, adapters=True, ours=FAST
+        "ours",
+        Solves.PER_TOKEN,
+        _ours(HIGH),
+        "ual-kernels",
+        weights=True,
+        adapters=True,
+        soft=True,
+        ours=HIGH,
+    ),
+    Provider(
+        "ours, fast",
+        Solves.PER_TOKEN,
+        _ours(FAST),
+        "ual-kernels",
+        weights=True,
+        adapters=True,
+        soft=True,
+        ours=FAST,
     ),
     Provider(
         "ours, triton fused",
@@ -274,6 +300,7 @@ PROVIDERS = (
         "triton",
         weights=True,
         adapters=True,
+        soft=True,
         ours=HIGH,
     ),
     Provider(
@@ -283,10 +310,13 @@ PROVIDERS = (
         "triton",
         weights=True,
         adapters=True,
+        soft=True,
         ours=HIGH,
     ),
-    Provider("naive", Solves.PER_TOKEN, lambda: naive, weights=True),
-    Provider("naive, torch.compile", Solves.PER_TOKEN, _naive_compiled, weights=True, compiles=True),
+    Provider("naive", Solves.PER_TOKEN, lambda: naive, weights=True, soft=True),
+    Provider(
+        "naive, torch.compile", Solves.PER_TOKEN, _naive_compiled, weights=True, soft=True, compiles=True
+    ),
     Provider("torch chunked + rank one", Solves.PER_TOKEN, composed(_torch_chunked), weights=True),
     Provider("liger + rank one", Solves.PER_TOKEN, composed(_liger_fused), "liger-kernel", weights=True),
     Provider(

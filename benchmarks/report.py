@@ -129,9 +129,15 @@ def _timed(rows: list[Row], limit: str, rate: Callable[[Row], str], error: str) 
             (name, r["solves"], _ms(r), cell(spread(r), ".0%"),
              cell(r.get(f"of_{limit}"), ".2f"), cell(r.get("of_ours"), ".2f"), rate(r) if numbers else "-",
              "-" if memory is None else f"{memory / _MIB:.0f}", error_cell(r.get("errors", {}).get(error)),
-             failure(r) or r.get("note", ""))
+             failure(r) or _note(r))
         )  # fmt: skip
     return "\n\n".join([machine.table(header, lines), *_skipped(rows)])
+
+
+def _note(row: Row) -> str:
+    one_class = row.get("of_one_class")
+    notes = [row.get("note", ""), one_class and f"{one_class:.2f} x the time with class indices"]
+    return "; ".join(filter(None, notes))
 
 
 def _skipped(rows: list[Row]) -> list[str]:

@@ -23,8 +23,8 @@ from tests.kernels.cases import linear_definition
 
 @pytest.mark.kills(
     "benchmarks/problems.py",
-    "dz.scatter_add_(1, y, (s - 1)[:, None])",
-    "dz.scatter_add_(1, y, -torch.ones_like(s)[:, None])",
+    "dz.scatter_add_(1, y, (s - 1)[:, None] * p)",
+    "dz.scatter_add_(1, y, -torch.ones_like(s)[:, None] * p)",
 )
 @pytest.mark.kills(
     "benchmarks/problems.py", '"dA": scale * (b.T @ gradients["dC"])', '"dA": b.T @ gradients["dC"]'
@@ -35,8 +35,8 @@ def test_the_exact_answer_is_the_definition(setting: Setting, device: torch.devi
     case = case._replace(head=case.head.detach().requires_grad_())
     wanted = case.differentiable()
     truth = linear_definition(
-        case.hidden, case.target, linear_weight=case.merged().head, label_smoothing=case.smoothing,
-        sample_weight=case.weight, reduction=case.reduction,
+        case.hidden, case.soft or case.target, linear_weight=case.merged().head,
+        label_smoothing=case.smoothing, sample_weight=case.weight, reduction=case.reduction,
     )  # fmt: skip
     gradients = torch.autograd.grad(truth, list(wanted.values()), case.upstream)
     found = exact(case)

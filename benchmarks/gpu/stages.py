@@ -106,7 +106,7 @@ CANARIES = {
     **{
         f"{variant} {kind}": (variant, kind)
         for variant in VARIANTS
-        for kind in ("frozen", "statistics", "trainable", "lora")
+        for kind in ("frozen", "statistics", "trainable", "lora", "soft-targets", "soft-targets-trainable")
     },
     "logits kept": ("", "kept"),
     "logits inplace": ("", "inplace"),
@@ -174,8 +174,8 @@ def _ours(c: Case) -> Tensor:
 def _linear(c: Case, max_loss_tokens: int | None) -> Tensor:
     """Call ours as `ual` does, whose collator counts the loss tokens."""
     return linear_cross_entropy(
-        c.hidden, c.head, c.target, linear_lora=c.lora, label_smoothing=c.smoothing, sample_weight=c.weight,
-        reduction=c.reduction, backend="triton",
+        c.hidden, c.head, c.soft or c.target, linear_lora=c.lora, label_smoothing=c.smoothing,
+        sample_weight=c.weight, reduction=c.reduction, backend="triton",
         options=LinearCrossEntropyOptions(max_loss_tokens=max_loss_tokens),
     )  # fmt: skip
 
@@ -653,6 +653,25 @@ def scaling(run: Run) -> None:
         case = problem.case(FROZEN, DEVICE, torch.bfloat16)
         found = _timed(run, lambda c, rows=rows: _linear(c, rows), case, FROZEN)
         run.emit(f"{rows} tokens", **found)
+
+
+@stage
+def soft(run: Run) -> None:
+    """Time targets of 20 classes relative to class indices, in the same rounds."""
+    of_states.VARIANT = run.main_variant  # type: ignore[assignment]
+    for problem in run.problems("llama3"):
+        for name in run.settings("soft-targets", "soft-targets-trainable"):
+            case = problem.case(BY_NAME[name], DEVICE, torch.bfloat16)
+            steps = [
+                measure.training_step(lambda c, rows=problem.rows: _linear(c, rows), given)
+                for given in (case._replace(soft=None), case)
+            ]
+            for step in steps:
+                step()
+            rounds = [[_asleep(step) for step in steps] for _ in range(run.rounds)]
+            one_class, taken = (list(column) for column in zip(*rounds, strict=True))
+            ms = {"ms": median(taken) * 1e3, "one_class_ms": median(one_class) * 1e3}
+            run.emit(f"{problem.name} {name}", of_one_class=measure.ratio(taken, one_class), **ms)
 
 
 def main() -> None:

@@ -15,8 +15,10 @@ from tests.kernels.cases import (
     linear_case,
     linear_cross_entropy,
     logits_case,
+    of_several,
     options,
     with_adapter,
+    with_probabilities,
 )
 from ual_kernels import TokenStatistics, UnsupportedError
 
@@ -41,12 +43,19 @@ LEAVES = {
         "sample_weight",
     ),
 }
+SEVERAL = {f"{kind}-several": (*names, "probabilities") for kind, names in LEAVES.items()}
 EACH = [(kind, (name,)) for kind, names in LEAVES.items() for name in names]
+EACH += [(kind, ("probabilities",)) for kind in SEVERAL]
 PAIRS = [(kind, ("input", name)) for kind, names in LEAVES.items() for name in names[1:]]
-ALL = list(LEAVES.items())
+PAIRS += [(kind, ("input", "probabilities")) for kind in SEVERAL]
+ALL = list((LEAVES | SEVERAL).items())
 
 
 def problem(kind: str, device: torch.device) -> tuple[Leaves, Tensor]:
+    """Return leaves and target; a kind "-several" has targets of three classes."""
+    base, _, several = kind.partition("-")
+    if several:
+        return with_probabilities(*problem(base, device), 3, VOCAB)
     if kind != "linear":
         return logits_case(4, VOCAB, torch.float64, device)
     leaves, target = linear_case(4, VOCAB, 3, torch.float64, device)
@@ -54,7 +63,13 @@ def problem(kind: str, device: torch.device) -> tuple[Leaves, Tensor]:
 
 
 def call(kind: str, **given: Any) -> Any:
-    return adapted(linear_cross_entropy, **given) if kind == "linear" else cross_entropy(**given)
+    base, _, several = kind.partition("-")
+
+    def linear(**given: Any) -> Any:
+        return adapted(linear_cross_entropy, **given)
+
+    loss = linear if base == "linear" else cross_entropy
+    return (of_several(loss) if several else loss)(**given)
 
 
 def losses_of(
@@ -75,7 +90,7 @@ def losses_of(
         ).sum()
 
     def ours(*values: Tensor) -> Tensor:
-        return total(*values, **({"inplace_backward": True} if kind == "inplace" else {}))
+        return total(*values, **({"inplace_backward": True} if kind.startswith("inplace") else {}))
 
     def reference(*values: Tensor) -> Tensor:
         return total(*values, backend="reference")
@@ -196,7 +211,7 @@ def test_forward_mode_is_refused(kind: str, names: tuple[str, ...], device: torc
             return forward_ad.unpack_dual(loss(dual)).tangent
 
     found = outcome(tangent, ours, values)
-    if kind != "linear" and names == ("sample_weight",):  # multiplied outside of the operator
+    if "linear" not in kind and names == ("sample_weight",):  # multiplied outside of the operator
         compare(found, tangent(reference, values))
     else:
         assert isinstance(found, str)
@@ -271,7 +286,7 @@ def test_the_linear_loss_saves_no_input(device: torch.device) -> None:
     assert all(tensor.untyped_storage().nbytes() == 0 for tensor in saved if not tensor.numel())
 
 
-@pytest.mark.parametrize("kind", ["logits", "linear"])
+@pytest.mark.parametrize("kind", ["logits", "linear", "logits-several", "linear-several"])
 def test_every_leaf_has_one_edge(kind: str, device: torch.device) -> None:
     """Compiled autograd does not support a second edge whose gradient is undefined."""
     leaves, target = problem(kind, device)
@@ -294,7 +309,8 @@ def test_every_leaf_has_one_edge(kind: str, device: torch.device) -> None:
 
 
 def stacked(values: Values) -> Values:
-    return tuple(torch.stack([value.detach(), 0.9 * value.detach()]) for value in values)
+    """Two samples. The second differs by so little that a sum of probabilities is still valid."""
+    return tuple(torch.stack([value.detach(), 0.9995 * value.detach()]) for value in values)
 
 
 def per_token(loss: Loss) -> Loss:
@@ -327,7 +343,7 @@ def test_transforms_match_the_reference(
     values, ours, reference = losses_of(kind, names, reduction, device)
     for name, transform in TRANSFORMS.items():
         found = outcome(transform, ours, fresh(values))
-        if kind == "inplace" and name in ("vmap-of-grad", "jacrev"):
+        if kind.startswith("inplace") and name in ("vmap-of-grad", "jacrev"):
             assert isinstance(found, str), name
             assert "inplace_backward is not supported under torch.vmap and jacrev" in found, name
         else:
@@ -370,18 +386,21 @@ def test_functional_call(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("kind", LEAVES)
+@pytest.mark.parametrize("kind", LEAVES | SEVERAL)
 def test_meta_tensors_give_shapes(kind: str, reduction: str, device: torch.device) -> None:
     leaves, target = problem(kind, device)
     chosen = options(reduction, VOCAB, torch.device("meta"))
     given = {name: leaf.detach().to("meta").requires_grad_() for name, leaf in leaves.items()}
     called = (
-        given | {"input": given["input"] * 1.0} | ({"inplace_backward": True} if kind == "inplace" else {})
+        given
+        | {"input": given["input"] * 1.0}
+        | ({"inplace_backward": True} if kind.startswith("inplace") else {})
     )
     value, statistics = call(kind, target=target.to("meta"), **called, **chosen, return_statistics=True)
     assert value.is_meta
-    assert value.shape == (target.shape if reduction == "none" else ())
-    assert statistics.lse.shape == target.shape
+    tokens = leaves["label_smoothing"].shape
+    assert value.shape == (tokens if reduction == "none" else ())
+    assert statistics.lse.shape == tokens
     value.sum().backward()
     assert all(leaf.grad.shape == leaf.shape for leaf in given.values())
 

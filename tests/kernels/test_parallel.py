@@ -36,8 +36,10 @@ from tests.kernels.cases import (
     logits_case,
     measure,
     merged_definition,
+    of_several,
     options,
     with_adapter,
+    with_probabilities,
 )
 from ual_kernels import LinearCrossEntropyOptions, TokenStatistics, UnsupportedError
 from ual_kernels._torch import linear_cross_entropy as tiled
@@ -55,8 +57,8 @@ SPLITS = {
 }
 MEMBERS = {"halves": [0, 1], "a-row-last": [2, 3], "uneven": [0, 1, 2, 3], "a-row-at-each-end": [0, 1, 2, 3]}
 EDGES = ("a-row-last", "a-row-at-each-end")
-SHARDED = ("linear_weight", "linear_bias", "lora_b", "columns")
-SECONDS = 120
+SHARDED = ("linear_weight", "linear_bias", "lora_b", "columns", "target_columns")
+SECONDS = 240
 
 
 # ---- computed in every process ----
@@ -80,6 +82,7 @@ class Case:
     spoil: Callable[[Leaves, Tensor], None] = lambda leaves, target: None
     tile_shape: Callable[..., tiled.TileShape] | None = None
     padding: int = 0  # NaN rows of the head after each shard
+    count: int = 0  # classes per token; 0 is a class index
 
 
 def invalid(leaves: Leaves, target: Tensor) -> None:
@@ -88,6 +91,13 @@ def invalid(leaves: Leaves, target: Tensor) -> None:
 
 def out_of_range(leaves: Leaves, target: Tensor) -> None:
     leaves["label_smoothing"].data[3], leaves["sample_weight"].data[5] = 1.5, -1.0
+
+
+def invalid_entries(leaves: Leaves, target: Tensor) -> None:
+    """A class out of range, a negative probability and a wrong sum, in entries of different shards."""
+    target[3, 2] = VOCAB
+    leaves["probabilities"].data[5, :2] += torch.tensor([1.5, -1.5])
+    leaves["probabilities"].data[7, 1] += 0.002
 
 
 def all_ignored(leaves: Leaves, target: Tensor) -> None:
@@ -145,11 +155,24 @@ CASES: dict[str, Case] = {
     ),
     **{f"{flags}-float32": Case(flags, dtype=torch.float32) for flags in ("mean", "all")},
     **{f"{flags}-bfloat16": Case(flags, dtype=torch.bfloat16) for flags in ("mean", "all")},
+    **{f"{flags}-several": Case(flags, count=5) for flags in OPTIONS},
+    "one-class": Case("all", count=1),
+    "frozen-several": Case("classes", frozen, count=20),
+    "lora-several": Case("all", frozen_with_adapter, count=3),
+    "chunks-several": Case("mean", count=4, how={"chunk_tokens": 6}),
+    "not-compact-several": Case("classes", count=4, how={"compact": False}, spoil=nan_in_ignored_tokens),
+    "both-fns-several": Case(
+        "all", count=4, token_fns={"label_smoothing": smoothing_fn, "sample_weight": weight_fn}
+    ),
+    "float32-several": Case("all", count=5, dtype=torch.float32),
+    "bfloat16-several": Case("all", count=5, dtype=torch.bfloat16),
+    "invalid-several": Case("none", frozen, count=4, spoil=invalid_entries),
 }
-INVALID = ("invalid", "out-of-range", "tokens-too-few")
+INVALID = ("invalid", "out-of-range", "tokens-too-few", "invalid-several")
 OF_EDGES = (
     "mean", "none", "all", "all-frozen", "softcap-lora", "classes", "others", "far", "masked",
     "both-fns", "tiles-by-budget", "all-ignored", *INVALID, "all-float32", "all-bfloat16",
+    "all-several", "classes-several", "one-class", "frozen-several", "bfloat16-several",
 )  # fmt: skip
 
 
@@ -166,10 +189,21 @@ def build(name: str, split: tuple[int, ...]) -> tuple[Leaves, Tensor, dict[str, 
     stops = list(accumulate(split))
     ends = sorted({0, *(stop - 1 for stop in stops), *stops[:-1]})
     target[2 : 2 + len(ends)] = torch.tensor(ends)
+    if case.count:
+        leaves, target = with_probabilities(leaves, target, case.count, VOCAB)
     case.spoil(leaves, target)
     for name in case.token_fns:
         del leaves[name]
     return leaves, target, options(case.flags, VOCAB, torch.device("cpu")) | case.token_fns
+
+
+def loss_of(name: str) -> Callable[..., Any]:
+    """Return the linear loss of a case, with the leaves as arguments."""
+
+    def loss(**given: Any) -> Any:
+        return adapted(linear_cross_entropy, **given)
+
+    return of_several(loss) if CASES[name].count else loss
 
 
 def shard_slice(split: tuple[int, ...], rank: int) -> slice:
@@ -196,11 +230,9 @@ def shard(name: str, split: tuple[int, ...], group: dist.ProcessGroup, **how: An
     usual = tiled.tile_shape
     tiled.tile_shape = case.tile_shape or usual
     try:
-        measured = measure(lambda **given: adapted(linear_cross_entropy, **given), leaves, target, **flags)
+        measured = measure(loss_of(name), leaves, target, **flags)
         with torch.no_grad():
-            statistics = adapted(
-                linear_cross_entropy, **leaves, target=target, **flags, return_statistics=True
-            )[1]
+            statistics = loss_of(name)(**leaves, target=target, **flags, return_statistics=True)[1]
     finally:
         tiled.tile_shape = usual
     for key in SHARDED:
@@ -218,16 +250,23 @@ def own_reduction(split: tuple[int, ...], group: dist.ProcessGroup) -> dict[str,
     return {"summed": summed, "lora_a": found["lora_a"], "label_smoothing": found["label_smoothing"]}
 
 
-LOGITS = (*OPTIONS, "in-place", "far", "masked", "all-ignored-classes", "both-fns")
+LOGITS = (
+    *OPTIONS, "in-place", "far", "masked", "all-ignored-classes", "both-fns", "all-several", "mean-several",
+    "classes-several", "one-class", "both-fns-several", "in-place-several",
+    "dense",
+)  # fmt: skip
 
 
 def logits_problem(name: str, split: tuple[int, ...]) -> tuple[Leaves, Tensor, dict[str, Any]]:
     """Return the problem with given logits."""
-    leaves, target, flags = build("mean" if name == "in-place" else name, split)
+    leaves, target, flags = build(name.replace("in-place", "mean").replace("dense", "classes"), split)
     wide = {key: leaf.detach() for key, leaf in leaves.items()}
     head = wide["linear_weight"] + ADAPTER_SCALE * wide["lora_b"] @ wide["lora_a"]
     logits = torch.nn.functional.linear(wide["input"], head, wide["linear_bias"])
-    numbers = {key: leaves[key] for key in ("label_smoothing", "sample_weight") if key in leaves}
+    wanted = ("label_smoothing", "sample_weight", "probabilities")
+    numbers = {key: leaves[key] for key in wanted if key in leaves}
+    if name == "dense":
+        numbers["probabilities"] = torch.rand_like(logits).softmax(1).requires_grad_()
     return {"input": logits.requires_grad_(), **numbers}, target, flags
 
 
@@ -239,19 +278,25 @@ def logits_shard(name: str, split: tuple[int, ...], group: dist.ProcessGroup | N
         flags["backend"] = "reference"
     else:
         mine = shard_slice(split, dist.get_rank(group))
-        leaves["input"] = leaves["input"].detach()[:, mine].clone().requires_grad_()
-        flags |= {"process_group": group, "inplace_backward": name == "in-place"}
+        columns = ("input", "probabilities") if name == "dense" else ("input",)
+        leaves |= {key: leaves[key].detach()[:, mine].clone().requires_grad_() for key in columns}
+        flags |= {"process_group": group, "inplace_backward": name.startswith("in-place")}
         if "weight" in flags:
             flags["weight"] = flags["weight"][mine]
 
-    def loss(input: Tensor, **rest: Any) -> Tensor:
-        return cross_entropy(input * 1.0, **rest)  # type: ignore[no-any-return]
+    def loss(input: Tensor, **rest: Any) -> Any:
+        if name == "dense":
+            rest["target"] = rest.pop("probabilities")
+        several = "probabilities" in rest
+        return (of_several(cross_entropy) if several else cross_entropy)(input=input * 1.0, **rest)
 
     measured = measure(loss, leaves, target, **flags)
     flags.pop("inplace_backward", None)
     with torch.no_grad():
-        found = cross_entropy(**leaves, target=target, **flags, return_statistics=True)[1]
+        found = loss(**leaves, target=target, **flags, return_statistics=True)[1]
     measured["columns"] = measured.pop("input").T.contiguous()
+    if name == "dense":
+        measured["target_columns"] = measured.pop("probabilities").T.contiguous()
     return measured | {f"statistics.{key}": value for key, value in found._asdict().items()}
 
 
@@ -453,8 +498,8 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def unsharded(name: str, split: tuple[int, ...]) -> dict[str, Tensor]:
     leaves, target, flags = build(name, split)
     flags["backend"] = "reference"
-    measured = measure(lambda **given: adapted(linear_cross_entropy, **given), leaves, target, **flags)
-    statistics = adapted(linear_cross_entropy, **leaves, target=target, **flags, return_statistics=True)[1]
+    measured = measure(loss_of(name), leaves, target, **flags)
+    statistics = loss_of(name)(**leaves, target=target, **flags, return_statistics=True)[1]
     return measured | {f"statistics.{key}": value for key, value in statistics._asdict().items()}
 
 
@@ -545,22 +590,23 @@ def test_shards_are_as_accurate(split: str, name: str, results: Results) -> None
     sizes = SPLITS[split]
     leaves, target, chosen = build(name, sizes)
     actual = results(split, name)
-    exact = measure(merged_definition, as_float64(leaves), target, **chosen)
+    loss = of_several(merged_definition) if CASES[name].count else merged_definition
+    exact = measure(loss, as_float64(leaves), target, **chosen)
     if CASES[name].dtype == torch.bfloat16:
         assert_at_the_floor(actual, exact)
     else:
-        eager = measure(merged_definition, leaves, target, **chosen, dtype=torch.float32)
+        eager = measure(loss, leaves, target, **chosen, dtype=torch.float32)
         assert_as_accurate_as_eager(actual, eager, exact)
 
 
 @splits
-@pytest.mark.parametrize("name", ["invalid", "out-of-range"])
+@pytest.mark.parametrize("name", ["invalid", "out-of-range", "invalid-several"])
 def test_out_of_range_makes_one_token_nan_on_every_rank(name: str, split: str, results: Results) -> None:
     sizes = SPLITS[split]
     actual = results(split, name)
     expected = unsharded(name, sizes)
     affected = torch.zeros(TOKENS, dtype=torch.bool)
-    affected[[3, 5]] = True
+    affected[[3, 5, 7] if "several" in name else [3, 5]] = True
     assert torch.equal(actual["loss"].isnan(), affected)
     assert actual["input"][affected].isnan().all()
     for key in ("loss", "input", "label_smoothing", "sample_weight"):

@@ -461,8 +461,8 @@ def test_the_loss_of_given_logits_does_not_synchronize(device: torch.device) -> 
     ids=str,
 )
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("count", [2, 20, 64])
-@pytest.mark.parametrize("noise", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("count", [2, 64])
+@pytest.mark.parametrize("noise", [1.0, 0.01])
 def test_sixteen_bits_near_convergence(
     noise: float, count: int, trained: bool, backend: str, variant: str, device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
