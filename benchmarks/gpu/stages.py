@@ -333,9 +333,8 @@ def steps(run: Run) -> None:
     """Time every variant on the two hardest shapes, and profile one step."""
     for problem in run.problems("llama3", "gemma2"):
         for setting in run.settings("frozen", "trainable", "half-ignored", "none+weights", "lora"):
-            for variant in (
-                run.passed(("tma", "pointer", "cublas")) if setting == "frozen" else [run.main_variant]
-            ):
+            frozen = setting == "frozen" and not run.dry  # interpreted, a step takes seconds
+            for variant in run.passed(("tma", "pointer", "cublas")) if frozen else [run.main_variant]:
                 _race(run, problem, BY_NAME[setting], variant)
         if not run.dry:  # minutes in the interpreter
             _race(run, problem, FROZEN, run.main_variant, statistics=True)
@@ -369,13 +368,13 @@ def _timed(run: Run, loss: Callable[[Case], Tensor], case: Case, setting: Settin
     """Time a step relative to the bare products of the same round, as called and by the device alone."""
     step, bare = measure.training_step(loss, case), measure.products(case, setting)
     bare()
-    step()
-    step()
+    for _ in range(1 if run.dry else 2):
+        step()
     called, hidden, products = [], [], []
     for _ in range(run.rounds):
         products.append(seconds(bare))
         called.append(seconds(step))
-        hidden.append(_asleep(step))
+        hidden.append(_asleep(step) if CUDA else called[-1])
     return {
         "ms": median(hidden) * 1e3,
         "of_products": measure.ratio(hidden, products),
@@ -387,8 +386,6 @@ def _timed(run: Run, loss: Callable[[Case], Tensor], case: Case, setting: Settin
 
 def _asleep(step: Callable[[], Any]) -> float:
     """Return the seconds of the device alone: it sleeps until the step's launches are queued."""
-    if not CUDA:
-        return seconds(step)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(4):
         torch.cuda.synchronize()
@@ -499,6 +496,8 @@ def _peer(run: Run, problem: Problem, setting: Setting, provider: Provider, **mo
     """Time a step of another implementation, if it is correct."""
     label = f"{problem.name} {setting.name}: {provider.name}"
     try:
+        if run.dry and provider.compiles:
+            raise MissingError("compiling it takes longer than a dry run")
         loss = provider.load()
         small = measure.slice_of(problem).case(setting, DEVICE, torch.bfloat16)
         measure.errors(loss, provider.adapt(measure.telling(small)))
