@@ -72,12 +72,13 @@ class Columns:
         if isinstance(written, Cells):
             texts.update(written, self._columns)
         self._known = self._known or tuple(written)
+        for value in self._unknown.keys() & written.keys():  # before a template fails
+            del self._unknown[value]
         for column, value in self._columns.items():
             if column in self._templates:
                 row[column] = self._render(column, written)
             elif value is not None and value in written:
                 row[column] = written[value]
-                self._unknown.pop(value, None)
             elif value is None or column in _MAY_BE_EMPTY:
                 row[column] = None
             else:

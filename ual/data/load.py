@@ -382,8 +382,7 @@ def _read(how: _How) -> Iterator[tuple[Mapping[str, Any], Sample]]:
                 yield row, sample
         if undetected and name not in how.forms:
             raise undetected
-        if count > before:  # a column that is not there is no error if another one is why no sample is valid
-            columns.check()
+        columns.check()
         used = ", ".join(how.forms.get(name, ()))
         _log.info("%s: %d samples, read as %s by the columns %s", name, count - before, how.faults.form, used)
     how.faults.check(count)
