@@ -97,15 +97,14 @@ def target(
         )
     if not isinstance(coefficient, Tensor) and not 0 <= coefficient <= 1:
         raise ValueError(f"coefficient must be in [0, 1], got {coefficient}; see confidence.warm_up")
-    p = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32)).masked_fill(
-        indices < 0, 0.0
-    )
-    selected = indices[..., 0] != ignore_index
+    selected, padding = indices[..., 0] != ignore_index, indices < 0
+    p = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
+    p = p.masked_fill(padding, 0.0)
     logits = _logits(input[selected], linear_weight, indices[selected], linear_bias)
     logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(indices[selected] < 0, -torch.inf)
+    logits = logits.masked_fill(padding[selected], -torch.inf)
     own = _balanced(logits, p[selected].double().mean(0)) if balance else logits.argmax(-1)
     hardened = torch.zeros_like(p[selected]).scatter_(-1, own[:, None], 1.0)
     p[selected] = p[selected] + coefficient * (hardened - p[selected])

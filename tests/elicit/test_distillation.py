@@ -9,11 +9,16 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from tests.elicit.servers import Server, completion, response, serving
 from tests.elicit.test_run import configure, invoke, lines, rows
+from tests.ual.runs import configure as train_configuration
 from tests.ual.runs import write_rows
+from ual.cli.main import app
+from ual.config.run import load as load_config
 from ual.data import Renderer
+from ual.pipelines.preview import preview
 from ual.records import Message, Sample
 
 ELICIT = "ual/pipelines/elicit.py"
@@ -69,6 +74,29 @@ def test_an_endpoints_distributions_become_columns(tmp_path: Path, server: Serve
     invoke(config, "max_failed=1", "--replay")
     assert (tmp_path / "run" / "rows.jsonl").read_bytes() == before
     assert len(server.asked) == 3
+
+
+def test_a_student_is_trained_on_the_distributions(tmp_path: Path, server: Server, stories: Path) -> None:
+    """What is written is what `loss: soft_labels` reads; the sample without a distribution is dropped."""
+    data = [row | {"completion": answer} for row, answer in zip(rows(3), ("yes", "no", "no"), strict=True)]
+    estimator = {"name": "answer_distribution", "options": ["yes", "no"]}
+    config = configure(
+        tmp_path, server.url("teacher"), data, estimators=[estimator], backend={"concurrency": 1}
+    )
+    invoke(config)
+    taught = lines(tmp_path / "run" / "rows.jsonl")
+    assert [row["label_distribution"] for row in taught] == [
+        pytest.approx({"yes": 2 / 3, "no": 1 / 3}), None, {"no": 1.0, "yes": 0.0},
+    ]  # fmt: skip
+    (tmp_path / "student").mkdir()
+    config = train_configuration(
+        tmp_path / "student", stories, taught, loss="soft_labels", data={"invalid": "drop"},
+        training={"max_steps": 1, "save_strategy": "no"},
+    )  # fmt: skip
+    options = [dict(shown.sample.options) for shown in preview(load_config(config)).shown]
+    assert options == [pytest.approx({"yes": 2 / 3, "no": 1 / 3}), {"no": 1.0, "yes": 0.0}]
+    result = CliRunner().invoke(app, ["train", str(config)])
+    assert result.exit_code == 0, result.output
 
 
 def test_batch_files_carry_distributions(tmp_path: Path, server: Server) -> None:

@@ -258,12 +258,13 @@ VERDICTS = [
 @pytest.mark.kills(DISTRIBUTION, "found.get(text, 0.0) + ", "", only="all")
 @pytest.mark.kills(DISTRIBUTION, "not _NO_ANSWER.fullmatch(text)", "True", only="all")
 @pytest.mark.kills(DISTRIBUTION, "text in self.options if self.options", "False if False", only="options")
+@pytest.mark.kills(DISTRIBUTION, "dict.fromkeys(self.options or (), 0.0)", "{}", only="options")
 @pytest.mark.kills(DISTRIBUTION, "p / mass for", "p for", only="options")
 @pytest.mark.parametrize(
     ("options", "masses"),
     [
         ({}, {"Yes": 0.5, "no": 0.25, "yes": 0.1}),
-        ({"options": ["no", " Yes ", "maybe"]}, {"Yes": 0.5, "no": 0.25}),
+        ({"options": ["no", " Yes ", "maybe"]}, {"Yes": 0.5, "no": 0.25, "maybe": 0.0}),
     ],
     ids=["all", "options"],
 )
@@ -277,7 +278,7 @@ def test_answers_and_their_probabilities(options: dict[str, Any], masses: dict[s
     assert list(found.evidence["label_distribution"]) == list(shares)  # the likeliest first
     assert sum(found.evidence["label_distribution"].values()) == pytest.approx(1, abs=1e-15)
     assert found.evidence["label_mass"] == pytest.approx(total)
-    assert found.value == pytest.approx(-sum(p * math.log(p) for p in shares.values()))
+    assert found.value == pytest.approx(-sum(p * math.log(p) for p in shares.values() if p))
     assert (request.messages, request.top_logprobs, request.temperature) == (SAMPLE.prompt, 20, 0.0)
 
 

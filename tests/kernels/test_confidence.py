@@ -58,7 +58,6 @@ def test_two_options_are_the_published_loss(ones: int) -> None:
     torch.testing.assert_close(loss.double(), reference, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.kills(FILE, "surplus < 0, distance, _NEVER", "surplus < 0, 1 - surplus, _NEVER")
 @pytest.mark.kills(FILE, "for _ in range(options):", "for _ in range(1):")
 @pytest.mark.kills(FILE, "own[of_source[loss.argmin()]]", "own[of_source[0]]")
 @pytest.mark.parametrize("seed", range(12))
@@ -97,8 +96,8 @@ def test_without_balance_own_is_the_largest_logit() -> None:
     assert made.indices.equal(labels.indices)
 
 
-@pytest.mark.kills(FILE, "logits.masked_fill(indices[selected] < 0, -torch.inf)", "logits")
-@pytest.mark.kills(FILE, "masked_fill(indices < 0, 0.0)", "clone()")
+@pytest.mark.kills(FILE, "logits.masked_fill(padding[selected], -torch.inf)", "logits")
+@pytest.mark.kills(FILE, "p.masked_fill(padding, 0.0)", "p.clone()")
 @pytest.mark.parametrize("balance", [True, False])
 def test_ignored_tokens_and_padding(balance: bool) -> None:
     hidden, head, labels = problem(4)

@@ -35,8 +35,8 @@ class AnswerDistribution(Estimator):
 
     A reply of several tokens has no distribution, because the texts are then only beginnings of answers.
     `read` "first_token" uses the first token of any reply, for answers that differ in their first token.
-    Without `options`, every text is an answer, except blank ones, parts of a character and texts such as
-    "</s>".
+    `options` are in every distribution, with probability 0 if they are not among the likeliest tokens.
+    Without them, every text is an answer, except blank ones, parts of a character and texts such as "</s>".
     """
 
     name: Literal["answer_distribution"] = "answer_distribution"
@@ -86,8 +86,8 @@ class AnswerDistribution(Estimator):
         return (*before, Message("user", f"{last.content}\n\n{self.instruction}"))
 
     def _distribution(self, token: Token) -> dict[str, float]:
-        """Return the probability of each answer that is among the likeliest tokens, the likeliest first."""
-        found: dict[str, float] = {}
+        """Return the answers' probabilities, the likeliest first; 0 for options beyond the top k."""
+        found = dict.fromkeys(self.options or (), 0.0)
         for raw, log_prob in token.alternatives:
             text = raw.strip()
             if text in self.options if self.options else not _NO_ANSWER.fullmatch(text):
