@@ -20,6 +20,8 @@ from benchmarks.studies import accuracy
 from tests.conftest import ROOT
 from tests.kernels.cases import linear_definition
 
+WITHOUT_GATES = "not near_the_bare and not near_one_class"
+
 
 @pytest.mark.kills(
     "benchmarks/problems.py",
@@ -130,7 +132,7 @@ def test_an_incorrect_provider_is_not_timed_and_a_slow_one_is_last(tmp_path: Pat
     wanted = [part for name in names for part in ("--provider", name)]
     done, results = suite(
         tmp_path, "-p", "tests.plugins.strangers", "benchmarks/suites/bench_linear_cross_entropy.py",
-        "--smoke", "--setting", "frozen", "-k", "not near_the_bare", *wanted,
+        "--smoke", "--setting", "frozen", "-k", WITHOUT_GATES, *wanted,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     found = report.load(results)
@@ -182,13 +184,17 @@ def test_the_gate_compares_with_the_faster_products() -> None:
 
 def test_every_suite_runs_and_its_report_is_complete(tmp_path: Path) -> None:
     few = ["--provider", "ours*", "--provider", "naive", "--provider", "liger fused linear"]
-    done, results = suite(tmp_path, "benchmarks/suites", "--smoke", "-k", "not near_the_bare", *few)
+    done, results = suite(tmp_path, "benchmarks/suites", "--smoke", "-k", WITHOUT_GATES, *few)
     assert done.returncode == 0, done.stdout + done.stderr
     found = report.load(results)
     suites = {"linear_cross_entropy", "cross_entropy", "scaling", "accuracy", "train_step"}
     assert {r["suite"] for r in found["rows"]} == suites
     assert found["machine"]["versions"]["torch"] == torch.__version__
     assert found["machine"]["commit"]
+    soft = [r for r in found["rows"] if r.get("setting") == "soft-targets" and "seconds" in r]
+    assert {r["provider"]: "of_one_class" in r for r in soft} == {
+        "ours": True, "ours, fast": True, "naive": False
+    }  # fmt: skip
     drawn = report.plots(found, tmp_path / "results")
     assert [path.name for path in drawn] == ["results-time.svg"]  # a smoke run measures no memory
     assert all(path.with_suffix(".png").stat().st_size > 10_000 for path in drawn)
@@ -198,6 +204,8 @@ def test_every_suite_runs_and_its_report_is_complete(tmp_path: Path) -> None:
         "## Logits in",
         "## Error against float64",
         "### N grows; ",
+        " x the time with class indices",
+        "no support for targets of several classes",
     ):
         assert heading in page
     assert "nan" not in page

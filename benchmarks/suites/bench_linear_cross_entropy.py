@@ -115,7 +115,7 @@ def test_ours_stays_near_the_bare_products(
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def test_twenty_classes_cost_little_more_than_one(
+def test_twenty_classes_stay_near_one_class(
     benchmark: Any, row: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:
     """Targets of 20 classes relative to class indices, in the same rounds."""
