@@ -522,6 +522,9 @@ splits = pytest.mark.parametrize("split", SPLITS)
 
 
 @pytest.mark.kills(
+    "ual_kernels/_vocab_parallel.py", "(column + self.start).to(largest.dtype)", "column.to(largest.dtype)"
+)
+@pytest.mark.kills(
     "ual_kernels/_vocab_parallel.py", "self.start = sum(counts[: dist.get_rank(group)])", "self.start = 0"
 )
 @pytest.mark.kills("ual_kernels/_vocab_parallel.py", "op=dist.ReduceOp.MAX, group", "group")

@@ -455,6 +455,11 @@ def test_the_loss_of_given_logits_does_not_synchronize(device: torch.device) -> 
 # ---- accuracy where the model agrees with its target ----
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "tl.store(x_ptr + column, tl.zeros((BLOCK_C,), x_ptr.dtype.element_ty), mask=counts)",
+    "pass",
+)
 @pytest.mark.parametrize(
     ("backend", "variant"),
     [("torch", ""), ("triton", "tma"), ("triton", "pointer"), ("triton", "cublas"), ("triton", "exact")],

@@ -417,6 +417,7 @@ def splits(draw: st.DrawFn) -> tuple[Tensor, Tensor, SparseTarget, Tensor]:
     return torch.randn(tokens, vocab, **wide) * 3, target, sparse, torch.rand(tokens, **wide)
 
 
+@pytest.mark.kills("ual_kernels/_arguments.py", ", accumulate=True)", ")")
 @backends
 @settings(max_examples=20)
 @given(splits(), st.sampled_from(["none", "sum", "mean"]))
@@ -512,6 +513,11 @@ def test_the_linear_loss_is_the_loss_of_the_product(
 # ---- ignored tokens ----
 
 
+@pytest.mark.kills(
+    "ual_kernels/_arguments.py",
+    "ignored = classes[:, 0] == ignore_index",
+    "ignored = (classes == ignore_index).any(1)",
+)
 @pytest.mark.parametrize("ignore_index", [-100, 0, 5])
 @backends
 def test_the_first_class_decides_what_is_ignored(
@@ -661,6 +667,8 @@ def assert_one_is_nan(clean: dict[str, Tensor], dirty: dict[str, Tensor], exact:
         )
 
 
+@pytest.mark.kills("ual_kernels/_arguments.py", "valid &= (p.sum(1) - 1).abs() <= _SUM_TOLERANCE", "pass")
+@pytest.mark.kills("ual_kernels/_arguments.py", " & (p >= 0).all(1)", "")
 @backends
 @invalid
 def test_an_invalid_entry_makes_one_token_nan(which: str, backend: str, device: torch.device) -> None:
@@ -714,6 +722,12 @@ def test_an_invalid_entry_makes_one_token_nan_in_the_linear_loss(
     assert measure(of_hidden, leaves, target, **flags)["linear_weight"].isnan().any()
 
 
+@pytest.mark.kills(
+    "ual_kernels/_arguments.py",
+    "token_scale = token_scale * share.sum(1)",
+    "token_scale = token_scale * share.amax(1)",
+)
+@pytest.mark.kills("ual_kernels/_arguments.py", "_SUM_TOLERANCE = 1e-3", "_SUM_TOLERANCE = 1e-4")
 @backends
 @pytest.mark.parametrize("total", [0.9995, 1.0005])
 @pytest.mark.parametrize("flags", ["mean", "none", "classes", "all"])
@@ -756,6 +770,12 @@ def test_normalized_divides_by_the_sum(device: torch.device) -> None:
     ]
 
 
+@pytest.mark.kills("ual_kernels/reference.py", "torch.where(impossible, 0.0, values)", "values")
+@pytest.mark.kills(
+    "ual_kernels/_tokens.py",
+    "torch.where(weights[:, 1:] == 0, 0.0, weights[:, 1:] * below)",
+    "(weights[:, 1:] * below)",
+)
 @backends
 def test_masked_classes(backend: str, device: torch.device) -> None:
     """A class of probability 0 may have a logit of -inf, as padding has if class 0 is masked."""
@@ -890,6 +910,18 @@ def test_any_strides(loss: Callable[..., Any], backend: str, device: torch.devic
         assert torch.equal(packed[name], transposed[name]), name
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py", "((nll + nan_mask) + (z_y - z))", "(nll + nan_mask)"
+)
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "- ((1.0 - s) * p * c + s / V * c)",
+    "- ((1.0 - s) * c + s / V * c)",
+)
+@pytest.mark.kills(
+    "ual_kernels/_torch/cross_entropy.py", "of_target = of_target * inputs.probabilities[chunk]", "pass"
+)
+@pytest.mark.kills("ual_kernels/_tokens.py", "(nll[:, None] + (self.z[:, :1] - self.z))", "nll[:, None]")
 @backends
 @pytest.mark.parametrize("wanted", ["input", "label_smoothing", "sample_weight", "probabilities"])
 def test_one_gradient_alone(wanted: str, backend: str, device: torch.device) -> None:
@@ -900,6 +932,7 @@ def test_one_gradient_alone(wanted: str, backend: str, device: torch.device) -> 
         judge(leaves, target, {"reduction": reduction}, backend=backend)
 
 
+@pytest.mark.kills("ual_kernels/_torch/linear_cross_entropy.py", "_zero_at(x, where, listed)", "pass")
 @pytest.mark.parametrize(
     "wanted",
     ["input", "linear_weight", "linear_bias", "label_smoothing", "sample_weight", "probabilities"],
@@ -1145,6 +1178,12 @@ def compare_statistics(found: TokenStatistics, exact: TokenStatistics, eps: floa
             assert torch.equal(ours, truth), name
 
 
+@pytest.mark.kills("ual_kernels/_tokens.py", "+ self._excess(self.probability))", "+ self.excess)")
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    "plain_excess = tl.sum(p * below, axis=0)",
+    "plain_excess = excess",
+)
 @backends
 @counts
 @pytest.mark.parametrize("dtype", names(DTYPES))
@@ -1214,6 +1253,11 @@ def test_a_tie_of_logits_is_the_targets_class(twin: int, backend: str, device: t
             assert found.predicted.item() in ([3, twin] if label == 11 else [label])
 
 
+@pytest.mark.kills(
+    "ual_kernels/_arguments.py",
+    "top, place = p.argmax(1, keepdim=True),",
+    "top, place = p.argmin(1, keepdim=True),",
+)
 @backends
 def test_a_tie_of_probabilities_is_the_smallest_class(backend: str, device: torch.device) -> None:
     logits = torch.tensor([[0.0, 5.0, 1.0, 5.0]], device=device).repeat(2, 1)
