@@ -59,7 +59,6 @@ def test_two_options_are_the_published_loss(ones: int) -> None:
 
 
 @pytest.mark.kills(FILE, "for _ in range(options):", "for _ in range(1):")
-@pytest.mark.kills(FILE, "own[of_source[loss.argmin()]]", "own[of_source[0]]")
 @pytest.mark.parametrize("seed", range(12))
 def test_own_predictions_are_the_likeliest_with_the_labels_frequencies(seed: int) -> None:
     """Against an exact assignment of tokens to places, of which each option has its number."""
