@@ -72,8 +72,8 @@ class Columns:
         if isinstance(written, Cells):
             texts.update(written, self._columns)
         self._known = self._known or tuple(written)
-        for value in self._unknown.keys() & written.keys():  # before a template fails
-            del self._unknown[value]
+        for name in self._unknown.keys() & written.keys():  # before a template fails
+            del self._unknown[name]
         for column, value in self._columns.items():
             if column in self._templates:
                 row[column] = self._render(column, written)
