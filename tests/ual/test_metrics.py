@@ -23,7 +23,10 @@ def token_statistics(shape: tuple[int, ...], seed: int = 0) -> TokenStatistics:
     generator = torch.Generator().manual_seed(seed)
     log_prob, entropy, margin = (-torch.rand(shape, generator=generator) for _ in range(3))
     nothing = torch.full(shape, torch.nan)
-    return TokenStatistics(nothing, log_prob, -entropy, nothing, -margin, nothing, nothing > 0, nothing)
+    correct, predicted = nothing > 0, torch.zeros(shape, dtype=torch.int64)
+    return TokenStatistics(
+        nothing, log_prob, -entropy, nothing, -margin, nothing, correct, predicted, nothing
+    )
 
 
 def batch(packed: bool) -> tuple[torch.Tensor, Any, Any, Any]:
