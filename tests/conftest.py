@@ -1,5 +1,6 @@
 """Choose where kernels run: the GPU when there is one, Triton's interpreter when there is none."""
 
+import gc
 import importlib.metadata
 import os
 import sys
@@ -115,6 +116,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Exclude modules and tests from garbage collection.
+
+    They are half a million objects, which transformers' Trainer would have searched at every start.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
