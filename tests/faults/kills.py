@@ -66,13 +66,13 @@ class Launch:
             )  # fmt: skip
         self._deadline = time.monotonic() + SECONDS
 
-    def until(self, happened: Callable[[], bool]) -> bool:
-        """Wait for it; False if the run ended before."""
+    def until(self, happened: Callable[[], bool], pause: float = 0.02) -> bool:
+        """Wait for it, with a look every `pause` seconds; False if the run ended before."""
         while not happened():
             if self.process.poll() is not None:
                 return False
             assert time.monotonic() < self._deadline, self.printed()
-            time.sleep(0.001)
+            time.sleep(pause)
         return True
 
     def ranks(self) -> list[psutil.Process]:
@@ -125,9 +125,9 @@ def kill(config: Path, how: str, *, rank: int, moment: str, delay: float, after:
     begun = launch.until(lambda: known.exists() and known.read_text().count("starting from") > starts)
     victim = launch.ranks()[rank] if begun else None
     wanted = history_rows(config) + after
-    begun = begun and launch.until(lambda: history_rows(config) >= wanted)
+    begun = begun and launch.until(lambda: history_rows(config) >= wanted, pause=0.005)
     if moment == "save":
-        begun = begun and launch.until(lambda: being_saved(config))
+        begun = begun and launch.until(lambda: being_saved(config), pause=0.001)
     if begun:
         time.sleep(delay)
     try:
@@ -145,7 +145,7 @@ def same_adapter(a: Path, b: Path) -> bool:
 
 def prepare(folder: Path, shared: Path, **training: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    values = {"max_steps": 60, "save_steps": 5, "per_device_train_batch_size": 2, "save_total_limit": 3}
+    values = {"max_steps": 40, "save_steps": 5, "per_device_train_batch_size": 2, "save_total_limit": 3}
     # short ones, none of which is dropped: they fill whole steps, so any number of processes takes the same
     rows = sorted(gsm8k(shared, 200), key=lambda row: len(row["question"]))[:44]
     return configure(
