@@ -183,7 +183,8 @@ def test_the_gate_compares_with_the_faster_products() -> None:
 
 
 def test_every_suite_runs_and_its_report_is_complete(tmp_path: Path) -> None:
-    few = ["--provider", "ours*", "--provider", "naive", "--provider", "liger fused linear"]
+    names = ("ours", "ours, fast", "ours, triton fused", "naive", "liger fused linear")
+    few = [word for name in names for word in ("--provider", name)]
     done, results = suite(tmp_path, "benchmarks/suites", "--smoke", "-k", WITHOUT_GATES, *few)
     assert done.returncode == 0, done.stdout + done.stderr
     found = report.load(results)
@@ -235,22 +236,37 @@ def test_the_options_of_pytest_benchmark(tmp_path: Path) -> None:
     assert "(NOW)" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("--problem", "no-model"), "--problem: unknown name 'no-model'; available: gemma2, "),
-        (("--setting", "thawed"), "--setting: unknown name 'thawed'; available: frozen, "),
-        (("--provider", "our"), "--provider: unknown provider 'our'; give a name"),
-        (("--rounds", "0"), "--rounds must be at least 1, got 0"),
-        (("--benchmark-min-rounds", "2"), "--benchmark-min-rounds has no effect: the form sets clock"),
-        (("--benchmark-timer=time.time",), "--benchmark-timer has no effect: the form sets clock"),
-        (("-n", "2"), "benchmarks run one after another; run them without -n"),
-    ],
-)
-def test_refuses(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
-    done, results = suite(tmp_path, "benchmarks/suites/bench_scaling.py", *arguments)
-    assert done.returncode == 4
-    assert said in done.stderr
+REFUSED = {
+    ("--problem", "no-model"): "--problem: unknown name 'no-model'; available: gemma2, ",
+    ("--setting", "thawed"): "--setting: unknown name 'thawed'; available: frozen, ",
+    ("--provider", "our"): "--provider: unknown provider 'our'; give a name",
+    ("--rounds", "0"): "--rounds must be at least 1, got 0",
+    ("--benchmark-min-rounds", "2"): "--benchmark-min-rounds has no effect: the form sets clock",
+    ("--benchmark-timer=time.time",): "--benchmark-timer has no effect: the form sets clock",
+    ("-n", "2"): "benchmarks run one after another; run them without -n",
+}
+
+
+def test_refuses(tmp_path: Path) -> None:
+    """All in one process: importing the suites takes far longer than refusing."""
+    results = tmp_path / "results.json"
+    program = (
+        "import json, sys\n"
+        "import pytest\n"
+        "common, *attempts = json.loads(sys.argv[1])\n"
+        "for attempt in attempts:\n"
+        "    code = pytest.main([*common, *attempt])\n"
+        "    print('exit code', int(code), file=sys.stderr)\n"
+    )
+    common = ["-p", "no:cacheprovider", "benchmarks/suites/bench_scaling.py", "--results", str(results)]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-c", program, json.dumps([common, *REFUSED])]
+    done = subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, check=False)
+    *attempts, rest = done.stderr.split("exit code 4\n")
+    assert rest == ""
+    assert len(attempts) == len(REFUSED), done.stderr
+    for attempt, (arguments, said) in zip(attempts, REFUSED.items(), strict=True):
+        assert said in attempt, arguments
     assert not results.exists()
 
 
