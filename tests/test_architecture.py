@@ -109,6 +109,7 @@ def test_the_public_face() -> None:
         "Backend",
         "CrossEntropyOptions",
         "LinearCrossEntropyOptions",
+        "SparseTarget",
         "TokenStatistics",
         "UnsupportedError",
         "cross_entropy",

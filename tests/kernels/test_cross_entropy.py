@@ -257,6 +257,7 @@ def test_statistics(flags: str, dtype: torch.dtype, backend: str, device: torch.
         margin=first - second,
         mean_logit=z.mean(-1),
         correct=z_y == first,
+        predicted=z.argmax(-1),
         dropped_mass=torch.zeros_like(z_y),
     )
     selected = target != -100
@@ -266,6 +267,11 @@ def test_statistics(flags: str, dtype: torch.dtype, backend: str, device: torch.
         assert ours.shape == target.shape
         if name == "correct":
             assert torch.equal(ours, truth & selected)
+            continue
+        if name == "predicted":  # 16-bit logits have equal largest ones
+            assert (ours[~selected] == -1).all()
+            of_predicted = z[selected].gather(-1, ours[selected][:, None])[:, 0]
+            assert torch.equal(of_predicted, first[selected])
             continue
         assert ours.dtype == acc
         assert ours[~selected].isnan().all()
