@@ -215,6 +215,33 @@ def few_tokens(link: Link) -> str:
     )
 
 
+@figure
+def soft_targets(link: Link) -> str:
+    """The cost of 20 classes per target, beside class indices and a dense target."""
+
+    def wanted(row: Row) -> bool:
+        return row["suite"] == "linear_cross_entropy" and "of_one_class" in row and row["provider"] == "ours"
+
+    path, found = _results(wanted)
+    lines = []
+    for ours in filter(wanted, found["rows"]):
+        naive = next(
+            r
+            for r in found["rows"]
+            if (r["provider"], r.get("setting"), r["problem"]) == ("naive", ours["setting"], ours["problem"])
+        )
+        size = (str(ours[key]) for key in ("vocab", "features", "rows"))
+        head = "trained" if "trainable" in ours["setting"] else "frozen"
+        ratios = ours["of_one_class"], naive["of_ours"]
+        lines.append((head, *size, *(f"{ratio:.2f}" for ratio in ratios)))
+    header = ("head", "V", "D", "N", "20 classes / class indices", "naive / ours")
+    return (
+        f"{machine.table(header, lines)}\n\nForward and backward in bfloat16, smoothing per token; ratios of "
+        "times, medians over rounds. The naive loss has a dense target of N x V probabilities. "
+        f"Source: {_source(path, found, link)}."
+    )
+
+
 def _study(name: str) -> tuple[Path, dict[str, Any]]:
     """Return the newest committed results of a study."""
     path = max(machine.RESULTS.glob(f"*/{name}/*.json"), key=lambda path: path.name)

@@ -127,4 +127,5 @@ def test_twenty_classes_stay_near_one_class(
     step = training_step(loss, case)
     row["seconds"] = found = race(benchmark, step, {"one_class": one_class}, rounds, 40.0)
     best = min(found["it"]) / min(found["one_class"])
-    assert best <= SOFT_GATE, f"20 classes / one class is {best:.2f}, best of each; at most {SOFT_GATE}"
+    message = f"20 classes / one class is {best:.2f}, best of each; at most {SOFT_GATE} is allowed"
+    assert best <= SOFT_GATE, message
