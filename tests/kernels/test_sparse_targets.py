@@ -1178,6 +1178,11 @@ def compare_statistics(found: TokenStatistics, exact: TokenStatistics, eps: floa
             assert torch.equal(ours, truth), name
 
 
+@pytest.mark.kills(
+    "ual_kernels/_arguments.py",
+    "top, place = p.argmax(1, keepdim=True),",
+    "top, place = p.argmin(1, keepdim=True),",
+)
 @pytest.mark.kills("ual_kernels/_tokens.py", "+ self._excess(self.probability))", "+ self.excess)")
 @pytest.mark.kills(
     "ual_kernels/_triton/cross_entropy.py",
@@ -1253,11 +1258,6 @@ def test_a_tie_of_logits_is_the_targets_class(twin: int, backend: str, device: t
             assert found.predicted.item() in ([3, twin] if label == 11 else [label])
 
 
-@pytest.mark.kills(
-    "ual_kernels/_arguments.py",
-    "top, place = p.argmax(1, keepdim=True),",
-    "top, place = p.argmin(1, keepdim=True),",
-)
 @backends
 def test_a_tie_of_probabilities_is_the_smallest_class(backend: str, device: torch.device) -> None:
     logits = torch.tensor([[0.0, 5.0, 1.0, 5.0]], device=device).repeat(2, 1)
