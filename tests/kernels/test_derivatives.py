@@ -52,7 +52,7 @@ ALL = list((LEAVES | SEVERAL).items())
 
 
 def problem(kind: str, device: torch.device) -> tuple[Leaves, Tensor]:
-    """Return the inputs that require a gradient, and the target; a kind "-several" has targets of three classes."""
+    """Return the case of a kind; "-several" has targets of three classes."""
     base, _, several = kind.partition("-")
     if several:
         return with_probabilities(*problem(base, device), 3, VOCAB)

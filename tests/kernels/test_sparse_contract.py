@@ -336,7 +336,9 @@ def test_same_inputs_same_bits(
     dtype: torch.dtype, loss: Callable[..., Any], backend: str, device: torch.device
 ) -> None:
     leaves, target = case(loss, 24, device, dtype, vocab=131, count=8)
-    target[target[:, 0] != -100] = torch.arange(8, device=device)  # all tokens have the same classes
+    target[target[:, 0] != -100] = torch.arange(
+        8, device=device
+    )  # every token adds to the same rows of the head
     first, second = (measure(loss, leaves, target, backend=backend) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
