@@ -301,6 +301,7 @@ def test_statistics_of_a_tie(twin: int, backend: str, device: torch.device) -> N
         stats = cross_entropy(logits, target, return_statistics=True, backend=backend)[1]
         assert stats.margin.item() == 0
         assert stats.correct.item()
+        assert stats.predicted.item() == label
 
 
 @backends
@@ -308,7 +309,7 @@ def test_statistics_of_one_class(backend: str, device: torch.device) -> None:
     logits = torch.tensor([[2.0], [3.0]], device=device)
     target = torch.tensor([0, -100], device=device)
     _, stats = cross_entropy(logits, target, return_statistics=True, backend=backend)
-    assert [field[0].item() for field in stats] == [2.0, 0.0, 0.0, 1.0, math.inf, 2.0, True, 0.0]
+    assert [field[0].item() for field in stats] == [2.0, 0.0, 0.0, 1.0, math.inf, 2.0, True, 0, 0.0]
 
 
 # ---- shapes and dtypes of arguments ----
