@@ -56,7 +56,7 @@ def from_cache(made: Renderer, samples: list[Sample], folder: Path) -> bool:
     return not rendered
 
 
-@pytest.mark.kills("ual/data/tokenize.py", "truncated=truncated, dropped=dropped", "truncated=truncated")
+@pytest.mark.kills("ual/data/tokenize.py", "update(dropped=dropped, undecided", "update(undecided")
 def test_a_second_run_reads_what_the_first_made(tokenizer: Any, tmp_path: Path) -> None:
     assert not from_cache(renderer(tokenizer), SAMPLES, tmp_path)
     again = renderer(tokenizer)
@@ -70,7 +70,9 @@ def test_a_second_run_reads_what_the_first_made(tokenizer: Any, tmp_path: Path) 
     assert tokenize([], renderer(tokenizer), tmp_path) == {}
 
 
-@pytest.mark.kills("ual/data/tokenize.py", "[sample.id, chat, sample.tools]", "[sample.id]")
+@pytest.mark.kills(
+    "ual/data/tokenize.py", "[sample.id, chat, sample.tools, list(sample.options)]", "[sample.id]"
+)
 def test_whatever_changes_the_tokens_is_in_the_key(tokenizer: Any, tmp_path: Path) -> None:
     assert not from_cache(renderer(tokenizer), SAMPLES, tmp_path)
     for options in (
