@@ -80,8 +80,8 @@ def cross_entropy() -> Iterator[Specialization]:
                 for label, flags in kinds.items():
                     if label == "all" and not every:
                         continue
-                    heavy = bool({"weighted", "statistics", "dense"} & set(flags))
-                    config = source.launch_config(vocab, itemsize, heavy=heavy)
+                    heavy = bool({"weighted", "statistics"} & set(flags))
+                    config = source.launch_config(vocab, itemsize, heavy=heavy, dense="dense" in flags)
                     pointer, size = f"*{dtype}:16", "i32:16" if aligned else "i32"
                     known = {
                         **dict.fromkeys(("logits_ptr", "dlogits_ptr", "buffer_ptr"), pointer),

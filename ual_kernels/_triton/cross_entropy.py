@@ -56,17 +56,22 @@ class LaunchConfig(NamedTuple):
     num_warps: int
 
 
-def launch_config(vocab: int, itemsize: int, *, heavy: bool = False) -> LaunchConfig:
+def launch_config(vocab: int, itemsize: int, *, heavy: bool = False, dense: bool = False) -> LaunchConfig:
     """Return the launch config for a vocabulary size and bytes per logit. It is predicted, not measured.
 
     16-bit logits are processed in blocks of 16 per thread. With 32 warps one token is in flight per
     processor, so the second read of its logits hits L2. Statistics and class weights (`heavy`) need more
-    registers: 8 logits per thread and 16 warps. No kernel spills on sm_80, sm_90, sm_100 and gfx942
+    registers: 8 logits per thread and 16 warps. A dense target adds its own registers. No kernel spills on sm_80, sm_90, sm_100 and gfx942
     (`python -m ual_kernels.aot`).
     """
-    most = 1_024 if itemsize > 2 else 4_096 if heavy else 16_384
+    if itemsize > 2:
+        most = 512 if dense else 1_024
+    else:
+        most = 4_096 if heavy or dense else 16_384
     block_v = min(1 << (vocab.bit_length() - 1), most)  # at least one full block, which needs no mask
-    return LaunchConfig(block_v, num_warps=4 if itemsize > 2 else max(4, block_v // (256 if heavy else 512)))
+    return LaunchConfig(
+        block_v, num_warps=4 if itemsize > 2 else max(4, block_v // (256 if heavy or dense else 512))
+    )
 
 
 @triton.jit
@@ -104,7 +109,6 @@ def _forward_kernel(
     target = tl.load(target_ptr + token).to(tl.int64)
     selected = target != ignore_index
     valid = (target >= 0) & (target < V)
-    s = tl.load(smoothing_ptr + token)
     logits_ptr += token * stride_n
     column, live, p, c, z_y, z = _target_classes(
         logits_ptr, class_weight_ptr, classes_ptr, probability_ptr, token, target, selected,
@@ -140,6 +144,7 @@ def _forward_kernel(
     smoothing_term = term / V
     c_mean = c_mean / V if WEIGHTED else tl.full((), 1.0, ACC)
 
+    s = tl.load(smoothing_ptr + token)
     nll = (k - z_y) + log_sum
     if not DENSE:
         weight, mass = p * c, p
@@ -533,8 +538,8 @@ def forward(inputs: LogitsInputs, spec: LogitsSpec, *, inplace_scale: Tensor | N
     outputs = LogitsOutputs.empty(inputs, spec)
     if tokens:
         flags = _target_flags(inputs)
-        heavy = class_weight is not None or spec.statistics or flags["DENSE"]
-        block_v, num_warps = launch_config(vocab, logits.element_size(), heavy=heavy)
+        heavy = class_weight is not None or spec.statistics
+        block_v, num_warps = launch_config(vocab, logits.element_size(), heavy=heavy, dense=flags["DENSE"])
         _forward_kernel[(tokens,)](
             logits, target, smoothing, inplace_scale, class_weight, classes, probabilities, *outputs,
             logits.stride(0), tokens, vocab, 0 if classes is None else classes.shape[1], spec.ignore_index,
@@ -561,8 +566,8 @@ def backward(dloss: Tensor, state: Tensor, inputs: LogitsInputs, spec: LogitsSpe
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if tokens:
         flags = _target_flags(inputs)
-        heavy = class_weight is not None or flags["DENSE"]
-        block_v, num_warps = launch_config(vocab, logits.element_size(), heavy=heavy)
+        heavy = class_weight is not None
+        block_v, num_warps = launch_config(vocab, logits.element_size(), heavy=heavy, dense=flags["DENSE"])
         _backward_kernel[(tokens,)](
             dloss, logits, target, smoothing, class_weight, classes, probabilities, state, dlogits,
             dloss.stride(0), logits.stride(0), tokens, vocab, 0 if classes is None else classes.shape[1],

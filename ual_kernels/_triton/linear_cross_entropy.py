@@ -315,8 +315,9 @@ def _exponentials(
         # if d is -inf, x is 0 and the product must be 0
         moment = tl.sum(x * tl.maximum(d, -300.0), axis=1)
         high, second = tl.reduce((d, tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)), 1, top2)
-        place = tl.where(d == high[:, None], tl.arange(0, BLOCK_N)[None, :], BLOCK_N)
-        top = tl.min(place, axis=1).to(tl.float32)
+        # from x: with d, which is not needed any more, registers spill
+        place = tl.where(x == tl.max(x, axis=1)[:, None], tl.arange(0, BLOCK_N)[None, :], BLOCK_N)
+        top = first + tl.min(place, axis=1)
     stored, as_stored = _round_to_bfloat16(x)
     return stored, total, tl.sum(as_stored, axis=1), moment, plain, high, second, top
 
@@ -332,7 +333,6 @@ def _store_partials(
     plain,
     high,
     second,
-    top,
     STATISTICS: tl.constexpr,
     WRITE: tl.constexpr,
 ):
@@ -344,7 +344,6 @@ def _store_partials(
         tl.store(partial_ptr + 3 * stride_p, plain, mask=known)
         tl.store(partial_ptr + 4 * stride_p, high, mask=known)
         tl.store(partial_ptr + 5 * stride_p, second, mask=known)
-        tl.store(partial_ptr + 6 * stride_p, top, mask=known)
 
 
 @triton.jit
@@ -420,16 +419,20 @@ def _tma_kernel(
         )
         if WRITE:
             x_desc.store([tile_m * BLOCK_M, column], stored)
+        if STATISTICS:
+            tops_ptr = partial_ptr + 6 * stride_p + tile_n * M + token
+            tl.store(tops_ptr, (first_column + top).to(tl.float32), mask=known)
         stored, total_r, rounded_r, moment_r, plain_r, high_r, second_r, top_r = _exponentials(
             right, k, y, column + HALF, V, SCALE, STATISTICS, BLOCK_M, HALF
         )
         if WRITE:
             x_desc.store([tile_m * BLOCK_M, column + HALF], stored)
         second = merge_two_largest(high, second, high_r, second_r)
-        top = tl.where(high >= high_r, top, top_r + HALF) + (first_column + column)
+        if STATISTICS:  # replaces what the same thread has stored
+            tl.store(tops_ptr, (first_column + top_r).to(tl.float32), mask=known & (high_r > high))
         _store_partials(
             partial_ptr + tile_n * M + token, stride_p, known, total + total_r, rounded + rounded_r,
-            moment + moment_r, plain + plain_r, tl.maximum(high, high_r), second, top, STATISTICS, WRITE,
+            moment + moment_r, plain + plain_r, tl.maximum(high, high_r), second, STATISTICS, WRITE,
         )  # fmt: skip
 
 
@@ -513,16 +516,20 @@ def _pointer_kernel(
     )
     if WRITE:
         tl.store(x_ptrs, stored, mask=known[:, None] & (first + offset < V)[None, :])
+    if STATISTICS:
+        tops_ptr = partial_ptr + 6 * stride_p + tile_n * M + token
+        tl.store(tops_ptr, (first_column + top).to(tl.float32), mask=known)
     stored, total_r, rounded_r, moment_r, plain_r, high_r, second_r, top_r = _exponentials(
         right, k, y, first + HALF, V, SCALE, STATISTICS, BLOCK_M, HALF
     )
     if WRITE:
         tl.store(x_ptrs + HALF, stored, mask=known[:, None] & (first + HALF + offset < V)[None, :])
     second = merge_two_largest(high, second, high_r, second_r)
-    top = tl.where(high >= high_r, top, top_r + HALF) + (first_column + first)
+    if STATISTICS:
+        tl.store(tops_ptr, (first_column + top_r).to(tl.float32), mask=known & (high_r > high))
     _store_partials(
         partial_ptr + tile_n * M + token, stride_p, known, total + total_r, rounded + rounded_r,
-        moment + moment_r, plain + plain_r, tl.maximum(high, high_r), second, top, STATISTICS, WRITE,
+        moment + moment_r, plain + plain_r, tl.maximum(high, high_r), second, STATISTICS, WRITE,
     )  # fmt: skip
 
 
