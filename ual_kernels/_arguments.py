@@ -93,6 +93,11 @@ def check(
         raise ValueError(f"target must be a tensor or a SparseTarget, got {type(target).__name__}")
     elif target.is_floating_point():
         _check_dense(target, (*shape, classes), tokens, supported=dense)
+        if arguments.ignore_index >= 0:
+            raise ValueError(
+                "ignore_index must be negative for a target of probabilities, which ignores no token, got "
+                f"{arguments.ignore_index}; give tokens to ignore the sample_weight 0"
+            )
     else:
         _check_target(target, shape, tokens)
     _check_numbers(arguments)
@@ -103,7 +108,10 @@ def check(
             f"label_smoothing must be a number, a tensor or a function of the statistics, got {smoothing!r}"
         )
     if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
-        raise ValueError(f"sample_weight must be a tensor or None, got {weight!r}")
+        raise ValueError(
+            f"sample_weight must be a tensor, a function of the statistics or None, got {weight!r}; for one "
+            "weight for all tokens pass torch.tensor(weight)"
+        )
     for name, value in (("label_smoothing", smoothing), ("sample_weight", weight)):
         if isinstance(value, Tensor):
             _check_per_token(name, value, shape, tokens)
@@ -280,6 +288,12 @@ def _largest_first(classes: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_sparse(target: SparseTarget, shape: torch.Size, tokens: Tensor) -> None:
     indices, probabilities = target
+    for name, value in (("indices", indices), ("probabilities", probabilities)):
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"target.{name} must be a torch.Tensor, got {type(value).__name__}; convert it by "
+                "torch.as_tensor"
+            )
     if indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"target.indices must be int32 or int64, got {indices.dtype}")
     if indices.ndim == 0 or indices.shape[:-1] != shape or indices.shape[-1] == 0:
@@ -354,7 +368,8 @@ def _check_per_token(name: str, value: Tensor, shape: torch.Size, tokens: Tensor
     if value.shape != shape[: value.ndim]:
         leading = [list(shape[:k]) for k in range(len(shape) + 1)]
         raise ValueError(
-            f"{name} must be shaped like a leading part of target, one of {leading}, got {list(value.shape)}"
+            f"{name} must have leading dimensions of input without its last one, one of {leading}, "
+            f"got {list(value.shape)}"
         )
     if not value.is_floating_point():
         raise ValueError(f"{name} must be a floating-point tensor, got {value.dtype}")

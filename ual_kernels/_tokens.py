@@ -131,17 +131,22 @@ class TargetClasses(NamedTuple):
         return self._excess(self.weights)
 
     def _excess(self, weights: Tensor) -> Tensor:
-        # a class of probability 0 may have a logit of -inf
-        below = self.z[:, :1] - self.z[:, 1:]
+        # a class of probability 0 may have a logit of -inf; if the label's is -inf, nll is infinite already
+        below = torch.where(self.z[:, :1] == -torch.inf, 0.0, self.z[:, :1] - self.z[:, 1:])
         return torch.where(weights[:, 1:] == 0, 0.0, weights[:, 1:] * below).sum(1)
 
     def log_prob(self, nll: Tensor) -> Tensor:
         """sum_k p_k log p_ik, [M]."""
         return -(self.probability.sum(1) * nll + self._excess(self.probability))
 
-    def probability_gradient(self, nll: Tensor, s: Tensor) -> Tensor:
+    def probability_gradient(self, nll: Tensor, lse: Tensor, s: Tensor) -> Tensor:
         """dloss/dp_k, [M, K]."""
-        return (1 - s)[:, None] * self.class_weight * (nll[:, None] + (self.z[:, :1] - self.z))
+        return (1 - s)[:, None] * self.class_weight * minus_log_p(self.z, self.z[:, :1], nll, lse)
+
+
+def minus_log_p(z: Tensor, z_y: Tensor, nll: Tensor, lse: Tensor) -> Tensor:
+    """-log p for logits z [M, K], from the label's logit [M, 1]; more accurate than lse - z near p = 1."""
+    return torch.where(z_y == -torch.inf, lse[:, None] - z, nll[:, None] + (z_y - z))
 
 
 class TokenTerms(NamedTuple):

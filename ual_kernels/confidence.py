@@ -107,6 +107,9 @@ def target(
     logits = logits.masked_fill(padding[selected], -torch.inf)
     own = _balanced(logits, p[selected].double().mean(0)) if balance else logits.argmax(-1)
     hardened = torch.zeros_like(p[selected]).scatter_(-1, own[:, None], 1.0)
+    hardened = hardened.masked_fill(
+        indices[selected] < 0, 0.0
+    )  # of a token without options, whose loss is NaN
     p[selected] = p[selected] + coefficient * (hardened - p[selected])
     classes = indices.clamp(min=0)
     classes[..., 0] = classes[..., 0].where(selected, ignore_index)
@@ -117,7 +120,7 @@ def _logits(input: Tensor, head: Tensor, indices: Tensor, bias: Tensor | None) -
     """Return the options' logits [M, K] of hidden states [M, D], one option at a time."""
     wide = torch.promote_types(input.dtype, torch.float32)
     columns = []
-    for column in indices.clamp(min=0).unbind(-1):
+    for column in indices.clamp(0, len(head) - 1).unbind(-1):  # the loss of an index out of range is NaN
         logit = (input.to(wide) * head[column].to(wide)).sum(-1)
         columns.append(logit if bias is None else logit + bias[column].to(wide))
     return torch.stack(columns, -1)

@@ -55,13 +55,13 @@ def cross_entropy(
         target: [...] int32 or int64 in [0, V), or `ignore_index`; or a `SparseTarget` of K classes per token,
             q = (1 - s) sum_k p_k onehot(i_k) + s / V; or [..., V] probabilities, q = (1 - s) target + s / V.
             As in PyTorch, probabilities need not have a sum of 1, and no token is ignored.
-        label_smoothing: a float in [0, 1], or a floating-point tensor shaped like leading dimensions of
-            `target`, which is broadcast ([B]: per sample, [B, T]: per token), or a function of the
-            `TokenStatistics` (see `ual_kernels.losses`), for which the logits are read once more. Values up
-            to V / (V - 1), where the target has probability zero, are accepted. torch.compile compiles again
-            for each value of a float; pass a schedule as a tensor without dimensions.
-        sample_weight: factor of each token's loss: a tensor >= 0 shaped like leading dimensions of `target`,
-            a function of the `TokenStatistics`, or None for 1.
+        label_smoothing: a float in [0, 1], or a floating-point tensor with leading dimensions of `input`,
+            without its last one, which is broadcast ([B]: per sample, [B, T]: per token), or a function of
+            the `TokenStatistics` (see `ual_kernels.losses`), for which the logits are read once more. Values
+            up to V / (V - 1), where the target has probability zero, are accepted. torch.compile compiles
+            again for each value of a float; pass a schedule as a tensor without dimensions.
+        sample_weight: factor of each token's loss: a tensor >= 0 with such dimensions, a function of the
+            `TokenStatistics`, or None for 1.
         weight: [V] class weights, as in PyTorch; not differentiable. If they are 0 for every target, "mean"
             is 0 with gradient 0, as for a batch without loss tokens. PyTorch divides by 0 and returns NaN.
         ignore_index: tokens with this target have no loss and no gradient and are not counted in divisors.
@@ -119,7 +119,7 @@ def cross_entropy_with_statistics(
     options: CrossEntropyOptions | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, TokenStatistics]:
-    """`cross_entropy` and the `TokenStatistics` of the same pass, detached, shaped like `target`.
+    """`cross_entropy` and the `TokenStatistics` of the same pass, detached, one value per token.
 
     Arguments and errors are those of `cross_entropy`.
 
@@ -219,7 +219,7 @@ def linear_cross_entropy_with_statistics(
     options: LinearCrossEntropyOptions | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, TokenStatistics]:
-    """`linear_cross_entropy` and the `TokenStatistics` of the same pass, detached, shaped like `target`.
+    """`linear_cross_entropy` and the `TokenStatistics` of the same pass, detached, one value per token.
 
     Arguments and errors are those of `linear_cross_entropy`.
     """

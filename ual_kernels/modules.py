@@ -18,6 +18,7 @@ from ual_kernels import functional
 from ual_kernels._types import IGNORE_INDEX, Backend, Reduction
 from ual_kernels.options import CrossEntropyOptions, LinearCrossEntropyOptions
 from ual_kernels.statistics import TokenFn, TokenStatistics
+from ual_kernels.targets import SparseTarget
 
 Options = TypeVar("Options", CrossEntropyOptions, LinearCrossEntropyOptions)
 
@@ -79,7 +80,7 @@ class CrossEntropyLoss(_Loss[CrossEntropyOptions]):
     def forward(
         self,
         input: Tensor,  # [..., V]
-        target: Tensor,  # [...]
+        target: Tensor | SparseTarget,  # [...], or [..., K] twice
         *,
         label_smoothing: float | Tensor | TokenFn | None = None,
         sample_weight: Tensor | TokenFn | None = None,
@@ -92,7 +93,9 @@ class CrossEntropyLoss(_Loss[CrossEntropyOptions]):
         )
         return functional.cross_entropy(input, target, **keywords)
 
-    def with_statistics(self, input: Tensor, target: Tensor, **given: Any) -> tuple[Tensor, TokenStatistics]:
+    def with_statistics(
+        self, input: Tensor, target: Tensor | SparseTarget, **given: Any
+    ) -> tuple[Tensor, TokenStatistics]:
         """Return the loss and `TokenStatistics`; arguments are those of `forward`."""
         return functional.cross_entropy_with_statistics(input, target, **self._keywords(**given))
 
@@ -109,7 +112,7 @@ class LinearCrossEntropyLoss(_Loss[LinearCrossEntropyOptions]):
         self,
         input: Tensor,  # [..., D]
         linear_weight: Tensor,  # [V, D]
-        target: Tensor,  # [...]
+        target: Tensor | SparseTarget,  # [...], or [..., K] twice
         *,
         linear_bias: Tensor | None = None,  # [V]
         linear_lora: tuple[Tensor, Tensor, float] | None = None,
@@ -130,7 +133,7 @@ class LinearCrossEntropyLoss(_Loss[LinearCrossEntropyOptions]):
         return functional.linear_cross_entropy(input, linear_weight, target, **keywords)
 
     def with_statistics(
-        self, input: Tensor, linear_weight: Tensor, target: Tensor, **given: Any
+        self, input: Tensor, linear_weight: Tensor, target: Tensor | SparseTarget, **given: Any
     ) -> tuple[Tensor, TokenStatistics]:
         """Return the loss and `TokenStatistics`; arguments are those of `forward`."""
         return functional.linear_cross_entropy_with_statistics(

@@ -75,6 +75,13 @@ def _differentiable_once() -> UnsupportedError:
     )
 
 
+def _hidden_by_vmap(loss: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"torch.vmap inside of torch.func.grad hides which gradients {loss} must compute; apply "
+        'torch.func.grad inside of torch.vmap, loop over the samples or use backend="reference"'
+    )
+
+
 class _Function(torch.autograd.Function):
     """A Function of tensors and constants, for which torch.vmap is a loop and forward mode an error."""
 
@@ -200,6 +207,8 @@ def _backward_logits(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
     if dloss is None:
         return unwanted
     wants, spec, shards = LogitsInputs(*ctx.needs_input_grad[:_LOGITS]), ctx.spec, ctx.shards
+    if wants.probabilities and not spec.probability_grad:
+        raise _hidden_by_vmap("cross_entropy")
 
     def gradients(
         dloss: Tensor, state: Tensor, dprobabilities: Tensor, *inputs: Tensor
@@ -315,7 +324,10 @@ class _CrossEntropyInplace(_Inplace):
                 "backward ran a second time through cross_entropy with inplace_backward=True, which supports "
                 "one backward; set inplace_backward=False"
             )
-        backend = ctx.backend
+        backend, wants_probabilities = (
+            ctx.backend,
+            LogitsInputs(*ctx.needs_input_grad[:_LOGITS]).probabilities,
+        )
 
         # detached: the result of a Function that is one of its arguments would be a view
         def gradients(
@@ -330,7 +342,7 @@ class _CrossEntropyInplace(_Inplace):
             with _as_called(dloss):
                 dlogits = _body(backend, "cross_entropy").scale_tokens(buffer, dloss).detach()
             scaled = dloss * token_scale
-            dp = scaled[:, None] * dprobabilities if dprobabilities.numel() else None
+            dp = scaled[:, None] * dprobabilities if wants_probabilities else None
             return dlogits, scaled * state[3], dp, dloss * loss
 
         dlogits, dsmoothing, dp, dscale = _InplaceGradients.apply(  # type: ignore[no-untyped-call]
@@ -406,11 +418,9 @@ def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
     wants, spec = LinearInputs(*ctx.needs_input_grad[:_LINEAR]), ctx.spec
     dtypes, direct, again = ctx.dtypes, ctx.direct, ctx.again
     computed = spec.input_grad, spec.head_grad, spec.bias_grad, spec.lora_grad, spec.lora_grad
-    if not again and any(wanted and not done for wanted, done in zip(wants[:5], computed, strict=True)):
-        raise UnsupportedError(
-            "torch.vmap inside of torch.func.grad hides which gradients linear_cross_entropy must compute; "
-            'apply torch.func.grad inside of torch.vmap, loop over the samples or use backend="reference"'
-        )
+    hidden = not again and any(w and not done for w, done in zip(wants[:5], computed, strict=True))
+    if hidden or (wants.probabilities and not spec.probability_grad):
+        raise _hidden_by_vmap("linear_cross_entropy")
 
     def gradients(
         dloss: Tensor,

@@ -381,7 +381,7 @@ def test_opcheck(dtype: torch.dtype, variant: str, device: torch.device) -> None
     smoothing, scale = leaves["label_smoothing"], leaves["sample_weight"]
     adapter = torch.randn(2, 16, device=device), torch.randn(13, 2, device=device)
     for *gradients, lora in (
-        (True, True, False, False, False, (None, None)),
+        (True, True, False, False, False, False, (None, None)),
         (True, False, False, False, False, True, (None, None)),
         (False, False, False, False, False, False, (None, None)),
         (True, True, False, True, False, False, adapter),
@@ -603,7 +603,7 @@ def moved(tensor: Tensor, elements: int) -> Tensor:
 
 
 def linear_spec(**changes: Any) -> LinearSpec:
-    gradients = (True, False, False, False, False)
+    gradients = (True, False, False, False, False, False)
     flags = (-100, 0.0, 1.0, 1.0, 0.0, 0.0, False, *gradients, ALL_TOKENS, 0, "high", "triton")
     return LinearSpec(*flags)._replace(**changes)
 
@@ -881,7 +881,7 @@ def test_ignored_tokens_are_never_far(device: torch.device, monkeypatch: pytest.
     class Launch:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
             def call(*arguments: Any, **flags: Any) -> None:
-                total = arguments[4][kernels._TOTAL.value]
+                total = arguments[6][kernels._TOTAL.value]
                 far.append(int((~(total < kernels._LARGEST_TOTAL.value)).sum()))
                 launch[grid](*arguments, **flags)
 

@@ -321,7 +321,7 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     ),
     "weights": (
         lambda given: {"sample_weight": given["sample_weight"][1:]},
-        "rank 1 of process_group: sample_weight must be shaped like a leading part of target, ",
+        "rank 1 of process_group: sample_weight must have leading dimensions of input without its last one, ",
     ),
     "num-items": (
         lambda given: {"num_items": torch.ones(2)},

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ual_kernels._matrices import subtract_at
 from ual_kernels._operands import LogitsInputs, LogitsOutputs, LogitsSpec, accumulator, fill_ignored
-from ual_kernels._tokens import Labels, TargetClasses, labels, token_statistics, token_terms
+from ual_kernels._tokens import Labels, TargetClasses, labels, minus_log_p, token_statistics, token_terms
 from ual_kernels._torch.gemm import even
 from ual_kernels._vocab_parallel import Shards
 
@@ -55,7 +55,7 @@ def forward(
                 label.selected & label.valid, sums.statistics, outputs.statistics[:, chunk]
             )
         if spec.probability_grad:
-            dp = target.probability_gradient(sums.nll + nan_mask, s)
+            dp = target.probability_gradient(sums.nll + nan_mask, sums.lse + nan_mask, s)
             outputs.dprobabilities[chunk] = torch.where(label.selected[:, None], dp, 0.0)
         if inplace_scale is not None:
             p = z.mul_(torch.exp(-sums.log_sum)[:, None])
@@ -119,8 +119,8 @@ class _DenseTarget(NamedTuple):
     def log_prob(self, nll: Tensor) -> Tensor:
         return -(self.probability * nll + self.plain_excess)
 
-    def probability_gradient(self, nll: Tensor, s: Tensor) -> Tensor:
-        return (1 - s)[:, None] * self.class_weight * (nll[:, None] + (self.z_y[:, None] - self.z))
+    def probability_gradient(self, nll: Tensor, lse: Tensor, s: Tensor) -> Tensor:
+        return (1 - s)[:, None] * self.class_weight * minus_log_p(self.z, self.z_y[:, None], nll, lse)
 
 
 def _target(
@@ -146,7 +146,7 @@ def _dense_target(
     q = inputs.probabilities[chunk]
     place = shards.place(label.column[:, None])
     z_y = shards.sum(torch.where(place.held, z.gather(1, place.column), 0.0))
-    below = torch.where(q == 0, 0.0, q * (z_y - z))
+    below = torch.where((q == 0) | (z_y == -torch.inf), 0.0, q * (z_y - z))
     probability, plain_excess = shards.sum(q.sum(1)), shards.sum(below.sum(1))
     weight, excess, c = probability, plain_excess, torch.ones_like(z[:1, :1])
     if inputs.class_weight is not None:

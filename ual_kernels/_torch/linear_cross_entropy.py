@@ -121,7 +121,8 @@ def linear_cross_entropy(
             outputs.loss[chunk.indices] = tokens.zero_ignored(a * algebra.loss, part)
             outputs.state[:, chunk.indices] = tokens.zero_ignored(state, part)
             if spec.probability_grad:
-                dp = target.probability_gradient(sums.nll + chunk.nan_mask, chunk.smoothing)
+                mask = chunk.nan_mask
+                dp = target.probability_gradient(sums.nll + mask, sums.lse + mask, chunk.smoothing)
                 dp = dp if weight is None else dp * weight[:, None]
                 outputs.dprobabilities[chunk.indices] = tokens.zero_ignored(dp.T, part).T
             if spec.gradient_filter:
@@ -567,7 +568,9 @@ class Sweep:
     ) -> Tensor | None:
         if t.dright is not None:
             wide = left.to(t.dright.dtype)
-            for column, factor in zip(chunk.column.T, factors.of_target.T, strict=True):
+            # padding would add to class 0 again and again, which is slow on a GPU
+            columns = torch.where(factors.of_target == 0, chunk.column[:, :1], chunk.column)
+            for column, factor in zip(columns.T, factors.of_target.T, strict=True):
                 add_by_label(t.dright, column, wide * factor[:, None])
         if x_right is None:
             return None

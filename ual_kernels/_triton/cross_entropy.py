@@ -61,8 +61,8 @@ def launch_config(vocab: int, itemsize: int, *, heavy: bool = False, dense: bool
 
     16-bit logits are processed in blocks of 16 per thread. With 32 warps one token is in flight per
     processor, so the second read of its logits hits L2. Statistics and class weights (`heavy`) need more
-    registers: 8 logits per thread and 16 warps. A dense target adds its own registers. No kernel spills on sm_80, sm_90, sm_100 and gfx942
-    (`python -m ual_kernels.aot`).
+    registers: 8 logits per thread and 16 warps. A dense target needs registers of its own. No kernel spills
+    on sm_80, sm_90, sm_100 and gfx942 (`python -m ual_kernels.aot`).
     """
     if itemsize > 2:
         most = 512 if dense else 1_024
@@ -149,7 +149,8 @@ def _forward_kernel(
     if not DENSE:
         weight, mass = p * c, p
         if BLOCK_C > 0:
-            below = tl.where(live, z_y - z, 0.0)
+            # if the label's logit is -inf, nll is infinite already
+            below = tl.where(live & (z_y != float("-inf")), z_y - z, 0.0)
             excess = tl.sum(weight * below, axis=0)
             plain_excess = tl.sum(p * below, axis=0)
             weight = tl.sum(weight, axis=0)
@@ -175,13 +176,15 @@ def _forward_kernel(
             for start in range(0, V, BLOCK_V):
                 at = start + tl.arange(0, BLOCK_V)
                 x = tl.load(logits_ptr + at, mask=(at < stop), other=0.0).to(ACC)
-                dp = (1.0 - s) * (nll + (z_y - final_logits(x, SOFTCAP, LOGIT_SCALE)))
+                z = final_logits(x, SOFTCAP, LOGIT_SCALE)
+                dp = (1.0 - s) * tl.where(z_y == float("-inf"), (k - z) + log_sum, nll + (z_y - z))
                 if WEIGHTED:
                     dp *= tl.load(class_weight_ptr + at, mask=at < V, other=0.0)
                 tl.store(dprobability_ptr + token * V + at, tl.where(selected, dp, 0.0), mask=at < V)
         else:
             entry = tl.arange(0, BLOCK_C)
-            dp = (1.0 - s) * c * ((nll + nan_mask) + (z_y - z))
+            dp = tl.where(z_y == float("-inf"), (k - z) + log_sum, nll + (z_y - z))
+            dp = (1.0 - s) * c * (dp + nan_mask)
             tl.store(dprobability_ptr + token * K + entry, tl.where(selected, dp, 0.0), mask=entry < K)
     if INPLACE:
         # every thread has read the target's logit before any thread overwrites it
@@ -360,7 +363,7 @@ def _online_sums(
             term += tl.sum(tl.where(inside, z - z_y, 0.0), axis=0)
         if DENSE:
             q = tl.load(probability_ptr + column, mask=inside, other=0.0)
-            below = tl.where(q == 0.0, 0.0, q * (z_y - z))
+            below = tl.where((q == 0.0) | (z_y == float("-inf")), 0.0, q * (z_y - z))
             mass += tl.sum(q, axis=0)
             plain_excess += tl.sum(below, axis=0)
             if WEIGHTED:

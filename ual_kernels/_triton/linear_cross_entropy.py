@@ -1096,7 +1096,8 @@ def _classes_kernel(
             w = p
             if WEIGHTED:
                 w *= tl.load(class_weight_ptr + column)
-            below = tl.where(p != 0.0, z_y - z, 0.0)
+            # if the label's logit is -inf, nll is infinite already
+            below = tl.where((p != 0.0) & (z_y != float("-inf")), z_y - z, 0.0)
             other_weight += w
             mass += p
             excess += w * below
@@ -1185,7 +1186,8 @@ def _class_factors_kernel(
     s = tl.load(smoothing_ptr + token)
     rate = tl.load(factors_ptr + 4 * M + token)
     a = tl.load(factors_ptr + 5 * M + token)
-    x = tl.exp2(z * _LOG2E - tl.load(table_ptr + _K * M + token))
+    k = tl.load(table_ptr + _K * M + token)
+    x = tl.exp2(z * _LOG2E - k)
     factor = rate * x - (1.0 - s) * p * c
     if SOFTCAP != 0.0:
         factor = (factor - s * c / V) * (1.0 - (z / SOFTCAP) * (z / SOFTCAP))
@@ -1193,7 +1195,9 @@ def _class_factors_kernel(
     tl.store(factor_ptr + token * K + entry, tl.where(counts, a * factor, 0.0), mask=known)
     if PROBABILITY_GRAD:
         z_y = tl.load(table_ptr + _Z_Y * M + token)
-        dp = (1.0 - s) * c * (tl.load(factors_ptr + 6 * M + token) + (z_y - z))
+        lse = (k + tl.log2(tl.load(table_ptr + _TOTAL * M + token))) * _LN2  # if z_y is -inf
+        dp = tl.where(z_y == float("-inf"), lse - z, tl.load(factors_ptr + 6 * M + token) + (z_y - z))
+        dp *= (1.0 - s) * c
         if REWEIGHTED:
             dp *= tl.load(weight_ptr + token)
         dp = tl.where(tl.load(selected_ptr + token) != ignore_index, dp, 0.0)
@@ -1590,7 +1594,10 @@ class _Chunk(NamedTuple):
 
     def by_class(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the columns of the target's classes and their factors, [M] each."""
-        yield from zip(self.class_columns.T, self.of_classes.T, strict=True)
+        columns, factors = self.class_columns, self.of_classes
+        # padding would add to class 0 again and again, which is slow on a GPU
+        columns = torch.where(factors == 0, columns[:, :1], columns)
+        yield from zip(columns.T, factors.T, strict=True)
 
 
 class _Made(NamedTuple):
