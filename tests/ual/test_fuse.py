@@ -1,5 +1,6 @@
 """`fuse` and what people do with models: copy, pickle, compile, wrap, hook, offload, thread, unwrap."""
 
+import ast
 import copy
 import inspect
 import io
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator, cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from accelerate.state import AcceleratorState
@@ -38,6 +40,7 @@ from tests.ual.test_fused_loss import SMALL, assert_same, loss_and_gradients, mo
 from ual.errors import UserError
 from ual.models import fuse, unfuse
 from ual.models.attach import plain_class
+from ual.models.fuse import _meant
 
 FUSE, HEAD, ATTACH = "ual/models/fuse.py", "ual/models/head.py", "ual/models/attach.py"
 LOSS, PROBE = "ual/models/loss.py", "ual/models/probe.py"
@@ -359,6 +362,7 @@ def test_columns_of_another_shape_are_refused(column: dict[str, Any], message: s
 
 @pytest.mark.kills(FUSE, "difflib.get_close_matches(name, _ADDED, n=1, cutoff=0.82)", "[]")
 @pytest.mark.kills(FUSE, "if re.fullmatch(pattern, name)]", "if False]")
+@pytest.mark.kills(FUSE, 'r"|probabilities|probs",', "", only="probs-option_probabilities")
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
@@ -373,12 +377,39 @@ def test_columns_of_another_shape_are_refused(column: dict[str, Any], message: s
         ("smooth", "label_smoothing"),
         ("num_items", "num_items_in_batch"),
         ("return_statistic", "return_statistics"),
+        ("option_tokens", "option_ids"),
+        ("options", "option_ids"),
+        ("option_probs", "option_probabilities"),
+        ("soft_labels", "option_probabilities"),
+        ("soft_target", "option_probabilities"),
+        ("target_probabilities", "option_probabilities"),
+        ("teacher_probs", "option_probabilities"),
+        ("label_distribution", "option_probabilities"),
+        ("probabilities", "option_probabilities"),
+        ("probs", "option_probabilities"),
     ],
 )
 def test_a_name_near_ours_is_refused(name: str, meant: str) -> None:
     model = llama()
     with pytest.raises(TypeError, match=f"did you mean '{meant}'"):
         model(**batch(), **{name: S})
+
+
+@pytest.mark.kills(FUSE, r"options?|labels?|targets?|soft|teacher)_)+(prob", r"\w+)_)*(prob")
+def test_no_argument_of_a_model_is_near_ours() -> None:
+    """A causal LM passes arguments that its signature does not name on to its parts, as `**kwargs`."""
+    no_text = {"sapiens2", "zoedepth"}  # vision models: label_weights, probabilities
+    found = set()
+    for path in (Path(transformers.__file__).parent / "models").rglob("modeling_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.FunctionDef)
+                and node.name == "forward"
+                and path.parent.name not in no_text
+            ):
+                found |= {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
+    assert {"labels", "mc_labels", "router_probs", "target_values"} <= found
+    assert [name for name in found if _meant(name) is not None] == []
 
 
 @pytest.mark.kills(
@@ -393,6 +424,7 @@ def test_columns_without_labels_are_refused() -> None:
 
 @pytest.mark.kills(FUSE, "(require,) if isinstance(require, str) else tuple(require)", "require")
 @pytest.mark.kills(FUSE, "if missing and _is_training(model):", "if False:")
+@pytest.mark.kills(FUSE, "if name not in (*_COLUMNS, *_OPTIONS)]:", "if name not in _COLUMNS]:")
 def test_a_required_column_must_come() -> None:
     model = llama(require=("label_smoothing",)).train()
     with pytest.raises(UserError, match="the batch has no label_smoothing"):
@@ -405,6 +437,12 @@ def test_a_required_column_must_come() -> None:
     for require in ("label_smoothing", (name for name in ["label_smoothing"])):
         with pytest.raises(UserError, match="the batch has no label_smoothing"):
             llama(require=require).train()(**batch())
+    for required in ("option_ids", "option_probabilities"):
+        with pytest.raises(UserError, match=f"the batch has no {required}, which"):
+            llama(require=required).train()(**batch())
+    ids = batch()["labels"][..., None]
+    given = {"option_ids": ids, "option_probabilities": torch.ones(3, 11, 1)}
+    assert llama(require=tuple(given)).train()(**batch(), **given).loss > 0
     with pytest.raises(UserError, match="require must name columns"):
         fuse(model_of("llama"), require=("smoothing",))
 

@@ -773,6 +773,23 @@ class TestFusedModel:
         dense = -(q[:, 3:, :3] * log_p.gather(-1, ids[:, 3:, :3])).sum(-1).mean()
         torch.testing.assert_close(expected, dense)
 
+    @pytest.mark.kills("ual/models/loss.py", "(smoothing >= 0) & (smoothing <= 1)", "smoothing == smoothing")
+    @pytest.mark.kills(
+        "ual/models/loss.py", "(smoothing >= 0) & (smoothing <= 1)", "(smoothing >= 0) & (smoothing < 1)"
+    )
+    def test_smoothing_tensors_outside_0_to_1_are_nan(self, tiny: Path) -> None:
+        """As without options; the options of ignored tokens have no effect."""
+        model, batch = fuse(AutoModelForCausalLM.from_pretrained(tiny)), labeled()
+        ids = torch.stack([batch["input_ids"], batch["input_ids"] - 1], -1)
+        over = batch | {"option_ids": ids, "smoothing_over": "options"}
+        for s in (-0.01, 1.01):
+            assert model(**over, label_smoothing=torch.tensor([0.1, s])).loss.isnan()
+            ignored = torch.where(batch["labels"] == -100, s, 0.1)
+            torch.testing.assert_close(
+                model(**over, label_smoothing=ignored).loss, model(**over, label_smoothing=0.1).loss
+            )
+        assert model(**over, label_smoothing=torch.tensor([0.0, 1.0])).loss.isfinite()
+
     def test_shift_labels_take_shifted_options(self, tiny: Path) -> None:
         model, batch = fuse(AutoModelForCausalLM.from_pretrained(tiny)), labeled()
         ids = torch.stack([batch["input_ids"], batch["input_ids"] - 1], -1)
@@ -798,6 +815,8 @@ class TestFusedModel:
             ({"smoothing_over": "others", "option_ids": [[[5] * 2] * 9] * 2}, "needs one target per token"),
             ({"smoothing_over": "options", "option_ids": [[[5] * 2] * 9] * 2, "label_smoothing": len},
              "takes label_smoothing as numbers"),
+            *[({"smoothing_over": "options", "option_ids": [[[5] * 2] * 9] * 2, "label_smoothing": s},
+               f"label_smoothing must be in [0, 1], got {s}") for s in (1.5, -0.1, float("nan"))],
             ({"smoothing_over": "option"}, 'must be "all", "others" or "options", got \'option\''),
             ({"option_probabilities": [[[1.0]] * 9] * 2}, "option_probabilities needs option_ids"),
             ({"option_ids": [[5, 6]] * 2}, "option_ids must be integers [2, 9, K], got torch.int64 [2, 2]"),
@@ -806,6 +825,7 @@ class TestFusedModel:
              "option_probabilities must have shape [2, 9, 2] like option_ids, got [2, 9, 1]"),
         ],
     )  # fmt: skip
+    @pytest.mark.kills("ual/models/fuse.py", "and not 0 <= smoothing <= 1:", "and False:")
     def test_what_it_refuses(self, tiny: Path, more: dict[str, Any], said: str) -> None:
         model = fuse(AutoModelForCausalLM.from_pretrained(tiny))
         with pytest.raises(ValueError, match=re.escape(said)):

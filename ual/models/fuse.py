@@ -42,6 +42,9 @@ _MISNOMERS = {  # whole names: vision models take interp_weights
     "label_smoothing": r".*smooth.*",
     "sample_weight": r"(per_)?((loss|class|label|sample|token)s?_)*weight(s|ing)?",
     "num_items_in_batch": "num_items",
+    "option_ids": r"options?(_(tokens?|indices))?",
+    "option_probabilities": r"((options?|labels?|targets?|soft|teacher)_)+(prob\w*|distributions?|labels?|targets?)"
+    r"|probabilities|probs",
 }
 
 
@@ -108,8 +111,8 @@ def fuse(
     Args:
         model: a `PreTrainedModel` with an lm_head, or a `PeftModel` around one (wrap before or after).
         z_loss, backend: as in `ual_kernels.linear_cross_entropy`.
-        require: one or both of "label_smoothing" and "sample_weight". A training call without them raises, so
-            that a collator that drops columns is noticed.
+        require: some of "label_smoothing", "sample_weight", "option_ids" and "option_probabilities". A training
+            call without them raises, so that a collator that drops columns is noticed.
         eval_logits: in eval mode without gradients, a labeled call also returns logits, [B, T, V], as the
             metrics of transformers' Trainer need. False saves their memory.
         verify: compare loss and gradients of a few tokens with the model's own logits and loss. Turn it off
@@ -128,8 +131,8 @@ def fuse(
     if not (isinstance(z_loss, int | float) and 0 <= z_loss < math.inf):
         raise UserError(f"fuse: z_loss must be a finite number >= 0, got {z_loss!r}")
     require = (require,) if isinstance(require, str) else tuple(require)
-    if unknown := [name for name in require if name not in _COLUMNS]:
-        raise UserError(f"fuse: require must name columns among {_COLUMNS}, got {unknown}")
+    if unknown := [name for name in require if name not in (*_COLUMNS, *_OPTIONS)]:
+        raise UserError(f"fuse: require must name columns among {(*_COLUMNS, *_OPTIONS)}, got {unknown}")
     base = _causal_lm(model)
     _check_kind(model, base)
     head = base.get_output_embeddings()
@@ -281,12 +284,11 @@ class _FusedCausalLM(Attached):
         args, labels = _take_labels(self._parameters_by_position, args, labels)
         _check_names(kwargs, self._parameters_by_position)
         columns = {"label_smoothing": label_smoothing, "sample_weight": sample_weight}
-        asked = [name for name, value in columns.items() if value is not None]
+        named = columns | dict(zip(_OPTIONS, (option_ids, option_probabilities), strict=True))
+        asked = [name for name, value in named.items() if value is not None]
         given = labels if shift_labels is None else shift_labels
         if given is None:
-            late = dict(zip(_OPTIONS, (option_ids, option_probabilities), strict=True))
-            late["return_statistics"] = return_statistics or None
-            _check_unlabeled(self, [*asked, *(name for name, value in late.items() if value is not None)])
+            _check_unlabeled(self, [*asked, *["return_statistics"] * bool(return_statistics)])
             if return_dict is not None:
                 kwargs["return_dict"] = return_dict
             return _without_loss(super().forward(*args, **kwargs))
@@ -426,6 +428,8 @@ def _check_over(smoothing_over: str, smoothing: Any, option_ids: Any) -> None:
         raise ValueError('smoothing_over="options" needs option_ids, the classes of each token\'s options')
     if smoothing_over == "options" and callable(smoothing):
         raise ValueError('smoothing_over="options" takes label_smoothing as numbers, not as a function')
+    if smoothing_over == "options" and isinstance(smoothing, int | float) and not 0 <= smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {smoothing}")
     if smoothing_over == "others" and option_ids is not None:
         raise ValueError('smoothing_over="others" needs one target per token, so option_ids must be None')
 

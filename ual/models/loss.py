@@ -109,7 +109,8 @@ def decided(
     Args:
         labels: [B, T].
         option_ids, option_probabilities: as in `TokenLoss`.
-        smoothing: a number, [B] or [B, T]; the share of the target that is spread evenly over the options.
+        smoothing: a number in [0, 1], [B] or [B, T]; the share of the target that is spread evenly over the
+            options. Outside [0, 1], the position's probabilities are NaN.
         ignore_index: of labels.
     """
     given = option_ids >= 0
@@ -117,6 +118,7 @@ def decided(
     if option_probabilities is not None:
         p = torch.where(given, option_probabilities, 0.0)
     if isinstance(smoothing, Tensor):
+        smoothing = torch.where((smoothing >= 0) & (smoothing <= 1), smoothing, torch.nan)
         smoothing = smoothing.reshape(*smoothing.shape, *[1] * (option_ids.ndim - smoothing.ndim))
     p = (1 - smoothing) * p + smoothing * given / given.sum(-1, keepdim=True).clamp(min=1)
     first = torch.zeros_like(given)
