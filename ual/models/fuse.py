@@ -43,8 +43,8 @@ _MISNOMERS = {  # whole names: vision models take interp_weights
     "sample_weight": r"(per_)?((loss|class|label|sample|token)s?_)*weight(s|ing)?",
     "num_items_in_batch": "num_items",
     "option_ids": r"options?(_(tokens?|indices))?",
-    "option_probabilities": r"((options?|labels?|targets?|soft|teacher)_)+(prob\w*|distributions?|labels?|targets?)"
-    r"|probabilities|probs",
+    "option_probabilities": r"((options?|labels?|targets?|soft|teacher)_)+"
+    r"(prob\w*|distributions?|labels?|targets?)|probabilities|probs",
 }
 
 
@@ -111,8 +111,8 @@ def fuse(
     Args:
         model: a `PreTrainedModel` with an lm_head, or a `PeftModel` around one (wrap before or after).
         z_loss, backend: as in `ual_kernels.linear_cross_entropy`.
-        require: some of "label_smoothing", "sample_weight", "option_ids" and "option_probabilities". A training
-            call without them raises, so that a collator that drops columns is noticed.
+        require: some of "label_smoothing", "sample_weight", "option_ids" and "option_probabilities". A
+            training call without them raises, so that a collator that drops columns is noticed.
         eval_logits: in eval mode without gradients, a labeled call also returns logits, [B, T, V], as the
             metrics of transformers' Trainer need. False saves their memory.
         verify: compare loss and gradients of a few tokens with the model's own logits and loss. Turn it off
