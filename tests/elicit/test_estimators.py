@@ -331,11 +331,11 @@ def test_an_instruction_is_added_to_the_prompt() -> None:
 
 def test_wrong_options_of_a_distribution_are_named() -> None:
     for options, fault in (
-        (["A"], "at least 2"),
+        (["A"], "options: expected a list of at least two texts, or null, got"),
         (["A", "A "], "distinct"),
         (["A", " "], "not blank"),
         ([True, False], "expected texts, got True; YAML needs quotes around yes, no"),
-        ("AB", "valid list"),
+        ("AB", "expected a list of at least two texts"),
     ):
         with pytest.raises(UserError, match=fault):
             build([{"name": "answer_distribution", "options": options}])

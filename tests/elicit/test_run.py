@@ -292,7 +292,7 @@ def test_tables_columns_and_wrong_samples_are_read_as_for_training(tmp_path: Pat
     raw = yaml.safe_load(config.read_text())
     raw["data"] = {"path": [str(tmp_path / "*.csv")], "columns": columns, "invalid": "drop", "label": "right"}
     config.write_text(yaml.safe_dump(raw))
-    assert "1 samples dropped: prompt: the prompt is empty (data.invalid: drop)" in invoke(config)
+    assert "1 sample dropped: prompt: the prompt is empty (data.invalid: drop)" in invoke(config)
     path = tmp_path / "run" / "rows.jsonl"
     written = load(str(path))
     said = [[message.content for message in sample.messages] for sample in written]

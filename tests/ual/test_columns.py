@@ -318,7 +318,7 @@ class TestInvalid:
         config = configure(tmp_path, tiny, [], data=data, uncertainty="column", training={"max_steps": 1})
         screen = invoke("train", config)
         assert "2 samples dropped: completion: the response is empty (data.invalid: drop)" in screen
-        assert "1 samples dropped: held out, completion: the response is empty (data.invalid: drop)" in screen
+        assert "1 sample dropped: held out, completion: the response is empty (data.invalid: drop)" in screen
         shown = page(tmp_path / "run")
         assert "completion: the response is empty (data.invalid: drop) 2" in shown
         found = preview(load_config(config))

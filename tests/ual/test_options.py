@@ -206,12 +206,20 @@ class TestReading:
              'its JSON, got ["yes"]'),
             ("label_distribution", {"label_distribution": {"no": 1}}, "the response is none of them, got "
              '["no"] and the response "yes"'),
-            ("label_distribution", {"label_distribution": {}}, "expected a list of texts"),
+            *[("label_distribution", {"label_distribution": given}, 'expected {"text": probability, ...} '
+               f"with texts that are not empty, or its JSON, got {json.dumps(given)}")
+              for given in ({}, {"yes": 0.5, " ": 0.5})],
+            ("options", {"options": ["yes", "yes "]}, 'the options "yes" and "yes " look the same'),
+            ("options", {"options": ["yes", "caf\u00e9", "cafe\u0301"]}, r'field "options": the options '
+             r'"caf\u00e9" and "cafe\u0301" look the same'),
+            ("label_distribution", {"label_distribution": {"yes": 0.5, " yes": 0.5}}, "look the same"),
             (None, {"completion": None, "label_distribution": {"no": 2}}, "the probabilities must add up to"),
         ],
     )  # fmt: skip
     @pytest.mark.kills("ual/data/schema.py", "if abs(total - 1) > _SUM_ERROR:", "if False:")
     @pytest.mark.kills("ual/data/schema.py", "if response.content not in found:", "if False:")
+    @pytest.mark.kills("ual/data/schema.py", 'normalize("NFC", text).strip()', 'normalize("NFC", text)')
+    @pytest.mark.kills("ual/data/schema.py", 'unicodedata.normalize("NFC", text).strip()', "text.strip()")
     @pytest.mark.kills("ual/data/schema.py", "not 0 <= p <= _MAX", "not p <= _MAX")
     def test_wrong_ones_are_refused(self, tmp_path: Path, by: Any, wrong: dict[str, Any], said: str) -> None:
         with pytest.raises(UserError, match=re.escape(said)) as caught:
@@ -227,16 +235,20 @@ class TestReading:
         with pytest.raises(UserError, match="the response has tool calls, and an option is a text"):
             read(tmp_path, {"messages": said, "options": ["yes", "no"]})
 
+    @pytest.mark.kills("ual/data/schema.py", "is a plain label', reason)", "is a plain label')")
     def test_wrong_ones_are_dropped_by_reason(self, tmp_path: Path) -> None:
         dropped = Counter[str]()
-        good = row(options=["yes", "no"])
-        rows = [good, row(options=["a", "b"]), row(options=["c", "d"]), row()]
+        good = row(options=["yes", "no"], label_distribution={"yes": 1})
+        rows = [good, row(options=["a", "b"]), row(options=["c", "d"]), row(), row(options=["yes"])]
         assert len(read(tmp_path, *rows, invalid="drop", dropped=dropped)) == 1
         assert dropped == {
             "options: the response is none of them": 2,
-            "options: is missing, and smoothing.over is options; "
-            "a sample with label_smoothing 0 needs none": 1,
+            "options: is missing, and smoothing.over is options": 1,
+            "options: has one text only, and smoothing.over is options": 1,
         }
+        dropped.clear()
+        assert len(read(tmp_path, *rows, by="label_distribution", invalid="drop", dropped=dropped)) == 1
+        assert dropped == {"label_distribution: is missing, and loss soft_labels needs it": 4}
 
     @pytest.mark.kills("ual/data/load.py", "smoothed=given.label_smoothing != 0", "smoothed=True")
     def test_a_sample_without_smoothing_needs_no_options(self, tmp_path: Path) -> None:
@@ -348,6 +360,8 @@ class TestRefusals:
             (None, ["yes", "yes, but"], 'the option "yes" is a prefix of "yes, but", in tokens'),
             (None, ["1", "10"], 'the option "1" is a prefix of "10", in tokens'),
             (None, ["no", "no "], 'the option "no" is a prefix of "no ", in tokens'),
+            (None, [*("the\n" + "heart " * 30 + end for end in "ab"), "blood"], r'the options "the\n' +
+             "heart " * 8 + "hea... and "),
             ("plain", ["yes", "yes, but"], 'the option "yes" is a prefix of "yes, but", in tokens'),
         ],
     )  # fmt: skip
@@ -438,7 +452,7 @@ def test_the_number_of_cut_decisions_is_shown(tmp_path: Path, tiny: Path) -> Non
     config = configure(tmp_path, tiny, rows, uncertainty="column", smoothing={"over": "options"})
     dropped = preview(load_config(config)).dropped
     assert dropped == {
-        "no loss token, or not its decision token, among the first 192 (data.overlong: truncate)": 1
+        "the loss tokens or the decision token are beyond the first 192 (data.overlong: truncate)": 1
     }
 
 
@@ -698,6 +712,29 @@ def test_the_preview_shows_the_decision(shared: Path, stories: Path, tmp_path: P
     )
     waiting = ual("preview", config, "-n", 1, "loss=ual", *overrides[1:2], "uncertainty=white_box")
     assert f"decision at token {position} without smoothing: " in waiting.stdout
+
+
+@pytest.mark.kills(
+    "ual/cli/tables.py", 'if found.smoothing_over != "all":', "if False:", only="options-options"
+)
+@pytest.mark.kills("ual/cli/tables.py", 'if found.smoothing_over != "all":', "if True:", only="all-")
+@pytest.mark.parametrize(
+    ("over", "said"), [("options", "options, at the decision token"), ("others", "others"), ("all", "")]
+)
+def test_the_dry_run_names_the_classes(over: str, said: str, tmp_path: Path, tiny: Path) -> None:
+    rows = [row(options=["yes", "no"], uncertainty=i, completion="yes") for i in range(3)]
+    config = configure(tmp_path, tiny, rows, uncertainty="column", smoothing={"over": over})
+    shown = ual("train", config, "--dry-run").stdout
+    assert re.findall(r"^smoothing\.over +(.*?) *$", shown, flags=re.MULTILINE) == [said] * bool(said)
+    assert json.loads(ual("train", config, "--dry-run", "--json").stdout)["smoothing_over"] == over
+
+
+def test_long_options_are_cut_in_the_preview(tmp_path: Path, tiny: Path) -> None:
+    long = [f"{end}\n" + "word " * 20 for end in ("one", "two")]
+    rows = [{"prompt": "Is it?", "completion": long[0], "options": long, "uncertainty": i} for i in range(3)]
+    config = configure(tmp_path, tiny, rows, uncertainty="column", smoothing={"over": "options"})
+    shown = ual("preview", config, "-n", 1).stdout
+    assert re.search(r'"one\\nword (word )+w?o?r?\.\.\. 1\.000 by', " ".join(shown.split()))
 
 
 def test_the_documented_example(

@@ -203,7 +203,8 @@ def _elicit(
     else:
         out.print(tables.elicitation(summary))
         for reason, count in summary["dropped"].items():
-            said = f"{count} samples dropped: {reason} (data.invalid: drop)"
+            number = "1 sample" if count == 1 else f"{count} samples"
+            said = f"{number} dropped: {reason} (data.invalid: drop)"
             out.print(said, highlight=False, markup=False)
         out.print(
             f"{summary['requests']['sent']} requests, cost {summary['cost']:.4f}\n"

@@ -97,8 +97,11 @@ def plan(found: "Plan | Start") -> RenderableType:
         return _said(found)
     look = found.preview
     pairs = _pairs(numbers=False)
+    pairs.add_row("loss", found.loss)
+    if found.smoothing_over != "all":
+        where = ", at the decision token" if found.smoothing_over == "options" else ""
+        pairs.add_row("smoothing.over", found.smoothing_over + where)
     for name, value in (
-        ("loss", found.loss),
         ("samples", f"{look.count:,} read, {look.trained:,} to train, {look.held_out:,} held out"),
         ("tokens", f"{look.tokens:,}, of which {look.loss_tokens:,} are loss tokens"),
         ("parameters", f"{found.parameters:,}, of which {found.trained_parameters:,} are trained"),
@@ -158,8 +161,10 @@ def preview_sample(shown: "Shown", *, colored: bool) -> tuple[str, Text]:
         f"[dim]  {escape(shown.sample.source)}  {escape(shown.sample.place)}[/dim]"
     )
     if shown.decision is not None:
+        from ual.data.schema import show
+
         target = ", ".join(
-            escape(f'"{option.text}" {option.probability:.3f} by {option.token!r}')
+            escape(f"{show(option.text)} {option.probability:.3f} by {option.token!r}")
             for option in shown.decision.options
         )
         unknown = " without smoothing" if shown.smoothing is None else ""

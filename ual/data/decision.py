@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ual.data.schema import show
 from ual.errors import UserError
 
 
@@ -63,19 +64,19 @@ def _check(there: Mapping[str, Token | None], renderings: Mapping[str, Rendering
         if token is None or token.start >= renderings[option].end:
             longer = [other for other in there if other != option]
             longer = [other for other in longer if other.startswith(option)] or longer
-            raise _refused(f'the option "{option}" is a prefix of "{longer[0]}", in tokens', place)
+            raise _refused(f"the option {show(option)} is a prefix of {show(longer[0])}, in tokens", place)
     for option, token in there.items():
         assert token is not None
         same = [other for other, its in there.items() if its is not None and its.id == token.id]
         if len(same) > 1:
             raise _refused(f"{_named(same)} share their first differing token", place)
         if not token.trained:
-            said = f'the first token where options differ is not a loss token in the option "{option}"'
+            said = f"the first token where options differ is not a loss token in the option {show(option)}"
             raise _refused(f"{said}, since it belongs to the prompt", place)
 
 
 def _named(options: Sequence[str]) -> str:
-    *before, last = (f'"{option}"' for option in options)
+    *before, last = map(show, options)
     return f"the options {', '.join(before)} and {last}"
 
 

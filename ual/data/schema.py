@@ -4,8 +4,8 @@ import json
 import math
 import re
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
@@ -67,9 +67,9 @@ def check(kind: type[Record], value: Any, at: str = "") -> Record:
         raise FieldError(path.removeprefix("."), problem) from error
 
 
-def show(value: Any) -> str:
-    """Return a value as JSON, at most 60 characters of it."""
-    text = json.dumps(value, ensure_ascii=False, default=repr).encode(errors="backslashreplace").decode()
+def show(value: Any, *, escaped: bool = False) -> str:
+    """Return a value as JSON, at most 60 characters of it; `escaped` writes it in ASCII."""
+    text = json.dumps(value, ensure_ascii=escaped, default=repr).encode(errors="backslashreplace").decode()
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -111,19 +111,38 @@ def _from_json(value: Any) -> Any:
 
 def _texts(value: Any) -> Any:
     value = _from_json(value)
-    if not isinstance(value, list) or not value or not all(isinstance(t, str) and t.strip() for t in value):
+    if not isinstance(value, list) or not _are_texts(value):
         raise ValueError("expected a list of texts that are not empty, or its JSON")
-    if twice := [text for text, count in Counter(value).items() if count > 1]:
-        raise ValueError(f"an option is there twice: {show(twice[0])}")
+    _check_distinct(value)
     return value
+
+
+def _are_texts(values: Collection[Any]) -> bool:
+    return bool(values) and all(isinstance(text, str) and text.strip() for text in values)
+
+
+def _check_distinct(texts: Collection[str]) -> None:
+    """Refuse equal texts, and those that a reader cannot tell apart."""
+    seen: dict[str, str] = {}
+    for text in texts:
+        looks = unicodedata.normalize("NFC", text).strip()
+        if seen.get(looks) == text:
+            raise ValueError(f"an option is there twice: {show(text)}")
+        if looks in seen:
+            alike = " and ".join(show(of, escaped=True) for of in (seen[looks], text))
+            raise ValueError(f"the options {alike} look the same")
+        seen[looks] = text
 
 
 def _distribution(value: Any) -> Any:
     value = _from_json(value)
+    wanted = 'expected {"text": probability, ...}'
     if not isinstance(value, Mapping):
-        raise ValueError('expected {"text": probability, ...}, or its JSON')
+        raise ValueError(f"{wanted}, or its JSON")
     value = _without_nulls(value)
-    _texts(list(value))
+    if not _are_texts(value):
+        raise ValueError(f"{wanted} with texts that are not empty, or its JSON")
+    _check_distinct(value)
     for text, p in value.items():
         if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= _MAX:
             raise ValueError(f"a probability is not a number >= 0: {show({text: p})}")
@@ -434,14 +453,14 @@ def options(
     column = "options" if texts else "label_distribution"
     found = dict.fromkeys(texts or (), 0.0) or check(DistributionRecord, written).label_distribution
     if found is None and wanted == "label_distribution":
-        raise FieldError(
-            wanted, 'is missing, and loss soft_labels needs it; {"response": 1} is a plain label'
-        )
+        reason = "is missing, and loss soft_labels needs it"
+        raise FieldError(wanted, reason + '; {"response": 1} is a plain label', reason)
     if found is None or (wanted == "options" and len(found) < 2):
         if smoothed:
             lacks = "is missing" if found is None else "has one text only"
-            said = f"{lacks}, and smoothing.over is options; a sample with label_smoothing 0 needs none"
-            raise FieldError(column if found else wanted, said)
+            reason = f"{lacks}, and smoothing.over is options"
+            said = "; a sample with label_smoothing 0 needs none"
+            raise FieldError(column if found else wanted, reason + said, reason)
         return {}
     if response.tool_calls:
         raise FieldError(column, "the response has tool calls, and an option is a text")

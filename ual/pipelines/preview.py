@@ -107,6 +107,7 @@ class Plan:
 
     preview: Preview
     loss: str
+    smoothing_over: str
     parameters: int
     trained_parameters: int
     processes: int
@@ -229,6 +230,7 @@ def plan(
     return Plan(
         preview=found,
         loss=config.loss.kind,
+        smoothing_over=config.smoothing_over,
         parameters=sum(p.numel() for p in model.parameters()),
         trained_parameters=sum(p.numel() for p in trained),
         processes=distributed.world_size(),

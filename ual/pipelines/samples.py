@@ -97,8 +97,10 @@ def not_trained(rendered: Rendered, kept: set[str]) -> dict[str, int]:
         kept: ids of the samples that have a smoothing.
     """
     config, limit = rendered.config, rendered.renderer.max_length
-    lacks = "loss token" if config.decided_by is None else "loss token, or not its decision token,"
-    overlong = f"no {lacks} among the first {limit} (data.overlong: truncate)"
+    lost = f"no loss token among the first {limit}"
+    if config.decided_by is not None:
+        lost = f"the loss tokens or the decision token are beyond the first {limit}"
+    overlong = f"{lost} (data.overlong: truncate)"
     if config.data.overlong == "drop":
         overlong = f"longer than {limit} tokens (data.overlong: drop)"
     dropped = Counter(rendered.read.dropped)

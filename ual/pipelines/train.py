@@ -198,18 +198,22 @@ def _render(config: RunConfig, trust_remote_code: bool, progress: Progress, cach
     counts = rendered.renderer.counts
     if counts["dropped"] or counts["truncated"]:
         progress.say(
-            f"{counts['dropped']} samples dropped and {counts['truncated']} truncated at "
+            f"{_samples(counts['dropped'])} dropped and {counts['truncated']} truncated at "
             f"{rendered.renderer.max_length} tokens (data.overlong: {config.data.overlong})"
         )
     if counts["undecided"]:
-        progress.say(f"{counts['undecided']} samples dropped: {samples.UNDECIDED}")
+        progress.say(f"{_samples(counts['undecided'])} dropped: {samples.UNDECIDED}")
     samples.check_left(config, rendered.train)
     return rendered
 
 
 def _say_dropped(dropped: Mapping[str, int], progress: Progress) -> None:
     for reason, count in dropped.items():
-        progress.say(f"{count} samples dropped: {reason}")
+        progress.say(f"{_samples(count)} dropped: {reason}")
+
+
+def _samples(count: int) -> str:
+    return "1 sample" if count == 1 else f"{count} samples"
 
 
 def _known(rendered: Rendered, folder: RunFolder, start: Start, progress: Progress) -> list[Elicited] | None:

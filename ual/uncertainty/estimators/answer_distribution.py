@@ -14,8 +14,10 @@ _NO_ANSWER = re.compile(r"|.*\ufffd.*|<[^<>\s]+>", re.DOTALL)  # blank, part of 
 
 
 def _distinct(options: Any) -> Any:
-    if not isinstance(options, list):
-        return options
+    if options is None:
+        return None
+    if not isinstance(options, list) or len(options) < 2:
+        raise ValueError("expected a list of at least two texts, or null")
     for option in options:
         if not isinstance(option, str):
             raise ValueError(f"expected texts, got {option!r}; YAML needs quotes around yes, no and numbers")
@@ -41,7 +43,7 @@ class AnswerDistribution(Estimator):
 
     name: Literal["answer_distribution"] = "answer_distribution"
     options: Annotated[list[str], BeforeValidator(_distinct)] | None = Field(
-        None, min_length=2, description="the texts that are answers; null: all"
+        None, description="the texts that are answers; null: all"
     )
     instruction: str = Field("", description="is added to the prompt, after an empty line")
     read: Literal["answer", "first_token"] = "answer"
