@@ -30,6 +30,8 @@ _ELICIT_EXAMPLE = """\b
     reasoning_tokens: 4000                  # room before each answer
     prices: {prompt: 0.25, completion: 2.0} # per million tokens
   estimators: \\[judge, {name: self_consistency, samples: 5}]
+  # a teacher's probabilities of answers of one token, for loss: soft_labels
+  # estimators: \\[{name: answer_distribution, options: \\["yes", "no"]}]
   budget: {money: 20}
 
 \b

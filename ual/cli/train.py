@@ -35,7 +35,7 @@ _EXAMPLE = """\b
   model: HuggingFaceTB/SmolLM2-135M-Instruct  # a folder, or a name on the hub
   data:
     train: rows.jsonl   # messages, prompt/completion or instruction/output
-    # columns: {prompt: question, completion: "{{endings[label]}}"}
+    # columns: {prompt: question, completion: "{{endings\\[label]}}"}
     eval_fraction: 0.1
   uncertainty: white_box          # or column: samples have "uncertainty"
   smoothing: {min: 0.0, max: 0.2} # the most uncertain sample gets 0.2
@@ -46,6 +46,8 @@ _EXAMPLE = """\b
   ual train config.yaml
   ual train config.yaml loss=sft output_dir=runs/sft   plain fine-tuning
   ual train config.yaml loss=uniform                   one smoothing for all
+  ual train config.yaml smoothing.over=options  over each sample's options
+  ual train config.yaml loss=soft_labels        on each label_distribution
   ual train config.yaml --resume         continue an interrupted run
   ual train config.yaml --resume auto    continue, or begin a new run
   ual train config.yaml --dry-run        check everything, train nothing
