@@ -18,6 +18,7 @@ from tests.ual.runs import write_rows
 from ual.cli.main import app
 from ual.config.run import load as load_config
 from ual.data import Renderer
+from ual.data.schema import with_response
 from ual.pipelines.preview import preview
 from ual.records import Message, Sample
 
@@ -97,6 +98,44 @@ def test_a_student_is_trained_on_the_distributions(tmp_path: Path, server: Serve
     assert options == [pytest.approx({"yes": 2 / 3, "no": 1 / 3}), {"no": 1.0, "yes": 0.0}]
     result = CliRunner().invoke(app, ["train", str(config)])
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("name", ["prompt", "question", "instruction", "asked"])
+@pytest.mark.kills(ELICIT, 'all(estimator.rates == "question" for', "not all(True for", only="prompt")
+@pytest.mark.kills(ELICIT, 'all(estimator.rates == "question" for', "all(True for", only="prompt")
+@pytest.mark.kills("ual/data/load.py", "and sample.messages[-1:] != UNANSWERED:", "and True:", only="asked")
+def test_questions_need_no_response(name: str, tmp_path: Path, server: Server, stories: Path) -> None:
+    """The student is trained on the most probable text; an estimator of responses refuses the samples."""
+    data = [{name: row["prompt"]} for row in rows(3)]
+    sections = {"backend": {"concurrency": 1}, "estimators": ["answer_distribution", "column"]}
+    config = configure(tmp_path, server.url("teacher"), data, **sections)
+    raw = yaml.safe_load(config.read_text())
+    if name == "asked":
+        raw["data"]["columns"] = {"prompt": name}
+        config.write_text(yaml.safe_dump(raw))
+    invoke(config, "max_failed=1")
+    assert [request.body["messages"] for request in server.asked] == [
+        [{"role": "user", "content": row["prompt"]}] for row in rows(3)
+    ]
+    taught = lines(tmp_path / "run" / "rows.jsonl")
+    added = {"id", "uncertainty", "label_distribution", "label_mass"}
+    assert {*taught[0]} - added == ({"asked", "prompt"} if name == "asked" else {name})
+    (tmp_path / "student").mkdir()
+    training = train_configuration(
+        tmp_path / "student", stories, taught, loss="soft_labels", data={"invalid": "drop"}
+    )
+    said = [(s.sample.prompt, s.sample.response) for s in preview(load_config(training)).shown]
+    asked = [(Message("user", row["prompt"]),) for row in rows(3)]
+    assert said == [(asked[0], "yes"), (asked[2], "no")]
+    raw["estimators"].append("judge")
+    config.write_text(yaml.safe_dump(raw))
+    assert "no columns to make a conversation of" in invoke(config, code=2)
+    assert len(server.asked) == 3
+
+
+def test_a_response_in_another_form_counts() -> None:
+    both = {"prompt": "a system's prompt", "instruction": "Is it?", "output": "yes"}
+    assert with_response(both, unanswered=True) == both
 
 
 def test_batch_files_carry_distributions(tmp_path: Path, server: Server) -> None:

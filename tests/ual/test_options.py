@@ -179,6 +179,11 @@ class TestReading:
         assert read(tmp_path, given, by=by)[0].response == "yes"
         assert next(stream(str(tmp_path / "rows.jsonl")))[0] == given  # as `ual elicit` writes it
 
+    def test_a_hidden_response_is_none(self, tmp_path: Path) -> None:
+        other = row(label_distribution={"no": 0.7, "maybe": 0.3})
+        [sample] = read(tmp_path, other, by="label_distribution", columns={"completion": None})
+        assert sample.response == "no"
+
     @pytest.mark.parametrize(
         ("by", "wrong", "said"),
         [

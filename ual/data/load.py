@@ -13,13 +13,22 @@ import sqlite3
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ual.data import delimited
 from ual.data.columns import Columns
-from ual.data.schema import FieldError, SampleRecord, check, conversation, options, show, with_response
+from ual.data.schema import (
+    UNANSWERED,
+    FieldError,
+    SampleRecord,
+    check,
+    conversation,
+    options,
+    show,
+    with_response,
+)
 from ual.errors import UserError
 from ual.files import lines, shown
 from ual.records import Sample
@@ -107,22 +116,23 @@ def stream(
     invalid: Invalid = "refuse",
     dropped: Counter[str] | None = None,
     decided_by: DecidedBy = None,
+    unanswered: bool = False,
 ) -> Iterator[tuple[Mapping[str, Any], Sample]]:
     """Yield every sample as it is written and as it is validated, in order.
 
     As `load`, in bounded memory: ``.jsonl``, ``.csv`` and ``.tsv`` are read line by line, parquet in
     batches, and hub data sets are streamed. Known ids are on disk. A ``.json`` array is read at once. A
     sample as it is written has the columns that `columns` adds, and, if they are a conversation, its
-    `messages`.
+    `messages`. If `unanswered`, a sample with a prompt needs no response: it gets an empty one, and is
+    written without.
 
     Raises:
         UserError: as `load`; at the first wrong sample.
     """
     names = expand(path_or_name)
     faults = _Faults(names, invalid, dropped, most=1)
-    return _read(
-        _How(names, format, split, columns or {}, faults, _OnDisk(), _OnDisk(), True, decided_by=decided_by)
-    )
+    files = _How(names, format, split, columns or {}, faults, _OnDisk(), _OnDisk(), streaming=True)
+    return _read(replace(files, decided_by=decided_by, unanswered=unanswered))
 
 
 def expand(path_or_name: str | Sequence[str]) -> list[str]:
@@ -344,6 +354,7 @@ class _How:
     copies: _Strings
     streaming: bool = False
     decided_by: DecidedBy = None
+    unanswered: bool = False
     forms: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -357,7 +368,7 @@ def _read(how: _How) -> Iterator[tuple[Mapping[str, Any], Sample]]:
         for where, raw in _written(name, how.split, streaming=how.streaming):
             try:
                 row = columns(_mapping(raw))
-                complete = with_response(row)
+                complete = with_response(row, unanswered=how.unanswered)
                 if name not in how.forms:
                     try:
                         how.faults.form, how.forms[name] = _detect(
@@ -377,7 +388,7 @@ def _read(how: _How) -> Iterator[tuple[Mapping[str, Any], Sample]]:
             else:
                 how.places[sample.id] = sample.place
                 count += 1
-                if columns.of_conversation - {"messages"}:
+                if columns.of_conversation - {"messages"} and sample.messages[-1:] != UNANSWERED:
                     row["messages"] = [message.as_dict() for message in sample.messages]
                 yield row, sample
         if undetected and name not in how.forms:

@@ -25,6 +25,7 @@ _UNSUPPORTED = ("function_call",)  # of messages
 _SELECTS = ("weight", "train", "training", "loss")  # whether a turn is trained, in exports of several tools
 _MEDIA = ("images", "videos", "audios")
 OPTIONS = ("options", "label_distribution")
+UNANSWERED = (Message("assistant", ""),)
 _RESPONSES = {"prompt": "completion", "question": "answer", "instruction": "output"}
 _SUM_ERROR = 1e-3  # of probabilities, as in `ual_kernels.SparseTarget`
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same field
@@ -399,7 +400,8 @@ def conversation(written: Mapping[str, Any], columns: Sequence[str]) -> tuple[Me
     else:
         said = turns(written[first], first, "user" if last else None)
     for column in last:
-        said += turns(written[column], column, "assistant")
+        of_column = written[column]
+        said += UNANSWERED if of_column is UNANSWERED else turns(of_column, column, "assistant")
     said = _with_system(written.get("system"), said)
     for column in _MEDIA:
         if written.get(column) and any(f"<{column[:-1]}>" in message.content for message in said):
@@ -412,19 +414,25 @@ def conversation(written: Mapping[str, Any], columns: Sequence[str]) -> tuple[Me
     return tuple(said)
 
 
-def with_response(written: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_response(written: Mapping[str, Any], *, unanswered: bool = False) -> Mapping[str, Any]:
     """Return the sample; if it has a prompt and no response, with the most probable text as its response.
+
+    Args:
+        written: the sample as it is written.
+        unanswered: whether a sample without a label distribution gets `UNANSWERED` as its response.
 
     Raises:
         FieldError: the label distribution is wrong.
     """
-    if written.get("label_distribution") is not None and not (
-        written.get("messages") or written.get("conversations")
-    ):
-        for prompt, response in _RESPONSES.items():
-            if written.get(prompt) is not None and written.get(response) is None:
-                found = check(DistributionRecord, written).label_distribution or {}
-                return {**written, response: max(found, key=found.__getitem__)}
+    asked = [prompt for prompt in _RESPONSES if written.get(prompt) is not None]
+    lacking = [_RESPONSES[prompt] for prompt in asked if written.get(_RESPONSES[prompt]) is None]
+    if not lacking or written.get("messages") or written.get("conversations"):
+        return written
+    if written.get("label_distribution") is not None:
+        found = check(DistributionRecord, written).label_distribution or {}
+        return {**written, lacking[0]: max(found, key=found.__getitem__)}
+    if unanswered and len(lacking) == len(asked):
+        return {**written, lacking[0]: UNANSWERED}
     return written
 
 

@@ -69,6 +69,7 @@ class Job:
         data = self.config.data
         self.dropped.clear()
         how: dict[str, Any] = {"columns": data.columns, "invalid": data.invalid, "dropped": self.dropped}
+        how["unanswered"] = all(estimator.rates == "question" for estimator in self.estimators)
         return islice(stream(data.path, format=data.format, split=data.split, **how), self.limit)
 
     def elicit(self, ask: Ask) -> AsyncGenerator[tuple[Mapping[str, Any], Sample, list[Elicited]], None]:

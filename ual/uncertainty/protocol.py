@@ -192,6 +192,8 @@ class Estimator(BaseModel):
 
     needs: ClassVar[frozenset[Task]] = frozenset({"generate"})
     """What the backends must be able to do."""
+    rates: ClassVar[Literal["response", "question"]] = "response"
+    """What must be there: samples need no response if all estimators rate the question."""
     columns: ClassVar[tuple[str, ...]] = ()
     """Entries of the evidence that become columns of the samples; null where there is none."""
 

@@ -50,6 +50,7 @@ class AnswerDistribution(Estimator):
     top_logprobs: Annotated[int, Field(ge=2, le=20)] = 20
     max_tokens: Annotated[int, Field(ge=2, description="of a reply, for read: answer")] = 4
 
+    rates: ClassVar[Literal["response", "question"]] = "question"
     columns: ClassVar[tuple[str, ...]] = ("label_distribution", "label_mass")
 
     @property

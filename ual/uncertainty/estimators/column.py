@@ -13,6 +13,7 @@ class Column(Estimator):
 
     name: Literal["column"] = "column"
 
+    rates: ClassVar[Literal["response", "question"]] = "question"
     needs: ClassVar[frozenset[Task]] = frozenset()
 
     async def estimate(self, sample: Sample, ask: Ask) -> Elicited:

@@ -3,7 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,7 @@ _KEPT = 200  # characters of each distinct answer that evidence keeps
 class EntropyEstimator(Estimator):
     """Base of the estimators whose value is the entropy of several answers to one question."""
 
+    rates: ClassVar[Literal["response", "question"]] = "question"
     max_tokens: Annotated[int, Field(ge=1)] = 512
     unparsed: reliability.Unparsed = Field(
         "class", description="unreadable answers are one more class, or a question with one has no value"
