@@ -71,7 +71,9 @@ def target(
             do, to the nearest token. So the model cannot agree with itself on one option for all tokens. For
             two options, this is the threshold of the published code. Option k must have one meaning in all
             tokens, such as "no" and "yes", and a call should have many tokens: for a single token, own is the
-            option with the largest mean label. The logits of the options are read back to the host once.
+            option with the largest mean label. The logits of the options are read back to the host once. For
+            more than two options, the time grows with the square of the number of tokens; 2048 tokens of four
+            options take half a second on a CPU.
             False takes the largest logit of each token.
         linear_bias, softcap, logit_scale, ignore_index: as in `linear_cross_entropy`.
 
@@ -107,9 +109,7 @@ def target(
     logits = logits.masked_fill(padding[selected], -torch.inf)
     own = _balanced(logits, p[selected].double().mean(0)) if balance else logits.argmax(-1)
     hardened = torch.zeros_like(p[selected]).scatter_(-1, own[:, None], 1.0)
-    hardened = hardened.masked_fill(
-        indices[selected] < 0, 0.0
-    )  # of a token without options, whose loss is NaN
+    hardened = hardened.masked_fill(padding[selected], 0.0)  # the loss of a token without options is NaN
     p[selected] = p[selected] + coefficient * (hardened - p[selected])
     classes = indices.clamp(min=0)
     classes[..., 0] = classes[..., 0].where(selected, ignore_index)
@@ -149,6 +149,10 @@ def _balanced(logits: Tensor, shares: Tensor) -> Tensor:
     fixed = logits.double().cpu().nan_to_num(0.0, posinf=_LARGEST, neginf=-torch.inf)
     padded = fixed == -torch.inf
     z = (fixed.clamp(-_LARGEST, _LARGEST) * 2**_BITS).round().long().masked_fill(padded, -_NEVER)
+    if z.shape[1] == 2:  # the chains would end here too
+        order = (z[:, 0] - z[:, 1]).argsort(descending=True, stable=True)
+        own = torch.ones_like(order).index_fill(0, order[: int(wanted[0])], 0)
+        return own.to(logits.device)
     own = z.argmax(1)
     while True:
         surplus = torch.bincount(own, minlength=len(wanted)) - wanted

@@ -278,7 +278,7 @@ def test_mistakes_are_named_before_anything_is_sent(
 
 
 @pytest.mark.kills(
-    "ual/data/load.py", 'if columns.of_conversation - {"messages"}:', "if not columns.of_conversation:"
+    "ual/data/load.py", 'if columns.of_conversation - {"messages"} and', "if not columns.of_conversation and"
 )
 def test_tables_columns_and_wrong_samples_are_read_as_for_training(tmp_path: Path, server: Server) -> None:
     """What is written can be trained without the columns' templates."""

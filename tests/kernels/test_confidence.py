@@ -166,3 +166,16 @@ def test_the_warm_up_is_linear_and_continuous() -> None:
 def test_errors_name_the_argument(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(*problem())
+
+
+@pytest.mark.kills("ual_kernels/confidence.py", "hardened.masked_fill(padding[selected], 0.0)", "hardened")
+@pytest.mark.kills("ual_kernels/confidence.py", "indices.clamp(0, len(head) - 1)", "indices.clamp(min=0)")
+def test_a_token_without_options_or_with_one_out_of_range_is_nan() -> None:
+    hidden, head = torch.randn(3, 4), torch.randn(5, 4)
+    labels = SparseTarget(
+        torch.tensor([[1, 2], [-1, -1], [1, 5]]), torch.tensor([[0.5, 0.5], [0, 0], [0.5, 0.5]])
+    )
+    for coefficient in (0.5, 1.0):
+        target = confidence.target(hidden, head, labels, coefficient=coefficient, balance=False)
+        loss = linear_cross_entropy(hidden, head, target, reduction="none")
+        assert loss.isnan().tolist() == [False, True, True]

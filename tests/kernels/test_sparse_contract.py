@@ -25,7 +25,7 @@ from tests.kernels.cases import (
     with_adapter,
     with_probabilities,
 )
-from ual_kernels import SparseTarget, ops
+from ual_kernels import SparseTarget, UnsupportedError, ops
 from ual_kernels._operands import (
     ALL_TOKENS,
     LinearInputs,
@@ -507,3 +507,79 @@ def test_sixteen_bits_near_convergence(
     ):
         error = ((ours.double() - truth).norm() / truth.norm()).item()
         assert error <= 2.2e-3
+
+
+@pytest.mark.kills("ual_kernels/_tokens.py", "torch.where(self.z[:, :1] == -torch.inf, 0.0, ", "(")
+@pytest.mark.kills("ual_kernels/_tokens.py", "torch.where(z_y == -torch.inf, lse[:, None] - z, ", "(")
+@pytest.mark.kills(
+    "ual_kernels/_torch/cross_entropy.py", "(q == 0) | (z_y == -torch.inf), 0.0", "(q == 0), 0.0"
+)
+@pytest.mark.kills(
+    "ual_kernels/_triton/cross_entropy.py",
+    'tl.where(live, tl.where(z_y == float("-inf"), 0.0, ',
+    "tl.where(live, (",
+)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_target_of_probability_zero_is_an_infinite_loss(
+    dense: bool, backend: str, device: torch.device
+) -> None:
+    """A mask of -inf on the most probable class, as PyTorch and the reference compute it."""
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0], [2.0, 0.0, 1.0]], device=device)
+    q = torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.5, 0.5]], device=device).requires_grad_()
+    target = q if dense else SparseTarget(torch.arange(3, device=device).expand(2, 3), q)
+    loss = cross_entropy(logits, target, reduction="none", backend=backend)
+    truth = torch.nn.functional.cross_entropy(logits, q, reduction="none")
+    assert loss[0] == truth[0] == torch.inf
+    torch.testing.assert_close(loss[1], truth[1])
+    if backend == "triton":  # its gradient by probabilities is NaN here (docs/kernels.md)
+        return
+    (ours,), (theirs,) = (torch.autograd.grad(value.sum(), q) for value in (loss, truth))
+    torch.testing.assert_close(ours[:, 1:], theirs[:, 1:])
+    assert ours[0, 0] == torch.inf
+
+
+@pytest.mark.kills("ual_kernels/_arguments.py", "if arguments.ignore_index >= 0:", "if False:")
+def test_probabilities_have_no_ignore_index() -> None:
+    logits = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="ignore_index must be negative for a target of probabilities"):
+        cross_entropy(logits, logits.softmax(-1), ignore_index=0)
+
+
+@pytest.mark.parametrize("name", ["indices", "probabilities"])
+def test_lists_are_no_targets(name: str) -> None:
+    target = SparseTarget(torch.tensor([[1]]), torch.tensor([[1.0]]))
+    target = target._replace(**{name: getattr(target, name).tolist()})
+    with pytest.raises(ValueError, match=rf"target\.{name} must be a torch\.Tensor, got list"):
+        cross_entropy(torch.zeros(1, 3), target)
+
+
+@pytest.mark.kills(
+    "ual_kernels/ops.py", "if hidden or (wants.probabilities and not spec.probability_grad):", "if hidden:"
+)
+@pytest.mark.parametrize("loss", ["cross_entropy", "linear_cross_entropy"])
+def test_gradients_that_vmap_hides_are_refused(loss: str) -> None:
+    hidden, head = torch.randn(2, 3, 5), torch.randn(4, 5)
+    indices, p = torch.randint(0, 4, (2, 3, 2)), torch.full((2, 3, 2), 0.5)
+
+    def total(p: Tensor) -> Tensor:
+        def one(h: Tensor, i: Tensor, q: Tensor) -> Tensor:
+            target = SparseTarget(i, q)
+            if loss == "cross_entropy":
+                return cross_entropy(h @ head.T, target)  # type: ignore[no-any-return]
+            return linear_cross_entropy(h, head, target)  # type: ignore[no-any-return]
+
+        return torch.vmap(one)(hidden, indices, p).sum()
+
+    with pytest.raises(UnsupportedError, match=f"hides which gradients {loss} must compute"):
+        torch.func.grad(total)(p)
+
+
+@pytest.mark.parametrize("inplace_backward", [False, True])
+def test_an_empty_batch_has_a_gradient_by_probabilities(inplace_backward: bool) -> None:
+    p = torch.zeros(0, 2, requires_grad=True)
+    logits = torch.zeros(0, 3, requires_grad=True)
+    target = SparseTarget(torch.zeros(0, 2, dtype=torch.long), p)
+    loss = cross_entropy(logits * 1, target, inplace_backward=inplace_backward)
+    (gradient,) = torch.autograd.grad(loss, p)
+    assert gradient.shape == (0, 2)

@@ -150,7 +150,7 @@ def _forward_kernel(
         weight, mass = p * c, p
         if BLOCK_C > 0:
             # if the label's logit is -inf, nll is infinite already
-            below = tl.where(live & (z_y != float("-inf")), z_y - z, 0.0)
+            below = tl.where(live, tl.where(z_y == float("-inf"), 0.0, z_y - z), 0.0)
             excess = tl.sum(weight * below, axis=0)
             plain_excess = tl.sum(p * below, axis=0)
             weight = tl.sum(weight, axis=0)
@@ -176,15 +176,14 @@ def _forward_kernel(
             for start in range(0, V, BLOCK_V):
                 at = start + tl.arange(0, BLOCK_V)
                 x = tl.load(logits_ptr + at, mask=(at < stop), other=0.0).to(ACC)
-                z = final_logits(x, SOFTCAP, LOGIT_SCALE)
-                dp = (1.0 - s) * tl.where(z_y == float("-inf"), (k - z) + log_sum, nll + (z_y - z))
+                z_v = final_logits(x, SOFTCAP, LOGIT_SCALE)
+                dp = (1.0 - s) * (nll + (z_y - z_v))
                 if WEIGHTED:
                     dp *= tl.load(class_weight_ptr + at, mask=at < V, other=0.0)
                 tl.store(dprobability_ptr + token * V + at, tl.where(selected, dp, 0.0), mask=at < V)
         else:
             entry = tl.arange(0, BLOCK_C)
-            dp = tl.where(z_y == float("-inf"), (k - z) + log_sum, nll + (z_y - z))
-            dp = (1.0 - s) * c * (dp + nan_mask)
+            dp = (1.0 - s) * c * ((nll + nan_mask) + (z_y - z))
             tl.store(dprobability_ptr + token * K + entry, tl.where(selected, dp, 0.0), mask=entry < K)
     if INPLACE:
         # every thread has read the target's logit before any thread overwrites it
@@ -363,7 +362,7 @@ def _online_sums(
             term += tl.sum(tl.where(inside, z - z_y, 0.0), axis=0)
         if DENSE:
             q = tl.load(probability_ptr + column, mask=inside, other=0.0)
-            below = tl.where((q == 0.0) | (z_y == float("-inf")), 0.0, q * (z_y - z))
+            below = tl.where(q == 0.0, 0.0, tl.where(z_y == float("-inf"), 0.0, q * (z_y - z)))
             mass += tl.sum(q, axis=0)
             plain_excess += tl.sum(below, axis=0)
             if WEIGHTED:

@@ -1097,7 +1097,7 @@ def _classes_kernel(
             if WEIGHTED:
                 w *= tl.load(class_weight_ptr + column)
             # if the label's logit is -inf, nll is infinite already
-            below = tl.where((p != 0.0) & (z_y != float("-inf")), z_y - z, 0.0)
+            below = tl.where(p == 0.0, 0.0, tl.where(z_y == float("-inf"), 0.0, z_y - z))
             other_weight += w
             mass += p
             excess += w * below
