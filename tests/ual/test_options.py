@@ -720,7 +720,7 @@ def test_the_preview_shows_the_decision(shared: Path, stories: Path, tmp_path: P
 
 
 @pytest.mark.kills(
-    "ual/cli/tables.py", 'if found.smoothing_over != "all":', "if False:", only="options-options"
+    "ual/cli/tables.py", 'if found.smoothing_over != "all":', "if False:", only="others-others"
 )
 @pytest.mark.kills("ual/cli/tables.py", 'if found.smoothing_over != "all":', "if True:", only="all-")
 @pytest.mark.parametrize(
