@@ -119,7 +119,8 @@ def test_the_public_face() -> None:
     ]
     assert all(hasattr(ual_kernels, name) for name in ual_kernels.__all__)
     assert ual_kernels.TokenStatistics._fields == (
-        "lse", "log_prob", "entropy", "top1_prob", "margin", "mean_logit", "correct", "dropped_mass",
+        "lse", "log_prob", "entropy", "top1_prob", "margin", "mean_logit", "correct", "predicted",
+        "dropped_mass",
     )  # fmt: skip
 
 
