@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import machine
 from benchmarks.problems import Case, Exact, exact
 from benchmarks.providers import Loss, Provider
+from ual_kernels._operands import LinearOutputs
 
 TARGETS = {"loss": 1e-5, "hidden": 2.2e-3, "unrounded": 1.5e-3}
 TOKENS = 128
@@ -141,7 +142,7 @@ def measure(provider: Provider, loss: Loss, case: Case, truth: Exact) -> dict[st
     if provider.ours:
         with _Outputs("ual_kernels::linear_cross_entropy") as outputs:
             loss(by_token._replace(hidden=hidden))
-        kept = outputs.last[3]  # dinput
+        kept = LinearOutputs(*outputs.last).dinput
         if kept.dtype == torch.float32:
             found["unrounded"] = _relative(kept / len(kept), truth.gradients["dE"])
     return found
