@@ -194,7 +194,7 @@ def test_the_gate_compares_with_the_faster_products() -> None:
 
 
 def test_every_suite_runs_and_its_report_is_complete(tmp_path: Path) -> None:
-    names = ("ours", "ours, fast", "ours, triton fused", "naive", "liger fused linear")
+    names = ("ours", "ours, fast", "ours, triton fused", "naive", "torch chunked", "liger fused linear")
     few = [word for name in names for word in ("--provider", name)]
     done, results = suite(tmp_path, "benchmarks/suites", "--smoke", "-k", WITHOUT_GATES, *few)
     assert done.returncode == 0, done.stdout + done.stderr

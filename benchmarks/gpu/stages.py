@@ -667,7 +667,8 @@ def soft(run: Run) -> None:
             ]
             for step in steps:
                 step()
-            rounds = [[_asleep(step) for step in steps] for _ in range(run.rounds)]
+            timed = _asleep if CUDA else seconds
+            rounds = [[timed(step) for step in steps] for _ in range(run.rounds)]
             one_class, taken = (list(column) for column in zip(*rounds, strict=True))
             ms = {"ms": median(taken) * 1e3, "one_class_ms": median(one_class) * 1e3}
             run.emit(f"{problem.name} {name}", of_one_class=measure.ratio(taken, one_class), **ms)
