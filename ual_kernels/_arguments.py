@@ -394,7 +394,8 @@ def _divisor(
     if num_items is not None:
         return float(num_items)
     dense = targets.classes is None and targets.probabilities is not None
-    if not dense:  # PyTorch divides the loss of dense targets by the number of tokens
+    plain = targets.probabilities is None and class_weight is None  # every token counts 1
+    if not (dense or plain):  # PyTorch divides the loss of dense targets by the number of tokens
         # a label out of range is clamped to the nearest class; the token's own loss is NaN anyway
         classes = targets.labels.clamp(0, shards.vocab - 1)[:, None]
         share = (

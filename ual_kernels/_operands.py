@@ -28,6 +28,11 @@ class LogitsInputs(NamedTuple):
     classes: Tensor | None = None
     probabilities: Tensor | None = None  # [N, K] ACC, or [N, V] ACC without `classes`; None: 1 for `target`
 
+    @property
+    def dense(self) -> bool:
+        """Whether the target is a probability for every class."""
+        return self.classes is None and self.probabilities is not None
+
 
 class LogitsSpec(NamedTuple):
     """Scalars of `cross_entropy`."""

@@ -95,6 +95,13 @@ def labels(target: Tensor, vocab: int, ignore_index: int) -> Labels:
     return Labels(torch.where(selected & valid, target, 0).long(), selected, valid)
 
 
+def other_classes(held: Tensor, probability: Tensor) -> Tensor:
+    """See `TargetClasses.others`."""
+    others = held & (probability != 0)
+    others[:, 0] = False
+    return others
+
+
 class TargetClasses(NamedTuple):
     """The classes of a chunk's targets, [M, K] each; the first is that of the label."""
 
@@ -112,9 +119,7 @@ class TargetClasses(NamedTuple):
     @property
     def others(self) -> Tensor:
         """Whether this shard has the class, and it is neither the label's nor padding; [M, K] bool."""
-        others = self.held & (self.probability != 0)
-        others[:, 0] = False
-        return others
+        return other_classes(self.held, self.probability)
 
     @property
     def z_y(self) -> Tensor:

@@ -127,7 +127,7 @@ def _target(
     inputs: LogitsInputs, spec: LogitsSpec, chunk: slice, label: Labels, z: Tensor, shards: Shards
 ) -> TargetClasses | _DenseTarget:
     """Return the classes of a chunk's targets with their logits, from z [M, V]."""
-    if inputs.classes is None and inputs.probabilities is not None:
+    if inputs.dense:
         return _dense_target(inputs, spec, chunk, label, z, shards)
     classes = label.column[:, None] if inputs.classes is None else inputs.classes[chunk]
     place = shards.place(classes)
@@ -220,7 +220,8 @@ def _dlogits(
     p *= (scale * k)[:, None]
     p -= (scale * s / shards.vocab)[:, None] * (1.0 if class_weight is None else class_weight)
     of_target = (scale * (1 - s))[:, None]
-    if inputs.classes is None and inputs.probabilities is not None:
+    if inputs.dense:
+        assert inputs.probabilities is not None
         p -= of_target * inputs.probabilities[chunk] * (1.0 if class_weight is None else class_weight)
     else:
         place = shards.place(label.column[:, None] if inputs.classes is None else inputs.classes[chunk])

@@ -38,6 +38,7 @@ from ual_kernels._tokens import (
     TokenTerms,
     labels,
     mark_missed,
+    other_classes,
     select_loss_tokens,
     token_statistics,
     token_terms,
@@ -356,8 +357,7 @@ class Sweep:
         self.second, self.moment, self.plain, self.dropped = lowest, zero, zero, zero
         self.z = torch.zeros_like(chunk.probability)  # of the target's classes
         self.top = torch.zeros_like(chunk.label)  # the column of the largest logit
-        self.others_listed = chunk.held & (chunk.probability != 0)
-        self.others_listed[:, 0] = False
+        self.others_listed = other_classes(chunk.held, chunk.probability)
         self.x_rights = [
             zero.new_zeros(tokens, t.right.shape[1]) if t.through else None for t in self.summands
         ]

@@ -600,7 +600,7 @@ def scale_tokens(buffer: Tensor, scale: Tensor) -> Tensor:
 def _target_flags(inputs: LogitsInputs) -> dict[str, Any]:
     if inputs.classes is not None:
         return {"BLOCK_C": triton.next_power_of_2(inputs.classes.shape[1]), "DENSE": False}
-    return {"BLOCK_C": 0, "DENSE": inputs.probabilities is not None}
+    return {"BLOCK_C": 0, "DENSE": inputs.dense}
 
 
 _TL = {torch.float32: tl.float32, torch.float64: tl.float64}
