@@ -132,7 +132,7 @@ def canary(run: Run) -> None:
         return "correct" if done.returncode == 0 else (done.stderr.strip() or "crashed").splitlines()[-1]
 
     # in parallel: most of their time is imports and compilation
-    with ThreadPoolExecutor(1 if run.dry else 9) as pool:
+    with ThreadPoolExecutor(1 if run.dry else max(1, min(14, (os.cpu_count() or 1) - 2))) as pool:
         waiting = {pool.submit(try_one, name): name for name in names}
         for future in as_completed(waiting):
             run.emit(waiting[future], verdict=future.result())
@@ -142,7 +142,9 @@ def canary(run: Run) -> None:
 
 def _one_canary(name: str) -> None:
     variant, kind = CANARIES[name]
-    problem = Problem("canary", 64, 64, 328) if INTERPRETED else Problem("canary", 300, 256, 1_000)
+    # Triton compiles for the divisibility of sizes and for blocks of D and V up to a limit: with these sizes,
+    # later stages find most kernels compiled
+    problem = Problem("canary", 64, 64, 328) if INTERPRETED else Problem("canary", 304, 1_024, 4_112)
     if variant:
         of_states.VARIANT = variant  # type: ignore[assignment]
         setting = BY_NAME.get(kind, FROZEN)
@@ -338,8 +340,13 @@ def steps(run: Run) -> None:
                 _race(run, problem, BY_NAME[setting], variant)
         if not run.dry:  # minutes in the interpreter
             _race(run, problem, FROZEN, run.main_variant, statistics=True)
-    problem = run.problems("llama3")[0]
-    case = problem.case(FROZEN, DEVICE, torch.bfloat16)
+    for name in run.settings("frozen", "trainable", "lora"):
+        _profile(run, run.problems("llama3")[0], BY_NAME[name])
+
+
+def _profile(run: Run, problem: Problem, setting: Setting) -> None:
+    """Report the kernels of one step."""
+    case = problem.case(setting, DEVICE, torch.bfloat16)
     of_states.VARIANT = run.main_variant  # type: ignore[assignment]
     step = measure.training_step(lambda c: _linear(c, problem.rows), case)
     step()
@@ -350,8 +357,8 @@ def steps(run: Run) -> None:
             torch.cuda.synchronize()
     key = "self_device_time_total" if CUDA else "self_cpu_time_total"
     events = sorted(profile.key_averages(), key=lambda event: -getattr(event, key))
-    for event in events[:20]:
-        run.emit("one step: " + event.key[:60], count=event.count, ms=getattr(event, key) / 1e3)
+    for event in events[:16]:
+        run.emit(f"{setting.name}: {event.key[:60]}", count=event.count, ms=getattr(event, key) / 1e3)
 
 
 def _race(run: Run, problem: Problem, setting: Setting, variant: str, *, statistics: bool = False) -> None:

@@ -263,7 +263,6 @@ def test_resuming_a_finished_run_trains_no_further(shared: Path, stories: Path, 
         assert torch.equal(tensor, weights[name]), name
 
 
-@pytest.mark.kills("ual/pipelines/train.py", "eval_logits=False, ", "")
 def test_the_best_checkpoint_is_found_again(
     shared: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

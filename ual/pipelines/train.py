@@ -313,7 +313,7 @@ def _load(
     if config.data.packing:
         check_isolation(model)
     collate = _collator(config, rendered.tokenizer.pad_token_id, model)
-    fuse(model, backend=config.loss.backend, eval_logits=False, verify=not partitioned)
+    fuse(model, backend=config.loss.backend, verify=not partitioned)
     return _Loaded(rendered, model, collate, arguments, progress)
 
 
