@@ -63,10 +63,12 @@ def add_selected(out: Tensor, factor: Tensor, matrix: Tensor, label: Tensor) -> 
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient times a scalar, in `dtype`."""
+    """Gradient [N, ...] times factor [N] or [1], in `dtype`."""
     out = torch.empty_like(gradient, dtype=dtype)
+    factor = factor.expand(len(gradient)).view(-1, *(1,) * (gradient.ndim - 1))
     # if the output has another dtype, a CPU first computes the complete product in the input's dtype
     parts = 32 if gradient.is_cpu and dtype != gradient.dtype else 1
-    for block, product in zip(gradient.chunk(parts), out.chunk(parts), strict=True):
-        torch.mul(block, factor, out=product)
+    blocks = (tensor.chunk(parts) for tensor in (gradient, factor, out))
+    for block, of_block, product in zip(*blocks, strict=True):
+        torch.mul(block, of_block, out=product)
     return out

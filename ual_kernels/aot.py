@@ -206,6 +206,8 @@ def _beside_gemms() -> Iterator[Specialization]:
                "GIVEN": False, "BLOCK_D": 1_024}  # fmt: skip
     of_classes = {**factors, "WEIGHTED": True, "REWEIGHTED": True, "weight_ptr": "*fp32:16",
                   "PROBABILITY_GRAD": True, "SOFTCAP": 30.0}  # fmt: skip
+    selected = {"source_ptr": "*bf16:16", "out_ptr": "*bf16:16", "selected_ptr": "*i1"}
+    scaled = {"matrix_ptr": "*fp32:16", "factor_ptr": "*fp32", "out_ptr": "*bf16:16"}
     halves, wide = ("bf16", "fp16"), ("bf16", "fp16", "fp32")
     beside: list[tuple[str, Any, tuple[str, ...], dict[str, Any], int]] = [
         ("prepare/all", source._prepare_kernel, wide, prepare, 4),
@@ -228,8 +230,11 @@ def _beside_gemms() -> Iterator[Specialization]:
         ("softcap/all", source._softcap_gradient_kernel, ("bf16", "fp32"), {**capped, "BLOCK_V": 4_096}, 8),
         ("finish/all", source._finish_kernel, ("bf16",), finish, 4),
         ("gradient/plain", source._input_gradient_kernel, wide, {"BLOCK_D": 1_024}, 4),
+        ("gradient/lora", source._input_gradient_kernel, wide, {"RANKED": True, "BLOCK_D": 1_024}, 4),
         ("targets/plain", source._add_targets_kernel, ("bf16",),
-         {"factor_ptr": "*fp32:16", "BLOCK_T": 16, "BLOCK_D": 256}, 4),
+         {"factor_ptr": "*fp32:16", "BLOCK_T": 8, "BLOCK_D": 1_024}, 4),
+        ("select/masked", source._select_kernel, ("bf16",), {**selected, "MASKED": True, "BLOCK_D": 1_024}, 4),
+        ("scale/plain", source._scale_kernel, ("bf16",), {**scaled, "BLOCK_D": 4_096}, 8),
         ("column_sum/weighted", source._column_sum_kernel, halves, {"WEIGHTED": True, "BLOCK_V": 32,
                                                                     "BLOCK_D": 128}, 4),
     ]  # fmt: skip

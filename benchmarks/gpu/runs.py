@@ -19,9 +19,10 @@ STAGES = {
     "canary": Stage(45, "does each kernel run, and is it correct on a tiny input"),
     "ceilings": Stage(30, "how long do the bare copies and matrix products take"),
     "tests": Stage(60, "do the kernels' tests pass, compiled"),
-    "sweep": Stage(70, "which launch config is fastest: the GEMM that makes x, and given logits"),
-    "steps": Stage(55, "complete steps relative to the bare products, and a profile of one step"),
-    "ncu": Stage(35, "what limits the GEMM and the kernel of given logits"),
+    "sweep": Stage(60, "which launch config of the GEMM that makes x is fastest"),
+    "logits": Stage(20, "which launch config of the kernel of given logits is fastest"),
+    "steps": Stage(75, "complete steps relative to the bare products, and a profile of one step"),
+    "ncu": Stage(80, "what limits the GEMM and the kernel of given logits"),
     "sanitizer": Stage(30, "races in shared memory, accesses out of bounds"),
     "ours": Stage(60, "time and peak memory of complete steps, for every setting and shape"),
     "peers": Stage(50, "the same for other implementations, each on the problem that it solves"),
@@ -32,7 +33,7 @@ STAGES = {
     "soft": Stage(15, "targets of 20 classes relative to class indices; the target is 1.03"),
 }
 RUNS = {
-    "prove": ("canary", "ceilings", "tests", "sweep", "steps", "ncu", "sanitizer"),
+    "prove": ("canary", "ceilings", "tests", "sweep", "logits", "steps", "ncu", "sanitizer"),
     "record": (
         "canary",
         "ceilings",

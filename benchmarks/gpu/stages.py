@@ -251,8 +251,9 @@ def _copied(problem: Problem, run: Run) -> float:
 
 
 def _best(step: Callable[[], Any], run: Run) -> float:
+    """Return the seconds of the fastest round, without launches from Python."""
     step()
-    return min(seconds(step) for _ in range(run.rounds))
+    return min(_alone(step) for _ in range(run.rounds))
 
 
 # ---- tests ----
@@ -305,10 +306,15 @@ def _importable(module: str) -> bool:
 
 @stage
 def sweep(run: Run) -> None:
-    """Time launch configs of the GEMM that makes x, and of the kernel of given logits."""
+    """Time launch configs of the GEMM that makes x."""
     for problem in run.problems("llama3", "llama2"):
         for record in launch_configs.sweep(problem, 1 if run.dry else 5):
             run.emit(f"{problem.name} {record.pop('launch_config')}", **record)
+
+
+@stage
+def logits(run: Run) -> None:
+    """Time launch configs of the kernel of given logits, which overwrites them with their gradient."""
     problem = run.problems("llama3")[0]
     case, copied = problem.logits(DEVICE, torch.bfloat16), _copied(problem, run)
     choose = of_logits.launch_config
@@ -318,11 +324,9 @@ def sweep(run: Run) -> None:
         of_logits.launch_config = lambda *_, shape=(block, warps), **__: of_logits.LaunchConfig(*shape)
         try:
             taken = _best(measure.training_step(_given_logits(True), case), run)
-            run.emit(f"logits in place {block} {warps} warps", ms=taken * 1e3, of_copy=copied / taken)
+            run.emit(f"block {block}, {warps} warps", ms=taken * 1e3, of_copy=copied / taken)
         except Exception as error:  # for example, too many registers for this GPU
-            run.emit(
-                f"logits in place {block} {warps} warps", raised=f"{type(error).__name__}: {error}"[:200]
-            )
+            run.emit(f"block {block}, {warps} warps", raised=f"{type(error).__name__}: {error}"[:200])
         finally:
             of_logits.launch_config = choose
 
@@ -377,22 +381,22 @@ def _timed(run: Run, loss: Callable[[Case], Tensor], case: Case, setting: Settin
     bare()
     for _ in range(1 if run.dry else 2):
         step()
-    called, hidden, products = [], [], []
-    for _ in range(run.rounds):
-        products.append(seconds(bare))
-        called.append(seconds(step))
-        hidden.append(_asleep(step) if CUDA else called[-1])
+    # both are timed in the same way: a GPU that has rested has a higher clock
+    rounds = [[time(of) for time in (_alone, seconds) for of in (bare, step)] for _ in range(run.rounds)]
+    products, alone, products_called, called = (list(column) for column in zip(*rounds, strict=True))
     return {
-        "ms": median(hidden) * 1e3,
-        "of_products": measure.ratio(hidden, products),
-        "of_products_as_called": measure.ratio(called, products),
+        "ms": median(alone) * 1e3,
+        "of_products": measure.ratio(alone, products),
+        "of_products_as_called": measure.ratio(called, products_called),
         "products_ms": median(products) * 1e3,
         **({"peak_mb": measure.peak_bytes(step) / 1e6} if CUDA else {}),
     }
 
 
-def _asleep(step: Callable[[], Any]) -> float:
-    """Return the seconds of the device alone: it sleeps until the step's launches are queued."""
+def _alone(step: Callable[[], Any]) -> float:
+    """Return the seconds of the device alone: a GPU sleeps until the step's launches are queued."""
+    if not CUDA:
+        return seconds(step)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(4):
         torch.cuda.synchronize()
@@ -415,16 +419,16 @@ def ncu(run: Run) -> None:
     if tool is None:
         run.emit("ncu", skipped="not installed" if CUDA else "no GPU")
         return
-    sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats")
-    for kernel, what in (("_tma_kernel", "one-slice"), ("_forward_kernel", "one-logits")):
+    sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "SchedulerStats")
+    for kernel, what in (("_forward_kernel", "one-logits"), ("_tma_kernel", "one-slice")):
         command = [tool, "--clock-control", "none", "--launch-count", "1", "-k", f"regex:{kernel}"]
         for section in sections:
             command += ["--section", section]
         command += [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.stages", what, str(run.out)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=16, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=False)
         except subprocess.TimeoutExpired:
-            run.emit(f"ncu {kernel}", raised="exceeded its limit of 16 s")
+            run.emit(f"ncu {kernel}", raised="exceeded its limit of 40 s")
             continue
         if done.returncode:
             output = (done.stdout + done.stderr).strip().splitlines()
@@ -619,7 +623,8 @@ def training(run: Run) -> None:
             losses.append(loss.detach())
 
         step()
-        taken = _best(step, run)
+        # as called: a step of a model launches more than fits into the queue
+        taken = min(seconds(step) for _ in range(run.rounds))
         peak = {"peak_mb": measure.peak_bytes(step) / 1e6} if CUDA else {}
         gradients[name] = [p.grad.detach().float().clone() for p in trained if p.grad is not None]
         run.emit(f"LoRA step, {name}", ms=taken * 1e3, loss=losses[-1].item(), **peak)
@@ -674,8 +679,7 @@ def soft(run: Run) -> None:
             ]
             for step in steps:
                 step()
-            timed = _asleep if CUDA else seconds
-            rounds = [[timed(step) for step in steps] for _ in range(run.rounds)]
+            rounds = [[_alone(step) for step in steps] for _ in range(run.rounds)]
             one_class, taken = (list(column) for column in zip(*rounds, strict=True))
             ms = {"ms": median(taken) * 1e3, "one_class_ms": median(one_class) * 1e3}
             run.emit(f"{problem.name} {name}", of_one_class=measure.ratio(taken, one_class), **ms)

@@ -103,6 +103,22 @@ def test_opcheck_linear(
     torch.library.opcheck(ops.linear_cross_entropy_op, (*inputs, *spec))
 
 
+@pytest.mark.kills(
+    "ual_kernels/ops.py", "scale_rows(matrix.contiguous(), factor, out)", "scale_rows(matrix, factor, out)"
+)
+@pytest.mark.parametrize("factors", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_opcheck_scale_rows(dtype: torch.dtype, factors: int, device: torch.device) -> None:
+    """The gradient of a head is rounded once; PyTorch rounds the same product."""
+    matrix, factor = torch.randn(7, 5, device=device).T, torch.randn(factors, device=device)
+    torch.library.opcheck(ops.scale_rows_op, (matrix, factor, dtype))
+    expected = (matrix.double() * factor.double()[:, None]).to(torch.float32).to(dtype)
+    assert torch.equal(ops.scale_rows_op(matrix, factor, dtype), expected)
+    rounded = matrix.to(torch.bfloat16)
+    expected = (rounded.float() * factor[:, None]).to(dtype)
+    assert torch.equal(ops.scale_rows_op(rounded, factor, dtype), expected)
+
+
 # ---- gradcheck ----
 
 
@@ -268,7 +284,9 @@ def test_bodies_run_on_the_device_of_their_tensors(
     value = loss(**leaves, target=target, reduction="none", backend=backend)
     assert len(entered) == 1
     torch.autograd.grad(value.sum(), list(leaves.values()))
-    assert len(entered) == 2
+    # Triton's linear loss scales each gradient that is a matrix in an operator of its own
+    matrices = [name for name in ("input", "linear_weight", "lora_a", "lora_b") if name in leaves]
+    assert len(entered) == 2 + (len(matrices) if "linear_weight" in leaves and backend == "triton" else 0)
     if loss is cross_entropy:
         entered.clear()
         scaled = loss(leaves["input"] * 1.0, target, inplace_backward=True, backend=backend)

@@ -749,10 +749,27 @@ def test_the_mean_is_launched_before_the_count_is_waited_for(
     assert order.index("mean") < order.index("count")
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "masked = tokens.selected is not None and sums",
+    "masked = sums",
+)
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "masked = tokens.selected is not None and sums",
+    "masked = False",
+)
+@pytest.mark.parametrize("learn", [frozen, trainable])
+@pytest.mark.parametrize("flags", [{}, {"compact": False}], ids=["compact", "not-compact"])
 @pytest.mark.parametrize("everything", [False, True])
-def test_nothing_is_gathered_where_every_token_counts(
-    everything: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+def test_hidden_states_are_copied_only_where_necessary(
+    everything: bool,
+    flags: dict[str, Any],
+    learn: Callable[..., Any],
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Ignored tokens are dropped by a copy. Where they are kept, a frozen head reads the input itself."""
     seen: list[int] = []
     launch = kernels._prepare_kernel
 
@@ -768,9 +785,39 @@ def test_nothing_is_gathered_where_every_token_counts(
     leaves, target = linear_case(12, 101, 16, torch.bfloat16, device)
     if everything:
         target.clamp_(min=0)
+    leaves = learn(leaves)
+    ours(**leaves, target=target, **flags)
+    read_in_place = learn is frozen if flags else everything
+    assert (seen == [leaves["input"].data_ptr()]) is read_in_place
+
+
+@pytest.mark.kills("ual_kernels/_triton/linear_cross_entropy.py", " & (target != ignore_index)", "")
+def test_an_ignored_token_of_nan_is_not_computed_again(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding may hold NaN in many tokens, and computing one token again takes as long as thousands."""
+    tables: list[Tensor] = []
+    launch = kernels._far_tokens_kernel
+
+    class Launch:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+            def call(*arguments: Any, **flags: Any) -> None:
+                tables.append(arguments[7].clone())
+                launch[grid](*arguments, **flags)
+                tables.append(arguments[7].clone())
+
+            return call
+
+    monkeypatch.setattr(kernels, "_far_tokens_kernel", Launch())
+    leaves, target = linear_case(12, 101, 16, torch.bfloat16, device)
+    target[3:] = -100
     leaves = frozen(leaves)
-    ours(**leaves, target=target)
-    assert (seen == [leaves["input"].data_ptr()]) is everything
+    with torch.no_grad():
+        leaves["input"][3:] = torch.nan
+    gradient = measure(ours, leaves, target, compact=False)["input"]
+    before, after = (table.view(torch.int32) for table in tables)
+    assert torch.equal(before, after)
+    assert torch.equal(gradient[3:], torch.zeros_like(gradient[3:]))
 
 
 @pytest.mark.kills(
@@ -881,7 +928,7 @@ def test_ignored_tokens_are_never_far(device: torch.device, monkeypatch: pytest.
     class Launch:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
             def call(*arguments: Any, **flags: Any) -> None:
-                total = arguments[6][kernels._TOTAL.value]
+                total = arguments[7][kernels._TOTAL.value]
                 far.append(int((~(total < kernels._LARGEST_TOTAL.value)).sum()))
                 launch[grid](*arguments, **flags)
 

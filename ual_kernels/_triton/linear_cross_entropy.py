@@ -118,7 +118,7 @@ class GemmLaunchConfig(NamedTuple):
 
 
 LAUNCH_CONFIGS: dict[tuple[str, str], GemmLaunchConfig] = {
-    ("sm_90", "tma"): GemmLaunchConfig(128, 256, 64, 8, 8, 4, flatten=True),
+    ("sm_90", "tma"): GemmLaunchConfig(128, 256, 64, 32, 8, 4, flatten=True),
     ("sm_90", "pointer"): GemmLaunchConfig(128, 128, 64, 8, 8, 3),
     ("sm_100", "tma"): GemmLaunchConfig(128, 256, 64, 8, 8, 3),
     ("sm_100", "tma, statistics"): GemmLaunchConfig(128, 64, 64, 8, 8, 4),
@@ -186,6 +186,28 @@ def exact_tokens(vocab: int) -> int:
 
 
 # ---- step 1: the target's logit, the mean of the logits, the reference point ----
+
+
+@triton.jit
+def _select_kernel(
+    source_ptr,  # [N, D], tokens stride_n apart
+    index_ptr,  # [M] int64
+    selected_ptr,  # [M] bool, read if MASKED
+    out_ptr,  # [M, D], out: zeros for tokens that are not selected
+    stride_n,
+    D,
+    MASKED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    source_ptr += tl.load(index_ptr + token) * stride_n
+    selected = True
+    if MASKED:
+        selected = tl.load(selected_ptr + token) != 0
+    for start in range(0, D, BLOCK_D):
+        feature = start + tl.arange(0, BLOCK_D)
+        row = tl.load(source_ptr + feature, mask=(feature < D) & selected, other=0.0)
+        tl.store(out_ptr + token * D + feature, row, mask=feature < D)
 
 
 @triton.jit
@@ -690,6 +712,15 @@ def _exponentials_kernel(
 
 
 @triton.jit
+def _is_far(table_ptr, target_ptr, token, M, ignore_index):
+    """Whether a loss token's reference point is out of range. An ignored token may hold NaN."""
+    total = tl.load(table_ptr + _TOTAL * M + token, mask=token < M, other=0.0)
+    target = tl.load(target_ptr + token, mask=token < M, other=0).to(tl.int64)
+    in_range = total < _LARGEST_TOTAL  # false for NaN
+    return (in_range == 0) & (target != ignore_index)
+
+
+@triton.jit
 def _own_maximum_kernel(
     logits_ptr,  # [M, V] fp32 products, tokens stride_l apart, read if GIVEN
     e_ptr,  # [M, D], read unless GIVEN
@@ -698,6 +729,7 @@ def _own_maximum_kernel(
     b_ptr,  # [V, R] fp32, read if RANKED unless GIVEN
     bias_ptr,  # [V] fp32, read if BIASED
     class_weight_ptr,  # [V] fp32, read if WEIGHTED and SOFTCAP
+    target_ptr,  # [M] int, read unless GIVEN
     label_ptr,  # [M] int32
     table_ptr,  # [11, M] fp32, out; MEAN only if SOFTCAP, the last five planes only if STATISTICS
     x_ptr,  # [M, V], tokens stride_x apart, out if WRITE; may be in the memory of the logits
@@ -707,6 +739,7 @@ def _own_maximum_kernel(
     V,
     D,
     R,
+    ignore_index,
     GIVEN: tl.constexpr,
     BIASED: tl.constexpr,
     RANKED: tl.constexpr,
@@ -723,8 +756,8 @@ def _own_maximum_kernel(
     token = tl.program_id(0).to(tl.int64)
     if GIVEN:
         logits_ptr += token * stride_l
-    elif tl.load(table_ptr + _TOTAL * M + token) < _LARGEST_TOTAL:  # false for NaN
-        return  # the reference point is in range for this token
+    elif not _is_far(table_ptr, target_ptr, token, M, ignore_index):
+        return
     y = tl.load(label_ptr + token)
     if GIVEN:
         # read from the logits, so that it has the same rounding as the other logits
@@ -855,6 +888,7 @@ def _far_tokens_kernel(
     e_ptr,  # [M, D]
     head_ptr,  # [V, D]
     bias_ptr,  # [V] fp32, read if BIASED
+    target_ptr,  # [M] int
     label_ptr,  # [M] int32
     classes_ptr,  # [M, K] int64, read if BLOCK_C
     probability_ptr,  # [M, K] fp32, read if BLOCK_C
@@ -865,6 +899,7 @@ def _far_tokens_kernel(
     V,
     D,
     K,
+    ignore_index,
     BLOCK_C: tl.constexpr,
     BIASED: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -880,13 +915,11 @@ def _far_tokens_kernel(
     scratch_ptr += tl.program_id(0).to(tl.int64) * V
     for block in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         candidates = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        totals = tl.load(table_ptr + _TOTAL * M + candidates, mask=candidates < M, other=0.0)
-        far = tl.where(totals < _LARGEST_TOTAL, 0, 1)  # 1 for NaN
-        if tl.max(far, axis=0) > 0:
+        far = _is_far(table_ptr, target_ptr, candidates, M, ignore_index)
+        if tl.max(far.to(tl.int32), axis=0) > 0:
             for i in range(0, BLOCK_M):
                 token = tl.zeros((), tl.int64) + (block * BLOCK_M + i)  # int64, since it is multiplied by D
-                total = tl.load(table_ptr + _TOTAL * M + token, mask=token < M, other=0.0)
-                if not (total < _LARGEST_TOTAL):
+                if _is_far(table_ptr, target_ptr, token, M, ignore_index):
                     _far_token(
                         e_ptr + token * D, head_ptr, bias_ptr, tl.load(label_ptr + token), classes_ptr,
                         probability_ptr, token, table_ptr + token, scratch_ptr, product_ptr + token * D,
@@ -1340,6 +1373,8 @@ def _input_gradient_kernel(
     product_ptr,  # [M, D] fp32: x C
     head_ptr,  # [V, D]
     column_mean_ptr,  # [D] fp32, read unless CAPPED
+    through_ptr,  # [M, D] fp32, read if RANKED: the gradient through an adapter
+    target_ptr,  # [M] int
     label_ptr,  # [M] int32
     index_ptr,  # [M] int64, tokens of dinput
     factors_ptr,  # [7, M]
@@ -1349,11 +1384,14 @@ def _input_gradient_kernel(
     M,
     D,
     K,
+    ignore_index,
+    RANKED: tl.constexpr,
     SPARSE: tl.constexpr,
     CAPPED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
+    selected = tl.load(target_ptr + token).to(tl.int64) != ignore_index
     y = tl.load(label_ptr + token).to(tl.int64)
     out = tl.load(index_ptr + token)
     of_product = tl.load(factors_ptr + token)
@@ -1366,12 +1404,15 @@ def _input_gradient_kernel(
         de += of_target * tl.load(head_ptr + y * D + feature, mask=inside, other=0.0).to(tl.float32)
         if not CAPPED:
             de -= of_mean * tl.load(column_mean_ptr + feature, mask=inside, other=0.0)
+        if RANKED:
+            de += tl.load(through_ptr + token * D + feature, mask=inside, other=0.0)
         if SPARSE:
             for i in range(1, K):
                 factor = tl.load(factor_ptr + token * K + i)
                 if factor != 0.0:  # true for NaN
                     row = head_ptr + tl.load(classes_ptr + token * K + i) * D
                     de += factor * tl.load(row + feature, mask=inside, other=0.0).to(tl.float32)
+        de = tl.where(selected, de, 0.0)  # x C may be NaN
         tl.store(dinput_ptr + out * D + feature, de.to(dinput_ptr.dtype.element_ty), mask=inside)
 
 
@@ -1398,21 +1439,47 @@ def _add_targets_kernel(
         return
     feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = feature < D
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    same = BLOCK_T
-    while same == BLOCK_T:
-        at = place + tl.arange(0, BLOCK_T)
-        mine = tl.load(sorted_ptr + at, mask=at < entries, other=-1) == label
-        entry = tl.load(order_ptr + at, mask=mine, other=0)
-        factor = tl.load(factor_ptr + entry, mask=mine, other=0.0)
-        ptrs = hidden_ptr + (entry // K).to(tl.int64)[:, None] * D + feature[None, :]
-        hidden = tl.load(ptrs, mask=mine[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        # a select, not a product: tokens of other labels may be NaN
-        acc += tl.sum(tl.where(mine[:, None], factor[:, None] * hidden, 0.0), axis=0)
-        same = tl.sum(mine.to(tl.int32), axis=0)
-        place += BLOCK_T
     out_ptrs = out_ptr + label * D + feature
-    tl.store(out_ptrs, tl.load(out_ptrs, mask=inside, other=0.0) + acc, mask=inside)
+    acc = tl.load(out_ptrs, mask=inside, other=0.0)
+    mine = label < V
+    while mine:
+        # most labels have one entry: the loads of the others are off, and cost little
+        for i in tl.static_range(BLOCK_T):
+            mine = tl.load(sorted_ptr + place + i, mask=place + i < entries, other=-1) == label
+            entry = tl.load(order_ptr + place + i, mask=mine, other=0)
+            factor = tl.load(factor_ptr + entry, mask=mine, other=0.0)
+            ptrs = hidden_ptr + (entry // K).to(tl.int64) * D + feature
+            acc += factor * tl.load(ptrs, mask=inside & mine, other=0.0).to(tl.float32)
+        place += BLOCK_T
+    tl.store(out_ptrs, acc, mask=inside)
+
+
+@triton.jit
+def _scale_kernel(
+    matrix_ptr,  # [M, D]
+    factor_ptr,  # [M], stride_f apart; 0 for one factor
+    out_ptr,  # [M, D], out
+    stride_f,
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    factor = tl.load(factor_ptr + token * stride_f).to(tl.float32)
+    for start in range(0, D, BLOCK_D):
+        feature = start + tl.arange(0, BLOCK_D)
+        row = tl.load(matrix_ptr + token * D + feature, mask=feature < D, other=0.0).to(tl.float32)
+        tl.store(out_ptr + token * D + feature, (row * factor).to(out_ptr.dtype.element_ty), mask=feature < D)
+
+
+def scale_rows(matrix: Tensor, factor: Tensor, out: Tensor) -> None:
+    """Store matrix [M, D] times factor [M] or [1] in out [M, D], rounded once; both are contiguous."""
+    rows, features = matrix.shape
+    if out.numel():
+        block_d = min(triton.next_power_of_2(features), 4_096)
+        _scale_kernel[(rows,)](
+            matrix, factor, out, factor.stride(0) if len(factor) > 1 else 0, features,
+            BLOCK_D=block_d, num_warps=max(1, min(8, block_d // 512)),
+        )  # fmt: skip
 
 
 @triton.jit
@@ -1644,10 +1711,33 @@ class _Run(ABC):
         """Choose the size of chunks and allocate their buffers."""
 
     def _gather(self, tensor: Tensor, part: slice | None = None) -> Tensor:
-        """Return the loss tokens of [N, ...], as a view if all tokens are loss tokens."""
+        """Return the selected tokens of [N, ...], as a view if all tokens are selected."""
         if self.all_selected:
             return tensor if part is None else tensor[part]
         return tensor[self.tokens.indices if part is None else self.tokens.indices[part]]
+
+    def _hidden(self, part: slice) -> Tensor:
+        """Return the hidden states of the selected tokens, [M, D], contiguous and aligned to 16 bytes.
+
+        An ignored token may hold NaN. It is 0 here if a gradient is a sum over tokens.
+        """
+        source, tokens = self.inputs.input.detach(), self.tokens
+        sums = self.spec.head_grad or self.spec.bias_grad or self.inputs.rank > 0
+        masked = tokens.selected is not None and sums
+        if self.all_selected and not masked:
+            hidden = source[part].contiguous()
+            # a view into a flat buffer may have an alignment of 2 bytes
+            return hidden.clone() if hidden.data_ptr() % 16 else hidden
+        if source.stride(1) != 1:
+            source = source.contiguous()
+        index, features = tokens.indices[part], source.shape[1]
+        hidden = source.new_empty((len(index), features))
+        _select_kernel[(len(index),)](
+            source, index, None if tokens.selected is None else tokens.selected[part], hidden,
+            source.stride(0), features,
+            MASKED=tokens.selected is not None, BLOCK_D=_block_d(features), num_warps=4,
+        )  # fmt: skip
+        return hidden
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -1711,11 +1801,7 @@ class _Run(ABC):
     def _prepare(self, part: slice) -> _Chunk:
         """Step 1."""
         head, spec, tokens = self.head, self.spec, self.tokens
-        hidden = self._gather(self.inputs.input, part).contiguous()
-        if tokens.selected is not None:
-            hidden = hidden.masked_fill(~tokens.selected[part][:, None], 0.0)
-        if hidden.data_ptr() % 16:
-            hidden = hidden.clone()  # a view into a flat buffer may have an alignment of 2 bytes
+        hidden = self._hidden(part)
         count, features = hidden.shape
         u = None
         if head.lora_a is not None:
@@ -1795,8 +1881,9 @@ class _Run(ABC):
         count, features = chunk.hidden.shape
         _own_maximum_kernel[(count,)](
             logits, chunk.hidden, head.weight, chunk.lora_u, head.lora_b, head.bias, head.class_weight,
-            chunk.label, chunk.table, x, 0 if logits is None else logits.stride(0), x.stride(0),
-            count, vocab, features, self.inputs.rank,
+            self.target[chunk.part], chunk.label, chunk.table, x,
+            0 if logits is None else logits.stride(0), x.stride(0),
+            count, vocab, features, self.inputs.rank, self.spec.ignore_index,
             **self.flags,
             GIVEN=given,
             WEIGHTED=head.class_weight is not None,
@@ -1849,27 +1936,24 @@ class _Run(ABC):
         if spec.input_grad and of_x is None:
             assert made.x is not None
             of_x = product(made.x.to(self.factor), self.operand)
-        if chunk.lora_u is None:
+        through = None
+        if chunk.lora_u is not None:
+            assert made.x is not None
+            through_b = self._lora_gradients(chunk, made.x, chunk.lora_u)
             if of_x is not None:
-                _input_gradient_kernel[(count,)](
-                    of_x, head.weight, head.weight_mean, chunk.label, indices, chunk.factors,
-                    *((None, None) if classes is None else (classes.column, classes.factor)), outputs.dinput,
-                    count, features, 0 if classes is None else classes.width,
-                    SPARSE=classes is not None, CAPPED=bool(spec.softcap), BLOCK_D=_block_d(features),
-                    num_warps=4, enable_fp_fusion=True,
-                )  # fmt: skip
-            return
-        assert made.x is not None
-        through_b = self._lora_gradients(chunk, made.x, chunk.lora_u)
+                assert head.lora_a is not None
+                multiply = _through if self.factor == torch.bfloat16 else torch.mm
+                through = multiply(through_b, head.lora_a)
         if of_x is not None:
-            of_mean = chunk.factors[2]
-            assert head.lora_a is not None
-            multiply = _through if self.factor == torch.bfloat16 else torch.mm
-            de = of_x.mul_(chunk.factors[0][:, None]).add_(multiply(through_b, head.lora_a))
-            add_selected(de, chunk.of_classes, head.weight, chunk.class_columns)
-            if head.weight_mean is not None:
-                de.addcmul_(of_mean[:, None], head.weight_mean, value=-1)
-            outputs.dinput[indices] = de.to(outputs.dinput.dtype)
+            _input_gradient_kernel[(count,)](
+                of_x, head.weight, head.weight_mean, through, self.target[chunk.part], chunk.label, indices,
+                chunk.factors, *((None, None) if classes is None else (classes.column, classes.factor)),
+                outputs.dinput, count, features, 0 if classes is None else classes.width, spec.ignore_index,
+                RANKED=through is not None,
+                SPARSE=classes is not None,
+                CAPPED=bool(spec.softcap),
+                BLOCK_D=_block_d(features), num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
 
     def _lora_gradients(self, chunk: _Chunk, x: Tensor, u: Tensor) -> Tensor:
         """Add the gradients of A and B; return the gradient of u, [M, r]."""
@@ -2057,9 +2141,10 @@ class _FixedReference(_Run):
         programs = min(16, triton.cdiv(count, 128))
         scratch = of_x.new_empty((programs, head.vocab))
         _far_tokens_kernel[(programs,)](
-            chunk.hidden, head.weight, head.bias, chunk.label,
+            chunk.hidden, head.weight, head.bias, self.target[chunk.part], chunk.label,
             *((None, None) if classes is None else (classes.column, classes.probability)),
             chunk.table, scratch, of_x, count, head.vocab, features, 0 if classes is None else classes.width,
+            self.spec.ignore_index,
             BLOCK_C=0 if classes is None else classes.block,
             BIASED=head.bias is not None,
             STATISTICS=self.statistics,
@@ -2073,7 +2158,7 @@ class _FixedReference(_Run):
         of_x, of_mean = chunk.factors[0], chunk.factors[2]
         extra = len(self.rank_one)
         right = hidden.new_empty((count + extra, hidden.shape[1]), dtype=torch.bfloat16)
-        torch.mul(hidden, of_x[:, None], out=right[:count])
+        scale_rows(hidden, of_x, right[:count])
         self.buffer[count : count + extra, : self.head.vocab] = self.rank_one
         smoothed = _times(hidden.T, of_mean[:, None])[:, 0] / -self.head.vocab
         right[count:] = torch.stack(halves(smoothed)).repeat(extra // 2, 1)
@@ -2087,11 +2172,11 @@ class _FixedReference(_Run):
         counts = factor != 0  # padding would be a long list of entries for class 0
         counts[:, 0] = True
         label, order = torch.sort(torch.where(counts, columns, self.head.vocab).flatten(), stable=True)
-        block_d = min(256, triton.next_power_of_2(hidden.shape[1]))
+        block_d = _block_d(hidden.shape[1])
         _add_targets_kernel[(len(label), triton.cdiv(hidden.shape[1], block_d))](
             hidden, factor.contiguous(), label, order, outputs.dlinear_weight,
             len(label), self.head.vocab, hidden.shape[1], columns.shape[1],
-            BLOCK_T=16, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
+            BLOCK_T=2 if _INTERPRETED else 8, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 
