@@ -206,7 +206,7 @@ def _beside_gemms() -> Iterator[Specialization]:
                "GIVEN": False, "BLOCK_D": 1_024}  # fmt: skip
     of_classes = {**factors, "WEIGHTED": True, "REWEIGHTED": True, "weight_ptr": "*fp32:16",
                   "PROBABILITY_GRAD": True, "SOFTCAP": 30.0}  # fmt: skip
-    selected = {"source_ptr": "*bf16:16", "out_ptr": "*bf16:16", "selected_ptr": "*i1"}
+    selected = {"source_ptr": "*bf16:16", "out_ptr": "*bf16:16", "selected_ptr": "*i1", "stride_n": "i32:16"}
     scaled = {"matrix_ptr": "*fp32:16", "factor_ptr": "*fp32", "out_ptr": "*bf16:16"}
     halves, wide = ("bf16", "fp16"), ("bf16", "fp16", "fp32")
     beside: list[tuple[str, Any, tuple[str, ...], dict[str, Any], int]] = [
