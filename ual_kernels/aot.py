@@ -81,7 +81,9 @@ def cross_entropy() -> Iterator[Specialization]:
                     if label == "all" and not every:
                         continue
                     heavy = bool({"weighted", "statistics"} & set(flags))
-                    config = source.launch_config(vocab, itemsize, heavy=heavy, dense="dense" in flags)
+                    config = source.launch_config(
+                        vocab, itemsize, heavy=heavy, dense="dense" in flags, capped="capped" in flags
+                    )
                     pointer, size = f"*{dtype}:16", "i32:16" if aligned else "i32"
                     known = {
                         **dict.fromkeys(("logits_ptr", "dlogits_ptr", "buffer_ptr"), pointer),
@@ -103,6 +105,7 @@ def cross_entropy() -> Iterator[Specialization]:
                         "LOGIT_SCALE": 0.5 if "capped" in flags else 1.0,
                         "Z_LOSS": 1e-4 if "capped" in flags else 0.0,
                         "BLOCK_V": config.block_v,
+                        "FOLD": config.fold,
                     }
                     yield Specialization(
                         f"cross_entropy/{name}/{label}/{dtype}/{vocab}",
@@ -206,7 +209,8 @@ def _beside_gemms() -> Iterator[Specialization]:
                "GIVEN": False, "BLOCK_D": 1_024}  # fmt: skip
     of_classes = {**factors, "WEIGHTED": True, "REWEIGHTED": True, "weight_ptr": "*fp32:16",
                   "PROBABILITY_GRAD": True, "SOFTCAP": 30.0}  # fmt: skip
-    selected = {"source_ptr": "*bf16:16", "out_ptr": "*bf16:16", "selected_ptr": "*i1", "stride_n": "i32:16"}
+    selected = {"source_ptr": "*bf16:16", "out_ptr": "*bf16:16", "selected_ptr": "*i1", "stride_n": "i32:16",
+                "MASKED": True, "BLOCK_D": 1_024}  # fmt: skip
     scaled = {"matrix_ptr": "*fp32:16", "factor_ptr": "*fp32", "out_ptr": "*bf16:16"}
     halves, wide = ("bf16", "fp16"), ("bf16", "fp16", "fp32")
     beside: list[tuple[str, Any, tuple[str, ...], dict[str, Any], int]] = [
@@ -233,7 +237,7 @@ def _beside_gemms() -> Iterator[Specialization]:
         ("gradient/lora", source._input_gradient_kernel, wide, {"RANKED": True, "BLOCK_D": 1_024}, 4),
         ("targets/plain", source._add_targets_kernel, ("bf16",),
          {"factor_ptr": "*fp32:16", "BLOCK_T": 8, "BLOCK_D": 1_024}, 4),
-        ("select/masked", source._select_kernel, ("bf16",), {**selected, "MASKED": True, "BLOCK_D": 1_024}, 4),
+        ("select/masked", source._select_kernel, ("bf16",), selected, 4),
         ("scale/plain", source._scale_kernel, ("bf16",), {**scaled, "BLOCK_D": 4_096}, 8),
         ("column_sum/weighted", source._column_sum_kernel, halves, {"WEIGHTED": True, "BLOCK_V": 32,
                                                                     "BLOCK_D": 128}, 4),

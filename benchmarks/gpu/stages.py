@@ -315,20 +315,27 @@ def sweep(run: Run) -> None:
 @stage
 def logits(run: Run) -> None:
     """Time launch configs of the kernel of given logits, which overwrites them with their gradient."""
-    problem = run.problems("llama3")[0]
-    case, copied = problem.logits(DEVICE, torch.bfloat16), _copied(problem, run)
     choose = of_logits.launch_config
-    for block, warps in ((16_384, 32), (8_192, 16), (16_384, 16), (8_192, 32), (4_096, 8), (32_768, 32)):
-        if block > problem.vocab:
-            continue
-        of_logits.launch_config = lambda *_, shape=(block, warps), **__: of_logits.LaunchConfig(*shape)
-        try:
-            taken = _best(measure.training_step(_given_logits(True), case), run)
-            run.emit(f"block {block}, {warps} warps", ms=taken * 1e3, of_copy=copied / taken)
-        except Exception as error:  # for example, too many registers for this GPU
-            run.emit(f"block {block}, {warps} warps", raised=f"{type(error).__name__}: {error}"[:200])
-        finally:
-            of_logits.launch_config = choose
+    shapes = (
+        (32_768, 32, 4),
+        (16_384, 32, 2),
+        (16_384, 32, 1),
+        (16_384, 16, 4),
+        (8_192, 32, 1),
+        (8_192, 8, 4),
+    )
+    for problem in run.problems("llama3", "llama2"):
+        case, copied = problem.logits(DEVICE, torch.bfloat16), _copied(problem, run)
+        for shape in [(256, 4, 1)] if run.dry else shapes:
+            of_logits.launch_config = lambda *_, shape=shape, **__: of_logits.LaunchConfig(*shape)
+            label = "{} block {}, {} warps, fold {}".format(problem.name, *shape)
+            try:
+                taken = _best(measure.training_step(_given_logits(True), case), run)
+                run.emit(label, ms=taken * 1e3, of_copy=copied / taken)
+            except Exception as error:  # for example, too many registers for this GPU
+                run.emit(label, raised=f"{type(error).__name__}: {error}"[:200])
+            finally:
+                of_logits.launch_config = choose
 
 
 # ---- complete steps ----

@@ -240,8 +240,13 @@ def test_statistics(flags: str, dtype: torch.dtype, backend: str, device: torch.
     chosen = options(flags, 4_100, device)
     loss, stats = cross_entropy(leaves["input"], target, **chosen, return_statistics=True, backend=backend)
     assert isinstance(stats, TokenStatistics)
+    # with statistics, Triton sums 16-bit logits in smaller blocks, so in another order: log2(V) eps in the sum
+    reordered = backend == "triton" and dtype.itemsize == 2
     torch.testing.assert_close(
-        loss, cross_entropy(leaves["input"], target, **chosen, backend=backend), rtol=0, atol=0
+        loss,
+        cross_entropy(leaves["input"], target, **chosen, backend=backend),
+        rtol=0,
+        atol=2 * 13 * 2**-24 if reordered else 0,
     )
     z = leaves["input"].detach().double() * chosen.get("logit_scale", 1.0)
     if "softcap" in chosen:

@@ -54,24 +54,30 @@ class LaunchConfig(NamedTuple):
 
     block_v: int
     num_warps: int
+    fold: int  # parts of a block that are summed before they are added to accumulators, which saves registers
 
 
-def launch_config(vocab: int, itemsize: int, *, heavy: bool = False, dense: bool = False) -> LaunchConfig:
-    """Return the launch config for a vocabulary size and bytes per logit. It is predicted, not measured.
+def launch_config(
+    vocab: int, itemsize: int, *, heavy: bool = False, dense: bool = False, capped: bool = False
+) -> LaunchConfig:
+    """Return the launch config for a vocabulary size and bytes per logit.
 
-    16-bit logits are processed in blocks of 16 per thread. With 32 warps one token is in flight per
-    processor, so the second read of its logits hits L2. Statistics and class weights (`heavy`) need more
-    registers: 8 logits per thread and 16 warps. A dense target needs registers of its own. No kernel spills
-    on sm_80, sm_90, sm_100 and gfx942 (`python -m ual_kernels.aot`).
+    16-bit logits are processed in blocks of 32 per thread, which are four loads of 16 bytes in flight. With
+    32 warps one token is in flight per processor, so the second read of its logits hits L2. A softcap needs
+    more registers: 16 logits per thread. Statistics and class weights (`heavy`) need even more: 8 logits per
+    thread and 16 warps. A dense target needs registers of its own. No kernel spills on sm_80, sm_90, sm_100
+    and gfx942 (`python -m ual_kernels.aot`).
     """
+    heavy = heavy or dense
     if itemsize > 2:
         most = 512 if dense else 1_024
     else:
-        most = 4_096 if heavy or dense else 16_384
+        most = 4_096 if heavy else 16_384 if capped else 32_768
     block_v = min(1 << (vocab.bit_length() - 1), most)  # at least one full block, which needs no mask
-    return LaunchConfig(
-        block_v, num_warps=4 if itemsize > 2 else max(4, block_v // (256 if heavy or dense else 512))
-    )
+    if itemsize > 2:
+        return LaunchConfig(block_v, num_warps=4, fold=1)
+    num_warps = max(4, block_v // (256 if heavy else 512 if capped else 1_024))
+    return LaunchConfig(block_v, num_warps, fold=max(1, block_v // (256 * num_warps)))
 
 
 @triton.jit
@@ -104,6 +110,7 @@ def _forward_kernel(
     LOGIT_SCALE: tl.constexpr,
     Z_LOSS: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + token).to(tl.int64)
@@ -123,7 +130,7 @@ def _forward_kernel(
     if FIXED_REFERENCE:
         k = z_y
         exp_sum, term, plain_term, moment, high, second, predicted, c_mean = _fixed_reference_sums(
-            logits_ptr, class_weight_ptr, z_y, stop, WEIGHTED, STATISTICS, SOFTCAP, LOGIT_SCALE, BLOCK_V
+            logits_ptr, class_weight_ptr, z_y, stop, WEIGHTED, STATISTICS, SOFTCAP, LOGIT_SCALE, BLOCK_V, FOLD
         )
         if not (exp_sum < _LARGEST_SUM):  # true for NaN
             (
@@ -238,6 +245,12 @@ def _target_classes(
 
 
 @triton.jit
+def _fold(x, FOLD: tl.constexpr):
+    """Sum FOLD parts of a block. A thread has the same lanes of all parts, so no data moves."""
+    return tl.sum(tl.reshape(x, (FOLD, x.shape[0] // FOLD)), axis=0)
+
+
+@triton.jit
 def _fixed_reference_sums(
     logits_ptr,  # [V], one token
     class_weight_ptr,
@@ -248,11 +261,14 @@ def _fixed_reference_sums(
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     """Sums for d = z - z_y: exp(d), c d, d, exp(d) d; the two largest z and a class; the sum of c."""
     zero = tl.zeros((BLOCK_V,), tl.float32)
     low = tl.full((BLOCK_V,), float("-inf"), tl.float32)
-    total, term, plain, moment, c_sum, highs, seconds = zero, zero, zero, zero, zero, low, low
+    plain, moment, c_sum, highs, seconds = zero, zero, zero, low, low
+    total = tl.zeros((BLOCK_V // FOLD,), tl.float32)
+    term = total
     tops = tl.zeros((BLOCK_V,), tl.int32)
     lane = tl.arange(0, BLOCK_V)
     full = stop // BLOCK_V * BLOCK_V
@@ -261,13 +277,13 @@ def _fixed_reference_sums(
         z = final_logits(x, SOFTCAP, LOGIT_SCALE)
         d = z - z_y
         e = tl.exp2(d * _LOG2E)
-        total += e
+        total += _fold(e, FOLD)
         if WEIGHTED:
             c = tl.load(class_weight_ptr + start + lane)
             c_sum += c
-            term += c * d
+            term += _fold(c * d, FOLD)
         else:
-            term += d
+            term += _fold(d, FOLD)
         if STATISTICS:
             plain += d
             moment += e * tl.maximum(d, -200.0)
@@ -279,13 +295,13 @@ def _fixed_reference_sums(
         z = tl.where(inside, final_logits(x.to(tl.float32), SOFTCAP, LOGIT_SCALE), float("-inf"))
         d = z - z_y
         e = tl.exp2(d * _LOG2E)
-        total += e
+        total += _fold(e, FOLD)
         if WEIGHTED:
             c = tl.load(class_weight_ptr + full + lane, mask=inside, other=0.0)
             c_sum += c
-            term += tl.where(inside, c * d, 0.0)
+            term += _fold(tl.where(inside, c * d, 0.0), FOLD)
         else:
-            term += tl.where(inside, d, 0.0)
+            term += _fold(tl.where(inside, d, 0.0), FOLD)
         if STATISTICS:
             plain += tl.where(inside, d, 0.0)
             moment += e * tl.maximum(d, -200.0)
@@ -541,7 +557,9 @@ def forward(inputs: LogitsInputs, spec: LogitsSpec, *, inplace_scale: Tensor | N
     if tokens:
         flags = _target_flags(inputs)
         heavy = class_weight is not None or spec.statistics
-        block_v, num_warps = launch_config(vocab, logits.element_size(), heavy=heavy, dense=flags["DENSE"])
+        block_v, num_warps, fold = launch_config(
+            vocab, logits.element_size(), heavy=heavy, dense=flags["DENSE"], capped=bool(spec.softcap)
+        )
         _forward_kernel[(tokens,)](
             logits, target, smoothing, inplace_scale, class_weight, classes, probabilities, *outputs,
             logits.stride(0), tokens, vocab, 0 if classes is None else classes.shape[1], spec.ignore_index,
@@ -556,6 +574,7 @@ def forward(inputs: LogitsInputs, spec: LogitsSpec, *, inplace_scale: Tensor | N
             LOGIT_SCALE=spec.logit_scale,
             Z_LOSS=spec.z_loss,
             BLOCK_V=block_v,
+            FOLD=fold,
             num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return outputs
@@ -569,7 +588,7 @@ def backward(dloss: Tensor, state: Tensor, inputs: LogitsInputs, spec: LogitsSpe
     if tokens:
         flags = _target_flags(inputs)
         heavy = class_weight is not None
-        block_v, num_warps = launch_config(vocab, logits.element_size(), heavy=heavy, dense=flags["DENSE"])
+        block_v, num_warps, _ = launch_config(vocab, logits.element_size(), heavy=heavy, dense=flags["DENSE"])
         _backward_kernel[(tokens,)](
             dloss, logits, target, smoothing, class_weight, classes, probabilities, state, dlogits,
             dloss.stride(0), logits.stride(0), tokens, vocab, 0 if classes is None else classes.shape[1],
@@ -589,7 +608,7 @@ def scale_tokens(buffer: Tensor, scale: Tensor) -> Tensor:
     """Multiply the values of each token in `buffer` [N, V] by `scale` [N] in place."""
     tokens, vocab = buffer.shape
     if tokens:
-        block_v, num_warps = launch_config(vocab, buffer.element_size())
+        block_v, num_warps, _ = launch_config(vocab, buffer.element_size())
         _scale_tokens_kernel[(tokens,)](
             buffer, scale, buffer.stride(0), scale.stride(0), vocab,
             ACC=_TL[accumulator(buffer)], BLOCK_V=block_v, num_warps=num_warps, enable_fp_fusion=True,

@@ -70,7 +70,7 @@ VARIANT: Literal["auto"] | Variant = "auto"
 _INTERPRETED = triton.knobs.runtime.interpret
 
 _FROZEN_TOKENS = 8_192  # tokens at a time; with more, reading the head again is negligible next to the GEMMs
-_KEPT_BYTES = 1 << 29  # of x that is kept for an adapter's gradients
+_KEPT_BYTES = 1 << 30  # of x that is kept for an adapter's gradients
 _EXACT_BYTES = 1 << 29  # of float32 logits
 _EXACT_TOKENS = 4_096
 _TILE_TOKENS = 128
