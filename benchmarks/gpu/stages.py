@@ -263,8 +263,9 @@ def _best(step: Callable[[], Any], run: Run) -> float:
 def tests(run: Run) -> None:
     """Run the kernels' tests, without the project's options: another pytest or torch may be installed."""
     report = run.out / "tests.xml"
-    selection = ["tests/kernels/test_linear_triton.py", "tests/kernels/test_cross_entropy.py",
-                 "tests/kernels/test_tokens.py", "tests/kernels/test_gpu.py",
+    # first what only a GPU can show; the limit may cut the end
+    selection = ["tests/kernels/test_gpu.py", "tests/kernels/test_tokens.py",
+                 "tests/kernels/test_cross_entropy.py", "tests/kernels/test_linear_triton.py",
                  "-k", "triton or gpu or tokens"]  # fmt: skip
     if run.dry:
         selection = ["tests/kernels/test_linear_triton.py", "-k", "same_bits"]
@@ -382,15 +383,19 @@ def _race(run: Run, problem: Problem, setting: Setting, variant: str, *, statist
     run.emit(label, **found)
 
 
-def _timed(run: Run, loss: Callable[[Case], Tensor], case: Case, setting: Setting) -> dict[str, float]:
+def _timed(
+    run: Run, loss: Callable[[Case], Tensor], case: Case, setting: Setting, rounds: int | None = None
+) -> dict[str, float]:
     """Time a step relative to the bare products of the same round, as called and by the device alone."""
     step, bare = measure.training_step(loss, case), measure.products(case, setting)
     bare()
     for _ in range(1 if run.dry else 2):
         step()
     # both are timed in the same way: a GPU that has rested has a higher clock
-    rounds = [[time(of) for time in (_alone, seconds) for of in (bare, step)] for _ in range(run.rounds)]
-    products, alone, products_called, called = (list(column) for column in zip(*rounds, strict=True))
+    timed = [
+        [time(of) for time in (_alone, seconds) for of in (bare, step)] for _ in range(rounds or run.rounds)
+    ]
+    products, alone, products_called, called = (list(column) for column in zip(*timed, strict=True))
     return {
         "ms": median(alone) * 1e3,
         "of_products": measure.ratio(alone, products),
@@ -520,7 +525,7 @@ def _peer(run: Run, problem: Problem, setting: Setting, provider: Provider, **mo
         small = measure.slice_of(problem).case(setting, DEVICE, torch.bfloat16)
         measure.errors(loss, provider.adapt(measure.telling(small)))
         case = provider.adapt(problem.case(setting, DEVICE, torch.bfloat16))
-        found = _timed(run, loss, case, setting)
+        found = _timed(run, loss, case, setting, rounds=min(run.rounds, 3))
         run.emit(label, solves=provider.solves.value, **found, **more)
     except (MissingError, measure.WrongError) as error:
         run.emit(label, left_out=str(error), **more)
@@ -537,23 +542,31 @@ def peers(run: Run) -> None:
              "liger fused linear", "cut-cross-entropy", "cut-cross-entropy, no filter", "trl chunked",
              "torch chunked")  # fmt: skip
     repair()
-    for problem in run.problems("llama3", "gemma2"):
-        for setting in run.settings("frozen", "trainable"):
-            for provider in chosen(PROVIDERS, list(names)):
-                _peer(run, problem, BY_NAME[setting], provider)
-        case, copied = problem.logits(DEVICE, torch.bfloat16), _copied(problem, run)
-        for provider in chosen(LOGITS_PROVIDERS, ["naive", "F.cross_entropy", "liger, in place"]):
-            label = f"{problem.name} logits: {provider.name}"
-            try:
-                loss = provider.load()
-                small = measure.telling(measure.slice_of(problem).logits(DEVICE, torch.bfloat16))
-                measure.errors(loss, provider.adapt(small))
-                taken = _best(measure.training_step(loss, provider.adapt(case)), run)
-                run.emit(label, solves=provider.solves.value, ms=taken * 1e3, of_copy=copied / taken)
-            except (MissingError, measure.WrongError) as error:
-                run.emit(label, left_out=str(error))
-            except Exception as error:  # an exception in one provider must not end the stage
-                run.emit(label, raised=f"{type(error).__name__}: {error}"[:300])
+    # compiling takes longest, so it is last
+    for compiles in (False, True):
+        for problem in run.problems("llama3", "gemma2"):
+            for setting in run.settings("frozen", "trainable"):
+                for provider in chosen(PROVIDERS, list(names)):
+                    if provider.compiles == compiles:
+                        _peer(run, problem, BY_NAME[setting], provider)
+            if not compiles:
+                _logits_peers(run, problem)
+
+
+def _logits_peers(run: Run, problem: Problem) -> None:
+    case, copied = problem.logits(DEVICE, torch.bfloat16), _copied(problem, run)
+    for provider in chosen(LOGITS_PROVIDERS, ["naive", "F.cross_entropy", "liger, in place"]):
+        label = f"{problem.name} logits: {provider.name}"
+        try:
+            loss = provider.load()
+            small = measure.telling(measure.slice_of(problem).logits(DEVICE, torch.bfloat16))
+            measure.errors(loss, provider.adapt(small))
+            taken = _best(measure.training_step(loss, provider.adapt(case)), run)
+            run.emit(label, solves=provider.solves.value, ms=taken * 1e3, of_copy=copied / taken)
+        except (MissingError, measure.WrongError) as error:
+            run.emit(label, left_out=str(error))
+        except Exception as error:  # an exception in one provider must not end the stage
+            run.emit(label, raised=f"{type(error).__name__}: {error}"[:300])
 
 
 @stage
