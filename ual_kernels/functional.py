@@ -174,8 +174,10 @@ def linear_cross_entropy(
             chunk of tokens after its pass over the vocabulary, and must treat tokens independently.
         weight, ignore_index, reduction, num_items, softcap, logit_scale, z_loss: as in `cross_entropy`.
         options: speed and memory, see `LinearCrossEntropyOptions`.
-        backend: "auto" is "torch" on every device. "triton" does not support float64, `gradient_filter` and
-            `process_group`. A backend that is named and cannot run raises; it is never replaced.
+        backend: "auto" is "triton" where its speed was measured: on Hopper GPUs for bfloat16, without a
+            softcap, a trained bias, precision="fast", `gradient_filter` and `process_group`. Elsewhere it is
+            "torch". "triton" does not support float64, `gradient_filter` and `process_group`. A backend that
+            is named and cannot run raises; it is never replaced.
 
     Returns:
         As `cross_entropy`. Gradients flow to `input`, `linear_weight`, `linear_bias`, A and B, to the
@@ -309,8 +311,8 @@ def _of_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return the reduced loss and packed statistics, [9, N] ([8, N] for the reference) if requested."""
     options = _arguments.check_options(options, LinearCrossEntropyOptions)
-    # "auto" does not choose Triton until its speed is measured on a GPU
-    backend = _arguments.choose_backend(backend, input, fused="torch")
+    fused: Backend = "triton" if _measured_on_gpu(input, linear_bias, arguments, options) else "torch"
+    backend = _arguments.choose_backend(backend, input, fused=fused)
     _check_supported(input, arguments, options, backend)
     with _same_errors(options.process_group, input):
         input, linear_weight, linear_bias = _arguments.linear(input, linear_weight, linear_bias)
@@ -391,6 +393,20 @@ def _same_errors(group: dist.ProcessGroup | None, input: Tensor) -> AbstractCont
     if input.is_meta:
         raise UnsupportedError("process_group does not support meta tensors; call without process_group")
     return raised_on_every_rank(group, input.device)
+
+
+def _measured_on_gpu(
+    input: Tensor, linear_bias: Tensor | None, arguments: LossArguments, options: LinearCrossEntropyOptions
+) -> bool:
+    """Whether Triton's variant for this call was measured on this generation of GPUs (docs/kernels.md)."""
+    dtype = input.dtype
+    if input.is_cuda and torch.is_autocast_enabled("cuda") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cuda")
+    exact = arguments.softcap or options.precision != "high" or _trained(linear_bias)
+    unsupported = options.gradient_filter or options.process_group is not None
+    if not input.is_cuda or dtype != torch.bfloat16 or exact or unsupported or torch.version.hip:
+        return False
+    return torch.cuda.get_device_properties(input.device).major == 9
 
 
 def _check_supported(

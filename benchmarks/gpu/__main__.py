@@ -46,7 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--unsloth-zoo", type=Path, metavar="DIR", help=f"folder with unsloth-zoo (AGPL-3.0); {ZOO_INSTALL}"
     )
     parser.add_argument(
-        "--limit", type=float, default=LIMIT, metavar="S", help=f"seconds for the run (default: {LIMIT:g})"
+        "--limit",
+        type=float,
+        default=LIMIT,
+        metavar="S",
+        help=f"seconds for the run (default: {LIMIT:g}); more gives each stage more time",
     )
     given = parser.parse_args(arguments)
     names = [name for stage in given.stages for name in RUNS.get(stage, (stage,))]
@@ -76,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     started, failed = time.monotonic(), []
     deadline = started + (given.limit if not given.dry_run else _DRY_LIMIT * len(names))
     for name in names:
-        limit = _DRY_LIMIT if given.dry_run else STAGES[name].seconds
+        limit = _DRY_LIMIT if given.dry_run else STAGES[name].seconds * max(1.0, given.limit / LIMIT)
         verdict = run(name, given, min(limit, deadline - time.monotonic()))
         passed = round(time.monotonic() - started, 1)
         _note(given.out, stage=name, what="the stage", verdict=verdict, ended_at_seconds=passed)
@@ -97,7 +101,7 @@ def run(name: str, given: argparse.Namespace, limit: float) -> str:
     else:
         environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.stages", name, str(given.out)]
-    command += ["--dry-run"] * given.dry_run
+    command += ["--dry-run"] * given.dry_run + ["--seconds", str(limit)]
     for option, path in (("--states", given.states), ("--unsloth-zoo", given.unsloth_zoo)):
         command += [option, str(path)] * (path is not None)
     with (given.out / "log.txt").open("a", encoding="utf-8") as log:

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from benchmarks import machine, measure
 from benchmarks.gpu import launch_configs
-from benchmarks.gpu.runs import STAGES as STAGE_SECONDS
 from benchmarks.gpu.runs import ZOO_FILE, ZOO_INSTALL
 from benchmarks.measure import CUDA, DEVICE, seconds
 from benchmarks.problems import FROZEN, IGNORED, PROBLEMS, SETTINGS, TINY, Case, Problem, Setting
@@ -49,6 +48,7 @@ VARIANTS = ("tma", "pointer", "cublas", "exact")
 ROUNDS = 7
 # cycles that the device sleeps before a timed step, so that launches from Python are not measured
 _sleep = [4_000_000]
+_LONGEST_SLEEP = 32_000_000  # some 20 ms
 STAGES: dict[str, Callable[["Run"], None]] = {}
 
 
@@ -56,9 +56,16 @@ class Run:
     """The options of a stage, and its results."""
 
     def __init__(
-        self, name: str, out: Path, dry: bool, states: Path | None, unsloth_zoo: Path | None
+        self,
+        name: str,
+        out: Path,
+        dry: bool,
+        states: Path | None,
+        unsloth_zoo: Path | None,
+        seconds: float | None,
     ) -> None:
         self.name, self.out, self.dry, self.states, self.unsloth_zoo = name, out, dry, states, unsloth_zoo
+        self.seconds = seconds  # time limit of this stage
 
     def emit(self, what: str, **values: Any) -> None:
         """Append one result to the results file."""
@@ -281,7 +288,7 @@ def tests(run: Run) -> None:
     # after SIGINT, pytest still writes its report
     process = subprocess.Popen(command, cwd=machine.ROOT, env=environment)
     try:
-        status = process.wait(None if run.dry else STAGE_SECONDS["tests"].seconds - 15)
+        status = process.wait(None if run.dry or run.seconds is None else max(1, run.seconds - 8))
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
         status = process.wait()
@@ -410,7 +417,7 @@ def _alone(step: Callable[[], Any]) -> float:
     if not CUDA:
         return seconds(step)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(4):
+    while True:
         torch.cuda.synchronize()
         torch.cuda._sleep(_sleep[0])
         start.record()
@@ -418,10 +425,10 @@ def _alone(step: Callable[[], Any]) -> float:
         queued_in_time = not start.query()
         end.record()
         end.synchronize()
-        if queued_in_time:
-            break
-        _sleep[0] *= 2  # the launches took longer than the sleep
-    return start.elapsed_time(end) / 1e3
+        # a step that waits for the device is never queued in time
+        if queued_in_time or _sleep[0] >= _LONGEST_SLEEP:
+            return start.elapsed_time(end) / 1e3
+        _sleep[0] *= 2
 
 
 @stage
@@ -464,12 +471,12 @@ def _one_logits() -> None:
 
 
 CHECKED = {
+    "memcheck": (
+        "linear/tma/frozen", "linear/tma/lora", "linear/pointer/frozen", "logits/torch.bfloat16/all",
+    ),
     "racecheck": (
         "linear/tma/frozen", "linear/tma/all", "linear/tma/trainable", "linear/tma/far",
         "linear/cublas/frozen", "logits/torch.bfloat16/in place",
-    ),
-    "memcheck": (
-        "linear/tma/frozen", "linear/tma/lora", "linear/pointer/frozen", "logits/torch.bfloat16/all",
     ),
 }  # fmt: skip
 
@@ -488,11 +495,18 @@ def sanitizer(run: Run) -> None:
     )
     run.emit("memcheck finds a planted error", seen=planted.returncode == 9)
     worst = int(planted.returncode != 9)
-    for checker, paths in CHECKED.items():
-        only = [argument for path in paths for argument in ("--only", path)]
-        done = subprocess.run([tool, "--tool", checker, "--error-exitcode", "9", *inner, *only], check=False)
-        run.emit(checker, status=done.returncode)
-        worst |= done.returncode != 0  # a signal's status is negative
+
+    def check(checked: tuple[str, str]) -> int:
+        checker, path = checked
+        command = [tool, "--tool", checker, "--error-exitcode", "9", *inner, "--only", path]
+        return subprocess.run(command, check=False).returncode
+
+    # each path in a process of its own, so that the time limit leaves results; most of the time is imports
+    with ThreadPoolExecutor(6) as pool:
+        waiting = {pool.submit(check, (c, path)): (c, path) for c, paths in CHECKED.items() for path in paths}
+        for future in as_completed(waiting):
+            run.emit(" ".join(waiting[future]), status=future.result())
+            worst |= future.result() != 0  # a signal's status is negative
     if worst:
         sys.exit("a checker reported an error, or missed the planted one")
 
@@ -714,6 +728,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--states", type=Path)
     parser.add_argument("--unsloth-zoo", type=Path)
+    parser.add_argument("--seconds", type=float)
     parser.add_argument("--canary", choices=CANARIES)
     given = parser.parse_args()
     repair()
@@ -722,7 +737,8 @@ def main() -> None:
     elif given.stage in inner:
         inner[given.stage]()  # type: ignore[misc]
     else:
-        STAGES[given.stage](Run(given.stage, given.out, given.dry_run, given.states, given.unsloth_zoo))
+        run = Run(given.stage, given.out, given.dry_run, given.states, given.unsloth_zoo, given.seconds)
+        STAGES[given.stage](run)
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def test_statistics(flags: str, dtype: torch.dtype, backend: str, device: torch.
     chosen = options(flags, 4_100, device)
     loss, stats = cross_entropy(leaves["input"], target, **chosen, return_statistics=True, backend=backend)
     assert isinstance(stats, TokenStatistics)
-    # with statistics, Triton sums 16-bit logits in smaller blocks, so in another order: log2(V) eps in the sum
+    # with statistics, Triton sums 16-bit logits in another order: an error of log2(V) eps in the sum
     reordered = backend == "triton" and dtype.itemsize == 2
     torch.testing.assert_close(
         loss,

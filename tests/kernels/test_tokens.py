@@ -1,6 +1,7 @@
 """The per-token terms in PyTorch and Triton against the reference and its derivatives in float64."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ual_kernels import (
     CrossEntropyOptions,
@@ -244,6 +246,58 @@ def test_a_padded_vocabulary_is_a_slice_of_the_head(device: torch.device) -> Non
     assert head.grad is not None
     assert (head.grad[17:] == 0).all()
     assert head.grad[:17].any(1).all()
+
+
+@pytest.mark.kills("ual_kernels/functional.py", " or torch.version.hip:", ":")
+@pytest.mark.kills("ual_kernels/functional.py", "dtype != torch.bfloat16 or exact", "dtype != torch.bfloat16")
+@pytest.mark.kills("ual_kernels/functional.py", ".major == 9", ".major >= 8")
+@pytest.mark.parametrize(
+    ("changed", "chosen"),
+    [
+        ({}, "triton"),
+        ({"major": 8}, "torch"),
+        ({"hip": "7.0"}, "torch"),
+        ({"device": "cpu"}, "torch"),
+        ({"dtype": torch.float16}, "torch"),
+        ({"dtype": torch.float32}, "torch"),
+        ({"dtype": torch.float32, "autocast": torch.bfloat16}, "triton"),
+        ({"autocast": torch.float16}, "torch"),
+        ({"softcap": 30.0}, "torch"),
+        ({"trained_bias": True}, "torch"),
+        ({"options": {"precision": "fast"}}, "torch"),
+        ({"options": {"gradient_filter": 1e-4}}, "torch"),
+        ({"options": {"chunk_tokens": 16}}, "triton"),
+    ],
+    ids=str,
+)
+def test_auto_is_triton_where_it_was_measured(
+    changed: dict[str, Any], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake tensors of a GPU: the backend is chosen before any kernel runs."""
+    found: list[str] = []
+
+    def choose(backend: str, input: Tensor, *, fused: str) -> None:
+        found.append(fused if input.is_cuda else "torch")
+        raise UnsupportedError("chosen")
+
+    monkeypatch.setattr("ual_kernels._arguments.choose_backend", choose)
+    monkeypatch.setattr(torch.version, "hip", changed.get("hip"))
+    properties = SimpleNamespace(major=changed.get("major", 9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    if "autocast" in changed:
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: True)
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: changed["autocast"])
+    kind = {"device": changed.get("device", "cuda"), "dtype": changed.get("dtype", torch.bfloat16)}
+    with FakeTensorMode():
+        hidden, head = torch.empty(3, 8, **kind), torch.empty(5, 8, **kind)
+        target = torch.empty(3, device=kind["device"], dtype=torch.long)
+        bias = torch.empty(5, requires_grad=True, **kind) if "trained_bias" in changed else None
+        chosen_options = LinearCrossEntropyOptions(**changed.get("options", {}))
+        with pytest.raises(UnsupportedError, match="chosen"):
+            linear_cross_entropy(
+                hidden, head, target, linear_bias=bias, softcap=changed.get("softcap"), options=chosen_options
+            )
+    assert found == [chosen]
 
 
 def test_an_error_of_a_backend_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
