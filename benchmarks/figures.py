@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks import machine
+from benchmarks.problems import PROBLEMS
+from benchmarks.providers import Solves
 from benchmarks.report import (
     Row,
     accuracy_table,
@@ -239,6 +241,109 @@ def soft_targets(link: Link) -> str:
         f"{machine.table(header, lines)}\n\nForward and backward in bfloat16, smoothing per token; ratios of "
         "times, medians over rounds. The naive loss has a dense target of N x V probabilities. "
         f"Source: {_source(path, found, link)}."
+    )
+
+
+def _gpu(run: str) -> tuple[dict[str, Row], Callable[[Link], str]]:
+    """Return the newest committed results of a run of `benchmarks.gpu` by name, and a link to them."""
+    path = max(machine.RESULTS.glob(f"*/gpu/*-{run}.jsonl"), key=lambda path: path.name)
+    first, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    about = first["machine"]
+    versions = about["versions"]
+    source = (
+        f"{about['date']}, {about['gpu']['name']}, torch {versions['torch']}, triton {versions['triton']}, "
+        f"commit {about['commit']}"
+    )
+    return {r["what"]: r for r in rows}, lambda link: f"[{source}]({link(path)})"
+
+
+_GPU_SETTINGS = {
+    "frozen head": "frozen, tma",
+    "weights, reduction none": "none+weights, tma",
+    "all statistics": "frozen, statistics, tma",
+    "half of the tokens ignored": "half-ignored, tma",
+    "trained head": "trainable, tma",
+    "LoRA head, r 16": "lora, tma",
+}
+
+
+@figure
+def gpu_steps(link: Link) -> str:
+    """Complete steps on a GPU, for every setting and shape."""
+    found, source = _gpu("record")
+    again, other = _gpu("steps")
+    main, *others = (p for p in PROBLEMS.values() if f"{p.name} frozen, tma" in found)
+    lines = []
+    for name, setting in _GPU_SETTINGS.items():
+        r = found[f"{main.name} {setting}"]
+        line = [name, f"{r['ms']:.1f}", f"{r['peak_mb']:.0f}", f"{r['of_products']:.2f}"]
+        line.append(f"{again[f'{main.name} {setting}']['of_products']:.2f}")
+        line += [f"{found[f'{p.name} {setting}']['of_products']:.2f}" for p in others]
+        lines.append(tuple(line))
+    header = ("", "ms", "MB", f"V {main.vocab}", "other run", *(f"V {p.vocab}" for p in others))
+    sizes = ", ".join(f"D {p.features} for V {p.vocab}" for p in others)
+    return (
+        f"{machine.table(header, lines)}\n\n"
+        "Forward and backward in bfloat16 with smoothing per token; N 8192, "
+        f"D {main.features} for V {main.vocab}, {sizes}. Times are relative to the bare products of the same "
+        f"round, medians of 7 rounds. ms and MB (extra memory, with the gradients): for V {main.vocab}. "
+        f"Source: {source(link)}. Other run: {other(link)}."
+    )
+
+
+@figure
+def gpu_logits(link: Link) -> str:
+    """Given logits on a GPU."""
+    found, source = _gpu("record")
+    lines = []
+    for problem in PROBLEMS.values():
+        for what, passes in (("logits", 1.5), ("logits, in place", 1.0)):
+            r = found.get(f"{problem.name} {what}")
+            if r:
+                share = f"{passes * r['of_copy']:.2f}"
+                lines.append((str(problem.vocab), what, f"{r['ms']:.2f}", share))
+    return (
+        f"{machine.table(('V', '', 'ms', 'share of copy bandwidth'), lines)}\n\n"
+        "Forward and backward in bfloat16, N 8192. In place, the gradient overwrites the logits, which moves "
+        f"at least 4NV bytes; otherwise 6NV bytes. Source: {source(link)}."
+    )
+
+
+@figure
+def gpu_peers(link: Link) -> str:
+    """Other implementations on a GPU: frozen head."""
+    found, source = _gpu("record")
+    lines = [("**ours**", Solves.PER_TOKEN.value, found["llama3 frozen, tma"])]
+    for what, r in found.items():
+        if what.startswith("llama3 frozen: ") and "ms" in r:
+            name = what.partition(": ")[2] + (f" ({r['license']})" if "license" in r else "")
+            lines.append((name, r["solves"], r))
+    cells = [
+        (name, solves, f"{r['ms']:.1f}", f"{r['of_products']:.2f}", f"{r['peak_mb']:.0f}")
+        for name, solves, r in sorted(lines, key=lambda line: float(line[2]["of_products"]))
+    ]
+    return (
+        f"{machine.table(('', 'smoothing', 'ms', 'x products', 'MB'), cells)}\n\n"
+        f"Frozen head, bfloat16, N 8192, D 4096, V 128256. Source: {source(link)}."
+    )
+
+
+@figure
+def gpu_summary(link: Link) -> str:
+    """What a GPU measured, in a few sentences."""
+    found, source = _gpu("record")
+    frozen, trained = found["llama3 frozen, tma"], found["llama3 trainable, tma"]
+    naive, error = found["llama3 frozen: naive"], found["accuracy, tma"]["hidden"]
+    own, fused = found["LoRA step, transformers"], found["LoRA step, fused"]
+    return (
+        "On an H100 in bfloat16 (N 8192, D 4096, V 128256), forward and backward take "
+        f"{frozen['of_products']:.2f} times as long\nas the two bare matrix products with a frozen head, and "
+        f"{trained['of_products']:.2f} times as long as the three products with a trained\nhead. The naive "
+        f"loss takes {naive['of_products']:.2f} times as long with a frozen head, and needs "
+        f"{naive['peak_mb'] / 1e3:.1f} GB instead of {frozen['peak_mb'] / 1e3:.1f} GB.\nOn SmolLM2's hidden "
+        f"states, the relative gradient error is {error:.1e}. A LoRA step of a Llama of 1B\nparameters takes "
+        f"{fused['ms']:.0f} ms instead of {own['ms']:.0f} ms, and {fused['peak_mb'] / 1e3:.1f} GB instead of "
+        f"{own['peak_mb'] / 1e3:.1f} GB.\nSource: {source(link)}."
     )
 
 

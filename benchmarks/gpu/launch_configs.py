@@ -125,7 +125,7 @@ def sweep(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
     loss, gradient = step(case, "exact")
     platform = Platform.of(case.hidden)
     now = "tma" if platform.tma else "pointer"
-    given = now, platform.launch_config(now)
+    given = now, platform.launch_config(now)._replace(source=GemmLaunchConfig._field_defaults["source"])
     configs = [given, *(p for p in (SWEEP if CUDA else TINY_SWEEP) if p != given)]
     for variant, plan in configs:
         shape = " ".join(f"{k}={v}" for k, v in plan._asdict().items() if k != "source")
