@@ -453,24 +453,24 @@ def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """Return a gradient times a factor [1] or, for [N, D], [N] in `dtype`, without a float32 copy of it."""
     if backend == "triton" and gradient.ndim == 2:
-        return scale_rows_op(gradient, factor, dtype)  # type: ignore[no-any-return]
+        return scale_matrix_op(gradient, factor, dtype)  # type: ignore[no-any-return]
     return scaled(gradient, factor, dtype)
 
 
 @custom_op(
-    "ual_kernels::scale_rows",
+    "ual_kernels::scale_matrix",
     mutates_args=(),
     schema="(Tensor matrix, Tensor factor, ScalarType dtype) -> Tensor",
 )
-def scale_rows_op(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_matrix_op(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return matrix [M, D] times factor [M] or [1] in `dtype`, in one pass; PyTorch's takes twice as long."""
     out = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
     with _as_called(matrix):
-        _body("triton", "linear_cross_entropy").scale_rows(matrix.contiguous(), factor, out)
+        _body("triton", "linear_cross_entropy").scale_matrix(matrix.contiguous(), factor, out)
     return out
 
 
-@scale_rows_op.register_fake
+@scale_matrix_op.register_fake
 def _(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
 

@@ -501,7 +501,7 @@ def sanitizer(run: Run) -> None:
         command = [tool, "--tool", checker, "--error-exitcode", "9", *inner, "--only", path]
         return subprocess.run(command, check=False).returncode
 
-    # each path in a process of its own, so that the time limit leaves results; most of the time is imports
+    # each path in a process of its own, so that a time limit loses only what has not ended
     with ThreadPoolExecutor(6) as pool:
         waiting = {pool.submit(check, (c, path)): (c, path) for c, paths in CHECKED.items() for path in paths}
         for future in as_completed(waiting):

@@ -104,19 +104,21 @@ def test_opcheck_linear(
 
 
 @pytest.mark.kills(
-    "ual_kernels/ops.py", "scale_rows(matrix.contiguous(), factor, out)", "scale_rows(matrix, factor, out)"
+    "ual_kernels/ops.py",
+    "scale_matrix(matrix.contiguous(), factor, out)",
+    "scale_matrix(matrix, factor, out)",
 )
 @pytest.mark.parametrize("factors", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_opcheck_scale_rows(dtype: torch.dtype, factors: int, device: torch.device) -> None:
+def test_opcheck_scale_matrix(dtype: torch.dtype, factors: int, device: torch.device) -> None:
     """The gradient of a head is rounded once; PyTorch rounds the same product."""
     matrix, factor = torch.randn(7, 5, device=device).T, torch.randn(factors, device=device)
-    torch.library.opcheck(ops.scale_rows_op, (matrix, factor, dtype))
+    torch.library.opcheck(ops.scale_matrix_op, (matrix, factor, dtype))
     expected = (matrix.double() * factor.double()[:, None]).to(torch.float32).to(dtype)
-    assert torch.equal(ops.scale_rows_op(matrix, factor, dtype), expected)
+    assert torch.equal(ops.scale_matrix_op(matrix, factor, dtype), expected)
     rounded = matrix.to(torch.bfloat16)
     expected = (rounded.float() * factor[:, None]).to(dtype)
-    assert torch.equal(ops.scale_rows_op(rounded, factor, dtype), expected)
+    assert torch.equal(ops.scale_matrix_op(rounded, factor, dtype), expected)
 
 
 # ---- gradcheck ----

@@ -1472,7 +1472,7 @@ def _scale_kernel(
         tl.store(out_ptr + token * D + feature, (row * factor).to(out_ptr.dtype.element_ty), mask=feature < D)
 
 
-def scale_rows(matrix: Tensor, factor: Tensor, out: Tensor) -> None:
+def scale_matrix(matrix: Tensor, factor: Tensor, out: Tensor) -> None:
     """Store matrix [M, D] times factor [M] or [1] in out [M, D], rounded once; both are contiguous."""
     rows, features = matrix.shape
     if out.numel():
@@ -2159,7 +2159,7 @@ class _FixedReference(_Run):
         of_x, of_mean = chunk.factors[0], chunk.factors[2]
         extra = len(self.rank_one)
         right = hidden.new_empty((count + extra, hidden.shape[1]), dtype=torch.bfloat16)
-        scale_rows(hidden, of_x, right[:count])
+        scale_matrix(hidden, of_x, right[:count])
         self.buffer[count : count + extra, : self.head.vocab] = self.rank_one
         smoothed = _times(hidden.T, of_mean[:, None])[:, 0] / -self.head.vocab
         right[count:] = torch.stack(halves(smoothed)).repeat(extra // 2, 1)
