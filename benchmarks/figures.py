@@ -182,7 +182,7 @@ def tokens(link: Link) -> str:
 @figure
 def gate(link: Link) -> str:
     """How far the gate is from ours and from the naive loss."""
-    path, found = _results(_gate)
+    path, found = _results(lambda row: _frozen(row) and row["provider"] == "naive")
     ours = next(r for r in found["rows"] if _gate(r))
     naive = next(
         r for r in frozen_rows(found["rows"]) if (r["problem"], r["provider"]) == (ours["problem"], "naive")
@@ -230,15 +230,16 @@ def soft_targets(link: Link) -> str:
         naive = next(
             r
             for r in found["rows"]
-            if (r["provider"], r.get("setting"), r["problem"]) == ("naive", ours["setting"], ours["problem"])
+            if r["provider"] == "naive"
+            and all(r.get(key) == ours[key] for key in ("setting", "problem", "dtype"))
         )
         size = (str(ours[key]) for key in ("vocab", "features", "rows"))
         head = "trained" if "trainable" in ours["setting"] else "frozen"
         ratios = ours["of_one_class"], naive["of_ours"]
-        lines.append((head, *size, *(f"{ratio:.2f}" for ratio in ratios)))
-    header = ("head", "V", "D", "N", "20 classes / class indices", "naive / ours")
+        lines.append((head, ours["dtype"], *size, *(f"{ratio:.2f}" for ratio in ratios)))
+    header = ("head", "dtype", "V", "D", "N", "20 classes / class indices", "naive / ours")
     return (
-        f"{machine.table(header, lines)}\n\nForward and backward in bfloat16, smoothing per token; ratios of "
+        f"{machine.table(header, lines)}\n\nForward and backward, smoothing per token; ratios of "
         "times, medians over rounds. The naive loss has a dense target of N x V probabilities. "
         f"Source: {_source(path, found, link)}."
     )
