@@ -165,8 +165,8 @@ def test_confident_predictions_are_at_the_floor(variant: str, device: torch.devi
 
 @pytest.mark.kills(
     "ual_kernels/_triton/linear_cross_entropy.py",
-    "    elif tl.load(table_ptr + _TOTAL * M + token) < _LARGEST_TOTAL:",
-    "    elif tl.load(table_ptr + _TOTAL * M + token) != 0.5:",
+    "in_range = total < _LARGEST_TOTAL",
+    "in_range = total != 0.5",
 )
 @variants
 @pytest.mark.parametrize("statistics", [False, True])
@@ -633,8 +633,8 @@ def test_descriptors_need_16_byte_alignment(
 
 @pytest.mark.kills(
     "ual_kernels/_triton/linear_cross_entropy.py",
-    "            hidden = hidden.clone()  # a view",
-    "            pass  # a view",
+    "return hidden.clone() if hidden.data_ptr() % 16 else hidden",
+    "return hidden",
 )
 @pytest.mark.parametrize("trained", [False, True])
 def test_views_into_flat_buffers(
@@ -791,7 +791,12 @@ def test_hidden_states_are_copied_only_where_necessary(
     assert (seen == [leaves["input"].data_ptr()]) is read_in_place
 
 
-@pytest.mark.kills("ual_kernels/_triton/linear_cross_entropy.py", " & (target != ignore_index)", "")
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "return (in_range == 0) & (target != ignore_index)",
+    "return in_range == 0",
+)
+@pytest.mark.kills("ual_kernels/_triton/linear_cross_entropy.py", "de = tl.where(selected, de, 0.0)", "pass")
 def test_an_ignored_token_of_nan_is_not_computed_again(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -825,6 +830,11 @@ def test_an_ignored_token_of_nan_is_not_computed_again(
     "        if self.started:\n            add_product",
     "        if False:\n            add_product",
 )
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py",
+    "acc = tl.load(out_ptrs, mask=inside, other=0.0)",
+    "acc = tl.zeros((BLOCK_D,), tl.float32)",
+)
 @variants
 @pytest.mark.parametrize("classes", [False, True])
 def test_a_trained_head_over_several_chunks(classes: bool, variant: str, device: torch.device) -> None:
@@ -840,6 +850,9 @@ def test_a_trained_head_over_several_chunks(classes: bool, variant: str, device:
     assert_at_the_floor(actual, exact)
 
 
+@pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py", "de += tl.load(through_ptr", "tl.load(through_ptr"
+)
 @variants
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
 def test_lora_heads_in_every_variant(label_smoothing: float, variant: str, device: torch.device) -> None:
