@@ -507,9 +507,6 @@ bounds = pytest.mark.parametrize("bound", BOUNDS, ids=["exact", "more", "all", "
     "hidden.masked_fill(~tokens.selected[part][:, None], 0.0)",
     "hidden",
 )
-@pytest.mark.kills(
-    "ual_kernels/_triton/linear_cross_entropy.py", "mask=(feature < D) & selected", "mask=feature < D"
-)
 @bounds
 @heads
 @pytest.mark.parametrize("nothing", [torch.nan, torch.inf])

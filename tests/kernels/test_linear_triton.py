@@ -826,6 +826,27 @@ def test_an_ignored_token_of_nan_is_not_computed_again(
 
 
 @pytest.mark.kills(
+    "ual_kernels/_triton/linear_cross_entropy.py", "mask=(feature < D) & selected", "mask=feature < D"
+)
+@variants
+@pytest.mark.parametrize("flags", [{"compact": False}, {"max_loss_tokens": 8}], ids=str)
+@pytest.mark.parametrize("learn", [trainable, dict], ids=["trainable", "everything"])
+def test_sums_over_tokens_do_not_see_an_ignored_token(
+    learn: Callable[..., Any], flags: dict[str, Any], variant: str, device: torch.device
+) -> None:
+    """With 8 tokens for 5 loss tokens, ignored tokens are computed as zeros."""
+    leaves, target = linear_case(12, 101, 16, torch.bfloat16, device)
+    target[:5], target[5:] = 7, -100
+    leaves = learn(leaves)
+    clean = measure(ours, leaves, target, **flags)
+    with torch.no_grad():
+        leaves["input"][5:] = torch.nan
+    dirty = measure(ours, leaves, target, **flags)
+    for name, value in clean.items():
+        assert torch.equal(dirty[name], value), name
+
+
+@pytest.mark.kills(
     "ual_kernels/_triton/linear_cross_entropy.py",
     "        if self.started:\n            add_product",
     "        if False:\n            add_product",
