@@ -186,7 +186,9 @@ def test_the_table_of_an_amd_card() -> None:
     assert cells["target"] == "gfx942"
     assert cells["spill"] == "0"
     assert 0 < int(cells["regs"]) <= 128
-    assert "128:2" in row
+    # loads and stores of blocks are 16 bytes wide; the access of 2 bytes is the target's
+    assert "  128:4 16:1  " in row
+    assert "  128:6 16:1  " in row
 
 
 @pytest.mark.parametrize(
