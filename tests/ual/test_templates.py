@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ual.data import Renderer
 from ual.data.schema import turns
+from ual.data.template import ChatTemplate
 from ual.data.turns import each_turn
 from ual.errors import UserError
-from ual.records import Sample
+from ual.records import Message, Sample
 
 
 class Stock(NamedTuple):
@@ -387,6 +388,19 @@ REFUSED = {  # kinds that are refused: for either choice of turns, and if all ar
 }
 
 
+@pytest.mark.kills("ual/data/template.py", "if any(message.tool_calls for message in messages):", "if False:")
+def test_a_template_that_joins_the_arguments_of_a_call_gets_their_json(tmp_path: Path) -> None:
+    """Such as DeepSeek's: '...' + call.function.arguments raises an error for an object."""
+    path = tmp_path / "joining.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
+        "{{ call.function.name + ' ' + call.function.arguments }}{% endfor %}{% endfor %}"
+    )
+    calls = ({"type": "function", "function": {"name": "add", "arguments": {"a": 1}}},)
+    messages = [Message("user", "1 + 1?"), Message("assistant", "", tool_calls=calls)]
+    assert ChatTemplate(tokenizer("qwen3"), str(path)).render(messages)[0] == '1 + 1?add {"a": 1}'
+
+
 @pytest.mark.kills(
     "ual/data/render.py",
     "if self._markers.any_in(closing) and not self._markers.any_in(closed):",
@@ -410,12 +424,6 @@ REFUSED = {  # kinds that are refused: for either choice of turns, and if all ar
     'if "<think>" in message.content and region',
     "if False and region",
     only="qwen3_8-inline reasoning-all",
-)
-@pytest.mark.kills(
-    "ual/data/template.py",
-    "if any(message.tool_calls for message in messages):",
-    "if False:",
-    only="deepseekv3-calls-last",
 )
 @pytest.mark.kills(
     "ual/data/template.py",
