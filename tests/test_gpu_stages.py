@@ -114,6 +114,34 @@ def test_a_run_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert {r["verdict"] for r in results(tmp_path)} == {"not started: the time limit of the run is used up"}
 
 
+@pytest.mark.kills("benchmarks/gpu/stages.py", " or _sleep[0] >= _LONGEST_SLEEP", " or _sleep[0] >= 2**40")
+def test_a_step_that_waits_for_the_device_does_not_lengthen_the_sleep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such a step is never queued in time. Its rounds must not use up the time of the run."""
+    from benchmarks.gpu import stages
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None: ...
+        def synchronize(self) -> None: ...
+
+        def query(self) -> bool:
+            return True  # the sleep has ended: the step waited
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 5.0
+
+    slept: list[int] = []
+    monkeypatch.setattr(stages, "CUDA", True)
+    monkeypatch.setattr(stages, "_sleep", [4_000_000])
+    for name, value in (("Event", Event), ("synchronize", lambda: None), ("_sleep", slept.append)):
+        monkeypatch.setattr(stages.torch.cuda, name, value)
+    assert [stages._alone(lambda: None) for _ in range(5)] == [5e-3] * 5
+    assert max(slept) == stages._LONGEST_SLEEP
+    assert len(slept) == 4 + 4  # the first round doubles it three times; the others sleep once
+
+
 def test_results_of_another_run_are_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "results.jsonl").write_text("")
     with pytest.raises(SystemExit, match="2"):

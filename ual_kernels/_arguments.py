@@ -446,6 +446,14 @@ class Linear(NamedTuple):
     bias: Tensor | None  # [V]
 
 
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """Return the dtype to which autocast casts the operands of a linear layer, None without autocast."""
+    kind = input.device.type
+    if input.is_meta or input.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Linear:
     """Return the checked hidden states and head.
 
@@ -458,9 +466,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Linear:
             f"input must be [..., {weight.shape[1]}] to match linear_weight, got {list(input.shape)}"
         )
     check_device("linear_weight", weight, input)
-    kind = input.device.type
-    if not input.is_meta and torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(input)
+    if dtype is not None:
         input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     check_floating("input", input)
     if weight.dtype != input.dtype:

@@ -399,9 +399,7 @@ def _measured_on_gpu(
     input: Tensor, linear_bias: Tensor | None, arguments: LossArguments, options: LinearCrossEntropyOptions
 ) -> bool:
     """Whether Triton's variant for this call was measured on this generation of GPUs (docs/kernels.md)."""
-    dtype = input.dtype
-    if input.is_cuda and torch.is_autocast_enabled("cuda") and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype("cuda")
+    dtype = _arguments.autocast_dtype(input) or input.dtype
     exact = arguments.softcap or options.precision != "high" or _trained(linear_bias)
     unsupported = options.gradient_filter or options.process_group is not None
     if not input.is_cuda or dtype != torch.bfloat16 or exact or unsupported or torch.version.hip:

@@ -696,7 +696,7 @@ def scaling(run: Run) -> None:
     for rows in (16, 48) if run.dry else (1, 256, 4_096, 65_536):
         problem = Problem("scaling", rows, *((64, 320) if run.dry else (4_096, 128_256)))
         case = problem.case(FROZEN, DEVICE, torch.bfloat16)
-        found = _timed(run, lambda c, rows=rows: _linear(c, rows), case, FROZEN)
+        found = _timed(run, lambda c, rows=rows: _linear(c, rows), case, FROZEN, rounds=min(run.rounds, 3))
         run.emit(f"{rows} tokens", **found)
 
 

@@ -112,7 +112,7 @@ def test_opcheck_linear(
 @pytest.mark.parametrize("factors", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_opcheck_scale_matrix(dtype: torch.dtype, factors: int, device: torch.device) -> None:
-    """The gradient of a head is rounded once; PyTorch rounds the same product."""
+    """The product is computed in float32 and rounded to the dtype, as in PyTorch."""
     matrix, factor = torch.randn(7, 5, device=device).T, torch.randn(factors, device=device)
     torch.library.opcheck(ops.scale_matrix_op, (matrix, factor, dtype))
     expected = (matrix.double() * factor.double()[:, None]).to(torch.float32).to(dtype)

@@ -1,6 +1,7 @@
 """The Triton backend of linear_cross_entropy against the definition, in all variants."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benchmarks.gpu.launches import watching
 from tests.kernels.cases import (
     HALVES,
     OPTIONS,
@@ -763,30 +765,22 @@ def test_the_mean_is_launched_before_the_count_is_waited_for(
 @pytest.mark.parametrize("flags", [{}, {"compact": False}], ids=["compact", "not-compact"])
 @pytest.mark.parametrize("everything", [False, True])
 def test_hidden_states_are_copied_only_where_necessary(
-    everything: bool,
-    flags: dict[str, Any],
-    learn: Callable[..., Any],
-    device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
+    everything: bool, flags: dict[str, Any], learn: Callable[..., Any], device: torch.device
 ) -> None:
     """Ignored tokens are dropped by a copy. Where they are kept, a frozen head reads the input itself."""
     seen: list[int] = []
-    launch = kernels._prepare_kernel
 
-    class Launch:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-            def call(hidden: Tensor, *arguments: Any, **flags: Any) -> None:
-                seen.append(hidden.data_ptr())
-                launch[grid](hidden, *arguments, **flags)
+    @contextmanager
+    def look(arguments: dict[str, Any]) -> Iterator[None]:
+        seen.append(arguments["e_ptr"].data_ptr())
+        yield
 
-            return call
-
-    monkeypatch.setattr(kernels, "_prepare_kernel", Launch())
     leaves, target = linear_case(12, 101, 16, torch.bfloat16, device)
     if everything:
         target.clamp_(min=0)
     leaves = learn(leaves)
-    ours(**leaves, target=target, **flags)
+    with watching(kernels, "_prepare_kernel", look):
+        ours(**leaves, target=target, **flags)
     read_in_place = learn is frozen if flags else everything
     assert (seen == [leaves["input"].data_ptr()]) is read_in_place
 
@@ -797,29 +791,23 @@ def test_hidden_states_are_copied_only_where_necessary(
     "return in_range == 0",
 )
 @pytest.mark.kills("ual_kernels/_triton/linear_cross_entropy.py", "de = tl.where(selected, de, 0.0)", "pass")
-def test_an_ignored_token_of_nan_is_not_computed_again(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_ignored_token_of_nan_is_not_computed_again(device: torch.device) -> None:
     """Padding may hold NaN in many tokens, and computing one token again takes as long as thousands."""
     tables: list[Tensor] = []
-    launch = kernels._far_tokens_kernel
 
-    class Launch:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-            def call(*arguments: Any, **flags: Any) -> None:
-                tables.append(arguments[7].clone())
-                launch[grid](*arguments, **flags)
-                tables.append(arguments[7].clone())
+    @contextmanager
+    def look(arguments: dict[str, Any]) -> Iterator[None]:
+        tables.append(arguments["table_ptr"].clone())
+        yield
+        tables.append(arguments["table_ptr"].clone())
 
-            return call
-
-    monkeypatch.setattr(kernels, "_far_tokens_kernel", Launch())
     leaves, target = linear_case(12, 101, 16, torch.bfloat16, device)
     target[3:] = -100
     leaves = frozen(leaves)
     with torch.no_grad():
         leaves["input"][3:] = torch.nan
-    gradient = measure(ours, leaves, target, compact=False)["input"]
+    with watching(kernels, "_far_tokens_kernel", look):
+        gradient = measure(ours, leaves, target, compact=False)["input"]
     before, after = (table.view(torch.int32) for table in tables)
     assert torch.equal(before, after)
     assert torch.equal(gradient[3:], torch.zeros_like(gradient[3:]))
@@ -949,29 +937,25 @@ def test_one_token_of_a_wider_matrix(device: torch.device) -> None:
 @pytest.mark.kills(
     "ual_kernels/_triton/linear_cross_entropy.py", "tl.load(bias_high_ptr) * _LOG2E + _OFFSET", "k"
 )
-def test_ignored_tokens_are_never_far(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With compact=False ignored tokens are computed as zeros; a masked class must not make them far."""
+def test_ignored_tokens_are_never_far(device: torch.device) -> None:
+    """With compact=False ignored tokens are computed; a masked class must not take them out of range."""
     leaves, target = linear_case(12, 101, 16, torch.bfloat16, device)
     target[3:] = -100
     leaves = frozen(leaves)
     with torch.no_grad():
         leaves["linear_bias"][0] = -1e4
     far: list[int] = []
-    launch = kernels._far_tokens_kernel
 
-    class Launch:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-            def call(*arguments: Any, **flags: Any) -> None:
-                total = arguments[7][kernels._TOTAL.value]
-                far.append(int((~(total < kernels._LARGEST_TOTAL.value)).sum()))
-                launch[grid](*arguments, **flags)
+    @contextmanager
+    def look(arguments: dict[str, Any]) -> Iterator[None]:
+        total = arguments["table_ptr"][kernels._TOTAL.value]
+        far.append(int((~(total < kernels._LARGEST_TOTAL.value)).sum()))
+        yield
 
-            return call
-
-    monkeypatch.setattr(kernels, "_far_tokens_kernel", Launch())
     target[target == 0] = 1
-    compact = measure(ours, leaves, target)
-    not_compact = measure(ours, leaves, target, compact=False)
+    with watching(kernels, "_far_tokens_kernel", look):
+        compact = measure(ours, leaves, target)
+        not_compact = measure(ours, leaves, target, compact=False)
     assert far == [0, 0]
     for name, value in compact.items():
         assert torch.equal(not_compact[name], value), name

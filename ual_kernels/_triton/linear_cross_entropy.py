@@ -1473,7 +1473,7 @@ def _scale_kernel(
 
 
 def scale_matrix(matrix: Tensor, factor: Tensor, out: Tensor) -> None:
-    """Store matrix [M, D] times factor [M] or [1] in out [M, D], rounded once; both are contiguous."""
+    """Store matrix [M, D] times factor [M] or [1] in out [M, D], both contiguous; computed in float32."""
     rows, features = matrix.shape
     if out.numel():
         block_d = min(triton.next_power_of_2(features), 4_096)
