@@ -62,9 +62,10 @@ def add_selected(out: Tensor, factor: Tensor, matrix: Tensor, label: Tensor) -> 
         out.addcmul_(factor[:, k, None], matrix[label[:, k]].to(out.dtype))
 
 
-def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient [N, ...] times factor [N] or [1], in `dtype`."""
-    out = torch.empty_like(gradient, dtype=dtype)
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Gradient [N, ...] times factor [N] or [1], in `dtype`; `out` may be the gradient itself."""
+    if out is None:
+        out = torch.empty_like(gradient, dtype=dtype)
     factor = factor.expand(len(gradient)).view(-1, *(1,) * (gradient.ndim - 1))
     # if the output has another dtype, a CPU first computes the complete product in the input's dtype
     parts = 32 if gradient.is_cpu and dtype != gradient.dtype else 1

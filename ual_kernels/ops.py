@@ -411,7 +411,10 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     )
 
 
-def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward_linear(
+    ctx: Any, dloss: Tensor | None, *_: None, overwrite: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients. `overwrite` scales the saved ones in place where their dtype allows it."""
     unwanted = (None,) * len(ctx.needs_input_grad)
     if dloss is None:
         return unwanted
@@ -437,7 +440,7 @@ def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
         # gradients that are sums over tokens exist only if all tokens have the same upstream value
         factors = [upstream, *[upstream[:1].sum()[None]] * 4]
         wanted_gradients = [
-            _scaled(gradient, factor, dtype, spec.backend) if wanted else None
+            _scaled(gradient, factor, dtype, spec.backend, overwrite=overwrite) if wanted else None
             for gradient, factor, dtype, wanted in zip(computed, factors, dtypes, wants[:5], strict=True)
         ]
         scale = dloss * token_scale
@@ -450,11 +453,24 @@ def _backward_linear(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor |
     return *found, *unwanted[_LINEAR:]
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str, *, overwrite: bool) -> Tensor:
     """Return a gradient times a factor [1] or, for [N, D], [N] in `dtype`, without a float32 copy of it."""
+    overwrite = overwrite and dtype == gradient.dtype and gradient.is_contiguous()
     if backend == "triton" and gradient.ndim == 2:
-        return scale_matrix_op(gradient, factor, dtype)  # type: ignore[no-any-return]
-    return scaled(gradient, factor, dtype)
+        if not overwrite:
+            return scale_matrix_op(gradient, factor, dtype)  # type: ignore[no-any-return]
+        with _as_called(gradient):
+            _body("triton", "linear_cross_entropy").scale_matrix(gradient, factor, gradient)
+        return gradient.detach()
+    return scaled(gradient, factor, dtype, out=gradient if overwrite else None).detach()
+
+
+def _reads_once(upstream: Tensor | None) -> bool:
+    """Whether the running backward is the last to read what was saved, and reads it once."""
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return False
+    batched = upstream is not None and torch._C._functorch.is_legacy_batchedtensor(upstream)
+    return not batched and torch._C._functorch.peek_interpreter_stack() is None
 
 
 @custom_op(
@@ -510,4 +526,4 @@ class _LinearCrossEntropy(_Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        return _backward_linear(ctx, *upstream)
+        return _backward_linear(ctx, *upstream, overwrite=_reads_once(upstream[0]))

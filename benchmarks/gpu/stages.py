@@ -332,7 +332,8 @@ def logits(run: Run) -> None:
         (8_192, 32, 1),
         (8_192, 8, 4),
     )
-    for problem in run.problems("llama3", "llama2"):
+    middle = Problem("smollm2, N 8192", 8_192, 576, 49_152)
+    for problem in run.problems("llama3", "llama2") + [middle] * (not run.dry):
         case, copied = problem.logits(DEVICE, torch.bfloat16), _copied(problem, run)
         for shape in [(256, 4, 1)] if run.dry else shapes:
             of_logits.launch_config = lambda *_, shape=shape, **__: of_logits.LaunchConfig(*shape)
@@ -490,24 +491,24 @@ def sanitizer(run: Run) -> None:
         return
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     inner = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.sanitized"]
-    planted = subprocess.run(
-        [tool, "--tool", "memcheck", "--error-exitcode", "9", *inner, "--planted"], check=False
-    )
-    run.emit("memcheck finds a planted error", seen=planted.returncode == 9)
-    worst = int(planted.returncode != 9)
+    planted = ("memcheck", "a planted error")
 
     def check(checked: tuple[str, str]) -> int:
         checker, path = checked
-        command = [tool, "--tool", checker, "--error-exitcode", "9", *inner, "--only", path]
+        command = [tool, "--tool", checker, "--error-exitcode", "9", *inner]
+        command += ["--planted"] if checked == planted else ["--only", path]
         return subprocess.run(command, check=False).returncode
 
+    wrong = False
+    checks = [planted, *((checker, path) for checker, paths in CHECKED.items() for path in paths)]
     # each path in a process of its own, so that a time limit loses only what has not ended
-    with ThreadPoolExecutor(6) as pool:
-        waiting = {pool.submit(check, (c, path)): (c, path) for c, paths in CHECKED.items() for path in paths}
+    with ThreadPoolExecutor(len(checks)) as pool:
+        waiting = {pool.submit(check, checked): checked for checked in checks}
         for future in as_completed(waiting):
-            run.emit(" ".join(waiting[future]), status=future.result())
-            worst |= future.result() != 0  # a signal's status is negative
-    if worst:
+            checked, status = waiting[future], future.result()
+            run.emit(" ".join(checked), status=status)
+            wrong |= status != (9 if checked == planted else 0)  # a signal's status is negative
+    if wrong:
         sys.exit("a checker reported an error, or missed the planted one")
 
 
@@ -698,6 +699,35 @@ def scaling(run: Run) -> None:
         case = problem.case(FROZEN, DEVICE, torch.bfloat16)
         found = _timed(run, lambda c, rows=rows: _linear(c, rows), case, FROZEN, rounds=min(run.rounds, 3))
         run.emit(f"{rows} tokens", **found)
+
+
+NOT_BY_DEFAULT: tuple[tuple[str, str, torch.dtype, dict[str, Any]], ...] = (
+    ("gemma2", "frozen", torch.bfloat16, {"softcap": 30.0}),
+    ("gemma2", "trainable", torch.bfloat16, {"softcap": 30.0}),
+    ("llama3", "frozen", torch.float16, {}),
+    ("llama3", "trainable", torch.float16, {}),
+    ("llama2", "frozen", torch.float32, {}),
+    ("llama3", "frozen", torch.bfloat16, {"options": LinearCrossEntropyOptions(precision="fast")}),
+)
+
+
+@stage
+def backends(run: Run) -> None:
+    """Time Triton and the PyTorch backend where `backend="auto"` is PyTorch on every GPU."""
+    of_states.VARIANT = "auto"  # type: ignore[assignment]
+    for name, kind, dtype, arguments in NOT_BY_DEFAULT[: 1 if run.dry else None]:
+        (problem,), setting = run.problems(name), BY_NAME[kind]
+        case = problem.case(setting, DEVICE, dtype)
+        for backend in ("triton", "torch"):
+
+            def loss(c: Case, backend: Any = backend, arguments: Any = arguments) -> Tensor:
+                return linear_cross_entropy(
+                    c.hidden, c.head, c.target, label_smoothing=c.smoothing, backend=backend, **arguments
+                )
+
+            dtype_name = str(dtype).removeprefix("torch.")
+            label = f"{problem.name} {kind} {dtype_name} {' '.join(arguments)}: {backend}"
+            run.emit(label, **_timed(run, loss, case, setting, rounds=min(run.rounds, 3)))
 
 
 @stage

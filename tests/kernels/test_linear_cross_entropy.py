@@ -546,6 +546,52 @@ def test_a_power_of_two_upstream_scales_a_16_bit_heads_gradient_exactly(device: 
         assert torch.equal(a * 0.25, b)
 
 
+@pytest.mark.kills(
+    "ual_kernels/ops.py",
+    "_get_current_graph_task_keep_graph():",
+    "_get_current_graph_task_keep_graph() and False:",
+)
+@pytest.mark.kills("ual_kernels/ops.py", "overwrite=_reads_once(upstream[0]))", "overwrite=False)")
+@pytest.mark.kills("ual_kernels/_matrices.py", "    if out is None:\n", "    if True:\n")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_last_backward_scales_the_saved_gradient_in_place(
+    dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    """A second [N, D] would double what a frozen head allocates beyond the returned gradient."""
+    leaves, target = linear_case(6, 31, 8, dtype, device)
+    leaves = frozen(leaves)
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = linear_cross_entropy(**leaves, target=target, backend=backend)
+    places = {tensor.data_ptr() for tensor in saved if tensor.shape == leaves["input"].shape}
+    upstream = torch.full_like(loss, 0.25)
+    first, second = (
+        torch.autograd.grad(loss, leaves["input"], upstream, retain_graph=True)[0] for _ in range(2)
+    )
+    (last,) = torch.autograd.grad(loss, leaves["input"], upstream)
+    assert torch.equal(first, second)
+    assert torch.equal(first, last)
+    assert first.data_ptr() not in places
+    assert last.data_ptr() in places
+
+
+@pytest.mark.kills("ual_kernels/ops.py", "return not batched and torch", "return torch")
+def test_a_batch_of_upstream_gradients_reads_the_saved_gradient_for_each(device: torch.device) -> None:
+    leaves, target = linear_case(6, 31, 8, torch.float32, device)
+    leaves = frozen(leaves)
+    loss = linear_cross_entropy(**leaves, target=target, backend="triton")
+    upstream = torch.tensor([1.0, 0.5, 2.0], device=device)
+    one_by_one = [torch.autograd.grad(loss, leaves["input"], u, retain_graph=True)[0] for u in upstream]
+    (batch,) = torch.autograd.grad(loss, leaves["input"], upstream, is_grads_batched=True)
+    assert torch.equal(batch, torch.stack(one_by_one))
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("by", ["input", *HEAD, "label_smoothing", "sample_weight"])
 def test_a_second_derivative_is_refused(by: str, reduction: str, device: torch.device) -> None:
