@@ -30,7 +30,7 @@ STAGES = {
     "training": Stage(35, "a LoRA step of a model of 1B parameters, with its own loss and fused"),
     "accuracy": Stage(22, "errors on real hidden states"),
     "scaling": Stage(24, "time and memory for few and many tokens"),
-    "backends": Stage(30, "Triton relative to PyTorch where Triton is not the default"),
+    "backends": Stage(30, "Triton relative to PyTorch outside Triton's main path"),
     "soft": Stage(15, "targets of 20 classes relative to class indices"),
 }
 RUNS = {

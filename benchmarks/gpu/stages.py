@@ -701,33 +701,50 @@ def scaling(run: Run) -> None:
         run.emit(f"{rows} tokens", **found)
 
 
-NOT_BY_DEFAULT: tuple[tuple[str, str, torch.dtype, dict[str, Any]], ...] = (
-    ("gemma2", "frozen", torch.bfloat16, {"softcap": 30.0}),
-    ("gemma2", "trainable", torch.bfloat16, {"softcap": 30.0}),
-    ("llama3", "frozen", torch.float16, {}),
-    ("llama3", "trainable", torch.float16, {}),
-    ("llama2", "frozen", torch.float32, {}),
-    ("llama3", "frozen", torch.bfloat16, {"options": LinearCrossEntropyOptions(precision="fast")}),
-)
+_CAPPED, _FAST = {"softcap": 30.0}, {"options": LinearCrossEntropyOptions(precision="fast")}
+
+
+def _capped(chunk_tokens: int) -> dict[str, Any]:
+    return {**_CAPPED, "options": LinearCrossEntropyOptions(chunk_tokens=chunk_tokens)}
+
+
+UNMEASURED: dict[str, tuple[str, str, torch.dtype, dict[str, Any], tuple[str, ...]]] = {
+    "softcap": ("gemma2", "frozen", torch.bfloat16, _CAPPED, ("triton", "torch")),
+    "softcap, 1024 tokens at a time": ("gemma2", "frozen", torch.bfloat16, _capped(1_024), ("triton",)),
+    "softcap, 2048 tokens at a time": ("gemma2", "frozen", torch.bfloat16, _capped(2_048), ("triton",)),
+    "softcap, trained head": ("gemma2", "trainable", torch.bfloat16, _CAPPED, ("triton", "torch")),
+    "softcap, trained head, 1024 tokens at a time": (
+        "gemma2", "trainable", torch.bfloat16, _capped(1_024), ("triton",)
+    ),
+    "softcap, LoRA head": ("gemma2", "lora", torch.bfloat16, _CAPPED, ("triton", "torch")),
+    "fast": ("llama3", "frozen", torch.bfloat16, _FAST, ("triton", "torch")),
+    "fast, trained head": ("llama3", "trainable", torch.bfloat16, _FAST, ("triton", "torch")),
+    "float16": ("llama3", "frozen", torch.float16, {}, ("triton", "torch")),
+    "float16, trained head": ("llama2", "trainable", torch.float16, {}, ("triton", "torch")),
+    "float16, LoRA head": ("llama2", "lora", torch.float16, {}, ("triton", "torch")),
+    "float32": ("llama2", "frozen", torch.float32, {}, ("triton", "torch")),
+    "float32, trained head": ("llama2", "trainable", torch.float32, {}, ("triton", "torch")),
+}  # fmt: skip
+"""Calls for which `backend="auto"` was PyTorch: problem, setting, dtype, arguments, and what is timed."""
 
 
 @stage
 def backends(run: Run) -> None:
-    """Time Triton and the PyTorch backend where `backend="auto"` is PyTorch on every GPU."""
+    """Time Triton and the PyTorch backend on calls outside Triton's main path."""
     of_states.VARIANT = "auto"  # type: ignore[assignment]
-    for name, kind, dtype, arguments in NOT_BY_DEFAULT[: 1 if run.dry else None]:
+    for label, (name, kind, dtype, arguments, timed) in list(UNMEASURED.items())[: 1 if run.dry else None]:
         (problem,), setting = run.problems(name), BY_NAME[kind]
         case = problem.case(setting, DEVICE, dtype)
-        for backend in ("triton", "torch"):
+        for backend in timed:
 
             def loss(c: Case, backend: Any = backend, arguments: Any = arguments) -> Tensor:
                 return linear_cross_entropy(
-                    c.hidden, c.head, c.target, label_smoothing=c.smoothing, backend=backend, **arguments
-                )
+                    c.hidden, c.head, c.target, linear_lora=c.lora, label_smoothing=c.smoothing,
+                    backend=backend, **arguments,
+                )  # fmt: skip
 
-            dtype_name = str(dtype).removeprefix("torch.")
-            label = f"{problem.name} {kind} {dtype_name} {' '.join(arguments)}: {backend}"
-            run.emit(label, **_timed(run, loss, case, setting, rounds=min(run.rounds, 3)))
+            found = _timed(run, loss, case, setting, rounds=min(run.rounds, 3))
+            run.emit(f"{problem.name} {label}: {backend}", **found)
 
 
 @stage
