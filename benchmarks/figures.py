@@ -245,17 +245,28 @@ def soft_targets(link: Link) -> str:
     )
 
 
-def _gpu(run: str) -> tuple[dict[str, Row], Callable[[Link], str]]:
-    """Return the newest committed results of a run of `benchmarks.gpu` by name, and a link to them."""
-    path = max(machine.RESULTS.glob(f"*/gpu/*-{run}.jsonl"), key=lambda path: path.name)
-    first, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    about = first["machine"]
+Records = dict[str, Row]
+
+
+def _gpu(run: str, *, before: int = 0) -> tuple[Records, Callable[[Link], str]]:
+    """Return committed results of a run of `benchmarks.gpu` by name, and a link to them.
+
+    They are the newest ones, or those of a number of runs before.
+    """
+    read = {
+        path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in machine.RESULTS.glob(f"*/gpu/*-{run}.jsonl")
+    }
+    abouts = {path: records[0]["machine"] for path, records in read.items()}
+    newest_first = sorted(read, key=lambda p: abouts[p].get("time", abouts[p]["date"]), reverse=True)
+    path = newest_first[before]
+    about = abouts[path]
     versions = about["versions"]
     source = (
         f"{about['date']}, {about['gpu']['name']}, torch {versions['torch']}, triton {versions['triton']}, "
         f"commit {about['commit']}"
     )
-    return {r["what"]: r for r in rows}, lambda link: f"[{source}]({link(path)})"
+    return {r["what"]: r for r in read[path][1:]}, lambda link: f"[{source}]({link(path)})"
 
 
 _GPU_SETTINGS = {
@@ -272,7 +283,7 @@ _GPU_SETTINGS = {
 def gpu_steps(link: Link) -> str:
     """Complete steps on a GPU, for every setting and shape."""
     found, source = _gpu("record")
-    again, other = _gpu("steps")
+    again, other = _gpu("record", before=1)
     main, *others = (p for p in PROBLEMS.values() if f"{p.name} frozen, tma" in found)
     lines = []
     for name, setting in _GPU_SETTINGS.items():
@@ -302,7 +313,11 @@ def gpu_logits(link: Link) -> str:
             r = found.get(f"{problem.name} {what}")
             if r:
                 share = f"{passes * r['of_copy']:.2f}"
-                lines.append((str(problem.vocab), what, f"{r['ms']:.2f}", share))
+                lines.append((str(problem.vocab), f"**{what}**", f"{r['ms']:.2f}", share))
+        for what, r in found.items():
+            if what.startswith(f"{problem.name} logits: ") and "ms" in r:
+                name = f"{what.partition(': ')[2]} ({r['solves']})"
+                lines.append((str(problem.vocab), name, f"{r['ms']:.2f}", "-"))
     return (
         f"{machine.table(('V', '', 'ms', 'share of copy bandwidth'), lines)}\n\n"
         "Forward and backward in bfloat16, N 8192. In place, the gradient overwrites the logits, which moves "
@@ -312,20 +327,57 @@ def gpu_logits(link: Link) -> str:
 
 @figure
 def gpu_peers(link: Link) -> str:
-    """Other implementations on a GPU: frozen head."""
+    """Other implementations on a GPU."""
     found, source = _gpu("record")
-    lines = [("**ours**", Solves.PER_TOKEN.value, found["llama3 frozen, tma"])]
+    cases = [(problem, setting) for problem in ("llama3", "gemma2") for setting in ("frozen", "trainable")]
+    rows = {"**ours**": (Solves.PER_TOKEN.value, [found.get(f"{p} {s}, tma") for p, s in cases])}
     for what, r in found.items():
-        if what.startswith("llama3 frozen: ") and "ms" in r:
-            name = what.partition(": ")[2] + (f" ({r['license']})" if "license" in r else "")
-            lines.append((name, r["solves"], r))
-    cells = [
-        (name, solves, f"{r['ms']:.1f}", f"{r['of_products']:.2f}", f"{r['peak_mb']:.0f}")
-        for name, solves, r in sorted(lines, key=lambda line: float(line[2]["of_products"]))
-    ]
+        case, _, name = what.partition(": ")
+        if name and "ms" in r and case in ("llama3 frozen", "gemma2 frozen"):
+            label = name + (f" ({r['license']})" if "license" in r else "")
+            rows[label] = (r["solves"], [found.get(f"{p} {s}: {name}") for p, s in cases])
+
+    def cell(r: Row | None, field: str, form: str) -> str:
+        return form.format(r[field]) if r else "-"
+
+    lines = [
+        (
+            name, solves, cell(measured[0], "ms", "{:.1f}"), cell(measured[0], "peak_mb", "{:.0f}"),
+            *(cell(r, "of_products", "{:.2f}") for r in measured),
+        )
+        for name, (solves, measured) in rows.items()
+    ]  # fmt: skip
+    lines.sort(key=lambda line: float(line[4]))
+    header = ("", "smoothing", "ms", "MB", "x products", "trained", "V 256000", "V 256000, trained")
     return (
-        f"{machine.table(('', 'smoothing', 'ms', 'x products', 'MB'), cells)}\n\n"
-        f"Frozen head, bfloat16, N 8192, D 4096, V 128256. Source: {source(link)}."
+        f"{machine.table(header, lines)}\n\n"
+        "bfloat16, N 8192. The last two columns are for D 2304 and V 256000, the others for D 4096 and "
+        "V 128256. ms and MB (extra memory, with the gradients) are those of a frozen head. The other "
+        f"numbers are times relative to the bare products. Source: {source(link)}."
+    )
+
+
+@figure
+def gpu_backends(link: Link) -> str:
+    """Calls outside Triton's main path, with both backends."""
+    found, source = _gpu("backends")
+    lines = []
+    for what, triton in found.items():
+        case, _, backend = what.rpartition(": ")
+        if backend == "triton":
+            problem, _, label = case.partition(" ")
+            torch = found.get(f"{case}: torch")
+            lines.append((
+                label, str(PROBLEMS[problem].vocab), f"{triton['ms']:.1f}", f"{triton['of_products']:.2f}",
+                f"{torch['of_products']:.2f}" if torch else "-", f"{triton['peak_mb']:.0f}",
+                f"{torch['peak_mb']:.0f}" if torch else "-",
+            ))  # fmt: skip
+    header = ("", "V", "Triton, ms", "x products", "PyTorch, x products", "Triton, MB", "PyTorch, MB")
+    return (
+        f"{machine.table(header, lines)}\n\n"
+        "Forward and backward, N 8192; a frozen head and bfloat16, unless stated otherwise. Products of "
+        "float32 are not rounded to TF32. Medians of 3 rounds; MB include the gradients. "
+        f"Source: {source(link)}."
     )
 
 

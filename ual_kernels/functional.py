@@ -174,10 +174,11 @@ def linear_cross_entropy(
             chunk of tokens after its pass over the vocabulary, and must treat tokens independently.
         weight, ignore_index, reduction, num_items, softcap, logit_scale, z_loss: as in `cross_entropy`.
         options: speed and memory, see `LinearCrossEntropyOptions`.
-        backend: "auto" is "triton" where its speed was measured: on Hopper GPUs for bfloat16, without a
-            softcap, a trained bias, precision="fast", `gradient_filter` and `process_group`. Elsewhere it is
-            "torch". "triton" does not support float64, `gradient_filter` and `process_group`. A backend that
-            is named and cannot run raises; it is never replaced.
+        backend: "auto" is "triton" where it was measured and was faster: on Hopper GPUs for bfloat16, for
+            float32 without a softcap and an adapter, and for float16 if also the head is frozen; always
+            without a trained bias. Elsewhere it is "torch". "triton" does not support float64,
+            `gradient_filter` and `process_group`. A backend that is named and cannot run raises; it is never
+            replaced.
 
     Returns:
         As `cross_entropy`. Gradients flow to `input`, `linear_weight`, `linear_bias`, A and B, to the
@@ -311,7 +312,8 @@ def _of_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return the reduced loss and packed statistics, [9, N] ([8, N] for the reference) if requested."""
     options = _arguments.check_options(options, LinearCrossEntropyOptions)
-    fused: Backend = "triton" if _measured_on_gpu(input, linear_bias, arguments, options) else "torch"
+    measured = _measured_on_gpu(input, linear_weight, linear_bias, linear_lora, arguments, options)
+    fused: Backend = "triton" if measured else "torch"
     backend = _arguments.choose_backend(backend, input, fused=fused)
     _check_supported(input, arguments, options, backend)
     with _same_errors(options.process_group, input):
@@ -396,15 +398,25 @@ def _same_errors(group: dist.ProcessGroup | None, input: Tensor) -> AbstractCont
 
 
 def _measured_on_gpu(
-    input: Tensor, linear_bias: Tensor | None, arguments: LossArguments, options: LinearCrossEntropyOptions
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    linear_lora: tuple[Tensor, Tensor, float] | None,
+    arguments: LossArguments,
+    options: LinearCrossEntropyOptions,
 ) -> bool:
-    """Whether Triton's variant for this call was measured on this generation of GPUs (docs/kernels.md)."""
-    dtype = _arguments.autocast_dtype(input) or input.dtype
-    exact = arguments.softcap or options.precision != "high" or _trained(linear_bias)
+    """Whether Triton was measured for this call, and was faster than PyTorch (docs/kernels.md)."""
     unsupported = options.gradient_filter or options.process_group is not None
-    if not input.is_cuda or dtype != torch.bfloat16 or exact or unsupported or torch.version.hip:
+    if not input.is_cuda or torch.version.hip or unsupported or _trained(linear_bias):
         return False
-    return torch.cuda.get_device_properties(input.device).major == 9
+    dtype = _arguments.autocast_dtype(input) or input.dtype
+    if dtype == torch.float32:
+        measured = linear_lora is None and not arguments.softcap
+    elif dtype == torch.float16:  # gradients of the head and of an adapter have float32 factors, and are slow
+        measured = linear_lora is None and not arguments.softcap and not _trained(linear_weight)
+    else:
+        measured = dtype == torch.bfloat16
+    return measured and torch.cuda.get_device_properties(input.device).major == 9
 
 
 def _check_supported(

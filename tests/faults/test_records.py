@@ -5,16 +5,19 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.faults.kills import Launch
 from tests.faults.test_bad_input import ROWS
 from tests.ual.runs import configure, history
 from ual.config.run import load
 from ual.pipelines.train import run
-from ual.train import UALTrainer
+from ual.train import UALTrainer, adapter_state
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -138,3 +141,18 @@ def test_eval_loss_of_two_processes(tmp_path: Path, tiny: Path) -> None:
     assert expected["rows"] == 5
     assert min(found) < found[-1]
     assert min(found) == pytest.approx(expected["nll"], rel=1e-6)
+
+
+@pytest.mark.kills("ual/train/adapter_state.py", "step = step.to(flat.device)", "pass")
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_step_of_a_fused_optimizer_is_where_its_kernel_reads_it(fused: bool, tmp_path: Path) -> None:
+    """On the GPU; other kernels read it on the host. The meta device stands for a GPU."""
+    flat = torch.zeros(4, device="meta", requires_grad=True)
+    optimizer = torch.optim.AdamW([flat])
+    optimizer.param_groups[0]["fused"] = fused
+    save_file({"step": torch.tensor([3.0]), "exp_avg/x": torch.zeros(1)}, tmp_path / "state")
+    zero = SimpleNamespace(optimizer=optimizer, fp32_partitioned_groups_flat=[flat])
+    adapter_state.load_moments(tmp_path / "state", torch.nn.Module(), zero)
+    state = optimizer.state[flat]
+    assert state["step"].device.type == ("meta" if fused else "cpu")
+    assert state["exp_avg"].shape == flat.shape

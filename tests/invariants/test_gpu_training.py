@@ -55,9 +55,9 @@ def losses(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "torch"])
 def test_every_profile_trains_with_the_same_loss(arm: str, losses: dict[str, list[float]]) -> None:
-    """The adapter starts at 0, so all arms compute their first loss from the same hidden states."""
+    """The adapter starts at 0, so the first losses differ by roundings: on an H100, ZeRO-3's by 8e-4."""
     assert len(losses[arm]) == STEPS
-    assert losses[arm][0] == pytest.approx(losses["torch"][0], rel=1e-4)
+    assert losses[arm][0] == pytest.approx(losses["torch"][0], rel=ROUNDED)
     assert sum(losses[arm][-4:]) < 0.95 * sum(losses[arm][:4]), "the loss does not fall"
     assert sum(losses[arm][-4:]) == pytest.approx(sum(losses["torch"][-4:]), rel=4 * ROUNDED)
 

@@ -248,8 +248,9 @@ def test_a_padded_vocabulary_is_a_slice_of_the_head(device: torch.device) -> Non
     assert head.grad[:17].any(1).all()
 
 
-@pytest.mark.kills("ual_kernels/functional.py", " or torch.version.hip:", ":")
-@pytest.mark.kills("ual_kernels/functional.py", "dtype != torch.bfloat16 or exact", "dtype != torch.bfloat16")
+@pytest.mark.kills("ual_kernels/functional.py", " or torch.version.hip or unsupported", " or unsupported")
+@pytest.mark.kills("ual_kernels/functional.py", " and not _trained(linear_weight)", "")
+@pytest.mark.kills("ual_kernels/functional.py", "unsupported or _trained(linear_bias)", "unsupported")
 @pytest.mark.kills("ual_kernels/functional.py", ".major == 9", ".major >= 8")
 @pytest.mark.parametrize(
     ("changed", "chosen"),
@@ -258,13 +259,21 @@ def test_a_padded_vocabulary_is_a_slice_of_the_head(device: torch.device) -> Non
         ({"major": 8}, "torch"),
         ({"hip": "7.0"}, "torch"),
         ({"device": "cpu"}, "torch"),
-        ({"dtype": torch.float16}, "torch"),
-        ({"dtype": torch.float32}, "torch"),
-        ({"dtype": torch.float32, "autocast": torch.bfloat16}, "triton"),
-        ({"autocast": torch.float16}, "torch"),
-        ({"softcap": 30.0}, "torch"),
+        ({"dtype": torch.float64}, "torch"),
+        ({"dtype": torch.float16}, "triton"),
+        ({"dtype": torch.float16, "trained_head": True}, "torch"),
+        ({"dtype": torch.float16, "adapter": True}, "torch"),
+        ({"dtype": torch.float16, "softcap": 30.0}, "torch"),
+        ({"dtype": torch.float32}, "triton"),
+        ({"dtype": torch.float32, "trained_head": True}, "triton"),
+        ({"dtype": torch.float32, "adapter": True}, "torch"),
+        ({"dtype": torch.float32, "softcap": 30.0}, "torch"),
+        ({"dtype": torch.float32, "autocast": torch.bfloat16, "softcap": 30.0}, "triton"),
+        ({"autocast": torch.float16, "trained_head": True}, "torch"),
+        ({"softcap": 30.0}, "triton"),
+        ({"trained_head": True, "adapter": True}, "triton"),
         ({"trained_bias": True}, "torch"),
-        ({"options": {"precision": "fast"}}, "torch"),
+        ({"options": {"precision": "fast"}}, "triton"),
         ({"options": {"gradient_filter": 1e-4}}, "torch"),
         ({"options": {"chunk_tokens": 16}}, "triton"),
     ],
@@ -289,14 +298,19 @@ def test_auto_is_triton_where_it_was_measured(
         monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: changed["autocast"])
     kind = {"device": changed.get("device", "cuda"), "dtype": changed.get("dtype", torch.bfloat16)}
     with FakeTensorMode():
-        hidden, head = torch.empty(3, 8, **kind), torch.empty(5, 8, **kind)
+        hidden = torch.empty(3, 8, **kind)
+        head = torch.empty(5, 8, requires_grad="trained_head" in changed, **kind)
+        adapter = (
+            (torch.empty(2, 8, **kind), torch.empty(5, 2, **kind), 0.5) if "adapter" in changed else None
+        )
         target = torch.empty(3, device=kind["device"], dtype=torch.long)
         bias = torch.empty(5, requires_grad=True, **kind) if "trained_bias" in changed else None
         chosen_options = LinearCrossEntropyOptions(**changed.get("options", {}))
         with pytest.raises(UnsupportedError, match="chosen"):
             linear_cross_entropy(
-                hidden, head, target, linear_bias=bias, softcap=changed.get("softcap"), options=chosen_options
-            )
+                hidden, head, target, linear_bias=bias, linear_lora=adapter, softcap=changed.get("softcap"),
+                options=chosen_options,
+            )  # fmt: skip
     assert found == [chosen]
 
 

@@ -65,7 +65,10 @@ def load_moments(path: Path, model: nn.Module, zero: Any) -> None:
         partitions = zero.single_partition_of_fp32_groups
     for flat in partitions:
         moments = {key: torch.zeros_like(flat) for key in keys}
-        zero.optimizer.state[flat] = {"step": gathered["step"][0].clone()} | moments
+        step = gathered["step"][0].clone()
+        if zero.optimizer.param_groups[0].get("fused"):  # torch's fused kernels read the step on the GPU
+            step = step.to(flat.device)
+        zero.optimizer.state[flat] = {"step": step} | moments
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 link them at the first step
         zero._lazy_init_hp_params_optimizer_state()
     for name, p in _trained(model):
