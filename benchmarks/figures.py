@@ -248,25 +248,25 @@ def soft_targets(link: Link) -> str:
 Records = dict[str, Row]
 
 
-def _gpu(run: str, *, before: int = 0) -> tuple[Records, Callable[[Link], str]]:
-    """Return committed results of a run of `benchmarks.gpu` by name, and a link to them.
+def _gpu(stage: str, *, skip: int = 0) -> tuple[Records, Callable[[Link], str]]:
+    """Return the committed results of the newest run of `benchmarks.gpu` with a stage, and a link to them.
 
-    They are the newest ones, or those of a number of runs before.
+    Args:
+        stage: a stage of `benchmarks.gpu.runs`.
+        skip: the number of newer runs to skip.
     """
-    read = {
-        path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for path in machine.RESULTS.glob(f"*/gpu/*-{run}.jsonl")
-    }
-    abouts = {path: records[0]["machine"] for path, records in read.items()}
-    newest_first = sorted(read, key=lambda p: abouts[p].get("time", abouts[p]["date"]), reverse=True)
-    path = newest_first[before]
-    about = abouts[path]
-    versions = about["versions"]
+    runs: list[tuple[str, Path, list[Row]]] = []
+    for path in machine.RESULTS.glob("*/gpu/*.jsonl"):
+        about, *records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        if any(r["stage"] == stage for r in records):
+            runs.append((about["machine"].get("time", about["machine"]["date"]), path, [about, *records]))
+    _, path, (first, *records) = sorted(runs, key=lambda run: run[:2])[-1 - skip]
+    about = first["machine"]
     source = (
-        f"{about['date']}, {about['gpu']['name']}, torch {versions['torch']}, triton {versions['triton']}, "
-        f"commit {about['commit']}"
+        f"{about['date']}, {about['gpu']['name']}, torch {about['versions']['torch']}, "
+        f"triton {about['versions']['triton']}, commit {about['commit']}"
     )
-    return {r["what"]: r for r in read[path][1:]}, lambda link: f"[{source}]({link(path)})"
+    return {r["what"]: r for r in records}, lambda link: f"[{source}]({link(path)})"
 
 
 _GPU_SETTINGS = {
@@ -282,8 +282,8 @@ _GPU_SETTINGS = {
 @figure
 def gpu_steps(link: Link) -> str:
     """Complete steps on a GPU, for every setting and shape."""
-    found, source = _gpu("record")
-    again, other = _gpu("record", before=1)
+    found, source = _gpu("ours")
+    again, other = _gpu("ours", skip=1)
     main, *others = (p for p in PROBLEMS.values() if f"{p.name} frozen, tma" in found)
     lines = []
     for name, setting in _GPU_SETTINGS.items():
@@ -306,7 +306,7 @@ def gpu_steps(link: Link) -> str:
 @figure
 def gpu_logits(link: Link) -> str:
     """Given logits on a GPU."""
-    found, source = _gpu("record")
+    found, source = _gpu("ours")
     lines = []
     for problem in PROBLEMS.values():
         for what, passes in (("logits", 1.5), ("logits, in place", 1.0)):
@@ -328,32 +328,35 @@ def gpu_logits(link: Link) -> str:
 @figure
 def gpu_peers(link: Link) -> str:
     """Other implementations on a GPU."""
-    found, source = _gpu("record")
+    found, source = _gpu("ours")
+    zoo, of_zoo = _gpu("unsloth")
+    found = {**zoo, **found}
     cases = [(problem, setting) for problem in ("llama3", "gemma2") for setting in ("frozen", "trainable")]
-    rows = {"**ours**": (Solves.PER_TOKEN.value, [found.get(f"{p} {s}, tma") for p, s in cases])}
+    rows = {"**ours**": (Solves.PER_TOKEN.value, [found.get(f"{p} {s}, tma", {}) for p, s in cases])}
     for what, r in found.items():
         case, _, name = what.partition(": ")
-        if name and "ms" in r and case in ("llama3 frozen", "gemma2 frozen"):
+        if case == "llama3 frozen" and "ms" in r:
             label = name + (f" ({r['license']})" if "license" in r else "")
-            rows[label] = (r["solves"], [found.get(f"{p} {s}: {name}") for p, s in cases])
+            rows[label] = (r["solves"], [found.get(f"{p} {s}: {name}", {}) for p, s in cases])
 
-    def cell(r: Row | None, field: str, form: str) -> str:
-        return form.format(r[field]) if r else "-"
+    def shown(r: Row, field: str, form: str) -> str:
+        return form.format(r[field]) if field in r else "-"
 
     lines = [
         (
-            name, solves, cell(measured[0], "ms", "{:.1f}"), cell(measured[0], "peak_mb", "{:.0f}"),
-            *(cell(r, "of_products", "{:.2f}") for r in measured),
+            name, solves, shown(measured[0], "ms", "{:.1f}"), shown(measured[0], "peak_mb", "{:.0f}"),
+            *(shown(r, "of_products", "{:.2f}") for r in measured),
         )
-        for name, (solves, measured) in rows.items()
+        for name, (solves, measured) in sorted(rows.items(), key=lambda row: row[1][1][0]["of_products"])
     ]  # fmt: skip
-    lines.sort(key=lambda line: float(line[4]))
     header = ("", "smoothing", "ms", "MB", "x products", "trained", "V 256000", "V 256000, trained")
+    sources = dict.fromkeys([source(link), of_zoo(link)])
     return (
         f"{machine.table(header, lines)}\n\n"
         "bfloat16, N 8192. The last two columns are for D 2304 and V 256000, the others for D 4096 and "
         "V 128256. ms and MB (extra memory, with the gradients) are those of a frozen head. The other "
-        f"numbers are times relative to the bare products. Source: {source(link)}."
+        "numbers are times relative to the bare products. Medians of 7 rounds for ours, of 3 rounds for "
+        f"others. Source: {', '.join(sources)}."
     )
 
 
@@ -376,7 +379,7 @@ def gpu_backends(link: Link) -> str:
     return (
         f"{machine.table(header, lines)}\n\n"
         "Forward and backward, N 8192; a frozen head and bfloat16, unless stated otherwise. Products of "
-        "float32 are not rounded to TF32. Medians of 3 rounds; MB include the gradients. "
+        "float32 are not rounded to TF32. Medians of 3 rounds. MB: extra memory, with the gradients. "
         f"Source: {source(link)}."
     )
 
@@ -384,7 +387,7 @@ def gpu_backends(link: Link) -> str:
 @figure
 def gpu_summary(link: Link) -> str:
     """What a GPU measured, in a few sentences."""
-    found, source = _gpu("record")
+    found, source = _gpu("ours")
     frozen, trained = found["llama3 frozen, tma"], found["llama3 trainable, tma"]
     naive, error = found["llama3 frozen: naive"], found["accuracy, tma"]["hidden"]
     own, fused = found["LoRA step, transformers"], found["LoRA step, fused"]

@@ -32,7 +32,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_dry_run_of_every_stage(tmp_path: Path) -> None:
-    stages = list(dict.fromkeys([*RUNS["prove"], *RUNS["record"]]))
+    stages = list(dict.fromkeys(name for run in RUNS.values() for name in run))
     zoo = os.environ.get("UAL_UNSLOTH_ZOO")
     more = ["--unsloth-zoo", zoo] if zoo else []
     done = started(*stages, "--out", str(tmp_path), "--dry-run", *more)
@@ -154,7 +154,7 @@ def test_results_of_another_run_are_not_mixed_in(tmp_path: Path, capsys: pytest.
     ("arguments", "said"),
     [
         (["prove"], "the following arguments are required: --out"),
-        (["proove", "--out", "{}"], "unknown stage 'proove'; available: prove, record, canary"),
+        (["proove", "--out", "{}"], "unknown stage 'proove'; available: prove, record, extras, canary"),
         (["prove", "--out", "{}", "--dry-run", "--states", "{}/none"], "none is not a file; make it with"),
         (
             ["prove", "--out", "{}", "--dry-run", "--unsloth-zoo", "{}"],

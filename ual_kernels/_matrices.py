@@ -67,8 +67,8 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, out: Tensor | N
     if out is None:
         out = torch.empty_like(gradient, dtype=dtype)
     factor = factor.expand(len(gradient)).view(-1, *(1,) * (gradient.ndim - 1))
-    # if the output has another dtype, a CPU first computes the complete product in the input's dtype
-    parts = 32 if gradient.is_cpu and dtype != gradient.dtype else 1
+    # if the dtypes differ, a CPU converts complete tensors
+    parts = 32 if gradient.is_cpu and not gradient.dtype == dtype == factor.dtype else 1
     blocks = (tensor.chunk(parts) for tensor in (gradient, factor, out))
     for block, of_block, product in zip(*blocks, strict=True):
         torch.mul(block, of_block, out=product)

@@ -174,11 +174,11 @@ def linear_cross_entropy(
             chunk of tokens after its pass over the vocabulary, and must treat tokens independently.
         weight, ignore_index, reduction, num_items, softcap, logit_scale, z_loss: as in `cross_entropy`.
         options: speed and memory, see `LinearCrossEntropyOptions`.
-        backend: "auto" is "triton" where it was measured and was faster: on Hopper GPUs for bfloat16, for
-            float32 without a softcap and an adapter, and for float16 if also the head is frozen; always
-            without a trained bias. Elsewhere it is "torch". "triton" does not support float64,
-            `gradient_filter` and `process_group`. A backend that is named and cannot run raises; it is never
-            replaced.
+        backend: "auto" is "triton" on Hopper GPUs for bfloat16, for float32 without a softcap and an adapter,
+            and for float16 with a frozen head, without a softcap and an adapter. With a trained bias,
+            `gradient_filter` or `process_group`, and elsewhere, it is "torch". "triton" does not support
+            float64, `gradient_filter` and `process_group`. A backend that is named and cannot run raises; it
+            is never replaced.
 
     Returns:
         As `cross_entropy`. Gradients flow to `input`, `linear_weight`, `linear_bias`, A and B, to the
@@ -412,7 +412,9 @@ def _measured_on_gpu(
     dtype = _arguments.autocast_dtype(input) or input.dtype
     if dtype == torch.float32:
         measured = linear_lora is None and not arguments.softcap
-    elif dtype == torch.float16:  # gradients of the head and of an adapter have float32 factors, and are slow
+    elif (
+        dtype == torch.float16
+    ):  # the factors of a head's or an adapter's gradient are float32, which is slow
         measured = linear_lora is None and not arguments.softcap and not _trained(linear_weight)
     else:
         measured = dtype == torch.bfloat16

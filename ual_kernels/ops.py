@@ -459,18 +459,27 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str, 
     if backend == "triton" and gradient.ndim == 2:
         if not overwrite:
             return scale_matrix_op(gradient, factor, dtype)  # type: ignore[no-any-return]
-        with _as_called(gradient):
-            _body("triton", "linear_cross_entropy").scale_matrix(gradient, factor, gradient)
+        scale_matrix_inplace_op(gradient, factor)
         return gradient.detach()
     return scaled(gradient, factor, dtype, out=gradient if overwrite else None).detach()
 
 
+# private functions of PyTorch; without them, saved gradients are never overwritten
+_keeps_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+_is_batch: Callable[[Tensor], bool] = getattr(
+    torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False
+)
+
+
 def _reads_once(upstream: Tensor | None) -> bool:
     """Whether the running backward is the last to read what was saved, and reads it once."""
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+    if upstream is None or torch.compiler.is_compiling() or _keeps_graph() or _is_batch(upstream):
         return False
-    batched = upstream is not None and torch._C._functorch.is_legacy_batchedtensor(upstream)
-    return not batched and torch._C._functorch.peek_interpreter_stack() is None
+    if upstream.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # the captured backward may be replayed several times
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 @custom_op(
@@ -489,6 +498,22 @@ def scale_matrix_op(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> Tenso
 @scale_matrix_op.register_fake
 def _(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+
+
+@custom_op(
+    "ual_kernels::scale_matrix_inplace",
+    mutates_args=("matrix",),
+    schema="(Tensor(a!) matrix, Tensor factor) -> ()",
+)
+def scale_matrix_inplace_op(matrix: Tensor, factor: Tensor) -> None:
+    """Multiply a contiguous matrix [M, D] by factor [M] or [1], in one pass."""
+    with _as_called(matrix):
+        _body("triton", "linear_cross_entropy").scale_matrix(matrix, factor, matrix)
+
+
+@scale_matrix_inplace_op.register_fake
+def _(matrix: Tensor, factor: Tensor) -> None:
+    return None
 
 
 def _computed_again(

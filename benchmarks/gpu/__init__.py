@@ -1,1 +1,1 @@
-"""Checks and measurements on a GPU, in two runs of less than six minutes each: `python -m benchmarks.gpu`."""
+"""Checks and measurements on a GPU, in runs of less than six minutes each: `python -m benchmarks.gpu`."""

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu prove --out OUT             # correctness, and the fastest launch config
     python -m benchmarks.gpu record --out OUT            # the figures to publish
+    python -m benchmarks.gpu extras --out OUT            # unsloth-zoo, and calls outside the main path
     python -m benchmarks.gpu sweep steps --out OUT       # any stages, in this order
     python -m benchmarks.gpu prove --out OUT --dry-run   # on any machine: tiny shapes, Triton's interpreter
 

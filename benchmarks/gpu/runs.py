@@ -1,4 +1,4 @@
-"""The stages, their time limits, and the two runs that they form."""
+"""The stages, their time limits, and the runs that they form."""
 
 from dataclasses import dataclass
 
@@ -24,17 +24,17 @@ STAGES = {
     "steps": Stage(55, "complete steps relative to the bare products, and profiles of three steps"),
     "ncu": Stage(45, "what limits the GEMM and the kernel of given logits"),
     "sanitizer": Stage(52, "races in shared memory, accesses out of bounds"),
-    "ours": Stage(45, "time and peak memory of complete steps, for every setting and shape"),
-    "peers": Stage(91, "the same for other implementations, each on the problem that it solves"),
+    "ours": Stage(48, "time and peak memory of complete steps, for every setting and shape"),
+    "peers": Stage(138, "the same for other implementations, each on the problem that it solves"),
     "unsloth": Stage(24, "unsloth-zoo's fused head, from the folder that --unsloth-zoo names"),
     "training": Stage(35, "a LoRA step of a model of 1B parameters, with its own loss and fused"),
     "accuracy": Stage(22, "errors on real hidden states"),
     "scaling": Stage(24, "time and memory for few and many tokens"),
-    "backends": Stage(30, "Triton relative to PyTorch outside Triton's main path"),
+    "backends": Stage(55, "Triton relative to PyTorch outside Triton's main path"),
     "soft": Stage(15, "targets of 20 classes relative to class indices"),
 }
 RUNS = {
     "prove": ("canary", "ceilings", "tests", "sweep", "logits", "steps", "ncu", "sanitizer"),
-    "record": ("canary", "ceilings", "ours", "peers", "training", "accuracy", "scaling", "soft", "unsloth",
-               "backends"),
+    "record": ("canary", "ceilings", "ours", "peers", "training", "accuracy", "scaling", "soft"),
+    "extras": ("unsloth", "backends"),
 }  # fmt: skip

@@ -708,7 +708,7 @@ def _capped(chunk_tokens: int) -> dict[str, Any]:
     return {**_CAPPED, "options": LinearCrossEntropyOptions(chunk_tokens=chunk_tokens)}
 
 
-UNMEASURED: dict[str, tuple[str, str, torch.dtype, dict[str, Any], tuple[str, ...]]] = {
+OUTSIDE_MAIN_PATH: dict[str, tuple[str, str, torch.dtype, dict[str, Any], tuple[str, ...]]] = {
     "softcap": ("gemma2", "frozen", torch.bfloat16, _CAPPED, ("triton", "torch")),
     "softcap, 1024 tokens at a time": ("gemma2", "frozen", torch.bfloat16, _capped(1_024), ("triton",)),
     "softcap, 2048 tokens at a time": ("gemma2", "frozen", torch.bfloat16, _capped(2_048), ("triton",)),
@@ -725,14 +725,16 @@ UNMEASURED: dict[str, tuple[str, str, torch.dtype, dict[str, Any], tuple[str, ..
     "float32": ("llama2", "frozen", torch.float32, {}, ("triton", "torch")),
     "float32, trained head": ("llama2", "trainable", torch.float32, {}, ("triton", "torch")),
 }  # fmt: skip
-"""Calls for which `backend="auto"` was PyTorch: problem, setting, dtype, arguments, and what is timed."""
+"""Calls outside Triton's main path, checked by tests: problem, setting, dtype, arguments, what is timed."""
 
 
 @stage
 def backends(run: Run) -> None:
     """Time Triton and the PyTorch backend on calls outside Triton's main path."""
     of_states.VARIANT = "auto"  # type: ignore[assignment]
-    for label, (name, kind, dtype, arguments, timed) in list(UNMEASURED.items())[: 1 if run.dry else None]:
+    for label, (name, kind, dtype, arguments, timed) in list(OUTSIDE_MAIN_PATH.items())[
+        : 1 if run.dry else None
+    ]:
         (problem,), setting = run.problems(name), BY_NAME[kind]
         case = problem.case(setting, DEVICE, dtype)
         for backend in timed:

@@ -146,7 +146,7 @@ def test_eval_loss_of_two_processes(tmp_path: Path, tiny: Path) -> None:
 @pytest.mark.kills("ual/train/adapter_state.py", "step = step.to(flat.device)", "pass")
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_step_of_a_fused_optimizer_is_where_its_kernel_reads_it(fused: bool, tmp_path: Path) -> None:
-    """On the GPU; other kernels read it on the host. The meta device stands for a GPU."""
+    """A fused kernel reads it on the GPU, other kernels on the CPU. The meta device stands for a GPU."""
     flat = torch.zeros(4, device="meta", requires_grad=True)
     optimizer = torch.optim.AdamW([flat])
     optimizer.param_groups[0]["fused"] = fused

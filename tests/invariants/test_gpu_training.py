@@ -14,7 +14,7 @@ from tests.ual.runs import configure, gsm8k, history, start
 from ual.models import fuse
 from ual.train.deepspeed import PROFILES
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 STEPS = 20
 ARMS = {
@@ -55,7 +55,7 @@ def losses(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "torch"])
 def test_every_profile_trains_with_the_same_loss(arm: str, losses: dict[str, list[float]]) -> None:
-    """The adapter starts at 0, so the first losses differ by roundings: on an H100, ZeRO-3's by 8e-4."""
+    """The adapter starts at 0. On an H100, ZeRO-3's first loss differs by 8e-4, for an unknown reason."""
     assert len(losses[arm]) == STEPS
     assert losses[arm][0] == pytest.approx(losses["torch"][0], rel=ROUNDED)
     assert sum(losses[arm][-4:]) < 0.95 * sum(losses[arm][:4]), "the loss does not fall"
@@ -68,24 +68,27 @@ def test_a_killed_run_ends_where_it_would_have_ended(
 ) -> None:
     config = prepare(tmp_path / profile, shared)
     folder = config.parent / "run"
-    process = start("train", config, f"deepspeed={profile}")
-    deadline = time.monotonic() + SECONDS
-    while not (folder / "checkpoints" / "checkpoint-4").is_dir():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    process = start("train", config, f"deepspeed={profile}", "--resume", "auto")
-    _, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, errors[-3000:]
+    for words in ([], ["--resume", "auto"]):
+        process = start("train", config, f"deepspeed={profile}", *words)
+        try:
+            deadline = time.monotonic() + SECONDS
+            while not words and not (folder / "checkpoints" / "checkpoint-4").is_dir():
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            if words:
+                _, errors = process.communicate(timeout=SECONDS)
+                assert process.returncode == 0, errors[-3000:]
+        finally:
+            process.kill()
+            process.communicate()
     steps = {row["step"]: row["loss"] for row in history(folder)}
     assert json.loads((folder / "metrics.json").read_text())["steps"] == STEPS
     assert sorted(steps) == list(range(1, STEPS + 1))
     assert [steps[i + 1] for i in range(STEPS)] == pytest.approx(losses[profile], rel=4 * ROUNDED)
 
 
-def test_fsdp2_trains_as_one_gpu(tmp_path: Path) -> None:
+def test_fsdp2_on_one_gpu_has_the_same_gradients(tmp_path: Path) -> None:
     """Sharded over a group of one process, whose collectives run on the GPU."""
     group = {"init_method": f"file://{tmp_path}/group", "rank": 0, "world_size": 1}
     dist.init_process_group("nccl", **group)

@@ -196,6 +196,28 @@ def test_a_cuda_graph_replays_on_new_inputs(variant: str, device: torch.device) 
             torch.testing.assert_close(replayed, eager)
 
 
+@pytest.mark.usefixtures("as_in_training")
+@variants
+def test_a_captured_backward_gives_the_same_gradient_in_every_replay(
+    variant: str, device: torch.device
+) -> None:
+    """Backward alone in a graph, as `make_graphed_callables` captures it; outside, it would overwrite."""
+    leaves, target = case(300, 1_000, 64, device)
+    upstream = torch.full((), 0.25, device=device)
+    for _ in range(3):
+        step(leaves, target, compact=False)
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(forward):
+        loss = linear_cross_entropy(**leaves, target=target, backend="triton", compact=False)
+    with torch.cuda.graph(backward, pool=forward.pool()):
+        (gradient,) = torch.autograd.grad(loss, leaves["input"], upstream)
+    forward.replay()
+    backward.replay()
+    first = gradient.clone()
+    backward.replay()
+    assert torch.equal(gradient, first)
+
+
 # ---- far tokens ----
 
 

@@ -50,7 +50,7 @@ _LARGEST_SUM: tl.constexpr = tl.constexpr(2.0**100)
 
 
 # With four tokens per processor, 132 processors hold 52 MB of logits, about an L2 of 50 MB. For this V, an
-# H100 reaches 0.81 of the copy's bandwidth with four tokens per processor, and 0.74 with fewer.
+# H100 reaches 0.81 of the copy's bandwidth with four tokens per processor, and at most 0.74 with fewer.
 _SMALL_VOCAB = 49_152
 
 

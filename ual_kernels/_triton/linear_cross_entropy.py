@@ -70,8 +70,9 @@ VARIANT: Literal["auto"] | Variant = "auto"
 _INTERPRETED = triton.knobs.runtime.interpret
 
 _FROZEN_TOKENS = 8_192  # tokens at a time; with more, reading the head again is negligible next to the GEMMs
-_KEPT_BYTES = 1 << 30  # of x, or of float32 logits, for gradients of the head or of an adapter
-_EXACT_BYTES = 1 << 29  # of float32 logits without such gradients
+_KEPT_BYTES = 1 << 30  # of x that is kept for an adapter's gradients
+_EXACT_BYTES = 1 << 29  # of float32 logits
+_CAPPED_BYTES = 1 << 30  # of float32 logits with a softcap, for gradients of the head or of an adapter
 _EXACT_TOKENS = 4_096
 _TILE_TOKENS = 128
 
@@ -180,9 +181,9 @@ def slice_columns(tokens: int, vocab: int, block_m: int, block_n: int, platform:
     return min(most, -(-vocab // block_n)) * block_n
 
 
-def exact_tokens(vocab: int, *, kept: bool) -> int:
+def exact_tokens(vocab: int, budget: int = _EXACT_BYTES) -> int:
     """Return the number of tokens in a chunk of the exact variant: complete tiles within the budget."""
-    fitting = (_KEPT_BYTES if kept else _EXACT_BYTES) // (4 * vocab)
+    fitting = budget // (4 * vocab)
     return max(_TILE_TOKENS, min(_EXACT_TOKENS, fitting // _TILE_TOKENS * _TILE_TOKENS))
 
 
@@ -2195,9 +2196,9 @@ class _Exact(_Run):
         self._factor = torch.bfloat16 if dtype == torch.bfloat16 else self.x_dtype
         self._operand = head.weight.to(self._factor)
         self.fast = spec.precision == "fast" and dtype in (torch.bfloat16, torch.float16)
-        self.chunk_tokens = spec.chunk_tokens or exact_tokens(
-            head.vocab, kept=spec.gradients and (spec.head_grad or inputs.rank > 0)
-        )
+        larger = spec.softcap and (spec.head_grad or (spec.gradients and inputs.rank > 0))
+        budget = _CAPPED_BYTES if larger else _EXACT_BYTES
+        self.chunk_tokens = spec.chunk_tokens or exact_tokens(head.vocab, budget)
         # strides are multiples of 16
         width = -(-head.vocab // 16) * 16
         self.buffer = inputs.input.new_empty((min(self.chunk_tokens, count), width), dtype=torch.float32)
