@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from ual.methods.statistics import bootstrap, paired_difference
+from ual.methods.statistics import bootstrap, paired_difference, performance_gap_recovered
 
 
 @pytest.mark.kills(
@@ -94,3 +94,71 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="two samples or more"):
         paired_difference(arm, baseline, tokens)
+
+
+# ---- performance gap recovered ----
+
+
+def rights(accuracy: float, difficulty: np.ndarray, seeds: int = 3) -> np.ndarray:
+    """Right answers: an item is easier for all models or harder for all; seeds differ on items in between."""
+    rng = np.random.default_rng(1)
+    return (difficulty < accuracy + rng.normal(0, 0.05, size=(seeds, difficulty.size))).astype(float)
+
+
+@pytest.mark.kills(
+    "ual/methods/statistics.py", "_mean_difference(a, w, axis) / gap", "_mean_difference(c, a, axis) / gap"
+)
+@pytest.mark.parametrize(
+    ("accuracy", "expected"), [(0.6, 0.0), (0.7, 0.5), (0.8, 1.0), (0.84, 1.2), (0.56, -0.2)]
+)
+def test_pgr_is_not_clipped(accuracy: float, expected: float) -> None:
+    difficulty = np.linspace(0, 1, 4000)
+    weak, arm, ceiling = (rights(a, difficulty) for a in (0.6, accuracy, 0.8))
+    found = performance_gap_recovered(arm, weak, ceiling, resamples=200)
+    assert found is not None
+    assert found.value == pytest.approx(expected, abs=0.05)
+    by_definition = (arm.mean() - weak.mean()) / (ceiling.mean() - weak.mean())
+    assert found.value == pytest.approx(by_definition)
+    assert found.low <= found.value <= found.high
+
+
+@pytest.mark.kills("ual/methods/statistics.py", "    if gap.low <= 0:\n        return None\n", "")
+@pytest.mark.parametrize("ceiling", [0.6, 0.605, 0.4])
+def test_pgr_needs_a_gap(ceiling: float) -> None:
+    """The supervisor is as good as the ceiling, almost as good, or better."""
+    rng = np.random.default_rng(0)
+    weak, arm, top = ((rng.random((3, 200)) < a).astype(float) for a in (0.6, 0.7, ceiling))
+    assert performance_gap_recovered(arm, weak, top, resamples=200) is None
+
+
+def test_the_interval_of_pgr_is_that_of_the_delta_method_and_holds_the_truth() -> None:
+    hits, rng = 0, np.random.default_rng(0)
+    for seed in range(100):
+        difficulty = rng.random(800)
+        weak, arm, ceiling = (
+            (difficulty < a + rng.normal(0, 0.1, size=800)).astype(float)[None] for a in (0.4, 0.6, 0.8)
+        )
+        found = performance_gap_recovered(arm, weak, ceiling, resamples=400, seed=seed)
+        assert found is not None
+        gap = (ceiling - weak).mean()
+        error = ((arm - weak - found.value * (ceiling - weak)) / gap).std() / math.sqrt(800)
+        assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.3)
+        hits += found.low <= 0.5 <= found.high
+    assert 88 <= hits <= 100
+
+
+def test_items_are_drawn_together() -> None:
+    """An arm that answers as its ceiling does has a PGR of 1 in every resample."""
+    difficulty = np.random.default_rng(0).random(300)
+    weak, ceiling = rights(0.4, difficulty), rights(0.8, difficulty)
+    found = performance_gap_recovered(ceiling, weak, ceiling, resamples=200)
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "shapes", [((3, 10), (3, 10), (2, 10)), ((10,), (10,), (10,)), ((3, 1), (3, 1), (3, 1))]
+)
+def test_pgr_of_other_shapes_is_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected three arrays \[seeds, items\] with two items or more"):
+        performance_gap_recovered(*(np.ones(shape) for shape in shapes))

@@ -1,5 +1,6 @@
 """Columns of a file to the columns of a sample, as `data.columns` says: by name, or by a template."""
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -55,7 +56,7 @@ class Columns:
         self._file = re.split(r"[.:]", Path(file).name)[0] or file
         written = {column: value for column, value in columns.items() if value is not None}
         self._templates = {
-            column: _template(column, value)
+            column: template(value, f"configuration, data.columns.{column}", null_is_empty=column in _NUMBERS)
             for column, value in written.items()
             if re.search(r"\{[{%]", value)
         }
@@ -119,7 +120,15 @@ class Columns:
             raise FieldError(column, f"{said}; columns: {', '.join(written)}", reason=said) from error
 
 
-def _template(column: str, text: str) -> Callable[[Mapping[str, Any]], str]:
+@functools.lru_cache(256)
+def template(text: str, place: str, *, null_is_empty: bool = False) -> Callable[[Mapping[str, Any]], str]:
+    """Return a Jinja template as a function of its variables, in a sandbox.
+
+    An unknown variable, a list and, unless `null_is_empty`, null raise an error where they are printed.
+
+    Raises:
+        UserError: the template is not valid, or jinja2 is missing.
+    """
     try:
         from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -129,7 +138,7 @@ def _template(column: str, text: str) -> Callable[[Mapping[str, Any]], str]:
     def printed(value: Any) -> Any:
         if isinstance(value, Undefined):
             return value  # raises an error that names it
-        if value is None and column in _NUMBERS:
+        if value is None and null_is_empty:
             return ""
         if value is None or isinstance(value, Mapping | list | tuple) or callable(value):
             kind = "null" if value is None else "a method" if callable(value) else show(value)
@@ -143,10 +152,7 @@ def _template(column: str, text: str) -> Callable[[Mapping[str, Any]], str]:
     try:
         return environment.from_string(text).render
     except TemplateSyntaxError as error:
-        raise UserError(
-            f"the template {show(text)} is not valid: {error.message}",
-            place=f"configuration, data.columns.{column}",
-        ) from error
+        raise UserError(f"the template {show(text)} is not valid: {error.message}", place=place) from error
 
 
 def _typed(cell: str) -> Any:

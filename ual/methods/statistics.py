@@ -1,4 +1,4 @@
-"""Bootstrap intervals, and the difference of two arms on the same held-out samples. NumPy and SciPy.
+"""Bootstrap intervals, differences of arms on the same samples, and recovered gaps. NumPy and SciPy.
 
 Samples i = 1..n with t_i loss tokens are measured under arm a and baseline b, for seeds k = 1..K. With x_ki
 the mean of a metric over the tokens of sample i:
@@ -109,6 +109,63 @@ def paired_difference(
     by_seed = _per_token(a - b, t)
     better = int((by_seed > 0 if higher_is_better else by_seed < 0).sum())
     return PairedDifference(found.value, found.low, found.high, t.size, len(a), better)
+
+
+def performance_gap_recovered(
+    arm: ArrayLike,
+    weak: ArrayLike,
+    ceiling: ArrayLike,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate | None:
+    """Return PGR = (arm - weak) / (ceiling - weak), with the interval of the bootstrap over items.
+
+    PGR is 0 if the strong model is as accurate as its weak supervisor, and 1 if it is as accurate as with
+    right labels. It is not clipped (Burns et al., arXiv 2312.09390). Accuracies are means over seeds.
+
+    Args:
+        arm: [K, n], whether the strong model's answer to item i is right, for each seed; true or false.
+        weak, ceiling: [K, n], the same for the supervisor, and for the strong model trained on right labels.
+        resamples: of the bootstrap over items.
+        seed: of the draws.
+
+    Returns:
+        None if the 95 % interval of (ceiling - weak) reaches 0 or below: then there is no gap to recover,
+        and the quotient means nothing.
+
+    Raises:
+        ValueError: shapes differ, or fewer than two items.
+
+    >>> right = [[True] * 40]
+    >>> half, most = [[True] * 20 + [False] * 20], [[True] * 30 + [False] * 10]
+    >>> found = performance_gap_recovered(most, half, right)
+    >>> found.value, found.low > 0, performance_gap_recovered(most, half, half)
+    (0.5, True, None)
+    """
+    over_seeds = [np.asarray(rights, dtype=np.float64) for rights in (arm, weak, ceiling)]
+    shapes = [rights.shape for rights in over_seeds]
+    if len({*shapes}) > 1 or over_seeds[0].ndim != 2 or shapes[0][1] < 2:
+        raise ValueError(f"expected three arrays [seeds, items] with two items or more, got {shapes}")
+    a, w, c = (rights.mean(axis=0) for rights in over_seeds)
+    gap = bootstrap(_mean_difference, c, w, resamples=resamples, seed=seed)
+    if gap.low <= 0:
+        return None
+    return bootstrap(_share_of_gap, a, w, c, resamples=resamples, seed=seed)
+
+
+def _mean_difference(a: NDArray[np.float64], b: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+    difference: NDArray[np.float64] = a.mean(axis) - b.mean(axis)
+    return difference
+
+
+def _share_of_gap(
+    a: NDArray[np.float64], w: NDArray[np.float64], c: NDArray[np.float64], axis: int = -1
+) -> NDArray[np.float64]:
+    gap = _mean_difference(c, w, axis)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share: NDArray[np.float64] = np.where(gap == 0, np.nan, _mean_difference(a, w, axis) / gap)
+    return share
 
 
 def _per_token(
