@@ -14,7 +14,7 @@ UNSLOTH_ZOO := $(CURDIR)/.venv/unsloth-zoo
 # threads that wait by spinning starve each other on a busy machine
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help quickstart test bench mutants architectures lint format clean
+.PHONY: help quickstart test proofs bench mutants architectures lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -22,9 +22,15 @@ help:  ## list the targets
 quickstart: .venv/.quickstart  ## fine-tune a real model three ways on this machine and write a report
 	$(BIN)/ual quickstart --steps $(STEPS) --rows $(ROWS)
 
-test: .venv/.dev .venv/.quickstart .venv/.templates $(OTHER_TRITON) $(UNSLOTH_ZOO)  ## run the tests
-	OMP_NUM_THREADS=1 UAL_OTHER_TRITON=$(OTHER_TRITON) UAL_UNSLOTH_ZOO=$(UNSLOTH_ZOO) \
-		$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup -p no:benchmark
+FOR_TESTS := .venv/.dev .venv/.quickstart .venv/.templates $(OTHER_TRITON) $(UNSLOTH_ZOO)
+PYTEST := OMP_NUM_THREADS=1 UAL_OTHER_TRITON=$(OTHER_TRITON) UAL_UNSLOTH_ZOO=$(UNSLOTH_ZOO) \
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup -p no:benchmark
+
+test: $(FOR_TESTS)  ## run the tests, but for the slow ones (some 12 minutes on two cores)
+	$(PYTEST) --only fast
+
+proofs: $(FOR_TESTS)  ## run the slow tests (some 25 minutes on two cores; CI runs a quarter)
+	$(PYTEST) --only slow --parts $(PARTS)
 
 bench: .venv/.peers  ## error, time and memory of the losses and of other implementations; FORM=full, short or smoke
 	$(BIN)/python -m pytest benchmarks/suites --$(FORM) --results $(RESULTS); status=$$?; \

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
@@ -103,8 +104,21 @@ _TOGETHER = (
 )  # fmt: skip
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of `make test` and `make proofs`."""
+    parser.addoption(
+        "--only", choices=["fast", "slow"], help="run the tests without the mark `slow`, or these"
+    )
+    parser.addoption(
+        "--parts",
+        type=int,
+        default=1,
+        help="with --only slow: run 1 / PARTS of the files; the commit selects",
+    )
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     functions: set[str] = set()
     for item in items:
         function = item.nodeid.partition("[")[0]
@@ -117,6 +131,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    _select(config, items)
+
+
+def _select(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what --only and --parts exclude.
+
+    `slow(spare=n)` spares each nth case of a function: it is fast.
+    """
+    from tests.mutants import turn
+
+    only, parts = config.getoption("--only"), config.getoption("--parts")
+    if only is None:
+        return
+    slow, cases = [], Counter[str]()
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        mark = item.get_closest_marker("slow")
+        spare = mark.kwargs.get("spare") if mark else 1
+        slow.append(spare is None or cases[function] % spare > 0)
+        cases[function] += 1
+    files = sorted({item.path for item, is_slow in zip(items, slow, strict=True) if is_slow})
+    due = files[turn(parts) :: parts] if parts > 1 else files
+    wanted = [is_slow == (only == "slow") for is_slow in slow]
+    kept = [
+        item
+        for item, want in zip(items, wanted, strict=True)
+        if want and (only == "fast" or item.path in due)
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in {*kept}])
+    items[:] = kept
 
 
 def pytest_collection_finish() -> None:

@@ -169,6 +169,7 @@ def test_an_incorrect_provider_is_not_timed_and_a_slow_one_is_last(tmp_path: Pat
         ("near_one_class", r"20 classes / one class is \d+\.\d\d, best of each; at most 1.15 is allowed"),
     ],
 )
+@pytest.mark.slow
 def test_the_gate_sees_a_slow_loss(name: str, message: str, tmp_path: Path) -> None:
     """Ours contains the bare products, so five times ours is above the bound on every machine.
 
@@ -193,6 +194,7 @@ def test_the_gate_compares_with_the_faster_products() -> None:
     assert times[measure.faster_dtype(small)] < 1.25 * min(times.values())
 
 
+@pytest.mark.slow
 def test_every_suite_runs_and_its_report_is_complete(tmp_path: Path) -> None:
     names = ("ours", "ours, fast", "ours, triton fused", "naive", "torch chunked", "liger fused linear")
     few = [word for name in names for word in ("--provider", name)]
@@ -225,6 +227,7 @@ def test_every_suite_runs_and_its_report_is_complete(tmp_path: Path) -> None:
 
 @pytest.mark.kills("benchmarks/grid.py", "return not off", "return True")
 @pytest.mark.kills("benchmarks/suites/conftest.py", 'test["params"] = {', 'test["unused"] = {')
+@pytest.mark.slow
 def test_the_options_of_pytest_benchmark(tmp_path: Path) -> None:
     few = ("benchmarks/suites/bench_cross_entropy.py", "--smoke", "--provider", "naive")
     storage = f"--benchmark-storage={tmp_path / 'saved'}"

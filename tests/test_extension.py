@@ -56,6 +56,7 @@ def run(tree: Path, *words: object) -> str:
     return " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_a_loss_kind_is_a_record(copy: Path, tmp_path: Path, tiny: Path) -> None:
     with (copy / "ual" / "config" / "objectives.py").open("a") as file:
         file.write(LOSS_KIND)

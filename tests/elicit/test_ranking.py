@@ -65,6 +65,7 @@ def test_a_perfect_order_a_reversed_one_and_none() -> None:
     assert ranking([1.0, 2.0], [0, 0]) is None
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     random = np.random.default_rng(0)
     hits = 0

@@ -325,6 +325,7 @@ def test_a_wrong_sample_far_down_is_found_before_the_first_request(tmp_path: Pat
     assert server.asked == []
 
 
+@pytest.mark.slow
 def test_ten_thousand_samples_stream_in_bounded_memory(tmp_path: Path) -> None:
     """The benchmark behind the figures of docs/elicitation.md, with fewer samples."""
     counts = (1_000, 10_000)

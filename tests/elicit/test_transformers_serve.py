@@ -50,6 +50,7 @@ def address(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         process.wait(20)
 
 
+@pytest.mark.slow
 def test_elicit_from_a_real_server(address: str, smollm2: Path, tmp_path: Path) -> None:
     config = {
         "data": str(write_rows(tmp_path / "rows.jsonl", ROWS)),

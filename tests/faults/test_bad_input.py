@@ -115,6 +115,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in ual("train", tmp_path / "none.yaml", "--debug").stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_whole(shared: Path, stories: Path, tmp_path: Path) -> None:
     """The operating system refuses files over a limit that a checkpoint does not fit.
 
@@ -148,6 +149,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(shared: Path, stories: Pat
     "ual/runs/progress.py", "with suppress(OSError):  # of what", "with suppress(KeyError):  #"
 )
 @pytest.mark.kills("ual/pipelines/train.py", "    except OSError as error:", "    except KeyError as error:")
+@pytest.mark.slow
 def test_a_disk_that_is_full_before_the_first_step(tmp_path: Path, stories: Path) -> None:
     """Samples, histories and logs are refused as checkpoints are; the same command then begins the run."""
     config = configure(tmp_path, stories, ROWS, uncertainty="column", training={"max_steps": 2})

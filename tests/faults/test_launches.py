@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from tests.faults.kills import Launch, being_saved, history_rows, kill, last_step, prepare, same_adapter
 from tests.ual.runs import history
 
+pytestmark = pytest.mark.slow
+
 AUTO = ["--resume", "auto"]
 
 

@@ -124,6 +124,7 @@ def test_eval_loss_is_the_mean_over_loss_tokens_for_any_batch(tmp_path: Path, ti
     "with torch",
     slow=True,
 )
+@pytest.mark.slow
 def test_eval_loss_of_two_processes(tmp_path: Path, tiny: Path) -> None:
     """Five held-out samples in batches of two: accelerate would count one of them twice.
 

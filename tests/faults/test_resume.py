@@ -377,6 +377,7 @@ def test_the_best_model_stays_the_best(tmp_path: Path, tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "dropout": 0.0}], ids=["model", "adapter"])
+@pytest.mark.slow
 def test_weights_in_partitions_are_restored_to_finish_a_run(
     tmp_path: Path, tiny: Path, lora: dict[str, Any] | None
 ) -> None:
@@ -441,6 +442,7 @@ def test_data_without_a_recorded_hash_are_not_taken_for_the_same(tmp_path: Path,
 
 @pytest.mark.kills("ual/train/matching.py", "if changed and not accept_changed_data:", "if False:")
 @pytest.mark.parametrize("field", ["train", "eval", "chat_template"])
+@pytest.mark.slow
 def test_changed_data_are_refused(tmp_path: Path, tiny: Path, field: str) -> None:
     """Also by an equal id of a sample, in held-out samples, and in the file of the chat template."""
     rows = [row | {"id": str(i)} for i, row in enumerate(ROWS)]
@@ -538,6 +540,7 @@ def test_a_refused_first_run_does_not_block_the_corrected_one(tmp_path: Path, ti
 
 
 @pytest.mark.kills("ual/runs/lock.py", "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass")
+@pytest.mark.slow
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path, tiny: Path) -> None:
     """A second process is refused with host and process id; of a killed process, the lock is taken over."""
     training = {"max_steps": 5000, "save_steps": 1, "logging_steps": 1}

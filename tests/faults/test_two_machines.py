@@ -56,6 +56,7 @@ def machines() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+@pytest.mark.slow
 def test_torchrun_meets_across_machines(machines: list[str], shared: Path, tmp_path: Path) -> None:
     training = {"max_steps": 3, "per_device_train_batch_size": 2, "save_steps": 3}
     rows = gsm8k(shared, 20)

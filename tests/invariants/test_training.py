@@ -95,6 +95,7 @@ def trajectory(
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.slow(spare=2)
 def test_without_smoothing_it_is_transformers_own_training(
     features: list[dict[str, Any]], stories: Path, tmp_path: Path, accumulation: int
 ) -> None:
@@ -215,6 +216,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     shared: Path, stories: Path, tmp_path: Path
 ) -> None:

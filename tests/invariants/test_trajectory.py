@@ -59,6 +59,7 @@ def curve(backend: str, device: torch.device, *, head: str, nudge: float = 0.0) 
 @pytest.mark.parametrize(
     ("head", "backends"), [("frozen", ["torch"]), ("tied", ["torch"]), ("own", ["torch", "triton"])]
 )
+@pytest.mark.slow
 def test_every_backend_has_the_references_curve(head: str, backends: list[str], device: torch.device) -> None:
     """Every step is within four times the effect of one ulp on the initial weights on the reference's curve.
 

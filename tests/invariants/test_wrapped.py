@@ -74,6 +74,7 @@ HEAD, LOSS, PROBE = (f"ual/models/{name}.py" for name in ("head", "loss", "probe
 )
 @pytest.mark.kills(PROBE, ".type, enabled=False)", ".type, enabled=True)", only="accelerate")
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_equals_one_process(results: list[dict[str, Any]], case: str) -> None:
     for rank, found in enumerate(results):
         assert found.get(case, "did not run") == "", f"rank {rank}: {found.get(case)}"

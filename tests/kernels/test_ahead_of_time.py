@@ -54,6 +54,7 @@ def reports() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("target", NVIDIA)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.slow
 def test_nothing_spills(dtype: str, target: str) -> None:
     found = [r for r in reports() if r["target"] == target and f"/{dtype}/" in r["name"]]
     assert any("/forward/all/" in r["name"] for r in found)
@@ -111,6 +112,7 @@ def test_the_machine_code_of_a_gemm(variant: str, label: str) -> None:
 
 
 @pytest.mark.skipif(not OTHER, reason="needs UAL_OTHER_TRITON, the folder of another Triton release")
+@pytest.mark.slow
 def test_the_machine_code_of_another_release() -> None:
     patterns = only(["linear*/tma/*/128256", "*/forward/inplace/bf16/32000"])
     done = compiling("-m", "ual_kernels.aot", "sm_90", "--json", *patterns, release=OTHER)

@@ -60,6 +60,7 @@ def case(
 @pytest.mark.parametrize("tokens", [0, 3])
 @pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.slow(spare=8)
 def test_opcheck_logits(
     backend: str, statistics: bool, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -84,6 +85,7 @@ def test_opcheck_logits(
 @pytest.mark.parametrize("tokens", [0, 3])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.slow(spare=8)
 def test_opcheck_linear(
     biased: bool, per_token: bool, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -148,6 +150,7 @@ def test_gradcheck(flags: str, loss: Callable[..., Tensor], backend: str, device
 
 @every_loss
 @pytest.mark.parametrize("flags", ["items-tensor", "all"])
+@pytest.mark.slow
 def test_compiles_without_a_graph_break(
     flags: str, loss: Callable[..., Any], backend: str, device: torch.device
 ) -> None:
@@ -169,6 +172,7 @@ def test_compiles_without_a_graph_break(
 @pytest.mark.parametrize(
     "how", [{"compact": False}, {"max_loss_tokens": 5}, {"vocab_size": 23}, {"precision": "fast"}]
 )
+@pytest.mark.slow(spare=4)
 def test_options_of_the_head_compile(how: dict[str, Any], backend: str, device: torch.device) -> None:
     torch.compiler.reset()
     lora = torch.randn(2, 8, device=device), torch.randn(29, 2, device=device)

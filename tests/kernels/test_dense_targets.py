@@ -342,6 +342,7 @@ def test_gradcheck(flags: str, backend: str, device: torch.device) -> None:
 
 @fused
 @pytest.mark.parametrize("flags", ["items-tensor", "all"])
+@pytest.mark.slow
 def test_compiles_without_a_graph_break(flags: str, backend: str, device: torch.device) -> None:
     torch.compiler.reset()
 

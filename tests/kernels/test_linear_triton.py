@@ -73,6 +73,7 @@ def at_the_floor(leaves: dict[str, Tensor], target: Tensor, **flags: Any) -> Non
 @variants
 @heads
 @pytest.mark.parametrize("flags", OPTIONS)
+@pytest.mark.slow(spare=8)
 def test_every_flag(
     flags: str, head: Callable[..., dict[str, Tensor]], variant: str, device: torch.device
 ) -> None:
@@ -173,6 +174,7 @@ def test_confident_predictions_are_at_the_floor(variant: str, device: torch.devi
 @variants
 @pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("distance", [30.0, 80.0, 105.0, 115.0, 125.0, 200.0, 2_000.0])
+@pytest.mark.slow(spare=8)
 def test_a_target_far_below_the_maximum(
     distance: float, statistics: bool, variant: str, device: torch.device
 ) -> None:
@@ -268,6 +270,7 @@ def compare_statistics(leaves: dict[str, Tensor], target: Tensor, **flags: Any) 
 )
 @variants
 @pytest.mark.parametrize("flags", ["mean", "classes", "scaled", "all"])
+@pytest.mark.slow(spare=4)
 def test_statistics(flags: str, variant: str, device: torch.device) -> None:
     leaves, target = linear_case(24, 131, 48, torch.bfloat16, device)
     target[3] = 131
@@ -450,6 +453,7 @@ def lora_loss(lora_a: Tensor, lora_b: Tensor, **rest: Any) -> Tensor:
 
 @heads
 @pytest.mark.parametrize("flags", ["mean", "none", "all"])
+@pytest.mark.slow(spare=3)
 def test_an_adapter_on_the_head(
     flags: str, head: Callable[..., dict[str, Tensor]], device: torch.device
 ) -> None:
@@ -820,6 +824,7 @@ def test_an_ignored_token_of_nan_is_not_computed_again(device: torch.device) -> 
 @variants
 @pytest.mark.parametrize("flags", [{"compact": False}, {"max_loss_tokens": 8}], ids=str)
 @pytest.mark.parametrize("learn", [trainable, dict], ids=["trainable", "everything"])
+@pytest.mark.slow(spare=4)
 def test_sums_over_tokens_do_not_see_an_ignored_token(
     learn: Callable[..., Any], flags: dict[str, Any], variant: str, device: torch.device
 ) -> None:
@@ -865,6 +870,7 @@ def test_a_trained_head_over_several_chunks(classes: bool, variant: str, device:
 )
 @variants
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+@pytest.mark.slow(spare=4)
 def test_lora_heads_in_every_variant(label_smoothing: float, variant: str, device: torch.device) -> None:
     """An adapter and a trained head: u B is part of the GEMM and x is kept, also for far tokens."""
     leaves, target = linear_case(40, 101, 32, torch.bfloat16, device)

@@ -540,6 +540,7 @@ splits = pytest.mark.parametrize("split", SPLITS)
         if CASES[name].dtype == torch.float64 and name not in INVALID
     ],
 )
+@pytest.mark.slow
 def test_shards_match_the_complete_head(split: str, name: str, results: Results) -> None:
     """Loss, all gradients and all statistics; results that are not sharded are equal on every rank."""
     sizes = SPLITS[split]

@@ -85,6 +85,7 @@ def positive(leaves: Leaves, target: Tensor) -> tuple[Leaves, Tensor]:
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("tokens", [0, 3])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.slow(spare=8)
 def test_opcheck_logits(
     backend: str, tokens: int, count: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -117,6 +118,7 @@ def test_opcheck_logits(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 3])
 @pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.slow(spare=6)
 def test_opcheck_linear(per_token: bool, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
     leaves, _ = linear_case(tokens, 13, 4, dtype, device)
     acc = leaves["label_smoothing"].dtype
@@ -185,6 +187,7 @@ def test_the_reference_has_second_derivatives(device: torch.device) -> None:
 
 @every_loss
 @pytest.mark.parametrize("flags", ["items-tensor", "all"])
+@pytest.mark.slow
 def test_compiles_without_a_graph_break(
     flags: str, loss: Callable[..., Any], backend: str, device: torch.device
 ) -> None:
@@ -204,6 +207,7 @@ def test_compiles_without_a_graph_break(
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("how", [{"compact": False}, {"max_loss_tokens": 5}, {"precision": "fast"}], ids=str)
+@pytest.mark.slow(spare=3)
 def test_options_compile(how: dict[str, Any], backend: str, device: torch.device) -> None:
     torch.compiler.reset()
 
@@ -382,6 +386,7 @@ def work(step: Callable[[], Any]) -> tuple[list[tuple[list[int], list[int]]], in
 
 @pytest.mark.parametrize("flags", ["mean", "none", "classes", "all"])
 @pytest.mark.parametrize("head", [frozen, dict, frozen_with_adapter], ids=["frozen", "trainable", "lora"])
+@pytest.mark.slow(spare=6)
 def test_no_allocation_has_all_classes_of_all_tokens(
     head: Callable[[Leaves], Leaves], flags: str, device: torch.device
 ) -> None:
@@ -475,6 +480,7 @@ def test_the_loss_of_given_logits_does_not_synchronize(device: torch.device) -> 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("count", [2, 64])
 @pytest.mark.parametrize("noise", [1.0, 0.01])
+@pytest.mark.slow(spare=8)
 def test_sixteen_bits_near_convergence(
     noise: float, count: int, trained: bool, backend: str, variant: str, device: torch.device,
     monkeypatch: pytest.MonkeyPatch,

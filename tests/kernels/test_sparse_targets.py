@@ -290,6 +290,7 @@ def with_larger_adapter(leaves: Leaves) -> Leaves:
 
 @pytest.mark.parametrize("head", [frozen, without_trained_bias], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("flags", OPTIONS)
+@pytest.mark.slow(spare=8)
 def test_every_variant_of_triton(flags: str, head: Head, variant: str, device: torch.device) -> None:
     leaves, target = triton_case(5, torch.bfloat16, device)
     judge_floor(head(leaves), target, options(flags, 131, device), backend="triton", chunk_tokens=17)
@@ -297,6 +298,7 @@ def test_every_variant_of_triton(flags: str, head: Head, variant: str, device: t
 
 @counts
 @pytest.mark.parametrize("head", [frozen, with_larger_adapter], ids=["frozen", "trainable-lora"])
+@pytest.mark.slow(spare=5)
 def test_any_number_of_classes_in_triton(count: int, head: Head, device: torch.device) -> None:
     leaves, target = triton_case(count, torch.bfloat16, device)
     judge_floor(head(leaves), target, options("all", 131, device), backend="triton")
@@ -343,6 +345,7 @@ def compare_with_an_index(
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("dtype", names(DTYPES))
 @pytest.mark.parametrize("flags", ["mean", "none", "classes", "all"])
+@pytest.mark.slow(spare=8)
 def test_one_class_has_the_bits_of_an_index(
     flags: str, dtype: torch.dtype, trained: bool, backend: str, device: torch.device
 ) -> None:
@@ -378,6 +381,7 @@ def test_one_class_has_the_bits_of_an_index_in_place(
     ids=str,
 )
 @pytest.mark.parametrize("flags", ["mean", "all"])
+@pytest.mark.slow(spare=8)
 def test_one_class_has_the_bits_of_an_index_in_the_linear_loss(
     flags: str, backend: str, dtype: torch.dtype, trained: bool, head: Head, device: torch.device
 ) -> None:
@@ -708,6 +712,7 @@ def test_an_invalid_entry_makes_one_token_nan_in_place(
 @backends
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @invalid
+@pytest.mark.slow(spare=6)
 def test_an_invalid_entry_makes_one_token_nan_in_the_linear_loss(
     which: str, softcap: float | None, backend: str, device: torch.device
 ) -> None:

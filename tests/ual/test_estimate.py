@@ -87,6 +87,7 @@ def settings(tmp_path: Path) -> Path:
 
 @pytest.mark.kills("ual/models/memory.py", "            self._live -= size\n", "")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory")
+@pytest.mark.slow
 def test_the_peak_of_a_real_step_is_the_estimated_peak(settings: Path, tmp_path: Path) -> None:
     """Within 15 % and 8 MiB, for pages, scratch of matrix products and the allocator's reserve."""
     files, runs, estimates = [], [], []

@@ -47,6 +47,7 @@ def invoke(*words: object, code: int = 0) -> str:
     "ual/pipelines/experiment.py", "check_configuration(RunFolder(folder), cell.config)", "pass"
 )
 @pytest.mark.kills("ual/config/experiment.py", '{"seed": seed}', '{"seed": 1}')
+@pytest.mark.slow
 def test_every_arm_is_trained_once_with_every_seed(tmp_path: Path, tiny: Path) -> None:
     config = write(tmp_path, tiny)
     said = invoke("compare", config)
@@ -94,6 +95,7 @@ def test_a_dry_run_shows_every_arm_and_writes_nothing(tmp_path: Path, tiny: Path
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
 def test_an_arm_under_deepspeed_needs_no_launcher(tmp_path: Path, tiny: Path) -> None:
     arms = {"plain": {}, "zero": {"deepspeed": "zero2"}}
     done = ual("compare", write(tmp_path, tiny, arms=arms), "--dry-run")

@@ -396,6 +396,7 @@ def test_a_name_near_ours_is_refused(name: str, meant: str) -> None:
 
 
 @pytest.mark.kills(FUSE, r'((options?|labels?|targets?|soft|teacher)_)+"', r'(\w+_)*"')
+@pytest.mark.slow
 def test_no_argument_of_a_model_is_near_ours() -> None:
     """A causal LM passes arguments that its signature does not name on to its parts, as `**kwargs`."""
     no_text = {"sapiens2", "zoedepth"}  # vision models: label_weights, probabilities
@@ -513,6 +514,7 @@ def test_evaluation_gets_logits() -> None:
     FUSE, "@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]\n", "", only="plain"
 )
 @pytest.mark.parametrize("adapter", [False, True], ids=["plain", "lora"])
+@pytest.mark.slow
 def test_compiled_whole(adapter: bool) -> None:
     model = llama()
     if adapter:

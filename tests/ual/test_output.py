@@ -58,6 +58,7 @@ def on_a_terminal(*words: object, columns: int) -> str:
 
 @pytest.mark.kills("ual/train/callbacks.py", "self._task.log(figures)", "pass")
 @pytest.mark.kills("ual/runs/progress.py", "if self._progress.is_drawn:", "if not self._progress.is_drawn:")
+@pytest.mark.slow
 def test_a_pipe_receives_one_line_per_logged_step_at_once(tmp_path: Path, stories: Path) -> None:
     options = ("data.eval_fraction=0.2", "training.eval_strategy=steps", "training.eval_steps=10")
     lines = []
@@ -82,6 +83,7 @@ def test_a_pipe_receives_one_line_per_logged_step_at_once(tmp_path: Path, storie
 
 
 @pytest.mark.kills("ual/runs/progress.py", "Column(ratio=1, max_width=40)", "Column(min_width=40)")
+@pytest.mark.slow
 def test_bars_fit_a_terminal_of_80_columns(tmp_path: Path, stories: Path) -> None:
     shown = on_a_terminal("train", config(tmp_path, stories), "data.eval_fraction=0.2", columns=80)
     lines = re.split(r"[\r\n]+", shown)

@@ -141,6 +141,7 @@ def test_the_folder_arrives_whole_or_the_user_is_told(hub: Any, tmp_path: Path) 
 @pytest.mark.kills(
     "ual/report/publish.py", "except Exception as error:", "except (OSError, ValueError) as error:"
 )
+@pytest.mark.slow
 def test_a_run_whose_upload_failed_is_complete_and_is_published_later(
     hub: Any, tmp_path: Path, tiny: Path
 ) -> None:

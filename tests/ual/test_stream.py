@@ -146,6 +146,7 @@ def test_packs_of_a_stream_hold_every_row_once(settings: configuration.RunConfig
     assert PackedCollator(0)(packs[:2])["max_loss_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_a_streamed_and_packed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, tiny: Path) -> None:
     data = STREAMED | {"packing": True, "max_length": 128}
     curves = []
