@@ -17,6 +17,8 @@ import torch
 from tests.invariants.sharded import CASES, EPSILON, RATE, STEPS, Case, build, sum_of_step
 from tests.ual.runs import ENVIRONMENT, ROOT, free_port
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 400
 
 
@@ -89,7 +91,6 @@ def own_error(dtype: torch.dtype) -> tuple[float, float]:
     "ual/train/trainer.py", '"sample_weight", "option_probabilities")', '"sample_weight")', slow=True
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.slow
 def test_sharded_training_equals_one_process(results: dict[str, Any], case: Case) -> None:
     """The error against float64 is at most twice the error of one process in the same dtype.
 

@@ -15,6 +15,8 @@ from tests.invariants.wrapped import CASES, RANKS, SECONDS, llama, lora, losses,
 from tests.ual.runs import free_port
 from ual.models import fuse
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def given() -> list[Any]:
@@ -74,7 +76,6 @@ HEAD, LOSS, PROBE = (f"ual/models/{name}.py" for name in ("head", "loss", "probe
 )
 @pytest.mark.kills(PROBE, ".type, enabled=False)", ".type, enabled=True)", only="accelerate")
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.slow
 def test_equals_one_process(results: list[dict[str, Any]], case: str) -> None:
     for rank, found in enumerate(results):
         assert found.get(case, "did not run") == "", f"rank {rank}: {found.get(case)}"

@@ -44,6 +44,8 @@ from tests.kernels.cases import (
 from ual_kernels import LinearCrossEntropyOptions, TokenStatistics, UnsupportedError
 from ual_kernels._torch import linear_cross_entropy as tiled
 
+pytestmark = pytest.mark.slow
+
 Leaves = dict[str, Tensor]
 Results = Callable[[str, str], Leaves]
 
@@ -540,7 +542,6 @@ splits = pytest.mark.parametrize("split", SPLITS)
         if CASES[name].dtype == torch.float64 and name not in INVALID
     ],
 )
-@pytest.mark.slow
 def test_shards_match_the_complete_head(split: str, name: str, results: Results) -> None:
     """Loss, all gradients and all statistics; results that are not sharded are equal on every rank."""
     sizes = SPLITS[split]

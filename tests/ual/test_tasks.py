@@ -263,15 +263,15 @@ def test_archives_that_cannot_be_read(tmp_path: Path) -> None:
     broken.write_bytes(b"no archive")
     with pytest.raises(UserError, match="cannot read the archive"):
         read(task(), str(broken))
-    archive = tmp_path / "rows.tar"
+    archive = tmp_path / "items.tar"
     with tarfile.open(archive, "w") as out:
         content = json.dumps(ROW | {"right": "ten"}).encode()
-        about = tarfile.TarInfo("./part/rows.jsonl")
+        about = tarfile.TarInfo("./part/items.jsonl")
         about.size = len(content)
         out.addfile(about, io.BytesIO(content))
     with pytest.raises(UserError, match=r"has no file that matches '\*\.csv'"):
         read(task(members="*.csv"), str(archive))
-    with pytest.raises(UserError, match=r"rows\.tar: part/rows\.jsonl, line 1: gold"):
+    with pytest.raises(UserError, match=r"items\.tar: part/items\.jsonl, line 1: gold"):
         read(task(members="part/*"), str(archive))
 
 
