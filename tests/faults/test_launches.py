@@ -65,8 +65,8 @@ def stopped(folder: Path, shared: Path, whole: Path) -> Path:
 
 @pytest.mark.kills(
     "ual/train/adapter_state.py",
-    '{"step": gathered["step"][0].clone()}',
-    '{"step": 0 * whole["step"][0]}',
+    'step = gathered["step"][0].clone()',
+    'step = 0 * gathered["step"][0]',
     slow=True,
 )
 @pytest.mark.kills(
