@@ -412,9 +412,8 @@ def _measured_on_gpu(
     dtype = _arguments.autocast_dtype(input) or input.dtype
     if dtype == torch.float32:
         measured = linear_lora is None and not arguments.softcap
-    elif (
-        dtype == torch.float16
-    ):  # the factors of a head's or an adapter's gradient are float32, which is slow
+    elif dtype == torch.float16:
+        # the factors of a head's or an adapter's gradient are float32, which is slow
         measured = linear_lora is None and not arguments.softcap and not _trained(linear_weight)
     else:
         measured = dtype == torch.bfloat16

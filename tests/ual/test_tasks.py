@@ -247,8 +247,9 @@ def test_a_missing_task_names_the_nearest() -> None:
         ({}, {"options": "a"}, "options: expected a list of texts, got"),
         ({"a": "[1, 2"}, {"options": "a"}, "options: invalid JSON"),
         ({"a": ["x"] * 27}, {"options": "a", "gold": None}, "options: expected at most 26, got 27"),
-        ({"q": None}, {}, "prompt"),
-        ({}, {"subject": "none"}, 'there is no column "none"'),
+        ({"q": None}, {}, r'line 1: the question is null: "q"\ncorrect the file or the task$'),
+        ({}, {"question": "none"}, r'"question": there is no column "none".*\n.*, or correct the task$'),
+        ({}, {"subject": "none"}, 'field "subject": there is no column "none"'),
     ],
 )
 def test_a_wrong_record_is_named(

@@ -208,7 +208,13 @@ def read(task: Task, path_or_name: str | Sequence[str], *, split: str = "train")
                     )
                 )
         except UserError as error:
-            raise UserError(error.problem, place=shown(error.place), remedy=error.remedy) from error
+            # in the words of a task: it has no `data` section, and its question is the prompt of a sample
+            place = shown(error.place).replace('field "prompt"', 'field "question"')
+            remedy = error.remedy.replace('set data.invalid to "drop"', "correct the task")
+            if error.problem.startswith("no columns to make"):  # the first prompt is null
+                problem = f"the question is null: {show(task.question)}"
+                raise UserError(problem, place=place, remedy="correct the file or the task") from error
+            raise UserError(error.problem, place=place, remedy=remedy) from error
     return items
 
 
