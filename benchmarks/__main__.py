@@ -48,6 +48,7 @@ def _load(path: Path) -> dict[str, Any]:
 @app.command(
     epilog="\b\n[bold]Examples[/bold]\n  python -m benchmarks report\n"
     "  python -m benchmarks report .benchmarks/results.json\n"
+    "  python -m benchmarks report results/DATE-COMMIT-record.jsonl   of a GPU\n"
     "  python -m benchmarks report --docs"
 )
 def report(
@@ -56,7 +57,7 @@ def report(
         bool, typer.Option("--docs", help="Only renew the figures that README.md and docs/ quote.")
     ] = False,
 ) -> None:
-    """Write tables (.md) and plots (.svg, .png) beside a results file."""
+    """Write tables (.md) and plots (.svg, .png) beside a results file; for a GPU's (.jsonl), plots."""
     try:
         written = _renew_docs() if docs else _write_report(results or machine.RESULTS)
     except (ValueError, OSError) as error:
@@ -68,8 +69,10 @@ def report(
 
 def _write_report(path: Path) -> list[Path]:
     path = reports.newest(path) if path.is_dir() else path
-    found = reports.load(path)
     stem = path.with_suffix("")
+    if path.suffix == ".jsonl":  # of a GPU, whose tables are in docs/benchmarks.md
+        return reports.plots({"rows": figures.gpu_rows(path)}, stem)
+    found = reports.load(path)
     drawn = reports.plots(found, stem)
     page = stem.with_suffix(".md")
     page.write_text(reports.markdown(found, [p.name for p in drawn]), encoding="utf-8")

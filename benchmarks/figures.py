@@ -269,6 +269,32 @@ def _gpu(stage: str, *, skip: int = 0) -> tuple[Records, Callable[[Link], str]]:
     return {r["what"]: r for r in records}, lambda link: f"[{source}]({link(path)})"
 
 
+def gpu_rows(path: Path) -> list[Row]:
+    """Return the steps with a frozen head in results of `benchmarks.gpu`, for `benchmarks.report.plots`.
+
+    Raises:
+        ValueError: the file has none.
+    """
+    rows = []
+    for r in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        name, _, provider = r["what"].replace(" frozen, tma", " frozen: ours").partition(" frozen: ")
+        if name not in PROBLEMS or "of_products" not in r or r["stage"] not in ("ours", "peers", "unsloth"):
+            continue
+        p, ours = PROBLEMS[name], provider == "ours"
+        solves = r.get("solves", Solves.PER_TOKEN.value)
+        rows.append({
+            "suite": "linear_cross_entropy", "setting": "frozen", "dtype": "bf16", "problem": name,
+            "vocab": p.vocab, "features": p.features, "rows": p.rows, "ours": ours,
+            "provider": provider.removesuffix(f", {solves}"),  # its problem is a part of some names
+            "solves": solves, "of_products": r["of_products"],
+        })  # fmt: skip
+    if not rows:
+        raise ValueError(
+            f"{path}: no steps with a frozen head; name the results of the stages ours and peers"
+        )
+    return [r for r in rows if any(other["problem"] == r["problem"] and not other["ours"] for other in rows)]
+
+
 _GPU_SETTINGS = {
     "frozen head": "frozen, tma",
     "weights, reduction none": "none+weights, tma",

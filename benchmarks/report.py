@@ -357,6 +357,8 @@ def _figure(width: float, height: float, columns: int = 1) -> Any:
 
 
 def _plot_time(found: dict[str, Any]) -> Any:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     groups = list(grouped(frozen_rows(found["rows"]), "problem"))
     if not groups:
         return None
@@ -372,7 +374,9 @@ def _plot_time(found: dict[str, Any]) -> Any:
         a.axvline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
         a.set_xscale("log")
         a.set_xlim(0.8, 2 * max(r["of_products"] for r in group))
+        a.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         a.xaxis.set_major_formatter("{x:g}")
+        a.xaxis.set_minor_formatter(NullFormatter())
         a.grid(axis="x", color=_GRID)
         a.set_xlabel("time / bare products (dashed: limit)", fontsize=8)
         r = group[0]

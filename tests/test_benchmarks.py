@@ -360,6 +360,25 @@ def test_a_file_without_results_is_refused(tmp_path: Path, content: str) -> None
         report.load(path)
 
 
+# ---- plots of a GPU ----
+
+
+@pytest.mark.kills("benchmarks/figures.py", '"ours", "peers", "unsloth"', '"ours", "peers"')
+def test_the_plot_of_a_gpu_has_every_implementation_of_its_table(tmp_path: Path) -> None:
+    path = next((ROOT / "benchmarks" / "results").glob("*/gpu/*b93a87c4ea35-record.jsonl"))
+    rows = figures.gpu_rows(path)
+    assert {(r["problem"], r["vocab"]) for r in rows} == {("llama3", 128_256), ("gemma2", 256_000)}
+    llama3 = {f"{r['provider']} {r['solves']}": r["of_products"] for r in rows if r["problem"] == "llama3"}
+    assert len(llama3) == 11
+    assert min(llama3, key=llama3.__getitem__) == "ours s per token"
+    assert {"unsloth-zoo s = 0", "unsloth-zoo one s = 0.1", "naive s per token"} <= llama3.keys()
+    [drawn] = report.plots({"rows": rows}, tmp_path / "record")
+    assert drawn.with_suffix(".png").stat().st_size > 10_000
+    (tmp_path / "none.jsonl").write_text('{"stage": "canary", "what": "tma frozen", "verdict": "correct"}\n')
+    with pytest.raises(ValueError, match="no steps with a frozen head"):
+        figures.gpu_rows(tmp_path / "none.jsonl")
+
+
 # ---- compare ----
 
 
