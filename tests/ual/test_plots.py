@@ -24,6 +24,8 @@ from ual.report.plots import (
     coverage_curves,
     data_uri,
     distribution,
+    entropy_curves,
+    forest,
     loss_curves,
     reliability_diagram,
     write_png,
@@ -150,6 +152,8 @@ def test_several_arms_are_named() -> None:
         lambda: distribution({"a": [math.inf]}, quantity="u", title="t"),
         lambda: reliability_diagram({}),
         lambda: reliability_diagram({"a": []}),
+        lambda: forest({}, seeds={}, lines={"chance": 0.25}, title="t"),
+        lambda: entropy_curves([], {"a": [(0.0, 0.5)]}),
     ],
 )
 def test_nothing_to_draw_is_refused(draw: object) -> None:
@@ -167,6 +171,8 @@ def test_names_are_data_in_every_figure(name: str) -> None:
         loss_curves({name: curve(5), name + "2": curve(5)}),
         distribution({name: [1.0, 2.0], name + "2": [1.0]}, quantity="u", title=plots.label(name)),
         reliability_diagram({name: bins, name + "2": bins}),
+        forest({name: (0.5, 0.4, 0.6)}, seeds={name: [0.5]}, lines={name: 0.4}, title="t"),
+        entropy_curves([(0.0, 0.5, 9.0)], {name: [(0.0, 0.5)]}, name=name),
     ):
         kind, content = data_uri(figure).split(";base64,")
         assert kind == "data:image/svg+xml"
@@ -214,6 +220,8 @@ def test_every_color_is_one_of_the_theme() -> None:
         distribution({"a": [1.0, 2.0], "b": [1.0]}, quantity="u", title="t"),
         reliability_diagram({"a": bins, "b": bins}),
         coverage_curves({"a": [(0.5, 1.0), (1.0, 0.5)], "b": [(1.0, 0.5)]}),
+        forest({"a": (0.5, 0.4, 0.6)}, seeds={"a": [0.5]}, lines={"b": 0.4}, title="t"),
+        entropy_curves([(0.0, 0.5, 9.0)], {"a": [(0.0, 0.5)]}),
     ):
         svg = base64.b64decode(data_uri(figure).split(",")[1]).decode()
         colors = set(re.findall(r"(?:fill|stroke): (#\w+)", svg))

@@ -209,7 +209,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Page
     return arms, Page(runs / "comparison.html")
 
 
-def check_page(page: Page) -> None:
+def check_page(page: Page, sections: tuple[str, ...] = SECTIONS) -> None:
     """What holds for every page: it stands alone, runs nothing, and its pictures are pictures."""
     policies = [tag for tag in page.all("meta") if tag.get("http-equiv") == "Content-Security-Policy"]
     assert [p["content"] for p in policies] == [
@@ -226,7 +226,7 @@ def check_page(page: Page) -> None:
     assert "url(" not in style
     assert "@import" not in style
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert set(SECTIONS) <= set(ids)
+    assert set(sections) <= set(ids)
     assert len(ids) == len(set(ids))
     for image in page.all("img"):
         assert image["alt"]

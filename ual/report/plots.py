@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.transforms import offset_copy
 from numpy.typing import ArrayLike, NDArray
 
 from ual.evaluate import ReliabilityBin
@@ -62,6 +64,7 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
 }
 _styled = mpl.rc_context(_STYLE)
+_DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _LONGEST_LABEL = 22
 _RASTER_ABOVE = 2000
 _FEWEST_KEPT = 0.05
@@ -252,6 +255,95 @@ def reliability_diagram(
     return _titled(figure, title)
 
 
+@_styled
+def forest(
+    arms: Mapping[str, tuple[float, float, float]],
+    *,
+    seeds: Mapping[str, Sequence[float]],
+    lines: Mapping[str, float],
+    title: str,
+    quantity: str = "accuracy",
+) -> Figure:
+    """Draw each arm as a dot with its interval, the first arm on top, and vertical lines to compare with.
+
+    The figure grows with the number of arms.
+
+    Args:
+        arms: name -> (value, low, high), shares.
+        seeds: name -> the value of each seed, drawn as strokes below the interval; an arm may be missing.
+        lines: name -> share; each line is named with its value below the plot.
+        title: what the figure shows.
+        quantity: the x axis' label.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    if not arms:
+        raise ValueError("forest needs at least one arm")
+    figure = _figure()
+    figure.set_figheight(max(figure.get_figheight(), 1.6 + 0.3 * len(arms)))
+    axes = figure.subplots()
+    marks = [
+        axes.axvline(value, color=color, linewidth=1.3, linestyle=dash, label=f"{label(name)} {value:.1%}")
+        for (name, value), color, dash in zip(lines.items(), cycle(PALETTE[1:]), cycle(_DASHES))
+    ]
+    below = offset_copy(axes.transData, figure, y=-7, units="points")
+    for height, (name, (value, low, high)) in enumerate(arms.items()):
+        axes.hlines(height, low, high, color=PALETTE[0], linewidth=2.2)
+        axes.plot(value, height, "o", color=PALETTE[0], markersize=6, markeredgecolor=BACKGROUND)
+        drawn = seeds.get(name, ())
+        axes.plot(drawn, [height] * len(drawn), "|", color=INK, markersize=4.5, transform=below)
+    axes.set_yticks(range(len(arms)), [label(name) for name in arms], color=INK)
+    axes.set(xlabel=quantity, ylim=(len(arms) - 0.4, -0.6))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(_percent)
+    if marks:
+        figure.legend(handles=marks, loc="outside lower center", ncols=3, columnspacing=1.2)
+    return _titled(figure, title)
+
+
+@_styled
+def entropy_curves(
+    measured: Sequence[tuple[float, float, float]],
+    published: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    name: str = "this study",
+) -> Figure:
+    """Draw label accuracy by entropy of the answers, and below it each level's share of the questions.
+
+    Args:
+        measured: (entropy in nats, accuracy, questions) of each level by rising entropy; a solid line.
+        published: name -> (entropy in nats, accuracy) by rising entropy; dashed lines.
+        name: of the solid line.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    if not measured:
+        raise ValueError("entropy_curves needs at least one level")
+    figure = _figure()
+    axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
+    entropy, accuracy, questions = np.asarray(measured, dtype=np.float64).T
+    ends: list[tuple[float, str, Line2D]] = []
+    for (other, pairs), color, dash in zip(published.items(), cycle(PALETTE[1:]), cycle(_DASHES)):
+        points = np.asarray(pairs, dtype=np.float64)
+        (line,) = axes.plot(*points.T, color=color, linewidth=1.3, linestyle=dash)
+        ends.append((float(points[-1, 1]), label(other), line))
+    (line,) = axes.plot(entropy, accuracy, "o-", color=PALETTE[0], linewidth=2.2, markersize=5)
+    ends.append((float(accuracy[-1]), label(name), line))
+    _legend(axes, ends)
+    strip.vlines(entropy, 0, questions / questions.sum(), color=PALETTE[0], linewidth=3)
+    axes.set(ylim=(-0.02, 1.02), ylabel="accuracy of the labels")
+    axes.yaxis.set_major_formatter(_percent)
+    strip.set(xlabel="entropy of the answers (nats)", ylabel="questions")
+    strip.set_ylim(bottom=0)
+    strip.set_xlim(-0.06, max(1.0, strip.get_xlim()[1]))  # an entropy is not negative; its marker has a width
+    strip.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=1))
+    strip.yaxis.set_major_formatter(_percent)
+    ends_at = [f"{a:.0%} at {e:.2f}" for e, a in zip(entropy[[0, -1]], accuracy[[0, -1]], strict=True)]
+    return _titled(figure, f"Accuracy of labels: {' and '.join(dict.fromkeys(ends_at))} nats")
+
+
 def running_mean(values: ArrayLike, window: int) -> NDArray[np.float64]:
     """Return the mean over a centered window, [n] -> [n]; the window is cut off at the ends.
 
@@ -325,7 +417,7 @@ def _edges(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.linspace(low - half, high + half, 22)
 
 
-def _percent(share: float, position: int | None = None) -> str:
+def _percent(share: float, position: float | None = None) -> str:
     return f"{100 * share:g}%"
 
 
