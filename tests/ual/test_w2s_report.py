@@ -69,7 +69,12 @@ def study() -> Summary:
         "status": "completed",
         "models": {"weak": "small-model", "strong": "large-model"},
         "seeds": [1, 2, 3],
-        "questions": {"supervised": 900, "unsupervised": 1000, "test": 1100, "undecided": 143, "too_long": 7},
+        "questions": {
+            "supervised": 900,
+            "unsupervised": 1000,
+            "test": 1100,
+            "dropped": {"options do not differ at one token": 143, "too long": 7},
+        },
         "asked": {"by": "order", "times": 5},
         "reliability": {"rule": "median", "value": None, "temperature": 0.2, "unparsed": "class"},
         "budget": {"steps": 125, "samples": 2000},

@@ -1,4 +1,4 @@
-"""`ual reliability`, `ual compare` and `ual quickstart`."""
+"""`ual reliability`, `ual w2s`, `ual compare` and `ual quickstart`."""
 
 import os
 import sys
@@ -79,6 +79,89 @@ def reliability(
             return
         out.print(tables.levels(summary))
         out.print(f"{summary.samples} samples of {summary.questions} questions in {output}", highlight=False)
+
+
+_W2S_EXAMPLE = """\b
+[bold]A study[/bold]
+  task: sciq                      # or a YAML file, see docs/weak-to-strong.md
+  data: {train: train.jsonl, test: test.jsonl}
+  weak:                           # a run as for `ual train`
+    model: HuggingFaceTB/SmolLM2-135M-Instruct
+    training: {max_steps: 200}
+  strong:
+    model: HuggingFaceTB/SmolLM2-1.7B-Instruct
+    training: {max_steps: 400}    # of every arm
+  ask: {by: order, times: 5}
+  arms: \\[naive, filter, reweight, random, ceiling]
+  seeds: \\[1, 2, 3]
+
+\b
+[bold]Examples[/bold]
+  ual w2s study.yaml --dry-run        check everything, and what it takes
+  ual w2s study.yaml                  run it; run it again to resume
+  ual w2s study.yaml --stage answers  one stage of it
+  ual w2s paper-gsm8k data.train=train.jsonl --dry-run
+
+\b
+[bold]Presets[/bold]  (settings of arXiv 2406.19032)
+  paper-hellaswag, paper-mmlu, paper-ethics, paper-gsm8k
+"""
+
+
+@app.command(epilog=_W2S_EXAMPLE)
+def w2s(
+    config: Annotated[
+        str, typer.Argument(help="The study's YAML file, or the name of a preset.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example ask.times=3.")
+    ] = None,
+    stage: Annotated[
+        Literal["split", "weak", "answers", "arms", "strong", "evaluation", "report"] | None,
+        typer.Option(help="Compute this stage only; those before it must be complete."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the study and show its size; train nothing.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a strong model on a weak supervisor's labels, filtered and re-weighted by their reliability."""
+    with errors(debug):
+        from ual.config.base import load_as
+        from ual.config.weak_to_strong import PRESETS, WeakToStrongConfig
+
+        resolved = load_as(WeakToStrongConfig, PRESETS.get(config, Path(config)), overrides or [])
+        settle(Path(resolved.output_dir))
+        if dry_run:
+            from ual.pipelines.weak_to_strong.dry_run import plan
+
+            found = plan(resolved, trust_remote_code=trust_remote_code)
+            if as_json:
+                print_json(found)
+            else:
+                out.print(tables.study_plan(found))
+            return
+        from ual.pipelines.weak_to_strong.run import run
+
+        if "RANK" not in os.environ and {"deepspeed"} & (resolved.weak.keys() | resolved.strong.keys()):
+            set_single_process()
+        result = run(
+            resolved,
+            only=stage,
+            command=["ual", *sys.argv[1:]],
+            trust_remote_code=trust_remote_code,
+            console=err,
+            cache=cache_folder(os.environ),
+            before_each=tensorboard_in,
+        )
+        if as_json:
+            print_json(result.summary)
+        elif result.summary is not None:
+            out.print(tables.study(result.summary))
+            assert result.report is not None
+            out.print(f"report   {result.report.resolve()}", highlight=False, soft_wrap=True)
 
 
 _COMPARE_EXAMPLE = """\b

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ual.pipelines.preview import Plan, Preview, Shown
     from ual.pipelines.weak_labels import Group as Questions
     from ual.pipelines.weak_labels import Summary
+    from ual.pipelines.weak_to_strong.dry_run import Plan as StudyPlan
     from ual.train.resume import Start
 
 
@@ -212,6 +213,57 @@ def levels(summary: "Summary") -> RenderableType:
     row("all kept", str(summary.kept.questions), summary.kept)
     row("all dropped", "0", summary.dropped)
     return table
+
+
+def study(summary: dict[str, Any]) -> RenderableType:
+    """The arms of a weak-to-strong study: accuracy, difference from the first arm, recovered gap."""
+    table = _table("arm", "accuracy, %", "95 % interval", "difference", "PGR", "samples")
+    for of in summary["supervisors"]:
+        table.add_row(f"supervisor {of['name']}", *_interval(of["accuracy"], 100, ".1f"), "", "", "")
+    for arm in summary["arms"]:
+        samples = arm["samples"]
+        table.add_row(
+            escape(arm["name"]),
+            *_interval(arm["accuracy"], 100, ".1f"),
+            " ".join(_interval(arm["difference"], 100, "+.1f")),
+            " ".join(_interval(arm["pgr"], 1, ".2f")),
+            f"{sum(samples) / len(samples):,.0f}" if samples else "",
+        )
+    notes = [escape(text) for text in (summary["no_pgr"], *summary["cautions"]) if text]
+    return Group(table, *notes)
+
+
+def _interval(estimate: dict[str, float] | None, scale: float, form: str) -> tuple[str, str]:
+    if estimate is None:
+        return "", ""
+    value, low, high = (f"{estimate[key] * scale:{form}}" for key in ("value", "low", "high"))
+    return value, f"{low} to {high}"
+
+
+def study_plan(found: "StudyPlan") -> RenderableType:
+    """The questions, training steps and memory of a weak-to-strong study."""
+    pairs = _pairs(numbers=False)
+    pairs.add_row("task", escape(found.task))
+    pairs.add_row(
+        "questions",
+        f"{found.supervised:,} supervised, {found.unsupervised:,} unsupervised, {found.test:,} to test",
+    )
+    for why, number in found.dropped.items():
+        pairs.add_row("  dropped", f"{number:,}: {escape(why)}")
+    for model in found.models:
+        size = escape(model.absent) or (
+            f"{model.parameters:,} parameters, of which {model.trained_parameters:,} are trained; "
+            f"a step takes {_gib(model.gpu_bytes or 0)} GiB on a GPU"
+        )
+        pairs.add_row(f"{model.who} model", f"{escape(model.path)}: {size}")
+    for of in found.training:
+        steps = "steps by its epochs" if of.steps is None else f"{of.steps:,} steps"
+        pairs.add_row(f"training, {of.who}", f"{of.runs} runs of {steps}, {of.samples_per_step} samples each")
+    if found.paraphrases:
+        pairs.add_row("paraphrases", f"{found.paraphrases:,} requests to ask.backend")
+    pairs.add_row("supervisors answer", f"{found.answered:,} questions, all wordings and seeds")
+    pairs.add_row("evaluation", f"{found.tested:,} questions")
+    return Group(pairs, "no weights were loaded, nothing was trained or written")
 
 
 def elicitation_plan(found: "DryRun") -> RenderableType:

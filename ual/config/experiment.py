@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -34,6 +34,10 @@ class ExperimentConfig(CommandConfig):
     base: dict[str, Any] = Field(description="a run as for `ual train`, without output_dir and name")
     arms: dict[Name, dict[str, Any]] = Field(
         min_length=1, description="name -> what the arm overrides; the first arm is the baseline"
+    )
+    budget: Literal["steps", "tokens"] = Field(
+        "steps",
+        description="what is equal in all arms; tokens: max_steps may differ, so that loss tokens do not",
     )
     seeds: list[int] = Field([42], min_length=1, description="each arm is trained once with each")
 
@@ -68,6 +72,8 @@ class ExperimentConfig(CommandConfig):
                     remedy="remove it; `seeds` and the names of `arms` decide",
                 )
         for key in BUDGET:
+            if key == "max_steps" and self.budget == "tokens":
+                continue
             first, value = budgets.setdefault(key, (arm, training.get(key)))
             if training.get(key) != value:
                 raise UserError(

@@ -26,7 +26,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from ual.config.base import dump
-from ual.config.elicit import ElicitConfig, EndpointConfig
+from ual.config.elicit import ElicitConfig, EndpointConfig, LocalConfig
 from ual.data import expand, stream
 from ual.errors import FailedRequestsError, UserError
 from ual.files import aside, json_line, open_jsonl, write_json, write_text, writing
@@ -245,21 +245,8 @@ def backends(
     Raises:
         UserError: no backend can do what an estimator needs; a key or a model is missing.
     """
-    config, found = job.config, list[Backend]()
-    if isinstance(config.backend, EndpointConfig):
-        from ual.uncertainty.backends.endpoint import Endpoint
-
-        key = None if replay else secret(config.backend, environment)
-        endpoint = Endpoint(config.backend, key, budget)
-        found.append(Replay(endpoint.identity, endpoint.tasks) if replay else endpoint)
-    else:
-        from ual.uncertainty.backends import local
-
-        found.append(
-            Replay(local.identity(config.backend), frozenset({"generate", "score"}))
-            if replay
-            else local.backend(config.backend, budget, trust_remote_code=trust_remote_code)
-        )
+    config = job.config
+    found = [backend(config.backend, budget, environment, replay=replay, trust_remote_code=trust_remote_code)]
     if config.nli is not None and any("entail" in estimator.needs for estimator in job.estimators):
         from ual.uncertainty.backends import local
 
@@ -277,6 +264,31 @@ def backends(
                 remedy="name a classifier by nli" if "entail" in missing else 'use a backend of kind "local"',
             )
     return found
+
+
+def backend(
+    config: EndpointConfig | LocalConfig,
+    budget: Budget,
+    environment: Mapping[str, str],
+    *,
+    replay: bool = False,
+    trust_remote_code: bool = False,
+) -> Backend:
+    """Open a `backend` section; for a replay, a stand-in with the same identity.
+
+    Raises:
+        UserError: a key or a model is missing.
+    """
+    if isinstance(config, EndpointConfig):
+        from ual.uncertainty.backends.endpoint import Endpoint
+
+        endpoint = Endpoint(config, None if replay else secret(config, environment), budget)
+        return Replay(endpoint.identity, endpoint.tasks) if replay else endpoint
+    from ual.uncertainty.backends import local
+
+    if replay:
+        return Replay(local.identity(config), frozenset({"generate", "score"}))
+    return local.backend(config, budget, trust_remote_code=trust_remote_code)
 
 
 def secret(config: EndpointConfig, environment: Mapping[str, str]) -> SecretStr | None:

@@ -381,12 +381,12 @@ def _subjects(summary: Mapping[str, Any]) -> Table:
 def _design(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     questions, asked = summary["questions"], summary["asked"]
     reliability, budget = summary["reliability"], summary["budget"]
-    count = {name: _shown(value) for name, value in questions.items()}
+    count = {name: _shown(questions[name]) for name in ("supervised", "unsupervised", "test")}
     yield "Supervised questions", f"{count['supervised']}: their gold labels train the weak supervisor"
     yield "Unsupervised questions", f"{count['unsupervised']}: the supervisor's labels train the strong model"
     yield "Test questions", count["test"]
-    dropped = f"{count['undecided']} undecided, {count['too_long']} too long; for every arm alike"
-    yield "Dropped before the split", dropped
+    dropped = ", ".join(f"{_shown(number)} {why}" for why, number in questions["dropped"].items())
+    yield "Dropped before the split", f"{dropped}; for every arm alike" if dropped else "none"
     how = _ASKED[asked["by"]].format(temperature=asked.get("temperature"))
     yield "Answers per question", f"{asked['times']}, {how}"
     yield "Filter", _RULES[reliability["rule"]].format(value=reliability["value"])

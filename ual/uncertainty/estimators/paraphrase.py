@@ -43,13 +43,8 @@ class Paraphrase(EntropyEstimator):
         question = sample.prompt[-1].content
         if self.by == "permute_options":
             return await self._permuted(sample, question, ask)
-        prompt = (Message("user", _PARAPHRASE.format(question=question)),)
-        requests = [
-            Request(prompt, max_tokens=self.max_tokens, temperature=1.0, draw=i)
-            for i in range(1, self.wordings)
-        ]
         texts = [question]
-        for reply in await asyncio.gather(*map(ask, requests)):
+        for reply in await paraphrases(question, self.wordings - 1, ask, max_tokens=self.max_tokens):
             if reply.complete is None:
                 why = "a paraphrase was refused, empty or truncated"
                 return self.no_value(sample, NO_ANSWER if reply.unanswered else why, **reply.evidence)
@@ -80,6 +75,17 @@ class Paraphrase(EntropyEstimator):
             for question in questions
         ]
         return await asyncio.gather(*map(ask, requests))
+
+
+async def paraphrases(question: str, count: int, ask: Ask, *, max_tokens: int) -> list[Reply]:
+    """Return replies that reword a question.
+
+    Raises:
+        RequestError: a request failed for good.
+    """
+    prompt = (Message("user", _PARAPHRASE.format(question=question)),)
+    requests = [Request(prompt, max_tokens=max_tokens, temperature=1.0, draw=i) for i in range(1, count + 1)]
+    return await asyncio.gather(*map(ask, requests))
 
 
 def _orders(n: int, wanted: int, seed: str) -> list[list[int]]:
