@@ -55,7 +55,7 @@ def load_as(schema: type[C], path: str | Path, overrides: Sequence[str] = ()) ->
     """Load the configuration of any command; see `ual.config.run.load`."""
     path = Path(path).expanduser()
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _unshared(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"cannot read the configuration: {error.strerror}", place=shown(path)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -70,6 +70,13 @@ def load_as(schema: type[C], path: str | Path, overrides: Sequence[str] = ()) ->
         _apply(raw, override, schema.short)
     raw.setdefault("output_dir", str(Path("runs") / path.stem))
     return parse_as(schema, raw, place=str(path))
+
+
+def _unshared(value: Any) -> Any:
+    """Return a copy in which what a YAML alias repeats is repeated, so that an override changes one place."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def parse_as(schema: type[C], raw: Mapping[str, Any], *, place: str) -> C:
@@ -104,7 +111,8 @@ def explain(error: Any, schema: type[BaseModel]) -> str:
         return f'unknown key "{where}"; {nearest(location[-1], _valid_keys(schema, location[:-1]))}'
     if error["type"] == "missing":
         return f'"{where}" is required'
-    return f"{where or 'configuration'}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}, got {error['input']!r}" if where else message
 
 
 def _valid_keys(schema: type[BaseModel], location: Sequence[str]) -> list[str]:

@@ -148,6 +148,7 @@ def distribution(
     if not drawn or any(not np.isfinite(v).all() for _, v, _ in drawn):
         raise ValueError("distribution needs at least one group with values, all of them finite")
     figure = _figure()
+    figure.set_figheight(max(figure.get_figheight(), 1.0 + 0.65 * len(drawn)))  # room for the titles
     panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     edges = _edges(np.concatenate([v for _, v, _ in drawn]))
     for axes, (name, v, color) in zip(panels, drawn, strict=True):

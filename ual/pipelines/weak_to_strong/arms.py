@@ -92,7 +92,7 @@ def _asked(
             f"question {item.id!r} has no answer", place=place, remedy="run the stage `answers` again"
         )
     values = tuple(answer["value"] for answer in ordered)
-    usable = reliability.majority(values) is not None
+    usable = len(values) > 1 and reliability.majority(values) is not None
     return Asked(
         item=item,
         values=values,

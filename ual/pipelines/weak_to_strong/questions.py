@@ -75,8 +75,8 @@ def divide(
         recorded: `Split.ids` of an earlier division of the same files; it is repeated.
 
     Raises:
-        UserError: see `ual.data.tasks.read`; a supervised or a test question has no right answer, two
-            questions have one id, or too few are left.
+        UserError: see `ual.data.tasks.read`; a supervised or a test question has no right answer, or too few
+            questions are left.
     """
     dropped = Counter[str](recorded["dropped"] if recorded else ())
     decides = any(ARMS[name].needs_options for name in config.arms)
@@ -89,7 +89,7 @@ def divide(
     data, split = config.data, config.split
     test, train = read(task, data.test, split=data.test_split), read(task, data.train, split=data.train_split)
     if recorded:
-        of_test, of_train = ({item.id: item for item in items} for items in (reversed(test), reversed(train)))
+        of_test, of_train = ({item.id: item for item in items} for items in (test, train))
         held_out = [of_test[id] for id in recorded["test"]]
         chosen = [of_train[id] for id in (*recorded["supervised"], *recorded["unsupervised"])]
         count = len(recorded["supervised"])
@@ -155,23 +155,11 @@ def posed(
 
 
 def _distinct(items: Iterable[Item], dropped: Counter[str]) -> list[Item]:
-    """Return the questions, each once.
-
-    Raises:
-        UserError: two different questions have one id.
-    """
-    found: dict[str, Item] = {}
+    """Return the questions, each once: public files repeat some."""
+    found: dict[tuple[str, ...], Item] = {}
     for item in items:
-        earlier = found.setdefault(item.id, item)
-        if earlier is item:
-            continue
-        if _content(earlier) != _content(item):
-            raise UserError(
-                f"{item.id!r} is already the id of {earlier.place}",
-                place=item.place,
-                remedy="correct the file, or name another column as the task's `id`",
-            )
-        dropped["a repetition"] += 1
+        if found.setdefault(_content(item), item) is not item:
+            dropped["a repetition"] += 1
     return list(found.values())
 
 

@@ -40,7 +40,7 @@ from ual.config.base import dump, merged
 from ual.config.experiment import ExperimentConfig
 from ual.config.run import RunConfig, parse
 from ual.config.weak_to_strong import ARMS, WeakToStrongConfig
-from ual.data.tasks import Item, Task, load_task, pose, wordings
+from ual.data.tasks import Task, load_task, pose, wordings
 from ual.errors import UserError
 from ual.evaluate.tasks import Answered, Posed, choose, work_out
 from ual.files import read_jsonl, sha256, write_json, write_jsonl, write_text, writing
@@ -143,10 +143,6 @@ def checked(config: WeakToStrongConfig) -> Task:
                 place="configuration, arms",
                 remedy="remove the arm",
             )
-    elif config.ask.by == "order" and config.ask.times > (orders := len(task.words or ())) > 0:
-        wordings(
-            task, Item("", "", tuple(task.words or ()), None, "", "", "configuration, ask.times"), orders + 1
-        )
     for who in WHO:
         checked_run(config, who)
     return task
@@ -286,6 +282,8 @@ def _divided(config: WeakToStrongConfig, task: Task, common: Mapping[str, Any]) 
         for who in WHO
     )
     split = divide(config, task, weak, strong, recorded=recorded if known else None)
+    if config.ask.by == "order":  # a question with too few options is found before training
+        wordings(task, min(split.unsupervised, key=lambda item: len(item.options)), config.ask.times)
     if not known:
         samples = []
         for item in split.supervised:

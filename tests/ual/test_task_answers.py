@@ -1,0 +1,137 @@
+"""Answers to posed questions: probabilities against plain transformers in float64, and resuming."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ual.data import Renderer
+from ual.data.tasks import Wording
+from ual.evaluate import tasks
+from ual.evaluate.tasks import Answered, Posed, choose, work_out
+from ual.models import fuse
+
+LETTERS = {"A": "red", "B": "green", "C": "blue"}
+TEXTS = {"red one": "red", "red": "also red", "blue": "blue"}  # no token at which all differ
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Any:
+    """In float64, so that padding and batches change nothing that a test could see."""
+    return fuse(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64))
+
+
+@pytest.fixture
+def renderer(tiny: Path) -> Renderer:
+    return Renderer(AutoTokenizer.from_pretrained(tiny), chat_template="plain", undecided="drop")
+
+
+def posed(count: int, replies: dict[str, str] = LETTERS) -> list[Posed]:
+    return [Posed(f"q{i}", Wording("Which? " + "x" * (7 * i % 20), replies)) for i in range(count)]
+
+
+def plainly(tiny: Path, renderer: Renderer, question: Posed, replies: dict[str, str]) -> dict[str, float]:
+    """Return the log-probability of each reply: of its tokens after the prompt, to the end of the turn."""
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
+    found = {}
+    for reply in replies:
+        sample = renderer.render(question.sample(reply))
+        assert sample is not None
+        ids, labels = (torch.from_numpy(x).long() for x in (sample.input_ids, sample.labels))
+        log_probs = plain(input_ids=ids[None]).logits[0].log_softmax(-1)
+        places = [i for i in range(1, len(ids)) if labels[i] >= 0]
+        found[reply] = [float(log_probs[i - 1, ids[i]]) for i in places]
+    return {reply: values[0] if replies is LETTERS else sum(values) for reply, values in found.items()}
+
+
+@pytest.mark.kills(
+    "ual/evaluate/tasks.py", "last = [len(ids) - 1 for ids, *_ in batch]", "last = [longest - 1] * len(batch)"
+)
+@pytest.mark.kills("ual/evaluate/tasks.py", "float(scored.log_prob.sum())", "float(scored.log_prob.mean())")
+@pytest.mark.parametrize("replies", [LETTERS, TEXTS], ids=["decided", "spelled"])
+def test_probabilities_are_those_of_the_model(
+    model: Any, renderer: Renderer, tiny: Path, replies: dict[str, str]
+) -> None:
+    questions = posed(5, replies)
+    found = {a.key: a for batch in choose(model, renderer, questions, batch_size=3) for a in batch}
+    for question in questions:
+        log_probs = plainly(tiny, renderer, question, replies)
+        total = sum(torch.tensor(v, dtype=torch.float64).exp().item() for v in log_probs.values())
+        answered = found[question.key]
+        expected = {
+            replies[r]: torch.tensor(v, dtype=torch.float64).exp().item() / total
+            for r, v in log_probs.items()
+        }
+        assert answered.probabilities == pytest.approx(expected, rel=1e-9)
+        assert answered.mass == pytest.approx(total, rel=1e-9)
+        assert answered.value == max(expected, key=expected.__getitem__)
+        assert replies[answered.text] == answered.value
+
+
+def test_a_model_that_computes_all_logits(
+    model: Any, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = [*choose(model, renderer, posed(4))]
+    monkeypatch.setattr(tasks, "_keeps_positions", lambda _: False)
+    [[*answers]], [[*again]] = first, [*choose(model, renderer, posed(4))]
+    for one, other in zip(answers, again, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, rel=1e-12)
+
+
+def test_options_with_equal_texts_share_an_answer(model: Any, renderer: Renderer) -> None:
+    twice = {"A": "red", "B": "green", "C": "red"}
+    [[apart]], [[shared]] = (
+        [*choose(model, renderer, [Posed("q", Wording("Which?", replies))])] for replies in (LETTERS, twice)
+    )
+    p = apart.probabilities
+    assert shared.probabilities == pytest.approx({"red": p["red"] + p["blue"], "green": p["green"]})
+
+
+@pytest.mark.kills(
+    "ual/evaluate/tasks.py",
+    "if any(question.key not in known for *_, question in batch):",
+    "if True:",
+)
+@pytest.mark.parametrize("replies", [LETTERS, TEXTS], ids=["decided", "spelled"])
+def test_known_batches_are_skipped_and_others_keep_their_bits(
+    model: Any, renderer: Renderer, replies: dict[str, str]
+) -> None:
+    questions, steps = posed(10, replies), []
+    every = [*choose(model, renderer, questions, batch_size=4)]
+    assert [len(batch) for batch in every] == [4, 4, 2]
+    known = {a.key for a in every[0]} | {every[1][0].key}
+    rest = [*choose(model, renderer, questions, batch_size=4, known=known, advance=steps.append)]
+    assert rest == every[1:]
+    assert steps == [4, 4, 2]
+
+
+def test_the_mode_of_the_model_is_restored(model: Any, renderer: Renderer) -> None:
+    model.train()
+    next(answers := choose(model, renderer, posed(2)))
+    answers.close()
+    assert model.training
+    model.eval()
+
+
+@pytest.mark.kills(
+    "ual/evaluate/tasks.py", "Prompt(ids, temperature, seeds[i] if seeds else 0)", "Prompt(ids, temperature)"
+)
+def test_worked_answers(model: Any, renderer: Renderer) -> None:
+    questions = [Posed(f"q{i}", Wording("What is " + "1 + " * i + "1?", {})) for i in range(3)]
+
+    def answers(**options: Any) -> dict[str, Answered]:
+        made = work_out(
+            model, renderer, questions, read=lambda text: text[:2], max_tokens=6, batch_size=2, **options
+        )
+        return {a.key: a for batch in made for a in batch}
+
+    greedy = answers()
+    assert [*greedy] == ["q0", "q1", "q2"]
+    assert all(a.value == a.text[:2] and not a.probabilities for a in greedy.values())
+    drawn, again, other = (answers(temperature=1.0, seeds=[s, s + 1, s + 2]) for s in (0, 0, 7))
+    assert {k: a.text for k, a in drawn.items()} == {k: a.text for k, a in again.items()}
+    assert {k: a.text for k, a in drawn.items()} != {k: a.text for k, a in other.items()}
+    rest = answers(known={"q0", "q1"})
+    assert {k: a.text for k, a in rest.items()} == {"q2": greedy["q2"].text}
