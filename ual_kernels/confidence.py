@@ -52,14 +52,14 @@ def target(
     coefficient: float | Tensor,
     balance: bool = True,
     linear_bias: Tensor | None = None,
+    linear_lora: tuple[Tensor, Tensor, float] | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
 ) -> SparseTarget:
     """Mix labels with the model's own hardened predictions among the options: (1 - a) label + a onehot(own).
 
-    Only the logits of the options are computed, from the options' rows of the head. For a head with an
-    adapter, pass a merged head.
+    Only the logits of the options are computed, from the options' rows of the head.
 
     Args:
         input: [..., D] hidden states.
@@ -75,7 +75,7 @@ def target(
             more than two options, the time grows with the square of the number of tokens; 2048 tokens of four
             options take half a second on a CPU.
             False takes the largest logit of each token.
-        linear_bias, softcap, logit_scale, ignore_index: as in `linear_cross_entropy`.
+        linear_bias, linear_lora, softcap, logit_scale, ignore_index: as in `linear_cross_entropy`.
 
     Returns:
         A target with the indices of `labels` and float32 probabilities (float64 for float64 labels), without
@@ -102,7 +102,7 @@ def target(
     selected, padding = indices[..., 0] != ignore_index, indices < 0
     p = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
     p = p.masked_fill(padding, 0.0)
-    logits = _logits(input[selected], linear_weight, indices[selected], linear_bias)
+    logits = _logits(input[selected], linear_weight, indices[selected], linear_bias, linear_lora)
     logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -116,13 +116,24 @@ def target(
     return SparseTarget(classes, p)
 
 
-def _logits(input: Tensor, head: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
+def _logits(
+    input: Tensor,
+    head: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor, float] | None,
+) -> Tensor:
     """Return the options' logits [M, K] of hidden states [M, D], one option at a time."""
-    wide = torch.promote_types(input.dtype, torch.float32)
+    input = input.to(torch.promote_types(input.dtype, torch.float32))
+    summands = [(input, head)]
+    if bias is not None:
+        summands.append((torch.ones_like(input[:, :1]), bias[:, None]))
+    if lora is not None:
+        a, b, scale = lora
+        summands.append((scale * (input @ a.to(input).T), b))
     columns = []
     for column in indices.clamp(0, len(head) - 1).unbind(-1):  # the loss of an index out of range is NaN
-        logit = (input.to(wide) * head[column].to(wide)).sum(-1)
-        columns.append(logit if bias is None else logit + bias[column].to(wide))
+        columns.append(torch.stack([(x * matrix[column]).sum(-1) for x, matrix in summands]).sum(0))
     return torch.stack(columns, -1)
 
 

@@ -95,6 +95,20 @@ def test_without_balance_own_is_the_largest_logit() -> None:
     assert made.indices.equal(labels.indices)
 
 
+@pytest.mark.kills(FILE, "scale * (input @ a", "(input @ a")
+def test_an_adapter_is_as_if_merged() -> None:
+    hidden, head, labels = problem()
+    a, b, scale = torch.randn(4, D), torch.randn(V, 4), 2.0
+    how: dict[str, Any] = {"coefficient": 1.0, "balance": False, "linear_bias": torch.randn(V)}
+    made = confidence.target(hidden, head, labels, **how, linear_lora=(a, b, scale))
+    assert made.probabilities.equal(
+        confidence.target(hidden, head + scale * b @ a, labels, **how).probabilities
+    )
+    for ignored in ((a, b, 1.0), None):
+        other = confidence.target(hidden, head, labels, **how, linear_lora=ignored)
+        assert not made.probabilities.equal(other.probabilities)
+
+
 @pytest.mark.kills(FILE, "logits.masked_fill(padding[selected], -torch.inf)", "logits")
 @pytest.mark.kills(FILE, "p.masked_fill(padding, 0.0)", "p.clone()")
 @pytest.mark.parametrize("balance", [True, False])

@@ -978,9 +978,7 @@ def test_weights_that_are_not_in_memory() -> None:
     assert model._settings.form.shifts_labels
 
 
-@pytest.mark.kills(
-    "ual/models/loss.py", "SparseTarget = self.targets.to(device)", "SparseTarget = self.targets"
-)
+@pytest.mark.kills("ual/models/loss.py", "labels = self.targets.to(device)", "labels = self.targets")
 def test_labels_on_another_device_than_the_head() -> None:
     """`device_map` puts hidden states and labels on different devices; the meta device stands for one."""
     with torch.device("meta"):

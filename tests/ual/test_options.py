@@ -199,7 +199,7 @@ class TestReading:
              'got "yes|no"'),
             ("options", {"options": [1, 2]}, "expected a list of texts"),
             ("label_distribution", {"options": ["yes", "no"]}, 'field "label_distribution": is missing, and '
-             'loss soft_labels needs it; {"response": 1} is a plain label'),
+             'the loss needs it; {"response": 1} is a plain label'),
             ("label_distribution", {"label_distribution": {"yes": 30, "no": 70}}, 'field '
              '"label_distribution": the probabilities must add up to 1, got 100 as the sum of {"yes": 30, '),
             ("label_distribution", {"label_distribution": {"yes": 0.5, "no": 0.498}}, "got 0.998 as the sum"),
@@ -253,7 +253,7 @@ class TestReading:
         }
         dropped.clear()
         assert len(read(tmp_path, *rows, by="label_distribution", invalid="drop", dropped=dropped)) == 1
-        assert dropped == {"label_distribution: is missing, and loss soft_labels needs it": 4}
+        assert dropped == {"label_distribution: is missing, and the loss needs it": 4}
 
     @pytest.mark.kills("ual/data/load.py", "smoothed=given.label_smoothing != 0", "smoothed=True")
     def test_a_sample_without_smoothing_needs_no_options(self, tmp_path: Path) -> None:

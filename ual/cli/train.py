@@ -48,6 +48,7 @@ _EXAMPLE = """\b
   ual train config.yaml loss=uniform                   one smoothing for all
   ual train config.yaml smoothing.over=options  over each sample's options
   ual train config.yaml loss=soft_labels        on each label_distribution
+  ual train config.yaml loss=confidence         and on own predictions
   ual train config.yaml --resume         continue an interrupted run
   ual train config.yaml --resume auto    continue, or begin a new run
   ual train config.yaml --dry-run        check everything, train nothing

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ual.config.base import Fraction
+
 
 @dataclass(frozen=True, slots=True)
 class LossKind:
@@ -19,10 +21,15 @@ class LossKind:
     """Whether samples may bring `sample_weight`, must bring it, or the loss makes a weight for each token."""
     distribution: bool = False
     """Whether samples must bring `label_distribution`, which is then the target of their decision token."""
+    own_predictions: bool = False
+    """Whether a growing share of that target is the model's own prediction (`ual_kernels.confidence`)."""
     preset: str | None = None
     """The function of `ual_kernels.losses` that makes the tokens' weights."""
     options: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Arguments of the preset: name -> (annotation, default). They are keys of the `loss` section."""
+    """Arguments of the preset, or of own predictions: name -> (annotation, default).
+
+    They are keys of the `loss` section.
+    """
     over_mean_weight: bool = False
     """Whether the loss is divided by the mean weight of a process's micro-batch."""
 
@@ -36,6 +43,10 @@ class LossKind:
 
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
+_BALANCE = (
+    "each option is predicted as often as in the labels; needs one order of options in all samples, such as "
+    "yes and no, and many samples in each micro-batch"
+)
 
 LOSS_KINDS: dict[str, LossKind] = {
     "ual": LossKind(
@@ -46,6 +57,16 @@ LOSS_KINDS: dict[str, LossKind] = {
     "soft_labels": LossKind(
         "Fine-tuning on each sample's label distribution at the token where its options differ",
         distribution=True,
+    ),
+    "confidence": LossKind(
+        "Weak-to-strong fine-tuning: as soft_labels, with a growing share of the model's own predictions",
+        distribution=True,
+        own_predictions=True,
+        options={
+            "coefficient": (Annotated[Fraction, Field(description="own share after the warm-up")], 0.5),
+            "warm_up": (Annotated[Fraction, Field(description="of the steps; the share grows from 0")], 0.1),
+            "balance": (Annotated[bool, Field(description=_BALANCE)], False),
+        },
     ),
     "weighted": LossKind("Fine-tuning with the samples' own weights", weights="required"),
     "dft": LossKind(

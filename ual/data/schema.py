@@ -461,7 +461,7 @@ def options(
     column = "options" if texts else "label_distribution"
     found = dict.fromkeys(texts or (), 0.0) or check(DistributionRecord, written).label_distribution
     if found is None and wanted == "label_distribution":
-        reason = "is missing, and loss soft_labels needs it"
+        reason = "is missing, and the loss needs it"
         raise FieldError(wanted, reason + '; {"response": 1} is a plain label', reason)
     if found is None or (wanted == "options" and len(found) < 2):
         if smoothed:

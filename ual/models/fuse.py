@@ -34,6 +34,8 @@ _ADDED = (
     *_COLUMNS,
     "smoothing_over",
     *_OPTIONS,
+    "own_share",
+    "balance_own",
     "num_items_in_batch",
     "max_loss_tokens",
     "return_statistics",
@@ -101,6 +103,11 @@ def fuse(
       ``labels[b, t]``, with -100 after them; shifted with the labels.
     - option_probabilities: [B, T, K], the target's probabilities of `option_ids`, which add up to 1 where a
       token has options. Without them, the target is the label, which must be among its options.
+    - own_share: a number in [0, 1], or a tensor without dimensions. Where a token has options, this share of
+      its target is the model's own most probable option (`ual_kernels.confidence`). Smoothing is added to the
+      result. A tensor outside [0, 1] makes the loss NaN.
+    - balance_own: whether own predictions have each option as often as the target does. Option k must have
+      one meaning in all tokens, and a call should have many tokens with options.
     - shift_labels: labels that are shifted already, as sequence parallelism needs.
     - ignore_index: the label of ignored tokens, -100 by default.
     - num_items_in_batch: the divisor, in place of the sum of weights.
@@ -273,6 +280,8 @@ class _FusedCausalLM(Attached):
         smoothing_over: str = "all",
         option_ids: Any = None,
         option_probabilities: Any = None,
+        own_share: float | Tensor | None = None,
+        balance_own: bool = False,
         ignore_index: int = IGNORE_INDEX,
         num_items_in_batch: int | Tensor | None = None,
         max_loss_tokens: int | None = None,
@@ -285,6 +294,7 @@ class _FusedCausalLM(Attached):
         _check_names(kwargs, self._parameters_by_position)
         columns = {"label_smoothing": label_smoothing, "sample_weight": sample_weight}
         named = columns | dict(zip(_OPTIONS, (option_ids, option_probabilities), strict=True))
+        named["own_share"] = own_share
         asked = [name for name, value in named.items() if value is not None]
         given = labels if shift_labels is None else shift_labels
         if given is None:
@@ -294,6 +304,7 @@ class _FusedCausalLM(Attached):
             return _without_loss(super().forward(*args, **kwargs))
         _check_labeled(self, asked, given, ignore_index)
         _check_over(smoothing_over, label_smoothing, option_ids)
+        _check_own(own_share, balance_own, option_ids)
 
         settings = self._settings
         logits = not (return_statistics or self.training or torch.is_grad_enabled())
@@ -310,6 +321,8 @@ class _FusedCausalLM(Attached):
             smoothing_over=smoothing_over,
             option_ids=ids,
             option_probabilities=probabilities,
+            own_share=own_share,
+            balance_own=balance_own,
             ignore_index=ignore_index,
             num_items=num_items_in_batch,
             max_loss_tokens=max_loss_tokens,
@@ -432,6 +445,20 @@ def _check_over(smoothing_over: str, smoothing: Any, option_ids: Any) -> None:
         raise ValueError(f"label_smoothing must be in [0, 1], got {smoothing}")
     if smoothing_over == "others" and option_ids is not None:
         raise ValueError('smoothing_over="others" needs one target per token, so option_ids must be None')
+
+
+def _check_own(own_share: Any, balance_own: bool, option_ids: Any) -> None:
+    if own_share is None:
+        if balance_own:
+            raise ValueError("balance_own needs own_share, the share of own predictions in the target")
+        return
+    if option_ids is None:
+        raise ValueError("own_share needs option_ids, the classes among which the model predicts")
+    if isinstance(own_share, Tensor):
+        if own_share.ndim:
+            raise ValueError(f"own_share must have no dimensions, got a tensor {list(own_share.shape)}")
+    elif not (isinstance(own_share, int | float) and 0 <= own_share <= 1):
+        raise ValueError(f"own_share must be a number in [0, 1], or a tensor, got {own_share!r}")
 
 
 def _check_labeled(model: Any, asked: list[str], labels: Tensor, ignore_index: int) -> None:

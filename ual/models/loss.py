@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import ual_kernels.flops  # noqa: F401  registers formulas, so that FLOP counters see the loss
+from ual.errors import UserError
 from ual.models.head import HeadLoss, Lora
 from ual_kernels import (
     IGNORE_INDEX,
     Backend,
     LinearCrossEntropyOptions,
     SparseTarget,
+    confidence,
     linear_cross_entropy,
     linear_cross_entropy_with_statistics,
     losses,
@@ -44,6 +46,9 @@ class TokenLoss:
         option_ids: [B, T, K] the classes over which the target of a position is spread, and negative numbers
             after them. A position without any has its class as target.
         option_probabilities: [B, T, K] the target; None is 1 for the class of the position.
+        own_share: a number, or a tensor without dimensions, in [0, 1]; the share of the target of a position
+            with options that is the model's own prediction. Smoothing is added to the result.
+        balance_own: `balance` of `ual_kernels.confidence.target`.
         form: how the model computes logits.
         others: as in `ual_kernels.linear_cross_entropy`.
     """
@@ -55,6 +60,8 @@ class TokenLoss:
     smoothing_over: str = "all"
     option_ids: Tensor | None = None
     option_probabilities: Tensor | None = None
+    own_share: float | Tensor | None = None
+    balance_own: bool = False
     ignore_index: int = IGNORE_INDEX
     num_items: int | Tensor | None = None
     max_loss_tokens: int | None = None
@@ -65,7 +72,8 @@ class TokenLoss:
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None) -> HeadLoss:
         """Compute it, with every tensor on the device of `hidden` (`device_map` spreads a model)."""
         device, num_items = hidden.device, self.num_items
-        targets: Tensor | SparseTarget = self.targets.to(device)
+        labels = self.targets.to(device)
+        targets: Tensor | SparseTarget = labels
         smoothing = 0.0 if self.label_smoothing is None else _on(device, self.label_smoothing)
         if self.smoothing_over == "others":
             smoothing = losses.others(smoothing, len(weight))  # a DTensor's length counts all ranks' classes
@@ -73,8 +81,14 @@ class TokenLoss:
             spread = 0.0
             if self.smoothing_over == "options":
                 spread, smoothing = smoothing, 0.0
-            options = _on(device, self.option_ids), _on(device, self.option_probabilities)
-            targets = decided(self.targets.to(device), *options, spread, self.ignore_index)
+            ids, p = self.option_ids.to(device), _on(device, self.option_probabilities)
+            if p is None:
+                p = (ids == labels[..., None]).to(torch.float32)
+            if self.own_share is not None:
+                valid = (ids >= 0) & (labels != self.ignore_index)[..., None]
+                options = SparseTarget(ids.masked_fill(~valid, IGNORE_INDEX), p)
+                p = self._with_own(options, hidden, weight, bias, lora)
+            targets = decided(labels, ids, p, spread, self.ignore_index)
         group = None
         if isinstance(weight, DTensor):  # tensor parallelism: this rank computes its rows of the head
             group = weight.device_mesh.get_group()
@@ -96,11 +110,42 @@ class TokenLoss:
             return HeadLoss(*linear_cross_entropy_with_statistics(hidden, weight, targets, **arguments))
         return HeadLoss(linear_cross_entropy(hidden, weight, targets, **arguments), None)
 
+    def _with_own(
+        self, options: SparseTarget, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None
+    ) -> Tensor:
+        """Return [B, T, K] probabilities of options, a share of which is the model's own prediction.
+
+        Raises:
+            UserError: the head is tensor-parallel.
+        """
+        if isinstance(weight, DTensor):
+            raise UserError(
+                "own_share (loss: confidence) needs the rows of the head of all options, and tensor "
+                "parallelism splits the head over ranks",
+                remedy="train without tensor parallelism, or without own_share",
+            )
+        own = confidence.target(
+            hidden,
+            weight,
+            options,
+            coefficient=1.0,
+            balance=self.balance_own,
+            linear_bias=bias,
+            linear_lora=lora,
+            softcap=self.form.softcap,
+            logit_scale=self.form.scale,
+        )
+        p = options.probabilities
+        share: float | Tensor = _on(hidden.device, self.own_share)
+        if isinstance(share, Tensor):
+            share = torch.where((share >= 0) & (share <= 1), share, torch.nan)
+        return p + share * (own.probabilities - p)
+
 
 def decided(
     labels: Tensor,
     option_ids: Tensor,
-    option_probabilities: Tensor | None,
+    option_probabilities: Tensor,
     smoothing: float | Tensor,
     ignore_index: int,
 ) -> SparseTarget:
@@ -114,9 +159,7 @@ def decided(
         ignore_index: of labels.
     """
     given = option_ids >= 0
-    p = (option_ids == labels[..., None]).to(torch.float32)
-    if option_probabilities is not None:
-        p = torch.where(given, option_probabilities, 0.0)
+    p = torch.where(given, option_probabilities, 0.0)
     if isinstance(smoothing, Tensor):
         smoothing = torch.where((smoothing >= 0) & (smoothing <= 1), smoothing, torch.nan)
         smoothing = smoothing.reshape(*smoothing.shape, *[1] * (option_ids.ndim - smoothing.ndim))

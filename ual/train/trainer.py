@@ -35,7 +35,7 @@ class UALTrainer(CheckpointingTrainer):
         groups: names of the groups that batches index by `groups`; the unsmoothed loss of each is logged.
         statistics: steps at which entropy, margin, probability and loss by group are computed, in the
             loss's own pass (docs/training.md has the cost).
-        objective: weights that the loss computes from the model's prediction of each token.
+        objective: what the loss computes from the model's prediction of each token.
         data_collator: as `ual.data.Collator`, called with features that have an `id`.
         *args, **kwargs: as `transformers.Trainer`.
 
@@ -90,7 +90,7 @@ class UALTrainer(CheckpointingTrainer):
         valid = inputs["labels"][:, 1:] != IGNORE_INDEX
         self.metrics.count(valid, inputs["label_smoothing"], inputs["sample_weight"])
         wanted = self._statistics == "every" or (self._statistics == "logged" and self._will_be_logged())
-        inputs = self.objective.prepare(inputs)
+        inputs = self.objective.prepare(inputs, self.state.global_step / self.state.max_steps)
         loss, outputs = super().compute_loss(
             model, inputs | {"return_statistics": True} if wanted else inputs, True, num_items_in_batch
         )
