@@ -29,8 +29,9 @@ from tests.conftest import ROOT
 from tests.test_prose import commands
 from tests.ual.runs import ENVIRONMENT, configure, write_rows
 from ual.cli.main import app
-from ual.config import base, elicit, experiment
+from ual.config import base, elicit, experiment, weak_to_strong
 from ual.config import run as configuration
+from ual.data.tasks import Task
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("ual", "make", "pip", "pytest", "python", "torchrun", "deepspeed", "accelerate", "hf")
@@ -234,6 +235,16 @@ def place(folder: Path, stories: Path) -> None:
     one.pop("output_dir")
     arms = {"sft": {"loss": "sft"}, "ual": {}}
     (folder / "experiment.yaml").write_text(yaml.safe_dump({"base": one, "arms": arms, "seeds": [1]}))
+    of = {"model": str(stories), "data": {"chat_template": "plain"}, "training": training}
+    words = {"kind": "words", "question": "prompt", "words": ["yes", "no"], "gold": "completion"}
+    words |= {"prompt": "{{ question }} {{ options | map(attribute='text') | join(' or ') }}?"}
+    (folder / "task.yaml").write_text(yaml.safe_dump(words))
+    odd = [{"prompt": f"Is {i} odd?", "completion": "yes" if i % 2 else "no"} for i in range(24)]
+    files = {"train": str(write_rows(folder / "odd.jsonl", odd[:16]))}
+    files |= {"test": str(write_rows(folder / "more.jsonl", odd[16:]))}
+    w2s = {"task": str(folder / "task.yaml"), "data": files, "weak": of, "strong": of, "ask": {"times": 2}}
+    w2s |= {"arms": ["naive", "filter"], "seeds": [1]}
+    (folder / "study.yaml").write_text(yaml.safe_dump(w2s))
     backend = {"kind": "local", "model": str(stories), "chat_template": "plain"}
     asked = {"data": "asked.jsonl", "backend": backend, "estimators": ["p_true"], "output_dir": "runs/asked"}
     (folder / "elicit.yaml").write_text(yaml.safe_dump(asked))
@@ -334,6 +345,8 @@ def test_a_wrong_command_is_noticed(line: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def schema_of(raw: dict[str, Any]) -> type[base.CommandConfig]:
+    if "weak" in raw:
+        return weak_to_strong.WeakToStrongConfig
     if "arms" in raw:
         return experiment.ExperimentConfig
     return elicit.ElicitConfig if {"backend", "estimators"} & set(raw) else configuration.RunConfig
@@ -343,6 +356,9 @@ def schema_of(raw: dict[str, Any]) -> type[base.CommandConfig]:
 def test_configurations(block: Block) -> None:
     """A part of a configuration is completed by a model, samples and a folder."""
     raw = yaml.safe_load(block.text)
+    if "question" in raw:
+        Task.model_validate(raw)
+        return
     schema = schema_of(raw)
     whole = {"model": "m", "data": "rows.jsonl"} if schema is configuration.RunConfig else {}
     if set(raw) <= set(configuration.DataConfig.model_fields) - {"format"}:

@@ -216,11 +216,17 @@ async def stops(asked: Asked, send: Send) -> None:
         await send(response(completion()))
 
 
+async def rewords(asked: Asked, send: Send) -> None:
+    """A paraphrase of the prompt's last line, another one for each seed."""
+    question = asked.body["messages"][-1]["content"].splitlines()[-1]
+    await send(response(completion(f"Version {asked.body['seed']}: {question}")))
+
+
 BEHAVIORS: dict[str, Behavior] = {
     f.__name__: f
     for f in (
         well, uncounted, storm, patient, broken, drip, endless, bomb, endless_error, away, prose, schema,
-        reset, flaky, refuses_key, echo, echo_error, slow, hang, reasoner, half, stops,
+        reset, flaky, refuses_key, echo, echo_error, slow, hang, reasoner, half, rewords, stops,
     )
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A weak-to-strong study: what its arms learn from, what nobody may see, and how it survives."""
+"""A weak-to-strong study: what its arms learn from, what they must not read, and how it survives."""
 
 import json
 import math
@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from safetensors.numpy import load_file
 
+from tests.elicit.servers import serving
 from tests.ual.runs import start, ual, write_rows
 from ual.config.base import load_as
 from ual.config.weak_to_strong import ARMS, PRESETS, ReliabilityConfig, WeakToStrongConfig
@@ -266,8 +266,7 @@ def test_every_arm_is_trained_and_evaluated_at_equal_budgets(whole: Path) -> Non
     assert {tuple(arm["steps"]) for arm in found["arms"]} == {(2,)}
     assert len({tuple(arm["loss_tokens"]) for arm in found["arms"]}) == 1
     assert found["questions"] == {"supervised": 24, "unsupervised": 24, "test": 12, "dropped": {}}
-    weights = [load_file(p) for p in sorted((whole / "strong").rglob("adapter_model.safetensors"))]
-    assert len(weights) == len(ALL)
+    assert all((whole / "strong" / "seed1" / name / "adapter").is_dir() for name in ALL)
     page = (whole / "report.html").read_text()
     assert all(name in page for name in ALL)
 
@@ -332,7 +331,7 @@ def test_complete_stages_are_not_computed_again(whole: Path) -> None:
     assert weights == {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
 
 
-# ---- what nobody may see ----
+# ---- right answers that arms must not read ----
 
 
 @pytest.mark.kills(
@@ -360,7 +359,7 @@ def test_wrong_answers_of_the_unsupervised_half_change_the_ceiling_only(
     ]
     arms = ["naive", "filter", "reweight", "soft_labels", "ceiling"]
     study(write(tmp_path, tiny, train=wrong, arms=arms))
-    of_all = [path for path in (*whole.rglob("*.jsonl"), *whole.rglob("*.safetensors"))]
+    of_all = (*whole.rglob("*.jsonl"), *whole.rglob("*.safetensors"))
     shared = [path for path in of_all if (tmp_path / "study" / path.relative_to(whole)).exists()]
     assert len(shared) > 30
     changed = {
@@ -452,6 +451,28 @@ def test_results_of_other_settings_are_refused_and_kept(tmp_path: Path, tiny: Pa
     again = study(path, "seeds=[1, 2]", only="answers")
     assert again.summary is None
     assert answers.read_bytes() == before, "computed again, with the same bits"
+
+
+@pytest.mark.slow
+def test_a_launcher_can_train_the_runs(tmp_path: Path, tiny: Path) -> None:
+    """Their configurations are there before they are trained, and what is trained is found."""
+    path = write(tmp_path, tiny, arms=["naive"])
+    folder = tmp_path / "study"
+    study(path, only="split")
+    for who, stages in (
+        ("weak/seed1/weak", ["answers", "arms"]),
+        ("strong/seed1/naive", ["evaluation", "report"]),
+    ):
+        done = ual("train", folder / f"{who}.yaml", "--resume", "auto")
+        assert done.returncode == 0, done.stderr
+        weights = folder / who / "adapter" / "adapter_model.safetensors"
+        before = weights.stat().st_mtime_ns
+        study(path, only=who.partition("/")[0])
+        assert weights.stat().st_mtime_ns == before
+        for stage in stages:
+            found = study(path, only=stage).summary
+    assert found is not None
+    assert found["status"] == "completed"
 
 
 @pytest.mark.slow
@@ -612,7 +633,121 @@ def test_a_damaged_record_of_stages(tmp_path: Path) -> None:
         Ledger(tmp_path / "stages.json").complete("split", tmp_path)
 
 
+# ---- worked answers, paraphrases, draws ----
+
+NUMBERS = {"kind": "number", "id": "id", "question": "q", "gold": "gold", "solution": "solution"}
+
+
+def worked(folder: Path, model: Path, **sections: Any) -> Path:
+    """Write a study whose right answer is always 7, which a model of random weights learns to say."""
+    path = write(folder, model, **{"arms": ["naive", "filter", "reweight", "ceiling"], **sections})
+    (folder / "task.yaml").write_text(yaml.safe_dump(NUMBERS))
+    for name, count, seed in (("train", 32, 0), ("test", 8, 1)):
+        made = [q | {"gold": "7", "solution": "It is 7."} for q in questions(count, seed=seed)]
+        write_rows(folder / f"{name}.jsonl", made)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["sample", "paraphrase"])
+def test_worked_answers(tmp_path: Path, tiny: Path, by: str) -> None:
+    ask: dict[str, Any] = {"by": by, "times": 3, "max_tokens": 16, "temperature": 0.5}
+    path = worked(tmp_path, tiny)
+    raw = yaml.safe_load(path.read_text()) | {"ask": ask}
+    raw["weak"]["training"] |= {"max_steps": 60, "learning_rate": 0.02}
+    raw["weak"]["lora"] = None
+    raw["budget"] = "tokens"
+    with serving() as server:
+        if by == "paraphrase":
+            ask["backend"] = {"kind": "endpoint", "model": "m", "base_url": server.url("rewords")}
+        path.write_text(yaml.safe_dump(raw))
+        found = study(path).summary
+        requests = len(server.asked)
+        (tmp_path / "study" / "answers" / "weak-seed1.jsonl").unlink()
+        study(path, only="answers")
+        assert len(server.asked) == requests == (32 if by == "paraphrase" else 0), "paraphrases are kept"
+    assert found is not None
+    assert found["status"] == "completed"
+    assert found["chance"] is None
+    [weak] = found["supervisors"]
+    assert weak["labels"]["majority"] > 0.5, "it has learned to say 7"
+    answers = rows(tmp_path / "study" / "answers" / "weak-seed1.jsonl")
+    assert len(answers) == 16 * 3
+    if by == "paraphrase":
+        assert len({row["prompt"] for row in answers}) == 48, "other wordings"
+        assert sum(row["prompt"].startswith("Version") for row in answers) == 32
+    else:
+        assert len({row["prompt"] for row in answers}) == 16
+    naive = rows(tmp_path / "study" / "arms" / "seed1" / "naive.jsonl")
+    assert all(row["completion"] in {a["text"] for a in answers} for row in naive)
+    ceiling = rows(tmp_path / "study" / "arms" / "seed1" / "ceiling.jsonl")
+    assert {row["completion"] for row in ceiling} == {"It is 7."}
+
+
+def test_worked_answers_that_cannot_be_parsed(tmp_path: Path, tiny: Path) -> None:
+    path = worked(tmp_path, tiny, ask={"by": "sample", "times": 2, "max_tokens": 1, "temperature": 0.01})
+    for stage in ("weak", "answers"):
+        study(path, only=stage)
+    answers = tmp_path / "study" / "answers" / "weak-seed1.jsonl"
+    answers.write_text("".join(json.dumps(row | {"value": None}) + "\n" for row in rows(answers)))
+    error = refused(path, only="arms")
+    assert "none of the 16 questions has a usable majority" in error.problem
+    assert "ask.max_tokens" in error.remedy
+
+
+def test_worked_answers_have_no_options(tmp_path: Path, tiny: Path) -> None:
+    assert "no options to reorder" in refused(worked(tmp_path, tiny)).problem
+    error = refused(worked(tmp_path, tiny), "ask={by: sample}", "arms=[naive, soft_labels]")
+    assert "soft_labels needs probabilities of options" in error.problem
+
+
+@pytest.mark.kills(
+    "ual/pipelines/weak_to_strong/run.py",
+    "[x ** (1 / ask.temperature) for x in p.values()]",
+    "[1.0 for x in p.values()]",
+)
+def test_draws_follow_the_probabilities_at_a_temperature(tmp_path: Path, tiny: Path) -> None:
+    path = write(tmp_path, tiny, ask={"by": "sample", "times": 40, "temperature": 0.25}, arms=["naive"])
+    for stage in ("weak", "answers"):
+        study(path, only=stage)
+    of_question: dict[str, list[dict[str, Any]]] = {}
+    for row in rows(tmp_path / "study" / "answers" / "weak-seed1.jsonl"):
+        of_question.setdefault(row["question_id"], []).append(row)
+    assert {len(drawn) for drawn in of_question.values()} == {40}
+    expected = observed = variance = 0.0
+    for drawn in of_question.values():
+        assert len({row["prompt"] for row in drawn}) == 1
+        p = {option: x**4 for option, x in drawn[0]["probabilities"].items()}
+        best = max(p, key=p.__getitem__)
+        share = p[best] / sum(p.values())
+        expected += 40 * share
+        variance += 40 * share * (1 - share)
+        observed += sum(row["value"] == best for row in drawn)
+        assert all(f"{row['text']}) {row['value']}" in row["prompt"] for row in drawn)
+    assert abs(observed - expected) < 4 * math.sqrt(variance) + 1e-9
+
+
 # ---- presets and dry runs ----
+
+
+def test_the_command_line(whole: Path, tmp_path: Path, tiny: Path) -> None:
+    path = whole.parent / "study.yaml"
+    done = ual("w2s", path, "--stage", "report")
+    assert done.returncode == 0, done.stderr
+    assert "supervisor weak" in done.stdout
+    assert all(name in done.stdout for name in ALL)
+    assert "report.html" in done.stdout
+    planned = ual("w2s", write(tmp_path, tiny), "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    said = " ".join(planned.stdout.split())
+    assert "24 supervised, 24 unsupervised, 12 to test" in said
+    assert "3 runs of 2 steps, 4 samples each" in said
+    assert "supervisors answer 120 questions" in said
+    assert "evaluation 72 questions" in said, "12 x (supervisor + 3 arms), and 24 by the untrained model"
+    assert not (tmp_path / "study").exists()
+    wrong = ual("w2s", path, "ask.times=3")
+    assert wrong.returncode == 2
+    assert "ask changed" in wrong.stderr
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -625,7 +760,6 @@ def test_a_preset_resolves(name: str, shared: Path, tmp_path: Path, monkeypatch:
         "paper-ethics": [data / "ethics" / "cm_test.csv", data / "ethics" / "cm_test_hard.csv"],
         "paper-gsm8k": [data / "gsm8k" / "train.jsonl", data / "gsm8k" / "test.jsonl"],
     }[name]
-    half = tmp_path / "questions.jsonl"
     overrides = [f"data.train={files[0]}", f"data.test={files[1]}", f"output_dir={tmp_path}"]
     config = load_as(WeakToStrongConfig, PRESETS[name], overrides)
     if files[0] == files[1]:
@@ -633,7 +767,6 @@ def test_a_preset_resolves(name: str, shared: Path, tmp_path: Path, monkeypatch:
             plan(config)
         return
     found = plan(config)
-    assert half.exists() is False
     assert all("not on this machine" in model.absent for model in found.models)
     assert found.training[1].runs == 15
     assert found.answered == found.unsupervised * config.ask.times * 3

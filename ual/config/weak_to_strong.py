@@ -56,6 +56,11 @@ ARMS: dict[str, Arm] = {
         "each distinct answer to the questions whose answers agree, weighted", "distinct", "consistent"
     ),
     "soft_labels": Arm("the mean probabilities of the options", "distribution", run={"loss": "soft_labels"}),
+    "confidence": Arm(
+        "the mean probabilities of the options, mixed with the model's own predictions",
+        "distribution",
+        run={"loss": "confidence"},
+    ),
     "reverse": Arm(
         "the answer to the first wording, by reverse cross entropy", "first", run={"loss": "reverse"}
     ),
@@ -105,7 +110,7 @@ class AskConfig(Section):
     times: Annotated[int, Field(ge=2, le=100)] = 5
     temperature: Annotated[float, Field(gt=0, description="of by: sample")] = 1.0
     seed: int = 0
-    max_tokens: Annotated[int, Field(ge=1, description="of a worked answer")] = 256
+    max_tokens: Annotated[int, Field(ge=1, description="of a worked answer, and of a paraphrase")] = 256
     backend: Annotated[EndpointConfig | LocalConfig, Field(discriminator="kind")] | None = Field(
         None, description="the model that writes paraphrases, as in `ual elicit`"
     )

@@ -17,7 +17,6 @@ from ual.uncertainty.estimators.paraphrase import paraphrases
 from ual.uncertainty.protocol import Ask, Estimator
 from ual.uncertainty.session import Session, elicit
 
-_MAX_TOKENS = 512
 _MANY_MISSING = 0.1  # of the questions; more are an error
 
 
@@ -27,6 +26,7 @@ def paraphrase(
     config: EndpointConfig | LocalConfig,
     cache: Path,
     *,
+    max_tokens: int,
     environment: Mapping[str, str],
     trust_remote_code: bool = False,
     notice: Callable[[str], None] = lambda _: None,
@@ -39,6 +39,7 @@ def paraphrase(
         count: of paraphrases; refused, empty and truncated replies are left out.
         config: the model that writes them.
         cache: the file of replies; a reply in it is not requested again.
+        max_tokens: of a paraphrase.
         environment: holds the key that `config.api_key_env` names.
         trust_remote_code: run code from a local model's repository.
         notice: called with what the user is told once.
@@ -62,10 +63,9 @@ def paraphrase(
             (item, Sample(item.id, (Message("user", item.question), Message("assistant", ""))))
             for item in items
         )
-        async with (
-            aclosing(session),
-            aclosing(elicit(questions, [_Paraphrases(count=count)], session, window=4 * slots)) as records,
-        ):
+        estimators = [_Paraphrases(count=count, max_tokens=max_tokens)]
+        records = elicit(questions, estimators, session, window=4 * slots)
+        async with aclosing(session), aclosing(records):
             async for item, _, [record] in records:
                 found[item.id] = list(record.evidence.get("paraphrases", ()))
                 advance(1)
@@ -88,8 +88,9 @@ class _Paraphrases(Estimator):
 
     name: Literal["paraphrases"] = "paraphrases"
     count: int
+    max_tokens: int
 
     async def estimate(self, sample: Sample, ask: Ask) -> Elicited:
-        replies = await paraphrases(sample.prompt[-1].content, self.count, ask, max_tokens=_MAX_TOKENS)
+        replies = await paraphrases(sample.prompt[-1].content, self.count, ask, max_tokens=self.max_tokens)
         texts = [text for reply in replies if (text := reply.complete) is not None]
         return self.no_value(sample, None, paraphrases=texts)

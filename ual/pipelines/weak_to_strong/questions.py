@@ -1,4 +1,4 @@
-"""The questions of a study: who learns from which, and what nobody may see."""
+"""The questions of a study: which ones the supervisor learns, which it answers, and which are tests."""
 
 import random
 from collections import Counter

@@ -127,8 +127,8 @@ def checked(config: WeakToStrongConfig) -> Task:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "`ual w2s` runs in one process, and a launcher has started several",
-            remedy="start `ual w2s` alone. Its stages weak and strong write the configuration of each run "
-            "beside its folder, which torchrun or deepspeed can train (`-m ual train FILE --resume auto`)",
+            remedy="start `ual w2s` alone; its stages split and arms write the configuration of each run "
+            "beside its folder, and a launcher can train it: `-m ual train FILE --resume auto`",
         )
     if task.kind == "number":
         if config.ask.by == "order":
@@ -294,7 +294,17 @@ def _divided(config: WeakToStrongConfig, task: Task, common: Mapping[str, Any]) 
         write_jsonl(folder / "supervised.jsonl", samples)
         write_json(path, recorded | split.ids())
         ledger.finish("split")
-    return Study(config, task, split, date, ledger, common)
+    study = Study(config, task, split, date, ledger, common)
+    for seed in config.seeds:
+        for who in config.supervisors:
+            _write_runs(study.supervisor(who, seed))
+    return study
+
+
+def _write_runs(trained: ExperimentConfig) -> None:
+    """Write the configuration of each run beside its folder, where a launcher can use it."""
+    for cell in trained.cells():
+        write_text(Path(cell.config.output_dir).with_suffix(".yaml"), dump(cell.config))
 
 
 # ---- weak, answers ----
@@ -339,6 +349,7 @@ def _paraphrased(study: Study) -> dict[str, list[str]]:
             ask.times - 1,
             ask.backend,
             study.folder / "paraphrases.sqlite",
+            max_tokens=ask.max_tokens,
             environment=os.environ,
             trust_remote_code=study.common["trust_remote_code"],
             notice=progress.say,
@@ -485,6 +496,7 @@ def _choose_samples(study: Study, seed: int) -> None:
     if study.config.budget == "samples":
         _check_budget(tokens, seed)
     write_json(study.folder / "arms" / f"seed{seed}" / "loss_tokens.json", tokens)
+    _write_runs(study.strong(seed))
 
 
 def _loss_tokens(reader: Any, sample: Mapping[str, Any]) -> int:
