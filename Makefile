@@ -26,10 +26,10 @@ FOR_TESTS := .venv/.dev .venv/.quickstart .venv/.templates $(OTHER_TRITON) $(UNS
 PYTEST := OMP_NUM_THREADS=1 UAL_OTHER_TRITON=$(OTHER_TRITON) UAL_UNSLOTH_ZOO=$(UNSLOTH_ZOO) \
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup -p no:benchmark
 
-test: $(FOR_TESTS)  ## run the tests, but for the slow ones (some 15 minutes on two cores)
+test: $(FOR_TESTS)  ## run the tests, but for the slow ones (some 12 minutes on two cores)
 	$(PYTEST) --only fast
 
-proofs: $(FOR_TESTS)  ## run the slow tests (some 30 minutes on two cores; CI runs a quarter)
+proofs: $(FOR_TESTS)  ## run the slow tests (some 40 minutes on two cores; CI runs an eighth)
 	$(PYTEST) --only slow --parts $(PARTS)
 
 bench: .venv/.peers  ## error, time and memory of the losses and of other implementations; FORM=full, short or smoke

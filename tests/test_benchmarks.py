@@ -118,6 +118,7 @@ def suite(folder: Path, *arguments: str, **environment: str) -> tuple[subprocess
     return done, results
 
 
+@pytest.mark.slow
 def test_an_incorrect_provider_is_not_timed_and_a_slow_one_is_last(tmp_path: Path) -> None:
     names = [
         "ours",
@@ -444,6 +445,7 @@ def test_the_command_tells_by_its_exit_status(tmp_path: Path, factor: float, sta
     assert f"{status} regressed" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_tables_are_printed_as_json(tmp_path: Path) -> None:
     for name, value in (("a", 1.0), ("b", 1.4)):
         (tmp_path / f"{name}.json").write_text(json.dumps(results(timed("ours", value))))

@@ -78,6 +78,7 @@ def test_an_estimator_is_a_file(copy: Path, tmp_path: Path) -> None:
     assert '"uncertainty": 0.001' in (tmp_path / "elicited" / "rows.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_an_arm_is_a_mapping(copy: Path, tmp_path: Path, tiny: Path) -> None:
     base = yaml.safe_load(configure(tmp_path, tiny, ROWS, uncertainty="column").read_text())
     del base["output_dir"]

@@ -390,6 +390,7 @@ def test_the_configuration_of_the_docs_is_valid() -> None:
     assert all(f"| `{name}` |" in text for name in ESTIMATORS)
 
 
+@pytest.mark.slow
 def test_the_report_says_how_good_an_uncertainty_is(tmp_path: Path, server: Server) -> None:
     data = [row | {"uncertainty": i / 10, "right": i < 4} for i, row in enumerate(rows(8))]
     data.append(rows(9)[8] | {"right": None})

@@ -107,6 +107,7 @@ def test_an_arm_under_deepspeed_needs_no_launcher(tmp_path: Path, tiny: Path) ->
 @pytest.mark.kills(
     "ual/pipelines/experiment.py", 'evaluated = metrics["eval"] or not', 'evaluated = metrics["eval"] or'
 )
+@pytest.mark.slow
 def test_arms_without_held_out_samples_are_trained_once(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

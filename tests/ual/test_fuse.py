@@ -256,6 +256,7 @@ def test_reentrant_checkpoints() -> None:
 
 
 @pytest.mark.kills(LOSS, "import ual_kernels.flops  # noqa", "import ual_kernels  # noqa")
+@pytest.mark.slow
 def test_flop_counters_see_the_loss() -> None:
     """Forward and backward take the products of the model's own loss, no more and no fewer."""
     program = """
@@ -670,6 +671,7 @@ def test_the_trainer_trains_with_integer_columns(tmp_path: Path) -> None:
     assert result.training_loss == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_trainer(tmp_path: Path) -> None:
     model = llama()
     expected = smoothed(model).item()

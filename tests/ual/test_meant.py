@@ -55,6 +55,7 @@ class TestMissing:
     @pytest.mark.kills(
         "ual/report/findings.py", "return [*_notes(runs), *_too_small(runs)", "return [*_too_small(runs)"
     )
+    @pytest.mark.slow
     def test_many_are_a_warning_wherever_one_looks(self, tmp_path: Path, tiny: Path) -> None:
         config = configured(tmp_path, tiny, with_null(ROWS, 21))
         told = "21 of 24 samples have no uncertainty: each has the median of the others"
@@ -71,6 +72,7 @@ class TestMissing:
         assert f"warning: {told}" in invoke("train", config, *streaming)
         assert told in page(tmp_path / "stream")
 
+    @pytest.mark.slow
     def test_few_are_none(self, tmp_path: Path, tiny: Path) -> None:
         config = configured(tmp_path, tiny, with_null(ROWS, 2))
         assert "have no uncertainty" not in invoke("train", config)
@@ -197,6 +199,7 @@ class TestEqual:
         ],
         ids=["map", "range", "threshold", "own"],
     )
+    @pytest.mark.slow
     def test_a_constant_that_was_asked_for_is_said(
         self, tmp_path: Path, tiny: Path, extra: dict[str, Any], overrides: list[str], subtitle: str
     ) -> None:
@@ -378,6 +381,7 @@ class TestBothSides:
             overlap.add(sample)
         assert not overlap.conversations
 
+    @pytest.mark.slow
     def test_real_data(self, shared: Path) -> None:
         config = {"model": "m", "output_dir": "o", "loss": "sft"}
         folder = shared / "data" / "gsm8k"

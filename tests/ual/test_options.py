@@ -407,6 +407,7 @@ class TestRefusals:
     @pytest.mark.kills(
         "ual/data/tokenize.py", "sum(row.decision == _UNDECIDED.decision for row in read)", "0"
     )
+    @pytest.mark.slow
     def test_they_are_dropped_if_wrong_samples_are(self, tmp_path: Path, tiny: Path) -> None:
         """And counted, also if the tokens are those of the cache."""
         rows = [row(id=str(i), options=["yes", ["no", "yes, but"][i == 2]], uncertainty=i) for i in range(5)]
@@ -659,6 +660,7 @@ def test_loss_and_gradient_are_those_of_the_dense_definition(
 @pytest.mark.kills(
     "ual/pipelines/train.py", '"smoothing_over": config.smoothing_over}', '"smoothing_over": "all"}'
 )
+@pytest.mark.slow
 def test_a_run_trains_on_it(
     by: str, shared: Path, stories: Path, stories_tokenizer: Any, tmp_path: Path
 ) -> None:

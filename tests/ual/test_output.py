@@ -146,6 +146,7 @@ class TestJson:
         assert isinstance(found, dict)
         return found
 
+    @pytest.mark.slow
     def test_train_and_what_precedes_it(self, tmp_path: Path, stories: Path) -> None:
         path = config(tmp_path, stories)
         plan = self.document("train", path, "--dry-run")
@@ -161,6 +162,7 @@ class TestJson:
         assert metrics["eval"]["nll"] > 0
         assert json.loads((tmp_path / "run" / "metrics.json").read_text()).items() <= metrics.items()
 
+    @pytest.mark.slow
     def test_compare(self, tmp_path: Path, stories: Path) -> None:
         base = config(tmp_path, stories, data={"eval_fraction": 0.2}).read_text()
         experiment = tmp_path / "experiment.yaml"

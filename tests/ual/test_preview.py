@@ -143,6 +143,7 @@ def test_trained_text_is_green_or_between_marks(
     assert "«" not in colored
 
 
+@pytest.mark.slow
 def test_the_estimate_as_a_table(config: Path) -> None:
     said = invoke("estimate", config, "--gpus", 2, "--zero", 3, "data.max_length=32")
     for line in ("weights", "layers gathered by ZeRO-3", "optimizer", "head and loss", "total"):

@@ -45,6 +45,7 @@ def of(folder: Path, row: dict[str, Any], **changes: Any) -> Item:
         ("gsm8k", "gsm8k/test.jsonl", 1_319, 0, "18"),
     ],
 )
+@pytest.mark.slow(spare=3)
 def test_a_shipped_task_reads_the_published_file(
     shared: Path, name: str, file: str, count: int, options: int, first: str
 ) -> None:
@@ -62,6 +63,7 @@ def test_a_shipped_task_reads_the_published_file(
     assert str(shared / "data" / file) in found[0].place
 
 
+@pytest.mark.slow
 def test_subjects_and_places_of_an_archive(shared: Path) -> None:
     found = read(load_task("mmlu"), str(shared / "data" / "mmlu" / "mmlu_dev_test.tar.gz"))
     assert len({one.subject for one in found}) == 57

@@ -115,6 +115,7 @@ def prompts(config: RunConfig) -> set[str]:
 
 @pytest.mark.kills("ual/pipelines/train.py", "config.on(distributed.from_first(folder.date))", "config")
 @pytest.mark.kills("ual/runs/folder.py", "return began or datetime", "return datetime")
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_date_on_which_it_began(tmp_path: Path, tiny: Path) -> None:
     path = configured(tmp_path, tiny, DATED, train_on="each")
     config = load(path)

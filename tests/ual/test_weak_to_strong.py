@@ -313,6 +313,7 @@ def test_answers_are_posed_in_orders_that_differ_and_mapped_back(whole: Path) ->
             assert f"{row['text']}) {row['value']}" in row["prompt"], "the letter stands before the option"
 
 
+@pytest.mark.slow
 def test_the_pieces_work_alone(whole: Path, tmp_path: Path) -> None:
     """`ual reliability` reads the answers, and labels as the arm does."""
     output = tmp_path / "rows.jsonl"
@@ -428,6 +429,7 @@ def _size(path: Path) -> int:
     'known["inputs"].get(name) != digests[name]',
     "False",
 )
+@pytest.mark.slow
 def test_results_of_other_settings_are_refused_and_kept(tmp_path: Path, tiny: Path) -> None:
     path = write(tmp_path, tiny, arms=["naive"])
     study(path)
@@ -547,6 +549,7 @@ def test_wrong_questions(tmp_path: Path, tiny: Path) -> None:
     assert split["dropped"] == {"also a test question": 4}
 
 
+@pytest.mark.slow
 def test_unknown_answers_of_the_unsupervised_half_refuse_the_ceiling_only(tmp_path: Path, tiny: Path) -> None:
     path = write(tmp_path, tiny, arms=["naive"])
     study(path, only="split")
@@ -602,10 +605,14 @@ def test_arms_whose_loss_tokens_differ_are_refused_unless_the_budget_is_in_token
     error = refused(path, "reliability={rule: quantile, value: 0.1}")
     assert "loss tokens per sample" in error.problem
     assert "budget" in error.place
-    found = study(path, "reliability={rule: quantile, value: 0.1}", "budget=tokens").summary
+    longer = "strong.training.max_steps=8"
+    found = study(path, "reliability={rule: quantile, value: 0.1}", "budget=tokens", longer).summary
     assert found is not None
     naive, filtered = found["arms"]
-    assert naive["steps"] != filtered["steps"]
+    assert naive["steps"] == [8]
+    assert filtered["steps"] != [8]
+    [tokens], [others] = naive["loss_tokens"], filtered["loss_tokens"]
+    assert abs(tokens - others) < 0.3 * tokens, "so few steps draw other shares of long options"
 
 
 def test_several_processes_are_refused(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -613,6 +620,7 @@ def test_several_processes_are_refused(tmp_path: Path, tiny: Path, monkeypatch: 
     assert "runs in one process" in refused(write(tmp_path, tiny)).problem
 
 
+@pytest.mark.slow
 def test_one_study_at_a_time_in_a_folder(tmp_path: Path, tiny: Path) -> None:
     path = write(tmp_path, tiny)
     process = start("w2s", path)
@@ -730,6 +738,7 @@ def test_draws_follow_the_probabilities_at_a_temperature(tmp_path: Path, tiny: P
 # ---- presets and dry runs ----
 
 
+@pytest.mark.slow
 def test_the_command_line(whole: Path, tmp_path: Path, tiny: Path) -> None:
     path = whole.parent / "study.yaml"
     done = ual("w2s", path, "--stage", "report")
@@ -751,6 +760,7 @@ def test_the_command_line(whole: Path, tmp_path: Path, tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.slow
 def test_a_preset_resolves(name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     data = shared / "data"

@@ -158,9 +158,14 @@ class Found:
         return {
             "name": who,
             "accuracy": _accuracy(rights),
-            "by_seed": rights.mean(axis=1).tolist() if seeds else [],
+            "by_seed": self._by_seed(name),
             "labels": self._labels(who),
         }
+
+    def _by_seed(self, name: str) -> list[float | None]:
+        """Return a model's accuracy with every seed; None where it is not evaluated."""
+        known = self.seeds(name)
+        return [float(self.rights(name, [s]).mean()) if s in known else None for s in self.config.seeds]
 
     def _labels(self, who: str) -> dict[str, float | None]:
         """Return the accuracies of labels, means over seeds."""
@@ -203,7 +208,7 @@ class Found:
             "loss_tokens": [runs[seed]["trained_tokens"] for seed in seeds],
             "steps": [runs[seed]["steps"] for seed in seeds],
             "accuracy": _accuracy(rights),
-            "by_seed": rights.mean(axis=1).tolist() if seeds else [],
+            "by_seed": self._by_seed(name),
             "mass": fmean(r["mass"] for r in records) if records and self.kind != "number" else None,
             "difference": _difference(*pair) if compared else None,
             "better": int((pair[0].mean(1) > pair[1].mean(1)).sum()) if compared else None,
