@@ -140,9 +140,6 @@ def test_figures_of_seeds_that_are_there() -> None:
 
 SPLIT = {"q0": "rrrrr", "q1": "rgggg", "q2": "ggggg", "q3": "rrrgg"}
 ASKED = {1: SPLIT, 2: dict.fromkeys(SPLIT, "rrrrg")}
-    1: {"q0": "rrrrr", "q1": "rgggg", "q2": "ggggg", "q3": "rrrgg"},
-    2: dict.fromkeys(["q0", "q1", "q2", "q3"], "rrrrg"),
-}
 
 
 @pytest.mark.kills(
