@@ -279,7 +279,9 @@ def test_the_design_and_the_origin(page: Page) -> None:
     assert design["Answers per question"] == "5, each with another order of the options"
     assert design["Filter"] == "entropy of the answers at most the median"
     assert design["Budget"] == "125 optimizer steps and 2,000 samples drawn, for each arm and seed"
-    assert design["Dropped before the split"] == "143 undecided, 7 too long; for every arm alike"
+    assert design["Dropped before the split"] == (
+        "143 (options do not differ at one token), 7 (too long); for every arm alike"
+    )
     assert design["Seeds"] == "1, 2, 3"
     assert design["filter"] == "labels of the arm filter"
     assert tables(page, "design")[0][1] == ["filter", "53.0", "54.0", "55.0", "125", "0.984"]

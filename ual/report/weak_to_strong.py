@@ -385,7 +385,7 @@ def _design(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Supervised questions", f"{count['supervised']}: their gold labels train the weak supervisor"
     yield "Unsupervised questions", f"{count['unsupervised']}: the supervisor's labels train the strong model"
     yield "Test questions", count["test"]
-    dropped = ", ".join(f"{_shown(number)} {why}" for why, number in questions["dropped"].items())
+    dropped = ", ".join(f"{_shown(number)} ({why})" for why, number in questions["dropped"].items())
     yield "Dropped before the split", f"{dropped}; for every arm alike" if dropped else "none"
     how = _ASKED[asked["by"]].format(temperature=asked.get("temperature"))
     yield "Answers per question", f"{asked['times']}, {how}"
