@@ -1,26 +1,31 @@
 """A weak-to-strong study: what its arms learn from, what they must not read, and how it survives."""
 
+import gzip
 import json
 import math
 import os
 import random
+import re
 import signal
+import tarfile
 import time
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from tests.elicit.servers import serving
-from tests.ual.runs import start, ual, write_rows
+from tests.ual.runs import ROOT, start, ual, write_rows
+from ual.cli.main import app
 from ual.config.base import load_as
 from ual.config.weak_to_strong import ARMS, PRESETS, ReliabilityConfig, WeakToStrongConfig
 from ual.data.tasks import Item, Task
 from ual.errors import UserError
 from ual.pipelines.weak_to_strong.arms import Asked, measure, training_samples
-from ual.pipelines.weak_to_strong.dry_run import plan
 from ual.pipelines.weak_to_strong.questions import Gold
 from ual.pipelines.weak_to_strong.run import STAGES, Result, run
 from ual.pipelines.weak_to_strong.stages import Ledger, intact
@@ -445,6 +450,8 @@ def test_results_of_other_settings_are_refused_and_kept(tmp_path: Path, tiny: Pa
         assert "choose another output_dir, or remove" in error.remedy
     assert "training.learning_rate" in str(refused(path, "strong.training.learning_rate=0.5"))
     assert answers.read_bytes() == before
+    recorded = load_as(WeakToStrongConfig, tmp_path / "study" / "config.yaml")
+    assert recorded == load_as(WeakToStrongConfig, path), "what was refused is not recorded"
     more = study(path, "arms=[naive, majority]", "seeds=[1, 2]").summary
     assert more is not None
     assert more["status"] == "completed", "arms and seeds may be added"
@@ -738,6 +745,14 @@ def test_draws_follow_the_probabilities_at_a_temperature(tmp_path: Path, tiny: P
 # ---- presets and dry runs ----
 
 
+def test_every_arm_is_documented() -> None:
+    page = (ROOT / "docs" / "weak-to-strong.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \| .* \| .* \| .* \|$", page.partition("## Arms")[2], re.MULTILINE)
+    assert listed == ALL
+    help = CliRunner().invoke(app, ["w2s", "--help"], terminal_width=100).output
+    assert all(name in help for name in (*ALL, *PRESETS))
+
+
 @pytest.mark.slow
 def test_the_command_line(whole: Path, tmp_path: Path, tiny: Path) -> None:
     path = whole.parent / "study.yaml"
@@ -759,24 +774,47 @@ def test_the_command_line(whole: Path, tmp_path: Path, tiny: Path) -> None:
     assert "ask changed" in wrong.stderr
 
 
-@pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.slow
-def test_a_preset_resolves(name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    data = shared / "data"
-    files = {
-        "paper-hellaswag": [data / "hellaswag" / "validation.jsonl.gz"] * 2,
-        "paper-mmlu": [data / "mmlu" / "mmlu_dev_test.tar.gz"] * 2,
-        "paper-ethics": [data / "ethics" / "cm_test.csv", data / "ethics" / "cm_test_hard.csv"],
-        "paper-gsm8k": [data / "gsm8k" / "train.jsonl", data / "gsm8k" / "test.jsonl"],
+def published(folder: Path, data: Path, name: str) -> tuple[str, str]:
+    """Return files as they are published, cut to a part: questions to train on, and test questions."""
+    folder.mkdir(exist_ok=True)
+    if name == "paper-mmlu":
+        with tarfile.open(data / "mmlu" / "mmlu_dev_test.tar.gz") as archive:
+            members = [m for m in archive if fnmatch(m.name, "*test/*_test.csv")][:2]
+            archive.extractall(folder, members, filter="data")
+        first, second = sorted(folder.rglob("*.csv"))
+        return str(first), str(second)
+    source = {
+        "paper-hellaswag": data / "hellaswag" / "validation.jsonl.gz",
+        "paper-ethics": data / "ethics" / "cm_test.csv",
+        "paper-gsm8k": data / "gsm8k" / "train.jsonl",
     }[name]
-    overrides = [f"data.train={files[0]}", f"data.test={files[1]}", f"output_dir={tmp_path}"]
-    config = load_as(WeakToStrongConfig, PRESETS[name], overrides)
-    if files[0] == files[1]:
-        with pytest.raises(UserError, match="also a test question"):
-            plan(config)
-        return
-    found = plan(config)
-    assert all("not on this machine" in model.absent for model in found.models)
-    assert found.training[1].runs == 15
-    assert found.answered == found.unsupervised * config.ask.times * 3
+    text = gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes()
+    header, *lines = text.decode().splitlines(keepends=True)
+    head = [header] if source.suffix == ".csv" else []
+    lines = lines[:90] if head else [header, *lines[:89]]
+    suffix = ".csv" if head else ".jsonl"
+    for part, chosen in (("train", lines[:60]), ("test", lines[60:])):
+        (folder / f"{part}{suffix}").write_text("".join([*head, *chosen]))
+    return str(folder / f"train{suffix}"), str(folder / f"test{suffix}")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_resolves(name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the hub: what it takes is printed, and the sizes of its models are not known."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    train, test = published(tmp_path / "files", shared / "data", name)
+    command = ["w2s", name, f"data.train={train}", f"data.test={test}", f"output_dir={tmp_path / 'x'}"]
+    done = CliRunner().invoke(app, [*command, "--dry-run", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert [model["path"] for model in found["models"]] == [
+        "meta-llama/Llama-2-7b-chat-hf", "meta-llama/Llama-2-13b-chat-hf"
+    ]  # fmt: skip
+    assert all("not on this machine" in model["absent"] for model in found["models"])
+    weak, arms = found["training"]
+    assert weak["samples_per_step"] == arms["samples_per_step"] == 24, "as the authors set it"
+    assert (weak["runs"], arms["runs"]) == (3, 15)
+    times = 2 if name == "paper-ethics" else 5
+    assert found["answered"] == found["unsupervised"] * times * 3
+    assert found["paraphrases"] == (found["unsupervised"] * 4 if name == "paper-gsm8k" else 0)
+    assert not (tmp_path / "x").exists()

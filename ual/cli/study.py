@@ -103,6 +103,11 @@ _W2S_EXAMPLE = """\b
   ual w2s paper-gsm8k data.train=train.jsonl --dry-run
 
 \b
+[bold]Arms[/bold]  (docs/weak-to-strong.md)
+  naive, majority, filter, random, reweight, filter_reweight, soft_labels,
+  confidence, reverse, smoothing, self, ceiling
+
+\b
 [bold]Presets[/bold]  (settings of arXiv 2406.19032)
   paper-hellaswag, paper-mmlu, paper-ethics, paper-gsm8k
 """

@@ -104,8 +104,9 @@ def run(
     common |= {"console": console, "before_each": before_each}
     say = (console or Console(quiet=True)).print
     with holding(folder, "a study", say), writing("the study", folder, "free some space, then run it again"):
-        write_text(folder / "config.yaml", dump(config))
         study = _divided(config, task, common)
+        if not (folder / "config.yaml").exists():
+            write_text(folder / "config.yaml", dump(config))
         result = Result(None, None)
         for seed in config.seeds:
             for stage, compute in _STAGES.items():
@@ -114,6 +115,7 @@ def run(
                     compute(study, seed)
             if only in (None, "report"):
                 result = _reported(study)
+        write_text(folder / "config.yaml", dump(config))  # a changed one only now: a stage may refuse it
     return result
 
 
