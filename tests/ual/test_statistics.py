@@ -122,7 +122,7 @@ def test_pgr_is_not_clipped(accuracy: float, expected: float) -> None:
     assert found.low <= found.value <= found.high
 
 
-@pytest.mark.kills("ual/methods/statistics.py", "    if gap.low <= 0:\n        return None\n", "")
+@pytest.mark.kills("ual/methods/statistics.py", "    if gap.low <= ROUNDING:\n        return None\n", "")
 @pytest.mark.parametrize("ceiling", [0.6, 0.605, 0.4])
 def test_pgr_needs_a_gap(ceiling: float) -> None:
     """The supervisor is as good as the ceiling, almost as good, or better."""

@@ -131,8 +131,10 @@ def test_worked_answers(model: Any, renderer: Renderer) -> None:
     greedy = answers()
     assert [*greedy] == ["q0", "q1", "q2"]
     assert all(a.value == a.text[:2] and not a.probabilities for a in greedy.values())
-    drawn, again, other = (answers(temperature=1.0, seeds=[s, s + 1, s + 2]) for s in (0, 0, 7))
+    drawn, again, other = (answers(draws=[(1.0, s), (0.0, s), (1.0, s + 2)]) for s in (0, 0, 7))
     assert {k: a.text for k, a in drawn.items()} == {k: a.text for k, a in again.items()}
     assert {k: a.text for k, a in drawn.items()} != {k: a.text for k, a in other.items()}
+    assert drawn["q1"].text == greedy["q1"].text, "at temperature 0"
+    assert drawn["q2"].text != greedy["q2"].text
     rest = answers(known={"q0", "q1"})
     assert {k: a.text for k, a in rest.items()} == {"q2": greedy["q2"].text}

@@ -92,7 +92,7 @@ def test_accuracy_difference_and_seeds() -> None:
     assert summary["gap"]["value"] == pytest.approx(0.5)
     assert filtered["gain"]["value"] == pytest.approx(0.25)
     assert summary["chance"] == pytest.approx(1 / 3)
-    assert summary["budget"] == {"steps": 500, "samples": 2000}
+    assert summary["budget"] == {"by": "samples", "steps": 500, "samples": 2000}
     half = [(a["difference"]["high"] - a["difference"]["low"]) / 2 for a in summary["arms"][1:]]
     assert summary["detectable"]["half_width"] == pytest.approx(sum(half) / 2)
 
@@ -175,6 +175,47 @@ def test_levels_and_what_the_filter_drops() -> None:
     assert plain["filter"] is None, "no arm filters"
 
 
+@pytest.mark.kills(
+    "ual/config/weak_to_strong.py",
+    'select="consistent", control="random"',
+    'select="consistent", control="naive"',
+)
+def test_a_filter_is_compared_with_a_random_one() -> None:
+    summary = found({
+        "supervisor-weak": {1: HALF},
+        "naive": {1: ALL},
+        "filter": {1: MOST},
+        "random": {1: HALF},
+    }).summary()  # fmt: skip
+    filtered = arm(summary, "filter")
+    assert (filtered["control"], filtered["over_control"]["value"]) == ("random", pytest.approx(0.25))
+    drawn = arm(summary, "random")
+    assert (drawn["control"], drawn["over_control"]) == ("", None), "no arm of the study is its control"
+
+
+def test_what_was_not_labeled_is_counted_and_not_dropped_by_the_filter() -> None:
+    asked = {1: {"q0": "----", "q1": "rrrr", "q2": "rgrg", "q3": "-ggg"}}
+    names = ("supervisor-weak", "naive", "filter", "random", "ceiling")
+    summary = found({key: {1: HALF} for key in names}, asked).summary()
+    [weak] = summary["supervisors"]
+    assert weak["labels"]["first"] == 1.0, "of q1 and q2, which have one"
+    assert weak["labels"]["majority"] == pytest.approx(2 / 3)
+    assert weak["labels"]["unparsed"] == pytest.approx(5 / 16)
+    groups = summary["filter"]["selected"], summary["filter"]["dropped"]
+    assert [group["questions"] for group in groups] == [2, 1]
+    assert any(said.startswith("1 of 4 questions have no usable majority") for said in summary["cautions"])
+    agreed = found({key: {1: HALF} for key in names}, {1: dict.fromkeys(SPLIT, "rrrrr")}).summary()
+    assert "The filter drops nothing: no entropy is above its threshold." in agreed["cautions"]
+
+
+def test_loss_tokens_that_differ_are_named() -> None:
+    of = found({key: {1: HALF} for key in ("supervisor-weak", "naive", "filter", "random")})
+    of.metrics["filter"][1]["trained_tokens"] = 6.5
+    assert "Loss tokens of seed 1 differ by more than 5%: 6 to 6." in of.summary()["cautions"]
+    of.metrics["filter"][1]["trained_tokens"] = 6.2
+    assert not any("Loss tokens" in said for said in of.summary()["cautions"])
+
+
 def test_what_limits_conclusions() -> None:
     few = found({"supervisor-weak": {1: HALF}, "naive": {1: HALF}, "filter": {1: HALF}}).summary()["cautions"]
     assert few[0] == "One seed (fewer than 3)."
@@ -183,6 +224,8 @@ def test_what_limits_conclusions() -> None:
     asked = dict.fromkeys(three, ASKED[1])
     names = ("supervisor-weak", "naive", "filter", "random", "ceiling")
     assert found(dict.fromkeys(names, three), asked).summary()["cautions"] == []
+    small = found({name: {1: "1100"} for name in names}).summary()["cautions"]
+    assert "4 test questions (fewer than 200)." in small
 
 
 def test_the_interval_is_over_questions() -> None:

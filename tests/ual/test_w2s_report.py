@@ -50,6 +50,8 @@ def arm(name: str, accuracy: float, **changes: Any) -> Summary:
         "pgr": estimate((accuracy - 0.4) / 0.4, 0.1),
         "against": "weak",
         "gain": estimate(accuracy - 0.4, 0.025),
+        "control": "",
+        "over_control": None,
         **changes,
     }
 
@@ -77,12 +79,12 @@ def study() -> Summary:
         },
         "asked": {"by": "order", "times": 5},
         "reliability": {"rule": "median", "value": None, "temperature": 0.2, "unparsed": "class"},
-        "budget": {"steps": 125, "samples": 2000},
+        "budget": {"by": "samples", "steps": 125, "samples": 2000},
         "chance": 0.25,
         "supervisors": [supervisor("weak"), supervisor("self")],
         "arms": [
             arm("naive", 0.5, difference=estimate(0.0, 0.0), better=0),
-            arm("filter", 0.54, samples=[600, 610, 620]),
+            arm("filter", 0.54, samples=[600, 610, 620], control="naive", over_control=estimate(0.04, 0.025)),
             arm("self", 0.48, pgr=None, against="self"),
             arm("gold", 0.8, arm="ceiling", pgr=None, better=3),
         ],
@@ -115,7 +117,9 @@ def study() -> Summary:
 
 def unfinished() -> Summary:
     """Return a study of which nothing is finished."""
-    empty = dict.fromkeys(("accuracy", "mass", "difference", "better", "pgr", "against", "gain"))
+    empty = dict.fromkeys(
+        ("accuracy", "mass", "difference", "better", "pgr", "against", "gain", "control", "over_control")
+    )
     lists: Summary = {key: [] for key in ("samples", "loss_tokens", "steps", "by_seed")}
     summary = study()
     arms = [planned | empty | lists | {"status": "missing"} for planned in summary["arms"]]
@@ -239,7 +243,8 @@ def test_supervisors_their_labels_and_the_gains(page: Page) -> None:
         ["weak small-model", "40.0 37.0 to 43.0", "39.0, 40.0, 41.0", *labels],
         ["self large-model", "40.0 37.0 to 43.0", "39.0, 40.0, 41.0", *labels],
     ]
-    assert gains[1] == ["filter", "weak", "+14.0 +11.5 to +16.5"]
+    assert gains[1] == ["filter", "weak", "+14.0 +11.5 to +16.5", "naive", "+4.0 +1.5 to +6.5"]
+    assert gains[0][3:] == ["—", "—"]
     assert gains[2][1] == "self"
 
 

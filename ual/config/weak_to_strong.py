@@ -39,6 +39,8 @@ class Arm:
     """What it overrides in the strong model's training run."""
     supervisor: Literal["weak", "self"] = "weak"
     """self: the strong model, trained as the weak supervisor is."""
+    control: str = ""
+    """The arm that differs from it in one respect; the report has their difference."""
 
     @property
     def needs_options(self) -> bool:
@@ -49,24 +51,36 @@ class Arm:
 ARMS: dict[str, Arm] = {
     "naive": Arm("the answer to the first wording of every question", "first"),
     "majority": Arm("the most frequent answer to every question"),
-    "filter": Arm("the most frequent answer to the questions whose answers agree", select="consistent"),
-    "random": Arm("the most frequent answer to as many questions, drawn at random", select="random"),
+    "filter": Arm(
+        "the most frequent answer to the questions whose answers agree", select="consistent", control="random"
+    ),
+    "random": Arm(
+        "the most frequent answer to as many questions, drawn at random", select="random", control="majority"
+    ),
     "reweight": Arm("each distinct answer to every question, weighted by how often it is given", "distinct"),
     "filter_reweight": Arm(
-        "each distinct answer to the questions whose answers agree, weighted", "distinct", "consistent"
+        "each distinct answer to the questions whose answers agree, weighted",
+        "distinct",
+        "consistent",
+        control="reweight",
     ),
     "soft_labels": Arm("the mean probabilities of the options", "distribution", run={"loss": "soft_labels"}),
     "confidence": Arm(
         "the mean probabilities of the options, mixed with the model's own predictions",
         "distribution",
         run={"loss": "confidence"},
+        control="soft_labels",
     ),
     "reverse": Arm(
-        "the answer to the first wording, by reverse cross entropy", "first", run={"loss": "reverse"}
+        "the answer to the first wording, by reverse cross entropy",
+        "first",
+        run={"loss": "reverse"},
+        control="naive",
     ),
     "smoothing": Arm(
         "the most frequent answer, with label smoothing by the entropy of the answers",
         run={"loss": "ual", "uncertainty": "column"},
+        control="majority",
     ),
     "self": Arm(
         "the answers of a strong model that was trained as the weak supervisor", "first", supervisor="self"
@@ -179,6 +193,12 @@ class WeakToStrongConfig(CommandConfig):
         for name in value:
             if name not in ARMS:
                 raise ValueError(f"unknown arm {name!r}; {nearest(name, list(ARMS))}")
+            of = value[name]
+            if "model" in of or "train" in (of.get("data") or {}) or isinstance(of.get("data"), str | list):
+                raise ValueError(
+                    f"arm {name} may not change the model or data.train: arms differ in labels, questions "
+                    "and loss"
+                )
         return value
 
     @model_validator(mode="after")

@@ -122,8 +122,7 @@ def work_out(
     *,
     read: Callable[[str], str | None],
     max_tokens: int,
-    temperature: float = 0.0,
-    seeds: Sequence[int] | None = None,
+    draws: Sequence[tuple[float, int]] | None = None,
     batch_size: int = 16,
     known: Container[str] = (),
     advance: Callable[[int], None] = lambda _: None,
@@ -134,15 +133,14 @@ def work_out(
         model, renderer, posed, batch_size, known, advance: as in `choose`.
         read: returns the value of a reply; None if it has none.
         max_tokens: of a reply.
-        temperature: 0 is greedy decoding.
-        seeds: of each question's draw; None is 0 for all.
+        draws: temperature and seed of each question's reply; None is greedy decoding.
     """
     tokenizer: Any = renderer.tokenizer
     prompts = []
     for i, question in enumerate(posed):
         text = renderer.render_prompt(question.sample(""))
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        prompts.append((Prompt(ids, temperature, seeds[i] if seeds else 0), question))
+        prompts.append((Prompt(ids, *(draws[i] if draws else (0.0, 0))), question))
     prompts.sort(key=lambda entry: len(entry[0].input_ids))
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+ROUNDING = 1e-9
+"""A difference of accuracies up to here is 0: it is a sum of as many rounding errors as there are items."""
 _DRAWN_AT_ONCE = 10_000_000  # values, to bound memory
 
 
@@ -149,7 +151,7 @@ def performance_gap_recovered(
         raise ValueError(f"expected three arrays [seeds, items] with two items or more, got {shapes}")
     a, w, c = (rights.mean(axis=0) for rights in over_seeds)
     gap = bootstrap(_mean_difference, c, w, resamples=resamples, seed=seed)
-    if gap.low <= 0:
+    if gap.low <= ROUNDING:
         return None
     return bootstrap(_share_of_gap, a, w, c, resamples=resamples, seed=seed)
 

@@ -117,10 +117,10 @@ def checked(config: ExperimentConfig) -> list[Cell]:
 
 def _finished(cell: Cell) -> dict[str, Any] | None:
     """Return the metrics of a run that is complete, with its evaluation if there are held-out samples."""
-    path = Path(cell.config.output_dir) / File.METRICS
-    if not path.exists():
+    folder = RunFolder(cell.config.output_dir)
+    if not (folder.path / File.METRICS).exists() or folder.weights is None:
         return None
-    metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    metrics = folder.read_json(File.METRICS)
     evaluated = metrics["eval"] or not (cell.config.data.eval or cell.config.data.eval_fraction)
     return metrics if metrics["status"] == "completed" and evaluated else None
 

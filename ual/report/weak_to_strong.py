@@ -165,7 +165,7 @@ def _main(summary: Mapping[str, Any]) -> Table:
             Column("Difference", "points"),
             Column("Better in", "seeds"),
             Column("PGR", "1: the ceiling"),
-            Column("Samples"),
+            Column("Distinct samples"),
             Column("Loss tokens"),
         ),
         rows=tuple(rows),
@@ -233,11 +233,25 @@ def _supervisors(summary: Mapping[str, Any]) -> Table:
 
 
 def _gains(summary: Mapping[str, Any]) -> Table:
+    """Return what each arm gains over its supervisor, and over the arm that differs in one respect."""
     return Table(
-        caption="Accuracy of each arm minus that of its supervisor, by test question, with its 95 % interval",
-        columns=(Column("Arm", numeric=False), Column("Supervisor", numeric=False), Column("Gain", "points")),
+        caption="Accuracy of each arm minus that of its supervisor, and minus that of its control, by test "
+        "question, with its 95 % interval. A control differs from its arm in one respect",
+        columns=(
+            Column("Arm", numeric=False),
+            Column("Supervisor", numeric=False),
+            Column("Gain", "points"),
+            Column("Control", numeric=False),
+            Column("Difference", "points"),
+        ),
         rows=tuple(
-            (Cell(arm["name"]), Cell(arm["against"] or ABSENT), _points(arm["gain"]))
+            (
+                Cell(arm["name"]),
+                Cell(arm["against"] or ABSENT),
+                _points(arm["gain"]),
+                Cell(arm["control"] or ABSENT),
+                _points(arm["over_control"]),
+            )
             for arm in summary["arms"]
         ),
     )
@@ -394,7 +408,10 @@ def _design(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Re-weighting", softmax
     yield "Unparsed answers", _UNPARSED[reliability["unparsed"]]
     steps, samples = _shown(budget["steps"]), _shown(budget["samples"])
-    yield "Budget", f"{steps} optimizer steps and {samples} samples drawn, for each arm and seed"
+    said = f"{steps} optimizer steps and {samples} samples drawn, for each arm and seed"
+    if budget["by"] == "tokens":
+        said = f"{steps} optimizer steps for the first arm; those of the others are scaled to its loss tokens"
+    yield "Budget", said
     yield "Seeds", ", ".join(map(str, summary["seeds"])) or ABSENT
 
 

@@ -7,7 +7,7 @@ right answer, except the ceiling's samples.
 
 import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,8 +70,10 @@ def measure(
         of_question[answer["question_id"]][answer["wording"]] = answer
     found = [_asked(item, of_question[item.id], config, place) for item in items]
     if all(math.isnan(question.entropy) for question in found):
+        alone = all(len(question.values) < 2 for question in found)
+        why = "each has one answer only" if alone else "too few answers could be parsed"
         raise UserError(
-            f"none of the {len(found)} questions has a usable majority: no answer could be parsed",
+            f"none of the {len(found)} questions has a usable majority: {why}",
             place=place,
             remedy="read the texts there; then correct the task's prompt, train the supervisor longer, raise "
             'ask.max_tokens, or set reliability.unparsed to "class"',
@@ -179,10 +181,12 @@ def _of_question(
             yield sample(answer, solution)
         case "distribution":
             likeliest = max(question.probabilities, key=question.probabilities.__getitem__)
-            by_reply: dict[str, float] = defaultdict(float)
-            for reply, option in wording.replies.items():
-                by_reply[reply] += question.probabilities[option]
-            yield sample(likeliest, label_distribution=dict(by_reply))
+            sharing = Counter(wording.replies.values())  # replies that mean the same option
+            by_reply = {
+                reply: question.probabilities[option] / sharing[option]
+                for reply, option in wording.replies.items()
+            }
+            yield sample(likeliest, label_distribution=by_reply)
         case "distinct":
             for k, (value, weight) in enumerate(question.weights(temperature).items(), start=1):
                 text = question.texts[question.values.index(value)]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ual.config.base import dump
 from ual.config.weak_to_strong import ARMS, WeakToStrongConfig
 from ual.methods import reliability
-from ual.methods.statistics import Estimate, bootstrap, performance_gap_recovered
+from ual.methods.statistics import ROUNDING, Estimate, bootstrap, performance_gap_recovered
 from ual.pipelines.weak_to_strong.arms import Asked
 from ual.pipelines.weak_to_strong.questions import Split
 
@@ -32,7 +32,9 @@ PUBLISHED = {
     "ETHICS": [(0.0, 0.80), (0.69, 0.71)],
 }  # fmt: skip
 """Accuracy of labels by entropy (nats), with Llama-2-7B as the weak supervisor (arXiv 2406.19032)."""
-_FEWEST_SEEDS, _FEWEST_STEPS = 3, 200
+TOLERANCE = 0.05
+"""The share by which the loss tokens of an arm may differ from the first arm's."""
+_FEWEST_SEEDS, _FEWEST_STEPS, _FEWEST_TESTS = 3, 200, 200
 Rights = NDArray[np.float64]  # [seeds, questions], 0 or 1
 
 
@@ -100,7 +102,11 @@ class Found:
                 include={"by", "times", *(["temperature"] if config.ask.by == "sample" else [])}
             ),
             "reliability": config.reliability.model_dump(),
-            "budget": {"steps": training["max_steps"], "samples": training["max_steps"] * batch},
+            "budget": {
+                "by": config.budget,
+                "steps": training["max_steps"],
+                "samples": training["max_steps"] * batch,
+            },
             "chance": self._chance(),
             "supervisors": [self._supervisor(who) for who in config.supervisors],
             "arms": arms,
@@ -168,12 +174,12 @@ class Found:
         return [float(self.rights(name, [s]).mean()) if s in known else None for s in self.config.seeds]
 
     def _labels(self, who: str) -> dict[str, float | None]:
-        """Return the accuracies of labels, means over seeds."""
+        """Return the accuracies of labels, each over the questions that have this label; means over seeds."""
         gold = {id: hidden.answer for id, hidden in self.split.hidden.items()}
         sums: dict[str, list[float | None]] = defaultdict(list)
         for asked in self.asked.get(who, {}).values():
             usable = [q for q in asked if not math.isnan(q.entropy)]
-            sums["first"].append(_mean(_right(q, q.first, gold) for q in asked))
+            sums["first"].append(_mean(_right(q, q.first, gold) for q in asked if q.first is not None))
             sums["majority"].append(_mean(_right(q, q.majority, gold) for q in usable))
             sums["selected"].append(_mean(_right(q, q.majority, gold) for q in usable if q.selected))
             sums["weighted"].append(
@@ -214,10 +220,19 @@ class Found:
             "better": int((pair[0].mean(1) > pair[1].mean(1)).sum()) if compared else None,
             "pgr": self._recovered(name),
             "against": arm.supervisor,
+            "control": arm.control if arm.control in self.config.arms else "",
+            "over_control": self._over_control(name),
             "gain": _difference(self.rights(name, shared), self.rights(supervisor, shared))
             if shared
             else None,
         }
+
+    def _over_control(self, name: str) -> dict[str, float] | None:
+        """Return the accuracy of an arm minus that of its control, paired by question."""
+        control = ARMS[name].control
+        if control not in self.config.arms or not (seeds := self.seeds(name, control)):
+            return None
+        return _difference(self.rights(name, seeds), self.rights(control, seeds))
 
     def _recovered(self, name: str) -> dict[str, float] | None:
         if (
@@ -239,7 +254,7 @@ class Found:
         if not (seeds := self.seeds("supervisor-weak", "ceiling")):
             return None, "Ceiling and weak supervisor have not been evaluated yet."
         gap = _difference(self.rights("ceiling", seeds), self.rights("supervisor-weak", seeds))
-        if gap["low"] > 0:
+        if gap["low"] > ROUNDING:
             return gap, ""
         return gap, (
             f"The 95 % interval of ceiling minus weak supervisor, {gap['low']:+.3f} to {gap['high']:+.3f}, "
@@ -274,6 +289,7 @@ class Found:
         pooled = [q for asked in self.asked.get("weak", {}).values() for q in asked]
         if not pooled or not any(ARMS[name].select == "consistent" for name in self.config.arms):
             return None
+        pooled = [q for q in pooled if not math.isnan(q.entropy)]
         subjects = Counter((q.item.subject, q.selected) for q in pooled if q.item.subject)
         counts = {name: subjects[name, True] + subjects[name, False] for name, _ in subjects}
         return {
@@ -307,6 +323,9 @@ class Found:
             yield f"{'One seed' if count == 1 else f'{count} seeds'} (fewer than {_FEWEST_SEEDS})."
         if (steps := self.config.strong["training"]["max_steps"]) < _FEWEST_STEPS:
             yield f"{steps} training steps (fewer than {_FEWEST_STEPS})."
+        if (count := len(self.split.test)) < _FEWEST_TESTS:
+            yield f"{count} test questions (fewer than {_FEWEST_TESTS})."
+        yield from self._unequal(arms)
         missing = [arm["name"] for arm in arms if arm["status"] != "completed"]
         if missing:
             yield f"Not evaluated with every seed: {', '.join(missing)}."
@@ -316,8 +335,36 @@ class Found:
                 "No arm filters at random, so the effect of reliability cannot be told from that of fewer "
                 "distinct samples."
             )
+        yield from self._unlabeled()
         if self.config.budget == "tokens":
             yield "Steps differ between arms, so that loss tokens do not (budget: tokens)."
+
+    def _unequal(self, arms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+        """Name seeds whose arms were trained on different numbers of loss tokens, as counted."""
+        for seed in self.config.seeds:
+            counts = {
+                arm["name"]: runs[seed]["trained_tokens"]
+                for arm in arms
+                if seed in (runs := self.metrics.get(arm["name"], {}))
+            }
+            first = next(iter(counts.values()), 0.0)
+            if any(abs(count - first) > TOLERANCE * first for count in counts.values()):
+                span = f"{min(counts.values()):,.0f} to {max(counts.values()):,.0f}"
+                yield f"Loss tokens of seed {seed} differ by more than {TOLERANCE:.0%}: {span}."
+
+    def _unlabeled(self) -> Iterator[str]:
+        """Count what the filter cannot judge, and name a filter that selects everything."""
+        for who, by_seed in self.asked.items():
+            pooled = [q for asked in by_seed.values() for q in asked]
+            if unusable := sum(math.isnan(q.entropy) for q in pooled):
+                count = f"{unusable / len(by_seed):,.4g} of {len(self.split.unsupervised):,}"
+                yield (
+                    f"{count} questions have no usable majority of the supervisor {who} (mean over seeds): "
+                    "most arms do not train on them."
+                )
+            filters = any(ARMS[name].select == "consistent" for name in self.config.arms)
+            if who == "weak" and filters and unusable + sum(q.selected for q in pooled) == len(pooled):
+                yield "The filter drops nothing: no entropy is above its threshold."
 
 
 def _model(raw: Mapping[str, Any]) -> str:

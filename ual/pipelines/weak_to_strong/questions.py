@@ -4,15 +4,16 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ual.config.weak_to_strong import ARMS, WeakToStrongConfig
 from ual.data import Renderer, expand
-from ual.data.tasks import Item, Task, pose, read, wordings
+from ual.data.tasks import Item, Task, Wording, pose, read, wordings
 from ual.errors import UserError
 from ual.evaluate.tasks import Posed
+from ual.methods.answers import normalize
 from ual.runs.environment import digest
+from ual.uncertainty.estimators.parsing import last_number
 
 
 class Gold(NamedTuple):
@@ -36,6 +37,10 @@ class Split:
     hidden: Mapping[str, Gold]
     dropped: Mapping[str, int]
 
+    def contents(self, part: str) -> list[Any]:
+        """Return what models see of the questions of a part, as JSON data."""
+        return [[item.id, item.question, item.options, item.subject] for item in getattr(self, part)]
+
     def ids(self) -> dict[str, Any]:
         """Return the split as JSON data."""
         parts = {"supervised": self.supervised, "unsupervised": self.unsupervised, "test": self.test}
@@ -45,10 +50,10 @@ class Split:
 
 
 def sources(config: WeakToStrongConfig) -> dict[str, Any]:
-    """Return the hashes of the data files; names for data sets of the hub."""
+    """Return the hashes of the data files in their order; names for data sets of the hub."""
     data = config.data
     found = {
-        part: {Path(name).name: digest(name) or name for name in expand(files)}
+        part: [digest(name) or name for name in expand(files)]
         for part, files in (("train", data.train), ("test", data.test))
     }
     return found | {"splits": [data.train_split, data.test_split]}
@@ -82,7 +87,7 @@ def divide(
     decides = any(ARMS[name].needs_options for name in config.arms)
 
     def fits(item: Item) -> bool:
-        why = _misfit(task, item, weak, strong, decides)
+        why = _misfit(task, item, weak, strong, decides, config.ask.max_tokens)
         dropped.update([why] if why else [])
         return not why
 
@@ -106,16 +111,20 @@ def divide(
             f"too few questions: {count} supervised, {len(chosen) - count} unsupervised, {len(held_out)} "
             f"test questions, and each part needs two; dropped: {_said(dropped)}",
             place="configuration, data",
-            remedy="name larger files, or change split",
+            remedy="name larger files, or change split; if most are too long, raise data.max_length; if "
+            "their options do not differ at one token, change the task's reply, or remove the arms "
+            "soft_labels and confidence",
         )
     supervised, others = chosen[:count], chosen[count:]
+    if config.ask.by == "order":
+        fewest = min(others, key=lambda item: len(item.options))
+        wordings(task, fewest, config.ask.times)  # raises an error if it has fewer orders
     for item in (*supervised, *held_out):
-        if item.gold is None:
-            raise UserError(
-                "the question has no right answer, and supervised and test questions need one",
-                place=item.place,
-                remedy="correct the file or the task's `gold`",
-            )
+        _check_gold(task, item, solved=item in supervised)
+    if not recorded:
+        fitting = [item for item in supervised if not _solution_too_long(item, weak)]
+        dropped["the solution is too long"] += len(supervised) - len(fitting)
+        supervised = fitting
     return Split(
         supervised=supervised,
         unsupervised=[replace(item, gold=None, solution="") for item in others],
@@ -179,16 +188,50 @@ def _first(items: list[Item], limit: int | None, fits: Callable[[Item], bool], s
     return found
 
 
-def _misfit(task: Task, item: Item, weak: Renderer | None, strong: Renderer | None, decides: bool) -> str:
-    """Return why a model cannot be trained on a question; "" if it can."""
+def _check_gold(task: Task, item: Item, *, solved: bool) -> None:
+    """Refuse a right answer that is missing, or that no reply could have.
+
+    Args:
+        task: of the item.
+        item: a supervised or a test question.
+        solved: whether its solution is trained.
+    """
+    problem = ""
+    if item.gold is None:
+        problem = "the question has no right answer, and supervised and test questions need one"
+    elif task.kind == "number" and normalize(last_number(f"#### {item.gold}")) != item.gold:
+        problem = f"the right answer is not a number that a reply can have, got {item.gold!r}"
+    elif task.kind == "number" and solved and normalize(last_number(item.solution)) != item.gold:
+        problem = f"the solution does not end with the right answer {item.gold!r}"
+    if problem:
+        raise UserError(
+            problem, place=item.place, remedy="correct the file or the task's `gold` and `solution`"
+        )
+
+
+def _misfit(
+    task: Task, item: Item, weak: Renderer | None, strong: Renderer | None, decides: bool, max_tokens: int
+) -> str:
+    """Return why a model cannot be trained on a question, by what is known without its right answer."""
     wording = pose(task, item)
     question = Posed(item.id, wording, item.place)
-    longest = max(wording.replies, key=len) if wording.replies else item.solution or "0"
-    if any(renderer and renderer.render(question.sample(longest)) is None for renderer in (weak, strong)):
-        return "too long"
-    if decides and strong and strong.render(question.sample(longest, options=list(wording.replies))) is None:
+    replies = list(wording.replies)
+    if task.kind != "number" and len(replies) < 2:
+        return "fewer than two different options"
+    longest, room = (max(replies, key=len), 0) if replies else ("0", max_tokens)
+    for renderer in (weak, strong):
+        if renderer is not None:
+            rendered = renderer.render(question.sample(longest))
+            if rendered is None or len(rendered.input_ids) + room > renderer.max_length:
+                return "too long" + f" with ask.max_tokens {max_tokens}" * bool(room)
+    if decides and strong is not None and strong.render(question.sample(longest, options=replies)) is None:
         return "options do not differ at one token"
     return ""
+
+
+def _solution_too_long(item: Item, weak: Renderer | None) -> bool:
+    question = Posed(item.id, Wording(item.question, {}), item.place)
+    return bool(item.solution) and weak is not None and weak.render(question.sample(item.solution)) is None
 
 
 def _said(dropped: Mapping[str, int]) -> str:

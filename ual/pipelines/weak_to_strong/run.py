@@ -25,11 +25,11 @@ The study's folder:
 
 import datetime
 import hashlib
-import json
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, get_args
@@ -40,7 +40,7 @@ from ual.config.base import dump, merged
 from ual.config.experiment import ExperimentConfig
 from ual.config.run import RunConfig, parse
 from ual.config.weak_to_strong import ARMS, WeakToStrongConfig
-from ual.data.tasks import Task, load_task, pose, wordings
+from ual.data.tasks import Task, load_task, pose
 from ual.errors import UserError
 from ual.evaluate.tasks import Answered, Posed, choose, work_out
 from ual.files import read_jsonl, sha256, write_json, write_jsonl, write_text, writing
@@ -51,10 +51,9 @@ from ual.pipelines.weak_to_strong.arms import Asked, measure, training_samples
 from ual.pipelines.weak_to_strong.learner import Learner, renderer, weights
 from ual.pipelines.weak_to_strong.paraphrase import paraphrase
 from ual.pipelines.weak_to_strong.questions import Split, divide, posed, sources
-from ual.pipelines.weak_to_strong.stages import Ledger, appending, intact
+from ual.pipelines.weak_to_strong.stages import Ledger, Step, appending, intact, read_object
 from ual.records import Message, Sample
 from ual.report import weak_to_strong as report
-from ual.runs.environment import digest
 from ual.runs.folder import File, RunFolder
 from ual.runs.lock import holding
 from ual.runs.progress import Progress
@@ -64,8 +63,6 @@ Stage = Literal["split", "weak", "answers", "arms", "strong", "evaluation", "rep
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Who = Literal["weak", "self"]
 WHO: tuple[Literal["weak", "strong"], ...] = ("weak", "strong")
-TOLERANCE = 0.05
-"""The share by which the loss tokens of an arm may differ from the first arm's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +104,13 @@ def run(
         study = _divided(config, task, common)
         if not (folder / "config.yaml").exists():
             write_text(folder / "config.yaml", dump(config))
-        result = Result(None, None)
+        result = _reported(study) if only == "report" else Result(None, None)
         for seed in config.seeds:
             for stage, compute in _STAGES.items():
                 if only in (None, stage):
                     say(f"\n[bold]{stage}[/bold], seed {seed}", highlight=False)
                     compute(study, seed)
-            if only in (None, "report"):
+            if only is None:
                 result = _reported(study)
         write_text(folder / "config.yaml", dump(config))  # a changed one only now: a stage may refuse it
     return result
@@ -171,14 +168,58 @@ class Study:
     def folder(self) -> Path:
         return Path(self.config.output_dir)
 
-    def answers(self, who: Who, seed: int) -> Path:
-        return self.folder / "answers" / f"{who}-seed{seed}.jsonl"
+    def answers(self, who: Who, seed: int) -> Step:
+        """Return the step that asks a supervisor."""
+        inputs = {
+            "questions": self.split.contents("unsupervised"),
+            "task": self.task.model_dump(),
+            "ask": self.config.ask.model_dump(),
+            "weights": _weights_digest(self.trained(SUPERVISOR + who, seed)),
+        }
+        path = self.folder / "answers" / f"{who}-seed{seed}.jsonl"
+        return Step(f"answers of {who}, seed {seed}", path, inputs)
 
     def samples(self, arm: str, seed: int) -> Path:
+        """Return the file of an arm's training samples."""
         return self.folder / "arms" / f"seed{seed}" / f"{arm}.jsonl"
 
-    def evaluation(self, name: str, seed: int) -> Path:
-        return self.folder / "evaluation" / f"{name}-seed{seed}.jsonl"
+    def choice(self, name: str, seed: int) -> Step:
+        """Return the step that makes the training samples of an arm, with what this arm uses."""
+        arm, config = ARMS[name], self.config.reliability
+        used: dict[str, Any] = {"unparsed": config.unparsed} if arm.labels in ("majority", "distinct") else {}
+        if arm.select != "all":
+            used |= {"unparsed": config.unparsed, "rule": config.rule, "value": config.value}
+        if arm.labels == "distinct":
+            used["temperature"] = config.temperature
+        inputs: dict[str, Any] = {"task": self.task.model_dump(), "reliability": used}
+        if arm.labels == "gold":
+            inputs["questions"] = self.split.contents("unsupervised")
+            inputs["right answers"] = {id: list(gold) for id, gold in self.split.hidden.items()}
+        else:
+            inputs["answers"] = sha256(self.answers(arm.supervisor, seed).output)
+        return Step(f"samples of {name}, seed {seed}", self.samples(name, seed), inputs)
+
+    def evaluation(self, name: str, seed: int) -> Step:
+        """Return the step that evaluates a trained model."""
+        inputs: dict[str, Any] = {
+            "questions": self.split.contents("test"),
+            "task": self.task.model_dump(),
+            "weights": _weights_digest(self.trained(name, seed)),
+        }
+        if self.task.kind == "number":
+            inputs["ask.max_tokens"] = self.config.ask.max_tokens
+        path = self.folder / "evaluation" / f"{name}-seed{seed}.jsonl"
+        return Step(f"evaluation of {name}, seed {seed}", path, inputs)
+
+    @property
+    def difficulty(self) -> Step:
+        """The step that asks the untrained strong model."""
+        inputs = {
+            "questions": self.split.contents("unsupervised"),
+            "task": self.task.model_dump(),
+            "model": self.config.strong["model"],
+        }
+        return Step("the untrained model", self.folder / "evaluation" / "untrained.jsonl", inputs)
 
     def trained(self, name: str, seed: int) -> RunConfig:
         """Return the training run of an arm or, as "supervisor-weak", of a supervisor."""
@@ -186,6 +227,13 @@ class Study:
             [cell] = self.supervisor(name.removeprefix(SUPERVISOR), seed).cells()
             return cell.config
         return next(cell.config for cell in self.strong(seed).cells() if cell.arm == name)
+
+    def has_weights(self, name: str, seed: int) -> bool:
+        """Return whether a supervisor or an arm is trained."""
+        folder = self.folder / "strong" / f"seed{seed}" / name
+        if name.startswith(SUPERVISOR):
+            folder = Path(self.trained(name, seed).output_dir)
+        return RunFolder(folder).weights is not None
 
     def supervisor(self, who: str, seed: int) -> ExperimentConfig:
         """Return the training of a supervisor: an experiment with one arm."""
@@ -224,9 +272,11 @@ class Study:
     def loss_tokens(self, seed: int) -> dict[str, float]:
         """Return the mean number of loss tokens of each arm's samples."""
         path = self.folder / "arms" / f"seed{seed}" / "loss_tokens.json"
-        _require(path, "arms")
-        found: dict[str, float] = json.loads(path.read_bytes())
-        return found
+        found = read_object(path) if path.exists() else {}
+        if missing := [name for name in self.config.arms if name not in found]:
+            problem = f"the samples of {missing[0]}, seed {seed}, have not been chosen yet"
+            raise UserError(problem, place=str(path), remedy="run the stage `arms` first, or all")
+        return {name: float(found[name]) for name in self.config.arms}
 
 
 SUPERVISOR = "supervisor-"
@@ -243,37 +293,40 @@ def checked_run(config: WeakToStrongConfig, who: Literal["weak", "strong"]) -> R
     own = {"data": {"train": "supervised.jsonl"}, "output_dir": str(Path(config.output_dir) / who)}
     checked = parse(merged(raw, own), place=f"configuration, {who}")
     if who == "strong":
-        for name, overrides in config.arms.items():
-            parse(
-                merged(merged(raw, own), merged(ARMS[name].run, overrides)),
-                place=f"configuration, arms.{name}",
-            )
+        arms = {name: merged(ARMS[name].run, of) for name, of in config.arms.items()}
+        base = merged(raw, {"data": own["data"]})
+        ExperimentConfig(output_dir=config.output_dir, base=base, arms=arms).check()
     return checked
 
 
-def _require(path: Path, stage: Stage) -> None:
-    if not path.exists():
-        raise UserError(f"{path} is missing", remedy=f"run the stage `{stage}` first, or all stages")
+def _weights_digest(config: RunConfig) -> dict[str, str]:
+    """Return the hashes of a run's trained weights, without what depends on the time of day beside them."""
+    return {path.name: sha256(path) for path in sorted(weights(config).glob("*.safetensors"))}
 
 
 # ---- split ----
 
 
+_LENGTHS = {"chat_template", "chat_template_kwargs", "system_prompt", "max_length"}
+"""Keys of `data` that decide how long a question is."""
+
+
 def _divided(config: WeakToStrongConfig, task: Task, common: Mapping[str, Any]) -> Study:
     """Divide the questions, or read how they were divided."""
     folder = Path(config.output_dir)
-    path, ledger = folder / "split.json", Ledger(folder / "stages.json")
-    lengths = {who: checked_run(config, who).data.model_dump() for who in WHO}
-    known = ledger.begin(
-        "split",
-        path,
-        data=sources(config),
-        task=task.model_dump(),
-        split=config.split.model_dump(),
-        arms=any(ARMS[name].needs_options for name in config.arms),
-        lengths=lengths,
-    )
-    recorded = json.loads(path.read_bytes()) if known else {"date": datetime.date.today().isoformat()}
+    ledger = Ledger(folder / "stages.json")
+    inputs: dict[str, Any] = {
+        "data": sources(config),
+        "task": task.model_dump(),
+        "split": config.split.model_dump(),
+        "arms that need options": any(ARMS[name].needs_options for name in config.arms),
+        "lengths": {who: checked_run(config, who).data.model_dump(include=_LENGTHS) for who in WHO},
+    }
+    if task.kind == "number":
+        inputs["ask.max_tokens"] = config.ask.max_tokens
+    step = Step("split", folder / "split.json", inputs)
+    known = ledger.complete(step)
+    recorded = read_object(step.output) if known else {"date": datetime.date.today().isoformat()}
     date = recorded["date"]
     weak, strong = (
         renderer(
@@ -284,8 +337,6 @@ def _divided(config: WeakToStrongConfig, task: Task, common: Mapping[str, Any]) 
         for who in WHO
     )
     split = divide(config, task, weak, strong, recorded=recorded if known else None)
-    if config.ask.by == "order":  # a question with too few options is found before training
-        wordings(task, min(split.unsupervised, key=lambda item: len(item.options)), config.ask.times)
     if not known:
         samples = []
         for item in split.supervised:
@@ -293,9 +344,10 @@ def _divided(config: WeakToStrongConfig, task: Task, common: Mapping[str, Any]) 
             wording = pose(task, item)
             completion = wording.reply(item.gold) if wording.replies else item.solution
             samples.append({"id": item.id, "prompt": wording.prompt, "completion": completion})
+        ledger.begin(step)
         write_jsonl(folder / "supervised.jsonl", samples)
-        write_json(path, recorded | split.ids())
-        ledger.finish("split")
+        write_json(step.output, recorded | split.ids())
+        ledger.finish(step)
     study = Study(config, task, split, date, ledger, common)
     for seed in config.seeds:
         for who in config.supervisors:
@@ -319,12 +371,9 @@ def _train_supervisors(study: Study, seed: int) -> None:
 
 def _ask(study: Study, seed: int) -> None:
     for who in study.config.supervisors:
-        trained = study.supervisor(who, seed)
-        [cell] = trained.cells()
-        path, ask = study.answers(who, seed), study.config.ask
-        of = {"split": study.split.ids(), "task": study.task.model_dump(), "ask": ask.model_dump()}
-        stage = f"answers of {who}, seed {seed}"
-        if study.ledger.begin(stage, path, **of, weights=digest(weights(cell.config))):
+        [cell] = experiment.checked(study.supervisor(who, seed))
+        step, ask = study.answers(who, seed), study.config.ask
+        if not study.ledger.begin(step):
             continue
         others = _paraphrased(study) if ask.by == "paraphrase" else None
         if ask.by == "sample":
@@ -338,8 +387,7 @@ def _ask(study: Study, seed: int) -> None:
             questions = posed(
                 study.task, study.split.unsupervised, ask.times, seed=ask.seed, paraphrases=others
             )
-        _append(study, cell.config, questions, path, f"asking {who}", _Draws(study, seed), trained=True)
-        study.ledger.finish(stage)
+        _append(study, cell.config, questions, step, f"asking {who}", _Draws(study, seed), trained=True)
 
 
 def _paraphrased(study: Study) -> dict[str, list[str]]:
@@ -361,7 +409,7 @@ def _paraphrased(study: Study) -> dict[str, list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class _Draws:
-    """The records of a supervisor's answer: one, or several draws from the probabilities of the options."""
+    """The records of a supervisor's answer: one, or its most probable option and draws of others."""
 
     study: Study
     seed: int
@@ -379,7 +427,9 @@ class _Draws:
         if len(keys) > 1:
             ask, p = self.study.config.ask, answered.probabilities
             draw = random.Random(f"{ask.seed} {self.seed} {question.key}")  # noqa: S311
-            values = draw.choices(list(p), [x ** (1 / ask.temperature) for x in p.values()], k=len(keys))
+            best = max(p.values())
+            odds = [(x / best) ** (1 / ask.temperature) for x in p.values()]
+            values = [answered.value, *draw.choices(list(p), odds, k=len(keys) - 1)]
         records = []
         for key, value in zip(keys, values, strict=True):
             id, _, wording = key.rpartition("#")
@@ -405,50 +455,63 @@ def _append(
     study: Study,
     config: RunConfig,
     questions: Sequence[Posed],
-    path: Path,
+    step: Step,
     what: str,
     records: "_Draws | _Plain",
     *,
     trained: bool,
 ) -> None:
-    """Answer the questions whose records are not in a file of JSON lines, and append them.
+    """Finish a step: answer the questions whose records are not in its file of JSON lines, and append them.
 
     Args:
         study: has the task and how it is asked.
         config: the training run of the model.
         questions: with distinct keys.
-        path: of the file.
+        step: that has begun.
         what: is done, for progress.
         records: make an answer's records.
         trained: by the run, or as it was downloaded.
     """
-    known = {record["key"] for record in intact(path)}
+    known = {record["key"] for record in intact(step.output)}
     done = {q.key for q in questions if known.issuperset(records.keys(q.key))}
     by_key = {question.key: question for question in questions}
-    with Progress(study.common["console"]) as progress, appending(path) as file:
+    with Progress(study.common["console"]) as progress, appending(step.output) as file:
         advance = progress.task(what, len(questions))
-        if len(done) == len(questions):
-            return
-        learner = Learner.load(config, trained=trained, trust_remote_code=study.common["trust_remote_code"])
-        options: dict[str, Any] = {"batch_size": study.config.batch_size, "known": done, "advance": advance}
-        if study.task.kind == "number":
-            ask = study.config.ask
-            sampled = isinstance(records, _Draws) and ask.by == "sample"
-            answers = work_out(
-                learner.model,
-                learner.renderer,
-                questions,
-                read=lambda text: normalize(last_number(text)),
-                max_tokens=ask.max_tokens,
-                temperature=ask.temperature if sampled else 0.0,
-                seeds=[_number(f"{ask.seed} {config.training['seed']} {q.key}") for q in questions],
-                **options,
+        if len(done) < len(questions):
+            learner = Learner.load(
+                config, trained=trained, trust_remote_code=study.common["trust_remote_code"]
             )
-        else:
-            answers = choose(learner.model, learner.renderer, questions, **options)
-        for batch in answers:
-            made = (record for a in batch for record in records(by_key[a.key], a))
-            file.add(record for record in made if record["key"] not in known)
+            answers = _answers(study, learner, questions, records, seed=config.training["seed"])
+            for batch in answers(batch_size=study.config.batch_size, known=done, advance=advance):
+                made = (record for a in batch for record in records(by_key[a.key], a))
+                file.add(record for record in made if record["key"] not in known)
+    study.ledger.finish(step)
+
+
+def _answers(
+    study: Study, learner: Learner, questions: Sequence[Posed], records: "_Draws | _Plain", *, seed: int
+) -> Callable[..., Iterator[list[Answered]]]:
+    """Return the function that yields a model's answers, batch by batch."""
+    if study.task.kind != "number":
+        return partial(choose, learner.model, learner.renderer, questions)
+    ask = study.config.ask
+    sampled = isinstance(records, _Draws) and ask.by == "sample"
+    draws = [
+        (
+            0.0 if not sampled or q.key.endswith("#0") else ask.temperature,
+            _number(f"{ask.seed} {seed} {q.key}"),
+        )
+        for q in questions
+    ]
+    return partial(
+        work_out,
+        learner.model,
+        learner.renderer,
+        questions,
+        read=lambda text: normalize(last_number(text)),
+        max_tokens=ask.max_tokens,
+        draws=draws,
+    )
 
 
 def _number(text: str) -> int:
@@ -460,44 +523,41 @@ def _number(text: str) -> int:
 
 
 def _asked(study: Study, who: Who, seed: int) -> list[Asked]:
-    path = study.answers(who, seed)
-    if not study.ledger.complete(f"answers of {who}, seed {seed}", path):
-        raise UserError(f"{path} is not complete", remedy="run the stage `answers` first, or all stages")
-    answers = (answer for _, answer in read_jsonl(path))
-    return measure(study.split.unsupervised, answers, study.config.reliability, str(path))
+    step = study.answers(who, seed)
+    study.ledger.require(step, "answers")
+    answers = (answer for _, answer in read_jsonl(step.output))
+    return measure(study.split.unsupervised, answers, study.config.reliability, str(step.output))
 
 
 def _choose_samples(study: Study, seed: int) -> None:
-    tokens = {}
     reader = renderer(
         checked_run(study.config, "strong").on(datetime.date.fromisoformat(study.date)),
         fitting=True,
         trust_remote_code=study.common["trust_remote_code"],
     )
+    for who in study.config.supervisors:
+        experiment.checked(study.supervisor(who, seed))
     asked = {who: _asked(study, who, seed) for who in study.config.supervisors}
+    tokens: dict[str, float] = {}
     for name in study.config.arms:
-        arm, path = ARMS[name], study.samples(name, seed)
-        of: dict[str, Any] = {"answers": sha256(study.answers(arm.supervisor, seed))}
-        if arm.labels == "gold":
-            of = {"right answers": {id: gold._asdict() for id, gold in study.split.hidden.items()}}
-        of |= {"reliability": study.config.reliability.model_dump(), "task": study.task.model_dump()}
-        stage = f"samples of {name}, seed {seed}"
-        if not study.ledger.begin(stage, path, **of):
-            found = training_samples(
-                name,
-                arm,
-                study.task,
-                asked[arm.supervisor],
-                study.split.hidden,
-                study.config.reliability,
-                seed=seed,
+        arm, step = ARMS[name], study.choice(name, seed)
+        trained = RunFolder(study.folder / "strong" / f"seed{seed}" / name).holds_run()
+        if study.ledger.begin(step, replace=not trained):
+            of = asked[arm.supervisor], study.split.hidden, study.config.reliability
+            found = training_samples(name, arm, study.task, *of, seed=seed)
+            # a worked answer may be longer than training can use
+            write_jsonl(step.output, [sample for sample in found if _loss_tokens(reader, sample)])
+            study.ledger.finish(step)
+        counts = [_loss_tokens(reader, sample) for _, sample in read_jsonl(step.output)]
+        if not counts:
+            raise UserError(
+                f"arm {name} has no training sample: all are longer than {reader.max_length} tokens",
+                place=str(step.output),
+                remedy="raise strong.data.max_length",
             )
-            write_jsonl(path, found)
-            study.ledger.finish(stage)
-        tokens[name] = fmean(_loss_tokens(reader, sample) for _, sample in read_jsonl(path))
-    if study.config.budget == "samples":
-        _check_budget(tokens, seed)
+        tokens[name] = fmean(counts)
     write_json(study.folder / "arms" / f"seed{seed}" / "loss_tokens.json", tokens)
+    _check_budget(study, seed)
     _write_runs(study.strong(seed))
 
 
@@ -507,14 +567,16 @@ def _loss_tokens(reader: Any, sample: Mapping[str, Any]) -> int:
     return rendered.loss_tokens if rendered else 0
 
 
-def _check_budget(tokens: Mapping[str, float], seed: int) -> None:
-    """Refuse arms whose loss tokens differ at equal samples."""
-    (first, reference), *others = tokens.items()
+def _check_budget(study: Study, seed: int) -> None:
+    """Refuse arms whose loss tokens differ at equal samples, unless the budget is in loss tokens."""
+    if study.config.budget == "tokens":
+        return
+    (first, reference), *others = study.loss_tokens(seed).items()
     for name, mean in others:
-        if abs(mean - reference) > TOLERANCE * reference:
+        if abs(mean - reference) > figures.TOLERANCE * reference:
             raise UserError(
                 f"arm {name} has {mean:.2f} loss tokens per sample and arm {first} has {reference:.2f} (seed "
-                f"{seed}): at equal samples their loss tokens differ by more than {TOLERANCE:.0%}",
+                f"{seed}): at equal samples their loss tokens differ by more than {figures.TOLERANCE:.0%}",
                 place="configuration, budget",
                 remedy="set budget to `tokens`, which scales the steps of each arm; or use replies of one "
                 "length, such as letters",
@@ -523,7 +585,10 @@ def _check_budget(tokens: Mapping[str, float], seed: int) -> None:
 
 def _train_arms(study: Study, seed: int) -> None:
     for name in study.config.arms:
-        _require(study.samples(name, seed), "arms")
+        if ARMS[name].labels != "gold":
+            study.ledger.require(study.answers(ARMS[name].supervisor, seed), "answers")
+        study.ledger.require(study.choice(name, seed), "arms")
+    _check_budget(study, seed)
     experiment.run(study.strong(seed), **study.common)
 
 
@@ -550,48 +615,48 @@ def _evaluated(study: Study) -> list[str]:
 
 def _evaluate(study: Study, seed: int) -> None:
     test = [Posed(item.id, pose(study.task, item), item.place) for item in study.split.test]
-    ids = [item.id for item in study.split.test]
+    _check_runs(study, seed)
     for name in _evaluated(study):
-        config, path = study.trained(name, seed), study.evaluation(name, seed)
-        stage = f"evaluation of {name}, seed {seed}"
-        of = {"questions": ids, "task": study.task.model_dump(), "weights": digest(weights(config))}
-        if not study.ledger.begin(stage, path, **of):
-            _append(study, config, test, path, f"evaluating {name}", _Plain(), trained=True)
-            study.ledger.finish(stage)
-    if study.task.kind != "number":
-        _measure_difficulty(study, seed)
+        step = study.evaluation(name, seed)
+        if study.ledger.begin(step):
+            config = study.trained(name, seed)
+            _append(study, config, test, step, f"evaluating {name}", _Plain(), trained=True)
+    if study.task.kind != "number" and study.ledger.begin(study.difficulty):
+        items = study.split.unsupervised
+        questions = [Posed(item.id, pose(study.task, item), item.place) for item in items]
+        config, step = study.trained(next(iter(study.config.arms)), seed), study.difficulty
+        _append(study, config, questions, step, "asking the untrained model", _Plain(), trained=False)
 
 
-def _measure_difficulty(study: Study, seed: int) -> None:
-    """Answer the unsupervised questions with the untrained strong model, once."""
-    path = study.folder / "evaluation" / "untrained.jsonl"
-    of = {"split": study.split.ids(), "task": study.task.model_dump(), "model": study.config.strong["model"]}
-    if study.ledger.begin("difficulty", path, **of):
-        return
-    items = study.split.unsupervised
-    questions = [Posed(item.id, pose(study.task, item), item.place) for item in items]
-    config = study.trained(next(iter(study.config.arms)), seed)
-    _append(study, config, questions, path, "asking the untrained model", _Plain(), trained=False)
-    study.ledger.finish("difficulty")
+def _check_runs(study: Study, seed: int) -> None:
+    """Refuse runs that were trained with other settings."""
+    for who in study.config.supervisors:
+        experiment.checked(study.supervisor(who, seed))
+    if all(study.samples(name, seed).exists() for name in study.config.arms):
+        experiment.checked(study.strong(seed))
 
 
 def _reported(study: Study) -> Result:
-    """Write what is known: of a study that is not finished, the figures of complete stages."""
+    """Write what is known: of a study that is not finished, the figures of complete steps."""
     found = figures.Found(config=study.config, kind=study.task.kind, split=study.split)
     for seed in study.config.seeds:
+        _check_runs(study, seed)
         for who in study.config.supervisors:
-            if study.ledger.complete(f"answers of {who}, seed {seed}", study.answers(who, seed)):
+            if study.has_weights(SUPERVISOR + who, seed) and study.ledger.complete(study.answers(who, seed)):
                 found.asked.setdefault(who, {})[seed] = _asked(study, who, seed)
         for name in _evaluated(study):
-            path = study.evaluation(name, seed)
-            if study.ledger.complete(f"evaluation of {name}, seed {seed}", path):
-                folder = RunFolder(study.trained(name, seed).output_dir)
-                found.answers.setdefault(name, {})[seed] = {r["key"]: r for _, r in read_jsonl(path)}
-                found.metrics.setdefault(name, {})[seed] = folder.read_json(File.METRICS)
-                found.environment = folder.read_json(File.ENVIRONMENT)
-    path = study.folder / "evaluation" / "untrained.jsonl"
-    if study.ledger.complete("difficulty", path):
-        found.untrained = {record["key"]: record for _, record in read_jsonl(path)}
+            if not (
+                study.has_weights(name, seed) and study.ledger.complete(step := study.evaluation(name, seed))
+            ):
+                continue
+            if name in study.config.arms:
+                study.ledger.require(study.choice(name, seed), "arms")
+            folder = RunFolder(study.trained(name, seed).output_dir)
+            found.answers.setdefault(name, {})[seed] = {r["key"]: r for _, r in read_jsonl(step.output)}
+            found.metrics.setdefault(name, {})[seed] = folder.read_json(File.METRICS)
+            found.environment = folder.read_json(File.ENVIRONMENT)
+    if study.ledger.complete(study.difficulty):
+        found.untrained = {record["key"]: record for _, record in read_jsonl(study.difficulty.output)}
     summary = found.summary()
     write_json(study.folder / "report.json", summary)
     return Result(summary, report.write(summary, study.folder / "report.html"))

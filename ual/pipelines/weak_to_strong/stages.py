@@ -1,18 +1,28 @@
-"""Which stage of a study has been computed from which inputs, and files that survive a kill at any moment."""
+"""Which step of a study has been computed from which inputs, and files that survive a kill at any moment."""
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from ual.errors import UserError
-from ual.files import json_line, read_jsonl, write_json
+from ual.files import json_line, read_jsonl, sha256, write_json
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A part of a stage: its name, the file that it writes, and what decides the content: JSON values."""
+
+    name: str
+    output: Path
+    inputs: Mapping[str, Any]
 
 
 class Ledger:
-    """The inputs of every stage that has begun, in a file: a stage never mixes results of different inputs.
+    """The inputs of every step that has begun, in a file: no step mixes results of different inputs.
 
     Args:
         path: of the file.
@@ -21,56 +31,107 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def begin(self, stage: str, output: Path, **inputs: Any) -> bool:
-        """Record the inputs of a stage; return whether it is complete with them.
-
-        Args:
-            stage: its name, with its seed.
-            output: its file or folder. Without it, the stage has not begun.
-            inputs: what decides its results: JSON values.
+    def complete(self, step: Step) -> bool:
+        """Return whether a step is complete with its inputs.
 
         Raises:
-            UserError: it began with other inputs.
+            UserError: its output was computed from other inputs, is not recorded, or has changed since.
         """
-        stages = self._read()
-        digests = {name: digest_of(value) for name, value in inputs.items()}
-        known = stages.get(stage)
-        if known is not None and output.exists():
-            if changed := sorted(name for name in digests if known["inputs"].get(name) != digests[name]):
-                raise UserError(
-                    f"{stage} was computed with other settings: {', '.join(changed)} changed",
-                    place=str(self._path.parent),
-                    remedy=f"choose another output_dir, or remove {output} to compute it again",
-                )
-            return bool(known["complete"])
-        write_json(self._path, stages | {stage: {"complete": False, "inputs": digests}})
-        return False
+        known = self._read().get(step.name)
+        if not step.output.exists():
+            return False
+        if known is None:
+            raise self._refused(step, f"{step.output.name} is there, and no record of its inputs")
+        changed = [name for name, of in _digests(step).items() if known["inputs"].get(name) != of]
+        if changed:
+            raise self._refused(
+                step, f"{step.name}: computed with other settings, {', '.join(changed)} changed"
+            )
+        if known["sha256"] is None:
+            return False
+        if known["sha256"] != sha256(step.output):
+            raise self._refused(step, f"{step.output.name} has changed since it was computed")
+        return True
 
-    def finish(self, stage: str) -> None:
-        """Record that a stage is complete."""
-        stages = self._read()
-        write_json(self._path, stages | {stage: stages[stage] | {"complete": True}})
+    def begin(self, step: Step, *, replace: bool = False) -> bool:
+        """Record the inputs of a step; return whether there is something to compute.
 
-    def complete(self, stage: str, output: Path) -> bool:
-        """Return whether a stage is complete, with any inputs."""
-        return output.exists() and bool(self._read().get(stage, {}).get("complete"))
+        Args:
+            step: to begin, or to continue.
+            replace: compute it again if it was computed otherwise, instead of an error.
+
+        Raises:
+            UserError: as `complete`, unless `replace`.
+        """
+        try:
+            if self.complete(step):
+                return False
+        except UserError:
+            if not replace:
+                raise
+        self._write(step, None)
+        return True
+
+    def finish(self, step: Step) -> None:
+        """Record that a step is complete."""
+        self._write(step, sha256(step.output))
+
+    def require(self, step: Step, stage: str) -> None:
+        """Check that a step is complete.
+
+        Raises:
+            UserError: it is not, or as `complete`.
+        """
+        if not self.complete(step):
+            raise UserError(
+                f"{step.output} is missing or not complete", remedy=f"run the stage `{stage}` first, or all"
+            )
+
+    def _refused(self, step: Step, problem: str) -> UserError:
+        return UserError(
+            problem,
+            place=str(self._path.parent),
+            remedy=f"choose another output_dir, or remove {step.output} to compute it again",
+        )
+
+    def _write(self, step: Step, digest: str | None) -> None:
+        entry = {"sha256": digest, "inputs": _digests(step)}
+        write_json(self._path, self._read() | {step.name: entry})
 
     def _read(self) -> dict[str, Any]:
-        if not self._path.exists():
-            return {}
-        try:
-            found = json.loads(self._path.read_bytes())
-            assert isinstance(found, dict)
-        except (ValueError, AssertionError) as error:
-            raise UserError(
-                f"not a record of stages: {error}", place=str(self._path), remedy="restore the file"
-            ) from error
+        found = read_object(self._path) if self._path.exists() else {}
+        for name, entry in found.items():
+            if not (isinstance(entry, dict) and entry.keys() == {"sha256", "inputs"}):
+                raise _damaged(self._path, f"{name} has no inputs")
         return found
 
 
-def digest_of(value: Any) -> str:
-    """Return a hash of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+def _digests(step: Step) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+        for name, value in step.inputs.items()
+    }
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file of the study.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(found, dict):
+        raise _damaged(path, "expected an object")
+    return found
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(
+        f"the file is damaged: {why}", place=str(path), remedy="restore it, or choose another output_dir"
+    )
 
 
 def intact(path: Path) -> list[dict[str, Any]]:
