@@ -356,7 +356,7 @@ def _divided(config: WeakToStrongConfig, task: Task, common: Mapping[str, Any]) 
 
 
 def _write_runs(trained: ExperimentConfig) -> None:
-    """Write the configuration of each run that has not begun beside its folder, where a launcher can use it."""
+    """Write the configuration of each run that has not begun beside its folder, for a launcher."""
     for cell in trained.cells():
         if not RunFolder(cell.config.output_dir).holds_run():
             write_text(Path(cell.config.output_dir).with_suffix(".yaml"), dump(cell.config))
