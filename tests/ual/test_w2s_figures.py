@@ -97,7 +97,7 @@ def test_accuracy_difference_and_seeds() -> None:
     assert summary["detectable"]["half_width"] == pytest.approx(sum(half) / 2)
 
 
-@pytest.mark.kills("ual/pipelines/weak_to_strong/figures.py", 'if gap["low"] > 0:', "if True:")
+@pytest.mark.kills("ual/pipelines/weak_to_strong/figures.py", 'if gap["low"] > ROUNDING:', "if True:")
 def test_no_gap_no_pgr() -> None:
     same = {name: {1: MOST} for name in ("supervisor-weak", "naive", "ceiling")}
     summary = found(same).summary()
@@ -143,7 +143,7 @@ ASKED = {1: SPLIT, 2: dict.fromkeys(SPLIT, "rrrrg")}
 
 
 @pytest.mark.kills(
-    "ual/pipelines/weak_to_strong/figures.py", "_mean(_right(q, q.first, gold) for q in asked)", "0.5"
+    "ual/pipelines/weak_to_strong/figures.py", "for q in asked if q.first is not None", "for q in asked[:1]"
 )
 def test_label_accuracies_before_and_after() -> None:
     summary = found({"supervisor-weak": {1: HALF}, "naive": {1: HALF}, "filter": {1: HALF}}, ASKED).summary()
