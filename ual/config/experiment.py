@@ -47,11 +47,6 @@ class ExperimentConfig(CommandConfig):
             raise ValueError("seeds must be distinct")
         return self
 
-    def check(self) -> None:
-        """Raise the errors of `cells`."""
-        for _ in self.cells():
-            pass
-
     def cells(self) -> Iterator[Cell]:
         """Yield the runs, seed by seed, each with its configuration.
 

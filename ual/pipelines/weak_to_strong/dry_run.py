@@ -76,7 +76,6 @@ def plan(config: WeakToStrongConfig, *, trust_remote_code: bool = False) -> Plan
     ask, seeds = config.ask, len(config.seeds)
     passes = 1 if ask.by == "sample" and task.kind != "number" else ask.times
     supervisors, asked = len(config.supervisors), len(split.unsupervised)
-    trained = [(who, config.weak if who == "weak" else config.strong) for who in config.supervisors]
     untrained = 0 if task.kind == "number" else asked
     return Plan(
         task=config.task,
@@ -86,8 +85,11 @@ def plan(config: WeakToStrongConfig, *, trust_remote_code: bool = False) -> Plan
         dropped=dict(split.dropped),
         models=(weak, strong),
         training=(
-            *(_training(who, raw, seeds) for who, raw in trained),
-            _training("arms", config.strong, seeds * len(config.arms)),
+            *(
+                Training(who, seeds, *config.training("weak" if who == "weak" else "strong"))
+                for who in config.supervisors
+            ),
+            Training("arms", seeds * len(config.arms), *config.training("strong")),
         ),
         paraphrases=asked * (ask.times - 1) if ask.by == "paraphrase" else 0,
         answered=asked * passes * supervisors * seeds,
@@ -108,9 +110,3 @@ def _look(who: str, config: RunConfig, *, trust_remote_code: bool) -> tuple[Mode
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(n for n, is_trained in counts if is_trained)
     return Model(who, path, "", sum(n for n, _ in counts), trained, memory.fused), reader
-
-
-def _training(who: str, raw: dict[str, Any], runs: int) -> Training:
-    training = raw.get("training") or {}
-    batch = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
-    return Training(who, runs, training.get("max_steps"), batch)

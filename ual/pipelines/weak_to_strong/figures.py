@@ -80,11 +80,8 @@ class Found:
         gap, no_pgr = self._gap()
         finished = all(arm["status"] == "completed" for arm in arms)
         differences = [arm["difference"] for arm in arms[1:] if arm["difference"]]
-        training = config.strong["training"]
-        batch = training.get("per_device_train_batch_size", 8) * training.get(
-            "gradient_accumulation_steps", 1
-        )
-        dropped = dict(split.dropped)
+        steps, samples_per_step = config.training("strong")
+        assert steps is not None
         return {
             "name": Path(config.output_dir).name,
             "task": Path(config.task).stem,
@@ -96,7 +93,7 @@ class Found:
                 "supervised": len(split.supervised),
                 "unsupervised": len(split.unsupervised),
                 "test": len(split.test),
-                "dropped": dropped,
+                "dropped": dict(split.dropped),
             },
             "asked": config.ask.model_dump(
                 include={"by", "times", *(["temperature"] if config.ask.by == "sample" else [])}
@@ -104,8 +101,8 @@ class Found:
             "reliability": config.reliability.model_dump(),
             "budget": {
                 "by": config.budget,
-                "steps": training["max_steps"],
-                "samples": training["max_steps"] * batch,
+                "steps": steps,
+                "samples": steps * samples_per_step,
             },
             "chance": self._chance(),
             "supervisors": [self._supervisor(who) for who in config.supervisors],

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ual.config.weak_to_strong import ARMS, WeakToStrongConfig
 from ual.data import Renderer, expand
-from ual.data.tasks import Item, Task, Wording, pose, read, wordings
+from ual.data.tasks import Item, Task, pose, read, wordings
 from ual.errors import UserError
 from ual.evaluate.tasks import Posed
 from ual.methods.answers import normalize
@@ -119,10 +119,11 @@ def divide(
     if config.ask.by == "order":
         fewest = min(others, key=lambda item: len(item.options))
         wordings(task, fewest, config.ask.times)  # raises an error if it has fewer orders
-    for item in (*supervised, *held_out):
-        _check_gold(task, item, solved=item in supervised)
+    for solved, items in ((True, supervised), (False, held_out)):
+        for item in items:
+            _check_gold(task, item, solved=solved)
     if not recorded:
-        fitting = [item for item in supervised if not _solution_too_long(item, weak)]
+        fitting = [item for item in supervised if not _solution_too_long(task, item, weak, strong)]
         dropped["the solution is too long"] += len(supervised) - len(fitting)
         supervised = fitting
     return Split(
@@ -150,7 +151,7 @@ def posed(
         task, items: the questions.
         times: wordings of each.
         seed: of the orders of options.
-        paraphrases: other wordings by id, at least ``times - 1`` each; None reorders options.
+        paraphrases: other wordings by id, of which ``times - 1`` are used; None reorders options.
     """
     found = []
     for item in items:
@@ -229,9 +230,9 @@ def _misfit(
     return ""
 
 
-def _solution_too_long(item: Item, weak: Renderer | None) -> bool:
-    question = Posed(item.id, Wording(item.question, {}), item.place)
-    return bool(item.solution) and weak is not None and weak.render(question.sample(item.solution)) is None
+def _solution_too_long(task: Task, item: Item, *renderers: Renderer | None) -> bool:
+    solved = Posed(item.id, pose(task, item), item.place).sample(item.solution)
+    return bool(item.solution) and any(r is not None and r.render(solved) is None for r in renderers)
 
 
 def _said(dropped: Mapping[str, int]) -> str:

@@ -29,7 +29,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, get_args
@@ -295,13 +295,22 @@ def checked_run(config: WeakToStrongConfig, who: Literal["weak", "strong"]) -> R
     if who == "strong":
         arms = {name: merged(ARMS[name].run, of) for name, of in config.arms.items()}
         base = merged(raw, {"data": own["data"]})
-        ExperimentConfig(output_dir=config.output_dir, base=base, arms=arms).check()
+        list(ExperimentConfig(output_dir=config.output_dir, base=base, arms=arms).cells())
     return checked
 
 
 def _weights_digest(config: RunConfig) -> dict[str, str]:
     """Return the hashes of a run's trained weights, without what depends on the time of day beside them."""
-    return {path.name: sha256(path) for path in sorted(weights(config).glob("*.safetensors"))}
+    return {
+        path.name: _sha256(path, path.stat().st_mtime_ns)
+        for path in sorted(weights(config).glob("*.safetensors"))
+    }
+
+
+@cache
+def _sha256(path: Path, changed: int) -> str:
+    """Return the hash of a file of weights, which may have gigabytes, once for each time of its change."""
+    return sha256(path)
 
 
 # ---- split ----
