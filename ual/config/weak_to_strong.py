@@ -222,7 +222,7 @@ class WeakToStrongConfig(CommandConfig):
         return self
 
     def training(self, who: Literal["weak", "strong"]) -> tuple[int | None, int]:
-        """Return a model's optimizer steps, None if epochs decide, and the samples of a step in one process."""
+        """Return the optimizer steps, None if epochs decide, and the samples of a step in one process."""
         training = (self.weak if who == "weak" else self.strong).get("training") or {}
         batch: int = training.get("per_device_train_batch_size", 8)
         return training.get("max_steps"), batch * training.get("gradient_accumulation_steps", 1)
