@@ -36,7 +36,13 @@ from benchmarks.report import (
 )
 from benchmarks.studies import elicitation
 
-PAGES = ("README.md", "docs/benchmarks.md", "docs/elicitation.md", "docs/kernels.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/elicitation.md",
+    "docs/kernels.md",
+    "docs/weak-to-strong.md",
+)
 _REGION = re.compile(r"<!-- figures (\w+): begin -->\n.*?<!-- figures \1: end -->", re.S)
 
 Link: TypeAlias = Callable[[Path], str]  # a file's path, relative to the page that quotes it
@@ -484,6 +490,39 @@ def elicitation_scale(link: Link) -> str:
 
     path, found = _study("elicitation_scale")
     return f"{scale_table(found)}\n\nSource: {_source(path, found, link)}."
+
+
+_FOUND = (
+    1.96 + 0.84
+) / 1.96  # of the interval's half: the difference that a test at 5 % finds four in five times
+
+
+@figure
+def weak_to_strong(link: Link) -> str:
+    """What six arms learn from a weak supervisor."""
+    from benchmarks.studies.weak_to_strong import arms_table
+
+    path, found = _study("weak_to_strong")
+    study = found["study"]
+    accuracies = [f"{arm['name']} {arm['accuracy']['value']:.1%}" for arm in study["arms"]]
+    half = 100 * study["detectable"]["half_width"]
+    return (
+        f"![Accuracy of each arm: {', '.join(accuracies)}]({link(path.with_suffix('.png'))})\n\n"
+        f"{arms_table(found)}\n\n"
+        f"{study['questions']['test']:,} test questions. In brackets: 95 % intervals over questions. "
+        f"Guessing gives {study['chance']:.0%}.\nOn average, the intervals of the differences extend "
+        f"{half:.1f} points to each side. So a true difference of\n{_FOUND * half:.1f} points would be found "
+        f"by four of five such studies, if seeds did not differ.\nSource: {_source(path, found, link)}."
+    )
+
+
+@figure
+def weak_to_strong_labels(link: Link) -> str:
+    """How often the weak labels are right, before and after the filter, and by entropy."""
+    from benchmarks.studies.weak_to_strong import labels_table, levels_table
+
+    path, found = _study("weak_to_strong")
+    return f"{labels_table(found)}\n\n{levels_table(found)}\n\nSource: {_source(path, found, link)}."
 
 
 @figure

@@ -63,6 +63,11 @@ def headline(found: dict[str, Any]) -> str:
     return f"{where}; load before {load}; {found['date']}; commit {found['commit']}; {versions}"
 
 
+def stem(about: dict[str, Any], study: str) -> Path:
+    """Return the path of a study's files in benchmarks/results/, without suffix."""
+    return RESULTS / about["machine"] / study / f"{about['date']}-{about['commit']}"
+
+
 def save(
     found: dict[str, Any],
     text: str,
@@ -71,11 +76,10 @@ def save(
     markdown: Path | None = None,
 ) -> None:
     """Write both files, by default to benchmarks/results/<machine>/<study>/, and print their paths."""
-    about = found["machine"]
-    stem = RESULTS / about["machine"] / study / f"{about['date']}-{about['commit']}"
+    default = stem(found["machine"], study)
     for path, content in (
-        (json_path or stem.with_suffix(".json"), json.dumps(found, indent=1) + "\n"),
-        (markdown or stem.with_suffix(".md"), text + "\n"),
+        (json_path or default.with_suffix(".json"), json.dumps(found, indent=1) + "\n"),
+        (markdown or default.with_suffix(".md"), text + "\n"),
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")

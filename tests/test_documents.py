@@ -35,7 +35,7 @@ from ual.data.tasks import Task
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("ual", "make", "pip", "pytest", "python", "torchrun", "deepspeed", "accelerate", "hf")
-PARSED = ("ual quickstart", "ual publish", "ual elicit figures/")
+PARSED = ("ual quickstart", "ual publish", "ual elicit figures/", "ual w2s sciq/")
 """Beginnings of `ual` commands that need minutes, the hub, or what a study writes."""
 ROWS = [
     {"prompt": f"What is {i} + {i}?", "completion": f"It is {2 * i}.", "uncertainty": i / 10}

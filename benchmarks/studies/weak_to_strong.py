@@ -4,8 +4,8 @@
     ual w2s FOLDER/sciq.yaml
     python -m benchmarks.studies.weak_to_strong collect FOLDER
 
-`prepare` writes the weak model, the task and the configuration. `collect` writes the figures of the report to
-benchmarks/results/; they have ids and numbers, and no text of the data.
+`prepare` writes the weak model, the task and the configuration. `collect` writes the figures of the report
+and its plot of accuracies to benchmarks/results/; they have no text of the data.
 """
 
 import argparse
@@ -19,6 +19,9 @@ import yaml
 from benchmarks import machine
 from ual.files import cache_folder
 from ual.pipelines.quickstart.model import prepare as smollm2
+from ual.pipelines.weak_to_strong.figures import PUBLISHED
+from ual.report.plots import write_png
+from ual.report.weak_to_strong import accuracy_figure
 
 WEAK_LAYERS = (*range(9), 27, 28, 29)
 """Of 30. The first twelve alone have a loss of 40 nats per token; with the last three, 14 before training."""
@@ -90,8 +93,14 @@ def prepare(data: Path, folder: Path) -> None:
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """Return the figures of the report, without paths of the machine."""
+    """Return the figures of the report, without paths of the machine.
+
+    Raises:
+        ValueError: the study is unfinished.
+    """
     found = json.loads((folder / "study" / "report.json").read_text())
+    if found["status"] != "completed":
+        raise ValueError(f"the study in {folder} is {found['status']}: run `ual w2s` to its end first")
     about = machine.describe()
     config = configuration(Path("../shared/data"), Path("FOLDER"), Path("SmolLM2-135M-Instruct"))
     kept = {
@@ -102,27 +111,51 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def arms_table(found: dict[str, Any]) -> str:
-    """Accuracy of every arm, its difference from the first, and the recovered gap."""
+    """Accuracy of every arm, minus that of the first arm and that of its control, and PGR."""
     study = found["study"]
+    first = study["arms"][0]
     [weak, *_] = study["supervisors"]
-    rows = [("weak supervisor", _share(weak["accuracy"]), "", "", _seeds(weak))]
+    rows = [("weak supervisor", _share(weak["accuracy"]), "", "", "", _seeds(weak))]
     for arm in study["arms"]:
-        difference = "baseline" if arm is study["arms"][0] else _share(arm["difference"], "+.1f")
+        difference = "" if arm is first else _share(arm["difference"], "+.1f")
+        control = f"`{arm['control']}`: {_share(arm['over_control'], '+.1f')}" if arm["control"] else ""
         pgr = "" if arm["pgr"] is None else _interval(arm["pgr"], ".2f")
-        rows.append((f"`{arm['name']}`", _share(arm["accuracy"]), difference, pgr, _seeds(arm)))
-    return machine.table(("", "accuracy, %", "minus `naive`, points", "PGR", "by seed, %"), rows)
+        rows.append((f"`{arm['name']}`", _share(arm["accuracy"]), difference, control, pgr, _seeds(arm)))
+    header = ("", "accuracy, %", f"minus `{first['name']}`", "minus its control", "PGR", "by seed, %")
+    return machine.table(header, rows)
 
 
 def levels_table(found: dict[str, Any]) -> str:
-    """Accuracy of the weak majority by the entropy of five answers."""
-    header = ("entropy, nats", "share of questions", "majority right")
-    return machine.table(
-        header,
-        [
-            (f"{level['low']:.3f}", f"{level['share']:.3f}", f"{level['label_accuracy']:.3f}")
-            for level in found["study"]["levels"]
-        ],
-    )
+    """Accuracy of the weak majority by the entropy of five answers, beside the published curves."""
+    published = {name: dict(PUBLISHED[name]) for name in ("HellaSwag", "MMLU")}
+    header = ("entropy, nats", "questions", "majority right", *(f"published, {name}" for name in published))
+    rows = []
+    for level in found["study"]["levels"]:
+        beside = (curve.get(round(level["low"], 2)) for curve in published.values())
+        rows.append(
+            (
+                f"{level['low']:.3f}",
+                f"{level['questions']:.0f}",
+                f"{level['label_accuracy']:.3f}",
+                *("" if value is None else f"{value:.2f}" for value in beside),
+            )
+        )
+    return machine.table(header, rows)
+
+
+def labels_table(found: dict[str, Any]) -> str:
+    """Accuracy of the weak labels before and after filter and weights, and what the filter drops."""
+    study = found["study"]
+    labels = study["supervisors"][0]["labels"]
+    selected, dropped = study["filter"]["selected"], study["filter"]["dropped"]
+    rows = [
+        ("first answer", f"{labels['first']:.3f}"),
+        ("majority", f"{labels['majority']:.3f}"),
+        ("majority, selected questions", f"{selected['label_accuracy']:.3f}"),
+        ("majority, dropped questions", f"{dropped['label_accuracy']:.3f}"),
+        ("distinct answers by weight", f"{labels['weighted']:.3f}"),
+    ]
+    return machine.table(("labels of the unsupervised questions", "right"), rows)
 
 
 def _interval(of: dict[str, float], form: str, scale: float = 1.0) -> str:
@@ -151,8 +184,11 @@ def main() -> None:
         prepare(given.data, given.folder)
     else:
         found = collect(given.folder)
-        text = "\n\n".join((machine.headline(found["machine"]), arms_table(found), levels_table(found)))
-        machine.save(found, text, "weak_to_strong")
+        tables = (arms_table(found), labels_table(found), levels_table(found))
+        machine.save(found, "\n\n".join((machine.headline(found["machine"]), *tables)), "weak_to_strong")
+        picture = machine.stem(found["machine"], "weak_to_strong").with_suffix(".png")
+        write_png(accuracy_figure(found["study"]), picture)
+        print(f"wrote {picture}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from ual.files import write_text, writing
 from ual.report import plots
 from ual.report.findings import ABSENT, duration
@@ -261,30 +263,33 @@ def _gains(summary: Mapping[str, Any]) -> Table:
 
 
 def _accuracies(summary: Mapping[str, Any]) -> Picture:
-    """Draw the arms' accuracies with vertical lines for the weak supervisor, the ceiling and chance."""
-    measured = {arm["name"]: arm for arm in summary["arms"] if arm["accuracy"] is not None}
+    """Draw the arms' accuracies, with lines for the weak supervisor, the ceiling and chance."""
+    measured = [arm for arm in summary["arms"] if arm["accuracy"] is not None]
     if not measured:
         return Picture("No arm is finished, so there is no plot of accuracies.")
-    lines = dict(_lines(summary))
-    drawn = {
-        name: (arm["accuracy"]["value"], arm["accuracy"]["low"], arm["accuracy"]["high"])
-        for name, arm in measured.items()
-    }
-    figure = plots.forest(
-        drawn,
-        seeds={name: _known(arm["by_seed"]) for name, arm in measured.items()},
-        lines=lines,
-        title=f"Accuracy on {_shown(summary['questions']['test'])} test questions",
-    )
-    accuracies = [f"{name} {_percent(value)} %" for name, (value, *_) in drawn.items()]
+    accuracies = [f"{arm['name']} {_percent(arm['accuracy']['value'])} %" for arm in measured]
     alt = f"Accuracy of each arm: {', '.join(accuracies)}."
-    if lines:
+    if lines := dict(_lines(summary)):
         named = [f"{name} {_percent(value)} %" for name, value in lines.items()]
         alt += f" Vertical lines: {', '.join(named)}."
     caption = "Dot: mean over seeds. Bar: 95 % interval over test questions. Strokes: single seeds."
-    if missing := [arm["name"] for arm in summary["arms"] if arm["name"] not in measured]:
+    if missing := [arm["name"] for arm in summary["arms"] if arm not in measured]:
         caption += f" Not finished: {', '.join(missing)}."
-    return Picture.of(figure, alt, caption)
+    return Picture.of(accuracy_figure(summary), alt, caption)
+
+
+def accuracy_figure(summary: Mapping[str, Any]) -> Figure:
+    """Draw the accuracies of the arms that have one; `ValueError` if none has."""
+    measured = {arm["name"]: arm for arm in summary["arms"] if arm["accuracy"] is not None}
+    return plots.forest(
+        {
+            name: (arm["accuracy"]["value"], arm["accuracy"]["low"], arm["accuracy"]["high"])
+            for name, arm in measured.items()
+        },
+        seeds={name: _known(arm["by_seed"]) for name, arm in measured.items()},
+        lines=dict(_lines(summary)),
+        title=f"Accuracy on {_shown(summary['questions']['test'])} test questions",
+    )
 
 
 def _lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
