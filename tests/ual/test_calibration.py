@@ -22,6 +22,7 @@ from ual.evaluate import (
     reliability_bins,
     rms_calibration_error,
 )
+from ual.evaluate.calibration import brier_parts, smooth_calibration_error
 from ual.models.score import TokenScores
 
 # confidences on a coarse grid meet the ties; free ones meet everything else
@@ -143,6 +144,147 @@ def test_calibrated_draws_come_close_to_none() -> None:
     assert expected_calibration_error(confidence, ~correct) > 0.4
 
 
+# ---- bins of equal width ----
+
+
+@pytest.mark.kills(
+    "ual/evaluate/calibration.py", "(value * bins).astype(np.intp)", "(value * bins).round().astype(np.intp)"
+)
+@pytest.mark.kills("ual/evaluate/calibration.py", ".astype(np.intp), bins - 1)", ".astype(np.intp), bins)")
+def test_bins_of_equal_width_are_intervals() -> None:
+    confidence = [0.0, 0.24, 0.25, 0.49, 0.5, 0.99, 1.0]
+    filled = reliability_bins(confidence, [0, 0, 1, 0, 1, 1, 1], bins=4, equal="width")
+    assert [b["count"] for b in filled] == [2, 2, 1, 2]
+    assert [b["accuracy"] for b in filled] == [0, 0.5, 1, 1]
+    assert filled[-1]["confidence"] == pytest.approx(0.995)
+
+
+# ---- without the noise of bins ----
+
+
+def calibrated(rng: np.random.Generator, n: int, error: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Draw confidences in [.3, .9] whose true accuracy is higher by `error`."""
+    confidence = rng.uniform(0.3, 0.9, size=n)
+    return confidence, rng.uniform(size=n) < confidence + error
+
+
+@pytest.mark.kills(
+    "ual/evaluate/calibration.py", '/ (b["count"] - 1) if b["count"] > 1', '/ b["count"] if b["count"] > 1'
+)
+@pytest.mark.kills(
+    "ual/evaluate/calibration.py", "reliability=reliability - noise,", "reliability=reliability,"
+)
+@pytest.mark.kills(
+    "ual/evaluate/calibration.py", "resolution=resolution - noise + of_mean,", "resolution=resolution,"
+)
+@pytest.mark.kills(
+    "ual/evaluate/calibration.py", "uncertainty=uncertainty + of_mean,", "uncertainty=uncertainty,"
+)
+@pytest.mark.parametrize("error", [0.0, 0.08])
+def test_the_parts_of_the_brier_score_are_unbiased(error: float) -> None:
+    """30 predictions in 10 bins, so that every correction is large, against the values of infinite data."""
+    rng = np.random.default_rng(0)
+    found = [brier_parts(*calibrated(rng, 30, error), bins=10) for _ in range(4000)]
+    truth = {"reliability": error**2, "resolution": 0.6**2 / 12, "uncertainty": (0.6 + error) * (0.4 - error)}
+    for name, value in truth.items():
+        drawn = [getattr(parts, name) for parts in found]
+        # the means of bins spread less than single values, by a share of 1 / bins^2; their bounds move
+        allowed = 4 * np.std(drawn) / math.sqrt(len(drawn)) + 0.002
+        assert np.mean(drawn) == pytest.approx(value, abs=allowed), name
+
+
+@given(st.lists(st.tuples(confidences, st.booleans()), min_size=2, max_size=60), bin_counts)
+def test_the_parts_add_up_to_the_brier_score(pairs: list[tuple[float, bool]], bins: int) -> None:
+    parts = brier_parts(*columns(pairs), bins)
+    total = parts.reliability - parts.resolution + parts.uncertainty + parts.within
+    assert total == pytest.approx(brier(*columns(pairs)), abs=1e-12)
+
+
+def test_one_bin_has_no_resolution_and_one_prediction_no_parts() -> None:
+    assert brier_parts([0.2, 0.9, 0.5], [0, 1, 1], bins=1).resolution == pytest.approx(0)
+    with pytest.raises(ValueError, match="two predictions"):
+        brier_parts([0.5], [1])
+
+
+@pytest.mark.kills("ual/evaluate/calibration.py", "square -= math.fsum", "square += math.fsum")
+def test_the_debiased_square_is_unbiased() -> None:
+    rng = np.random.default_rng(1)
+    squares, plain = [], []
+    for _ in range(2000):
+        pairs = calibrated(rng, 60, 0.09)
+        squares.append(rms_calibration_error(*pairs, bins=5, debiased=True) ** 2)
+        plain.append(rms_calibration_error(*pairs, bins=5) ** 2)
+    # cut at 0, which raises the mean a little
+    assert np.mean(squares) == pytest.approx(0.09**2, rel=0.3)
+    assert np.mean(plain) > 2 * 0.09**2
+    assert rms_calibration_error([0.5] * 4, [0, 1, 0, 1], debiased=True) == 0
+
+
+@pytest.mark.kills("ual/evaluate/calibration.py", "sigma * math.sqrt(2 / math.pi)", "sigma")
+@pytest.mark.kills("ual/evaluate/calibration.py", "return 2 * error -", "return error -")
+def test_the_debiased_error_takes_off_the_mean_of_noisy_gaps() -> None:
+    """Against the definition: the labels' mean of each bin is drawn anew."""
+    rng = np.random.default_rng(2)
+    confidence, correct = calibrated(rng, 40, 0.05)
+    filled = reliability_bins(confidence, correct, bins=4)
+    plain = expected_calibration_error(confidence, correct, bins=4)
+    noisy = 0.0
+    for b in filled:
+        mean, spread = b["accuracy"], math.sqrt(b["accuracy"] * (1 - b["accuracy"]) / b["count"])
+        draws = rng.normal(mean, spread, size=200_000)
+        noisy += b["count"] / 40 * np.abs(draws - b["confidence"]).mean()
+    debiased = expected_calibration_error(confidence, correct, bins=4, debiased=True)
+    assert debiased == pytest.approx(plain - (noisy - plain), abs=5 / math.sqrt(200_000))
+    assert expected_calibration_error([1.0] * 5, [0] * 5, debiased=True) == 1
+
+
+def direct_smooth_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """The definition by quadrature, with images of each residual at 2k + c and 2k - c."""
+    t = (np.arange(4000) + 0.5) / 4000
+
+    def smoothed(width: float) -> float:
+        total = np.zeros_like(t)
+        for c, y in zip(confidence, correct, strict=True):
+            for k in range(-3, 4):
+                for image in (2 * k + c, 2 * k - c):
+                    z = (t - image) / width
+                    total += (y - c) * np.exp(-z * z / 2) / (width * math.sqrt(2 * math.pi))
+        return float(np.abs(total / len(confidence)).mean())
+
+    narrow, wide = 0.002, 1.0
+    while wide - narrow > 1e-4:
+        middle = (narrow + wide) / 2
+        narrow, wide = (middle, wide) if smoothed(middle) > middle else (narrow, middle)
+    return wide
+
+
+@pytest.mark.kills(
+    "ual/evaluate/calibration.py", "math.pi * width * number) ** 2) / 2)", "math.pi * width * number) ** 2))"
+)
+@pytest.mark.parametrize("error", [0.0, 0.2, -0.25])
+def test_the_smooth_error_is_its_definition(error: float) -> None:
+    rng = np.random.default_rng(3)
+    confidence = np.concatenate([rng.uniform(0.3, 0.75, size=12), [0.001, 0.999, 1.0]])
+    correct = rng.uniform(size=15) < confidence + error
+    found = smooth_calibration_error(confidence, correct)
+    assert found == pytest.approx(direct_smooth_error(confidence, correct), abs=2e-3)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.001, 0.3, 1.0])
+def test_the_smooth_error_of_one_level_is_the_gap(level: float) -> None:
+    assert smooth_calibration_error([level] * 8, [1, 0] * 4) == pytest.approx(abs(level - 0.5), abs=1e-4)
+    assert smooth_calibration_error([1.0, 0.0], [1, 0]) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_smooth_error_of_calibrated_draws_falls_with_their_number() -> None:
+    rng = np.random.default_rng(4)
+    errors = [
+        np.mean([smooth_calibration_error(*calibrated(rng, n)) for _ in range(20)]) for n in (100, 3000)
+    ]
+    assert errors[1] < 0.5 * errors[0]
+    assert smooth_calibration_error(*calibrated(rng, 3000, 0.1)) == pytest.approx(0.1, abs=0.03)
+
+
 # ---- refusals ----
 
 
@@ -162,7 +304,14 @@ def test_calibrated_draws_come_close_to_none() -> None:
 def test_refuses_what_is_not_a_probability_or_a_verdict(
     confidence: list[float], correct: list[float], word: str
 ) -> None:
-    for measure in (expected_calibration_error, rms_calibration_error, brier, reliability_bins):
+    for measure in (
+        expected_calibration_error,
+        rms_calibration_error,
+        smooth_calibration_error,
+        brier,
+        brier_parts,
+        reliability_bins,
+    ):
         with pytest.raises(ValueError, match=word):
             measure(confidence, correct)
 

@@ -1,23 +1,36 @@
-"""How far stated confidence is from accuracy, and the token-level metrics of a held-out set. NumPy only.
+"""How far stated confidence is from accuracy, and the token-level metrics of a held-out set.
 
-Let token i have confidence c_i in [0, 1] (the model's top-1 probability) and correctness y_i in {0, 1} (the
-top-1 token is the target). Tokens are put into bins b of about equal mass; with n_b tokens, mean confidence
-conf(b) and mean correctness acc(b):
+Let prediction i have confidence c_i in [0, 1] (the probability of the top-1 token or option) and correctness
+y_i in {0, 1} (it is the target). Predictions are put into bins b; with n_b predictions, mean confidence
+conf(b), mean correctness acc(b) and its variance v_b = acc(b) (1 - acc(b)):
 
     ECE    = sum_b n_b/n |acc(b) - conf(b)|           Guo et al. 2017, arXiv 1706.04599, equation 3
     RMS-CE = sqrt(sum_b n_b/n (acc(b) - conf(b))^2)   Hendrycks et al. 2019, arXiv 1812.04606
     Brier  = 1/n sum_i (c_i - y_i)^2                  of the top-1 event, not of the whole distribution
 
-Bins of equal mass, not of equal width (Nixon et al. 2019, arXiv 1904.01685), since a language model's
-confidences pile up near 1. Confidences that are equal share a bin: with r of the n values below a value that
-occurs m times, all m go to bin floor(bins (r + m/2) / n). Without ties, bin sizes differ by at most one; with
-ties fewer than `bins` bins may be filled. The result depends on the multiset of pairs only, not on its order.
+Bins are of equal mass by default, not of equal width (Nixon et al. 2019, arXiv 1904.01685), since a language
+model's confidences pile up near 1. Confidences that are equal share a bin: with r of the n values below a
+value that occurs m times, all m go to bin floor(bins (r + m/2) / n). Without ties, bin sizes differ by at
+most one; with ties fewer than `bins` bins may be filled. The result depends on the multiset of pairs only,
+not on its order.
+
+A perfectly calibrated model has an ECE above 0, since acc(b) is an average of n_b draws. Debiased figures
+remove what such noise adds: all of it from the square, about half of it from the ECE of a calibrated model
+(Kumar et al. 2019, arXiv 1909.10155):
+
+    RMS-CE^2   the squared gap of bin b less v_b / (n_b - 1); the sum, which may be below 0, is cut at 0
+    ECE        the gap of bin b less (E|acc(b) + e - conf(b)| - |acc(b) - conf(b)|), e ~ N(0, v_b / n_b)
+
+The smooth calibration error has no bins (Blasiok and Nakkiran 2023, arXiv 2309.12236): with the Gaussian
+kernel K of width h, reflected at 0 and 1,
+
+    smECE(h) = integral over t in [0, 1] of |1/n sum_i K_h(t, c_i) (y_i - c_i)|,    smECE = the h = smECE(h)
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Self, TypedDict
+from typing import Literal, Self, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,13 +73,38 @@ class Evaluation(TypedDict):
     by_source: dict[str, SourceEvaluation]
 
 
-def reliability_bins(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> list[ReliabilityBin]:
-    """Return the filled bins, of about equal mass, by rising confidence.
+Equal = Literal["mass", "width"]
+"""What all bins have in common."""
+
+_CELLS = 2048  # of the grid on which residuals are smoothed
+
+
+@dataclass(frozen=True, slots=True)
+class BrierParts:
+    """Brier = reliability - resolution + uncertainty + within.
+
+    `reliability` is the mean squared gap of the bins, 0 is best. `resolution` is the variance of the bins'
+    accuracies, higher is better. `uncertainty` is the variance of correctness. `within` is what the spread of
+    confidences within bins adds (Murphy 1973; Stephenson et al. 2008). The first three are unbiased, so
+    `reliability` may be below 0 (Ferro and Fricker 2012).
+    """
+
+    reliability: float
+    resolution: float
+    uncertainty: float
+    within: float
+
+
+def reliability_bins(
+    confidence: ArrayLike, correct: ArrayLike, bins: int = 15, *, equal: Equal = "mass"
+) -> list[ReliabilityBin]:
+    """Return the filled bins by rising confidence.
 
     Args:
         confidence: [n], in [0, 1].
         correct: [n], bool or 0/1.
         bins: how many to aim at, >= 1.
+        equal: mass: about as many predictions in each. width: intervals [b / bins, (b + 1) / bins).
 
     Raises:
         ValueError: nothing to measure, shapes differ, or values out of range.
@@ -78,8 +116,11 @@ def reliability_bins(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) 
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
     value, inverse, mass = np.unique(c, return_inverse=True, return_counts=True)
-    below = np.cumsum(mass) - mass
-    bin_of_value = (2 * below + mass) * bins // (2 * c.size)
+    if equal == "mass":
+        below = np.cumsum(mass) - mass
+        bin_of_value = (2 * below + mass) * bins // (2 * c.size)
+    else:
+        bin_of_value = np.minimum((value * bins).astype(np.intp), bins - 1)
     count = np.bincount(bin_of_value, weights=mass, minlength=bins)
     confidence_sum = np.bincount(bin_of_value, weights=value * mass, minlength=bins)
     correct_sum = np.bincount(bin_of_value[inverse], weights=y, minlength=bins)
@@ -93,18 +134,80 @@ def reliability_bins(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) 
     ]
 
 
-def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
-    """Return the ECE over bins of equal mass, in [0, 1]; arguments and errors as `reliability_bins`.
+def expected_calibration_error(
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    bins: int = 15,
+    *,
+    equal: Equal = "mass",
+    debiased: bool = False,
+) -> float:
+    """Return the ECE, in [0, 1].
+
+    Args:
+        confidence, correct, bins, equal: as those of `reliability_bins`.
+        debiased: less what the noise of the bins' accuracies adds; may be below 0.
+
+    Raises:
+        ValueError: as `reliability_bins`.
 
     >>> round(expected_calibration_error([0.9, 0.2, 0.8, 0.4], [1, 0, 0, 1], bins=2), 3)
     0.275
     """
-    return _mean_gap(reliability_bins(confidence, correct, bins), power=1)
+    filled = reliability_bins(confidence, correct, bins, equal=equal)
+    error = _mean_gap(filled, power=1)
+    if not debiased:
+        return error
+    return 2 * error - math.fsum(b["count"] * _noisy_gap(b) for b in filled) / _total(filled)
 
 
-def rms_calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
-    """Return the RMS calibration error, never below the ECE; arguments and errors as `reliability_bins`."""
-    return math.sqrt(_mean_gap(reliability_bins(confidence, correct, bins), power=2))
+def rms_calibration_error(
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    bins: int = 15,
+    *,
+    equal: Equal = "mass",
+    debiased: bool = False,
+) -> float:
+    """Return the RMS calibration error, never below the ECE; arguments as `expected_calibration_error`.
+
+    A bin of one prediction has no estimate of its variance. If `debiased`, its squared gap counts in full.
+    """
+    filled = reliability_bins(confidence, correct, bins, equal=equal)
+    square = _mean_gap(filled, power=2)
+    if debiased:
+        square -= math.fsum(b["count"] * _variance_of_mean(b) for b in filled) / _total(filled)
+    return math.sqrt(max(0.0, square))
+
+
+def smooth_calibration_error(confidence: ArrayLike, correct: ArrayLike) -> float:
+    """Return the smooth calibration error, in [0, 1], from confidence [n] and correctness [n].
+
+    Residuals are smoothed on a grid of 2048 cells, so errors below 0.0005 are not resolved.
+
+    >>> round(smooth_calibration_error([0.8] * 10, [1] * 5 + [0] * 5), 3)
+    0.3
+    """
+    from scipy.fft import dct, idct
+
+    c, y = _checked(confidence, correct)
+    # each residual is shared by the two nearest cells, whose middles are (k + 1/2) / cells
+    at = np.clip(c * _CELLS - 0.5, 0, _CELLS - 1)
+    cell = np.minimum(at.astype(np.intp), _CELLS - 2)
+    share = at - cell
+    residual = (y - c) / c.size
+    grid = np.bincount(cell, residual * (1 - share), _CELLS) + np.bincount(cell + 1, residual * share, _CELLS)
+    waves, number = dct(grid), np.arange(_CELLS)
+
+    def smoothed(width: float) -> float:
+        damped = waves * np.exp(-((math.pi * width * number) ** 2) / 2)  # a reflected Gaussian
+        return float(np.abs(idct(damped)).sum())
+
+    narrow, wide = 0.0, 1.0
+    while wide - narrow > 1e-6:  # the smoothed error falls as the width grows
+        middle = (narrow + wide) / 2
+        narrow, wide = (middle, wide) if smoothed(middle) > middle else (narrow, middle)
+    return smoothed(wide)
 
 
 def brier(confidence: ArrayLike, correct: ArrayLike) -> float:
@@ -115,6 +218,36 @@ def brier(confidence: ArrayLike, correct: ArrayLike) -> float:
     """
     c, y = _checked(confidence, correct)
     return float(np.mean((c - y) ** 2))
+
+
+def brier_parts(
+    confidence: ArrayLike, correct: ArrayLike, bins: int = 15, *, equal: Equal = "mass"
+) -> BrierParts:
+    """Return what the Brier score consists of; arguments as `expected_calibration_error`.
+
+    Raises:
+        ValueError: as `reliability_bins`, or fewer than two predictions.
+
+    >>> parts = brier_parts([0.8, 0.8, 0.3, 0.3], [1, 1, 1, 0], bins=2)
+    >>> round(parts.reliability - parts.resolution + parts.uncertainty + parts.within, 3)
+    0.165
+    """
+    filled = reliability_bins(confidence, correct, bins, equal=equal)
+    n = _total(filled)
+    if n < 2:
+        raise ValueError("the parts of a Brier score need two predictions or more, got 1")
+    mean = math.fsum(b["count"] * b["accuracy"] for b in filled) / n
+    noise = math.fsum(b["count"] * _variance_of_mean(b) for b in filled) / n
+    of_mean = mean * (1 - mean) / (n - 1)
+    reliability = _mean_gap(filled, power=2)
+    resolution = math.fsum(b["count"] * (b["accuracy"] - mean) ** 2 for b in filled) / n
+    uncertainty = mean * (1 - mean)
+    return BrierParts(
+        reliability=reliability - noise,
+        resolution=resolution - noise + of_mean,
+        uncertainty=uncertainty + of_mean,
+        within=brier(confidence, correct) - (reliability - resolution + uncertainty),
+    )
 
 
 class TokenMetrics:
@@ -226,7 +359,25 @@ class _Tally:
 
 def _mean_gap(bins: Sequence[ReliabilityBin], power: int) -> float:
     gaps = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) ** power for b in bins)
-    return gaps / sum(b["count"] for b in bins)
+    return gaps / _total(bins)
+
+
+def _total(bins: Sequence[ReliabilityBin]) -> int:
+    return sum(b["count"] for b in bins)
+
+
+def _variance_of_mean(b: ReliabilityBin) -> float:
+    """Return the unbiased variance of a bin's accuracy; 0 if it has one prediction."""
+    return b["accuracy"] * (1 - b["accuracy"]) / (b["count"] - 1) if b["count"] > 1 else 0.0
+
+
+def _noisy_gap(b: ReliabilityBin) -> float:
+    """Return E|gap + e| of normal noise e: the mean of a folded normal distribution."""
+    gap, sigma = b["accuracy"] - b["confidence"], math.sqrt(b["accuracy"] * (1 - b["accuracy"]) / b["count"])
+    if sigma == 0:
+        return abs(gap)
+    z = gap / sigma
+    return sigma * math.sqrt(2 / math.pi) * math.exp(-z * z / 2) + gap * math.erf(z / math.sqrt(2))
 
 
 def _checked(confidence: ArrayLike, correct: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -1,0 +1,290 @@
+"""Measures of the probabilities that a model gives to the options of questions; temperature scaling.
+
+Question i has K_i options with probabilities p_i, renormalized over the options, a right option y_i, and
+perhaps the shares q_i of human answers:
+
+    NLL   = 1/n sum_i -ln p_i(y_i)                          a proper score, nats
+    Brier = 1/n sum_i sum_k (p_i(k) - [k = y_i])^2          a proper score in [0, 2] (Brier 1950)
+    T     = argmin of the NLL of p^(1/T), renormalized      on other questions (Guo et al. 2017)
+    KL    = 1/n sum_i sum_k q_i(k) ln(q_i(k) / p_i(k))      nats
+    JSD   = 1/n sum_i (KL(q_i | m_i) + KL(p_i | m_i)) / 2   nats, at most ln 2; m_i = (p_i + q_i) / 2
+
+Entropies of p and q are correlated over the questions. Calibration is that of the most probable option
+(`ual.evaluate.calibration`), ranking that of its confidence (`ual.evaluate.ranking`). Figures over options
+and figures over the vocabulary are different quantities.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ual.evaluate import calibration, ranking
+from ual.methods.statistics import Estimate, bootstrap
+
+Array = NDArray[np.float64]
+
+_SMALLEST = float(np.finfo(np.float64).smallest_subnormal)
+_TEMPERATURES = (0.01, 100.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Predictions:
+    """Probabilities of the options of n questions with up to K options.
+
+    Attributes:
+        log_probs: [n, K], nats, renormalized over the options; -inf where a question has fewer. The logarithm
+            of a probability that is 0 in float64 is -744.
+        gold: [n], the right option.
+        human: [n, K], shares of human answers, or None.
+    """
+
+    log_probs: Array
+    gold: NDArray[np.intp]
+    human: Array | None = None
+
+    @classmethod
+    def of(
+        cls,
+        probabilities: Sequence[Mapping[str, float]],
+        gold: Sequence[str],
+        human: Sequence[Mapping[str, float]] | None = None,
+    ) -> "Predictions":
+        """Return predictions from one mapping for each question, of options to shares.
+
+        Raises:
+            ValueError: a right option is not among the options, options of people and model differ, or shares
+                are not positive in sum.
+        """
+        names = [list(of) for of in probabilities]
+        width = max(map(len, names), default=0)
+        for options, right in zip(names, gold, strict=True):
+            if right not in options:
+                raise ValueError(f"the right option {right!r} is not among the options {options}")
+        p = _table(probabilities, names, width)
+        with np.errstate(divide="ignore"):
+            logs = np.log(np.where(p == 0, _SMALLEST, p))
+        logs[np.arange(width) >= np.array([[len(options)] for options in names])] = -np.inf
+        index = np.array([options.index(y) for options, y in zip(names, gold, strict=True)], dtype=np.intp)
+        return cls(logs, index, None if human is None else _table(human, names, width))
+
+    @property
+    def probabilities(self) -> Array:
+        """[n, K]."""
+        return np.exp(self.log_probs)
+
+    def at(self, temperature: float) -> "Predictions":
+        """Return the predictions at a temperature."""
+        logs = self.log_probs / temperature
+        logs = logs - np.logaddexp.reduce(logs, axis=1, keepdims=True)
+        return replace(self, log_probs=logs)
+
+    def take(self, questions: NDArray[Any]) -> "Predictions":
+        """Return the predictions of some questions, by index or mask [n]."""
+        human = None if self.human is None else self.human[questions]
+        return Predictions(self.log_probs[questions], self.gold[questions], human)
+
+    # ---- one figure for each question, [n] ----
+
+    def nll(self) -> Array:
+        return -self.log_probs[np.arange(self.gold.size), self.gold]
+
+    def brier(self) -> Array:
+        right = np.arange(self.log_probs.shape[1]) == self.gold[:, None]
+        score: Array = ((self.probabilities - right) ** 2).sum(1)
+        return score
+
+    def correct(self) -> NDArray[np.bool_]:
+        right: NDArray[np.bool_] = self.log_probs.argmax(1) == self.gold
+        return right
+
+    def confidence(self) -> Array:
+        top: Array = np.exp(np.minimum(self.log_probs.max(1), 0))
+        return top
+
+    def entropy(self) -> Array:
+        return _entropy(self.probabilities)
+
+    def human_entropy(self) -> Array:
+        return _entropy(self._of_people())
+
+    def kl(self) -> Array:
+        """KL(human | model)."""
+        q = self._of_people()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            divergence: Array = np.where(q > 0, q * (np.log(q) - self.log_probs), 0).sum(1)
+        return divergence
+
+    def jsd(self) -> Array:
+        p, q = self.probabilities, self._of_people()
+        return np.maximum(0, _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2)
+
+    def _of_people(self) -> Array:
+        if self.human is None:
+            raise ValueError("these predictions have no human answers")
+        return self.human
+
+
+def temperature(predictions: Predictions) -> float:
+    """Return the temperature in [0.01, 100] with the lowest NLL; fit it on other questions than are measured.
+
+    The NLL is convex in 1/T, so the minimum is the only one. At the ends of the range, it is not reached.
+
+    Raises:
+        ValueError: there are no questions.
+
+    >>> sure = Predictions.of([{"a": 0.9, "b": 0.1}] * 4, ["a", "a", "a", "b"])
+    >>> round(temperature(sure), 3), round(float(sure.at(temperature(sure)).probabilities[0, 0]), 3)
+    (2.0, 0.75)
+    """
+    from scipy.optimize import minimize_scalar
+
+    if not predictions.gold.size:
+        raise ValueError("a temperature needs questions to be fitted on")
+
+    def nll(log_t: float) -> float:
+        return float(predictions.at(float(np.exp(log_t))).nll().mean())
+
+    bounds = tuple(np.log(_TEMPERATURES))
+    return float(np.exp(minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-8}).x))
+
+
+Measure = Callable[[Predictions], float]
+"""Of predictions; NaN where it is not defined."""
+
+_CALIBRATION: dict[str, Callable[[Array, NDArray[np.bool_]], float]] = {
+    "ece": calibration.expected_calibration_error,
+    "ece_debiased": lambda c, y: calibration.expected_calibration_error(c, y, debiased=True),
+    "ece_width": lambda c, y: calibration.expected_calibration_error(c, y, equal="width"),
+    "ece_width_debiased": lambda c, y: calibration.expected_calibration_error(
+        c, y, equal="width", debiased=True
+    ),
+    "rms_ce": calibration.rms_calibration_error,
+    "rms_ce_debiased": lambda c, y: calibration.rms_calibration_error(c, y, debiased=True),
+    "smooth_ece": calibration.smooth_calibration_error,
+    "reliability": lambda c, y: calibration.brier_parts(c, y).reliability,
+    "resolution": lambda c, y: calibration.brier_parts(c, y).resolution,
+}
+
+
+def _of_top_1(measure: Callable[[Array, NDArray[np.bool_]], float]) -> Measure:
+    return lambda found: measure(found.confidence(), found.correct())
+
+
+def _auroc(found: Predictions) -> float:
+    import sklearn
+    from sklearn.metrics import roc_auc_score
+
+    right = found.correct()
+    if not 0 < right.sum() < right.size:
+        return np.nan
+    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+        return float(roc_auc_score(right, found.confidence()))
+
+
+def _aurc(found: Predictions) -> float:
+    return ranking.area_under_risk_coverage(-found.confidence(), ~found.correct())
+
+
+def _correlation(kind: str) -> Measure:
+    def correlation(found: Predictions) -> float:
+        from scipy import stats
+
+        model, people = found.entropy(), found.human_entropy()
+        if not (np.ptp(model) and np.ptp(people)):
+            return np.nan
+        return float((stats.spearmanr if kind == "spearman" else stats.pearsonr)(model, people).statistic)
+
+    return correlation
+
+
+def _mean(of: Callable[[Predictions], NDArray[Any]]) -> Measure:
+    return lambda found: float(of(found).mean())
+
+
+MEASURES: dict[str, Measure] = {
+    "nll": _mean(Predictions.nll),
+    "brier": _mean(Predictions.brier),
+    "accuracy": _mean(Predictions.correct),
+    "confidence": _mean(Predictions.confidence),
+    "entropy": _mean(Predictions.entropy),
+    **{name: _of_top_1(of) for name, of in _CALIBRATION.items()},
+    "auroc": _auroc,
+    "aurc": _aurc,
+    "accuracy_at_80": lambda found: ranking.selective_accuracy(-found.confidence(), ~found.correct(), 0.8),
+    "accuracy_at_50": lambda found: ranking.selective_accuracy(-found.confidence(), ~found.correct(), 0.5),
+}
+"""Of the probabilities and the right options."""
+
+HUMAN_MEASURES: dict[str, Measure] = {
+    "kl": _mean(Predictions.kl),
+    "jsd": _mean(Predictions.jsd),
+    "entropy_pearson": _correlation("pearson"),
+    "entropy_spearman": _correlation("spearman"),
+}
+"""Of the probabilities and the shares of human answers."""
+
+
+def measure(
+    predictions: Predictions,
+    *,
+    only: Collection[str] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Estimate | None]:
+    """Return measures with their 95 % intervals of the bootstrap over questions.
+
+    Args:
+        predictions: of two questions or more.
+        only: names of measures; None is all, with those of `HUMAN_MEASURES` if there are human answers.
+        resamples: of the bootstrap, at least 2. All measures are computed on the same draws.
+        seed: of the draws.
+
+    Returns:
+        Measures by name; None where one is not defined, such as AUROC if all answers are right.
+
+    Raises:
+        ValueError: fewer than two questions, or a name is unknown.
+    """
+    n = predictions.gold.size
+    if n < 2:
+        raise ValueError(f"measures need two questions or more, got {n}")
+    known = MEASURES | (HUMAN_MEASURES if predictions.human is not None else {})
+    if unknown := set(only or ()) - known.keys():
+        raise ValueError(f"unknown measures: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+
+    def estimate(name: str) -> Estimate | None:
+        of = known[name]
+        if np.isnan(of(predictions)):
+            return None
+        return bootstrap(
+            lambda drawn: of(predictions.take(drawn)),
+            np.arange(n),
+            resamples=resamples,
+            seed=seed,
+            centered=name in _CALIBRATION,
+        )
+
+    return {name: estimate(name) for name in (known if only is None else only)}
+
+
+def _table(rows: Sequence[Mapping[str, float]], names: Sequence[Sequence[str]], width: int) -> Array:
+    """Return shares [n, width] in the order of the names, each question's with the sum 1."""
+    table = np.zeros((len(rows), width))
+    for i, (row, options) in enumerate(zip(rows, names, strict=True)):
+        if row.keys() != set(options):
+            raise ValueError(f"people answered {sorted(row)}, and the options are {sorted(options)}")
+        table[i, : len(options)] = [row[option] for option in options]
+    total = table.sum(1, keepdims=True)
+    if not (np.isfinite(table).all() and (table >= 0).all() and (total > 0).all()):
+        raise ValueError("shares must be finite, not negative, and positive in sum")
+    shares: Array = table / total
+    return shares
+
+
+def _entropy(p: Array) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        h: Array = -np.where(p > 0, p * np.log(p), 0).sum(1)
+    return h + 0.0
