@@ -22,7 +22,7 @@ from ual.evaluate import (
     reliability_bins,
     rms_calibration_error,
 )
-from ual.evaluate.calibration import brier_parts, smooth_calibration_error
+from ual.evaluate.calibration import FIGURES, brier_parts, figures, smooth_calibration_error
 from ual.models.score import TokenScores
 
 # confidences on a coarse grid meet the ties; free ones meet everything else
@@ -206,7 +206,11 @@ def test_one_bin_has_no_resolution_and_one_prediction_no_parts() -> None:
         brier_parts([0.5], [1])
 
 
-@pytest.mark.kills("ual/evaluate/calibration.py", "square -= math.fsum", "square += math.fsum")
+@pytest.mark.kills(
+    "ual/evaluate/calibration.py",
+    "power=2) - (_noise(filled) if debiased",
+    "power=2) + (_noise(filled) if debiased",
+)
 def test_the_debiased_square_is_unbiased() -> None:
     rng = np.random.default_rng(1)
     squares, plain = [], []
@@ -221,7 +225,11 @@ def test_the_debiased_square_is_unbiased() -> None:
 
 
 @pytest.mark.kills("ual/evaluate/calibration.py", "sigma * math.sqrt(2 / math.pi)", "sigma")
-@pytest.mark.kills("ual/evaluate/calibration.py", "return 2 * error -", "return error -")
+@pytest.mark.kills(
+    "ual/evaluate/calibration.py",
+    "return 2 * _mean_gap(bins, power=1) -",
+    "return _mean_gap(bins, power=1) -",
+)
 def test_the_debiased_error_takes_off_the_mean_of_noisy_gaps() -> None:
     """Against the definition: the labels' mean of each bin is drawn anew."""
     rng = np.random.default_rng(2)
@@ -283,6 +291,24 @@ def test_the_smooth_error_of_calibrated_draws_falls_with_their_number() -> None:
     ]
     assert errors[1] < 0.5 * errors[0]
     assert smooth_calibration_error(*calibrated(rng, 3000, 0.1)) == pytest.approx(0.1, abs=0.03)
+
+
+@given(st.lists(st.tuples(confidences, st.booleans()), min_size=2, max_size=60), bin_counts)
+def test_figures_together_are_the_figures(pairs: list[tuple[float, bool]], bins: int) -> None:
+    given = *columns(pairs), bins
+    parts = brier_parts(*given)
+    assert figures(*given) == {
+        "ece": expected_calibration_error(*given),
+        "ece_debiased": expected_calibration_error(*given, debiased=True),
+        "ece_width": expected_calibration_error(*given, equal="width"),
+        "ece_width_debiased": expected_calibration_error(*given, equal="width", debiased=True),
+        "rms_ce": rms_calibration_error(*given),
+        "rms_ce_debiased": rms_calibration_error(*given, debiased=True),
+        "smooth_ece": smooth_calibration_error(*given[:2]),
+        "reliability": parts.reliability,
+        "resolution": parts.resolution,
+    }
+    assert tuple(figures(*given)) == FIGURES
 
 
 # ---- refusals ----

@@ -27,10 +27,10 @@ from ual.config.weak_to_strong import ARMS, PRESETS, ReliabilityConfig, WeakToSt
 from ual.data.tasks import Item, Task
 from ual.errors import UserError
 from ual.files import sha256
+from ual.pipelines.stages import Ledger, Step, intact
 from ual.pipelines.weak_to_strong.arms import Asked, measure, training_samples
 from ual.pipelines.weak_to_strong.questions import Gold
 from ual.pipelines.weak_to_strong.run import STAGES, Result, run
-from ual.pipelines.weak_to_strong.stages import Ledger, Step, intact
 
 TASK = {"kind": "choice", "id": "id", "question": "q", "options": "o", "gold": "label", "gold_is": "index"}
 TASK |= {
@@ -392,7 +392,7 @@ def test_wrong_answers_of_the_unsupervised_half_change_the_ceiling_only(
 # ---- kills, and changed settings ----
 
 
-@pytest.mark.kills("ual/pipelines/weak_to_strong/stages.py", "file.truncate(end)", "pass")
+@pytest.mark.kills("ual/pipelines/stages.py", "file.truncate(end)", "pass")
 def test_a_line_that_a_kill_cut_off_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_bytes(b'{"key": 1}\n{"key": 2}\n{"ke')
@@ -440,7 +440,7 @@ def _size(path: Path) -> int:
 
 
 @pytest.mark.kills(
-    "ual/pipelines/weak_to_strong/stages.py",
+    "ual/pipelines/stages.py",
     'if known["inputs"].get(name) != of',
     "if False",
 )
@@ -674,9 +674,7 @@ def test_a_damaged_record_of_stages(tmp_path: Path) -> None:
         ledger.complete(step)
 
 
-@pytest.mark.kills(
-    "ual/pipelines/weak_to_strong/stages.py", 'if known["sha256"] != sha256(step.output):', "if False:"
-)
+@pytest.mark.kills("ual/pipelines/stages.py", 'if known["sha256"] != sha256(step.output):', "if False:")
 def test_an_output_that_has_changed_is_refused(tmp_path: Path) -> None:
     ledger, output = Ledger(tmp_path / "stages.json"), tmp_path / "answers.jsonl"
     step = Step("answers", output, {"ask": 5})

@@ -25,6 +25,7 @@ question paraphrased. Each wording says which reply means which option.
 import fnmatch
 import importlib.resources
 import json
+import math
 import random
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +51,7 @@ from ual.methods.answers import normalize
 _FILES = importlib.resources.files("ual.data") / "task_files"
 SHIPPED = tuple(sorted(file.name.removesuffix(".yaml") for file in _FILES.iterdir()))
 """Names of the shipped tasks."""
-_OWN = ("id", "gold", "solution", "subject")  # columns that a task may name
+_OWN = ("id", "gold", "solution", "subject", "human")  # columns that a task may name
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
 _PROMPTS = {
     "choice": "{{ question }}\n\n{% for o in options %}{{ o.letter }}. {{ o.text }}\n{% endfor %}\n"
@@ -76,6 +77,9 @@ class Task(Section):
     words: Annotated[list[str], Field(min_length=2)] | None = Field(
         None, description="the possible answers; YAML needs quotes around yes and no"
     )
+    human: str | None = Field(
+        None, description="shares or counts of human answers: a list in the order of options, or a mapping"
+    )
     solution: str | None = Field(None, description="of a number: what a model is trained to write")
     subject: str | None = None
     id: str | None = Field(None, description="null: a hash of the question")
@@ -99,6 +103,8 @@ class Task(Section):
                 raise ValueError(f'"{name}" belongs to kind "{kind}", and the kind is "{self.kind}"')
         if self.kind == "number" and (self.gold_is != "text" or self.shuffle or self.reply):
             raise ValueError("gold_is, shuffle and reply are for choices and words")
+        if self.kind == "number" and self.human is not None:
+            raise ValueError("human is for choices and words")
         if self.words is not None and len({*self.words}) < len(self.words):
             raise ValueError(f"words must be distinct, got {self.words}")
         for name in ("prompt", "reply"):
@@ -111,7 +117,8 @@ class Task(Section):
 class Item:
     """A question, its options (none for a number), and the right answer: an option, or a normalized number.
 
-    `solution` is what a model is trained to write for a number, "" for other kinds.
+    `solution` is what a model is trained to write for a number, "" for other kinds. `human` has the share of
+    people who gave each option, if the file says so.
     """
 
     id: str
@@ -121,6 +128,7 @@ class Item:
     solution: str
     subject: str
     place: str
+    human: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +213,7 @@ def read(task: Task, path_or_name: str | Sequence[str], *, split: str = "train")
                         solution=_text(row, "solution"),
                         subject=_text(row, "subject"),
                         place=place,
+                        human=_human(row.get("human"), options, place),
                     )
                 )
         except UserError as error:
@@ -316,6 +325,38 @@ def _gold(task: Task, value: Any, options: Sequence[str], place: str) -> str | N
             remedy='set gold_is to "index", "letter" or "text", or correct the file',
         )
     return options[index]
+
+
+def _human(value: Any, options: Sequence[str], place: str) -> dict[str, float] | None:
+    """Return the share of people who gave each option, or None if the file does not say."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"human: invalid JSON: {error}", place=place) from error
+    counts = value
+    if isinstance(value, list | tuple) and len(value) == len(options):
+        counts = dict(zip(options, value, strict=True))
+    if not isinstance(counts, Mapping) or not counts.keys() <= {*options}:
+        raise UserError(
+            f"human: expected {len(options)} shares in the order of the options, or a mapping of options to "
+            f"shares, got {show(value)}",
+            place=place,
+            remedy=f"the options are {', '.join(options)}; a template can rename the keys of a mapping",
+        )
+    numbers = [counts.get(option, 0) for option in options]
+    if not all(
+        isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < math.inf for n in numbers
+    ) or not sum(numbers):
+        raise UserError(
+            f"human: expected numbers of 0 or more, with a positive sum, got {show(value)}", place=place
+        )
+    shares: dict[str, float] = {}
+    for option, n in zip(options, numbers, strict=True):
+        shares[option] = shares.get(option, 0.0) + n / sum(numbers)
+    return shares
 
 
 @contextmanager

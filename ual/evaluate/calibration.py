@@ -116,11 +116,7 @@ def reliability_bins(
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
     value, inverse, mass = np.unique(c, return_inverse=True, return_counts=True)
-    if equal == "mass":
-        below = np.cumsum(mass) - mass
-        bin_of_value = (2 * below + mass) * bins // (2 * c.size)
-    else:
-        bin_of_value = np.minimum((value * bins).astype(np.intp), bins - 1)
+    bin_of_value = _bin_of_value(value, mass, bins, equal)
     count = np.bincount(bin_of_value, weights=mass, minlength=bins)
     confidence_sum = np.bincount(bin_of_value, weights=value * mass, minlength=bins)
     correct_sum = np.bincount(bin_of_value[inverse], weights=y, minlength=bins)
@@ -132,6 +128,12 @@ def reliability_bins(
         )
         for b in np.flatnonzero(count)
     ]
+
+
+def bin_indices(confidence: ArrayLike, bins: int = 15, *, equal: Equal = "mass") -> NDArray[np.intp]:
+    """Return the bin [n], from 0, of each confidence [n]; arguments as `reliability_bins`."""
+    value, inverse, mass = np.unique(np.asarray(confidence), return_inverse=True, return_counts=True)
+    return _bin_of_value(value, mass, bins, equal)[inverse]
 
 
 def expected_calibration_error(
@@ -155,10 +157,7 @@ def expected_calibration_error(
     0.275
     """
     filled = reliability_bins(confidence, correct, bins, equal=equal)
-    error = _mean_gap(filled, power=1)
-    if not debiased:
-        return error
-    return 2 * error - math.fsum(b["count"] * _noisy_gap(b) for b in filled) / _total(filled)
+    return _debiased(filled) if debiased else _mean_gap(filled, power=1)
 
 
 def rms_calibration_error(
@@ -174,10 +173,7 @@ def rms_calibration_error(
     A bin of one prediction has no estimate of its variance. If `debiased`, its squared gap counts in full.
     """
     filled = reliability_bins(confidence, correct, bins, equal=equal)
-    square = _mean_gap(filled, power=2)
-    if debiased:
-        square -= math.fsum(b["count"] * _variance_of_mean(b) for b in filled) / _total(filled)
-    return math.sqrt(max(0.0, square))
+    return math.sqrt(max(0.0, _mean_gap(filled, power=2) - (_noise(filled) if debiased else 0.0)))
 
 
 def smooth_calibration_error(confidence: ArrayLike, correct: ArrayLike) -> float:
@@ -204,7 +200,7 @@ def smooth_calibration_error(confidence: ArrayLike, correct: ArrayLike) -> float
         return float(np.abs(idct(damped)).sum())
 
     narrow, wide = 0.0, 1.0
-    while wide - narrow > 1e-6:  # the smoothed error falls as the width grows
+    while wide - narrow > 1e-5:  # the smoothed error falls as the width grows
         middle = (narrow + wide) / 2
         narrow, wide = (middle, wide) if smoothed(middle) > middle else (narrow, middle)
     return smoothed(wide)
@@ -232,22 +228,40 @@ def brier_parts(
     >>> round(parts.reliability - parts.resolution + parts.uncertainty + parts.within, 3)
     0.165
     """
-    filled = reliability_bins(confidence, correct, bins, equal=equal)
-    n = _total(filled)
-    if n < 2:
-        raise ValueError("the parts of a Brier score need two predictions or more, got 1")
-    mean = math.fsum(b["count"] * b["accuracy"] for b in filled) / n
-    noise = math.fsum(b["count"] * _variance_of_mean(b) for b in filled) / n
-    of_mean = mean * (1 - mean) / (n - 1)
-    reliability = _mean_gap(filled, power=2)
-    resolution = math.fsum(b["count"] * (b["accuracy"] - mean) ** 2 for b in filled) / n
-    uncertainty = mean * (1 - mean)
-    return BrierParts(
-        reliability=reliability - noise,
-        resolution=resolution - noise + of_mean,
-        uncertainty=uncertainty + of_mean,
-        within=brier(confidence, correct) - (reliability - resolution + uncertainty),
-    )
+    return _parts(reliability_bins(confidence, correct, bins, equal=equal), brier(confidence, correct))
+
+
+FIGURES = (
+    "ece",
+    "ece_debiased",
+    "ece_width",
+    "ece_width_debiased",
+    "rms_ce",
+    "rms_ce_debiased",
+    "smooth_ece",
+    "reliability",
+    "resolution",
+)
+"""Names of `figures`; ``width``: bins of equal width, the others of equal mass."""
+
+
+def figures(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> dict[str, float]:
+    """Return all figures of calibration, which share their bins; arguments and errors as `brier_parts`."""
+    by_mass = reliability_bins(confidence, correct, bins)
+    by_width = reliability_bins(confidence, correct, bins, equal="width")
+    parts = _parts(by_mass, brier(confidence, correct))
+    square = _mean_gap(by_mass, power=2)
+    return {
+        "ece": _mean_gap(by_mass, power=1),
+        "ece_debiased": _debiased(by_mass),
+        "ece_width": _mean_gap(by_width, power=1),
+        "ece_width_debiased": _debiased(by_width),
+        "rms_ce": math.sqrt(square),
+        "rms_ce_debiased": math.sqrt(max(0.0, square - _noise(by_mass))),
+        "smooth_ece": smooth_calibration_error(confidence, correct),
+        "reliability": parts.reliability,
+        "resolution": parts.resolution,
+    }
 
 
 class TokenMetrics:
@@ -357,9 +371,47 @@ class _Tally:
         return metrics, filled
 
 
+def _bin_of_value(
+    value: NDArray[np.float64], mass: NDArray[np.intp], bins: int, equal: Equal
+) -> NDArray[np.intp]:
+    """Return the bin of each distinct value, by rising value; `mass` says how often each occurs."""
+    if equal == "width":
+        return np.minimum((value * bins).astype(np.intp), bins - 1)
+    below = np.cumsum(mass) - mass
+    of_equal_mass: NDArray[np.intp] = (2 * below + mass) * bins // (2 * mass.sum())
+    return of_equal_mass
+
+
 def _mean_gap(bins: Sequence[ReliabilityBin], power: int) -> float:
     gaps = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) ** power for b in bins)
     return gaps / _total(bins)
+
+
+def _debiased(bins: Sequence[ReliabilityBin]) -> float:
+    noisy = math.fsum(b["count"] * _noisy_gap(b) for b in bins) / _total(bins)
+    return 2 * _mean_gap(bins, power=1) - noisy
+
+
+def _noise(bins: Sequence[ReliabilityBin]) -> float:
+    """Return what the noise of the bins' accuracies adds to the mean squared gap."""
+    return math.fsum(b["count"] * _variance_of_mean(b) for b in bins) / _total(bins)
+
+
+def _parts(bins: Sequence[ReliabilityBin], score: float) -> BrierParts:
+    n = _total(bins)
+    if n < 2:
+        raise ValueError("the parts of a Brier score need two predictions or more, got 1")
+    mean = math.fsum(b["count"] * b["accuracy"] for b in bins) / n
+    noise, of_mean = _noise(bins), mean * (1 - mean) / (n - 1)
+    reliability = _mean_gap(bins, power=2)
+    resolution = math.fsum(b["count"] * (b["accuracy"] - mean) ** 2 for b in bins) / n
+    uncertainty = mean * (1 - mean)
+    return BrierParts(
+        reliability=reliability - noise,
+        resolution=resolution - noise + of_mean,
+        uncertainty=uncertainty + of_mean,
+        within=score - (reliability - resolution + uncertainty),
+    )
 
 
 def _total(bins: Sequence[ReliabilityBin]) -> int:

@@ -14,7 +14,7 @@ Entropies of p and q are correlated over the questions. Calibration is that of t
 and figures over the vocabulary are different quantities.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ual.evaluate import calibration, ranking
-from ual.methods.statistics import Estimate, bootstrap
+from ual.methods.statistics import Draws, draws
 
 Array = NDArray[np.float64]
 
@@ -151,123 +151,105 @@ def temperature(predictions: Predictions) -> float:
     return float(np.exp(minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-8}).x))
 
 
-Measure = Callable[[Predictions], float]
-"""Of predictions; NaN where it is not defined."""
+MEASURES = (
+    "nll",
+    "brier",
+    "accuracy",
+    "confidence",
+    "entropy",
+    *calibration.FIGURES,
+    "auroc",
+    "aurc",
+    "accuracy_at_80",
+    "accuracy_at_50",
+)
+"""Of the probabilities and the right options. ``accuracy_at_80`` is that of the 80 % most confident."""
 
-_CALIBRATION: dict[str, Callable[[Array, NDArray[np.bool_]], float]] = {
-    "ece": calibration.expected_calibration_error,
-    "ece_debiased": lambda c, y: calibration.expected_calibration_error(c, y, debiased=True),
-    "ece_width": lambda c, y: calibration.expected_calibration_error(c, y, equal="width"),
-    "ece_width_debiased": lambda c, y: calibration.expected_calibration_error(
-        c, y, equal="width", debiased=True
-    ),
-    "rms_ce": calibration.rms_calibration_error,
-    "rms_ce_debiased": lambda c, y: calibration.rms_calibration_error(c, y, debiased=True),
-    "smooth_ece": calibration.smooth_calibration_error,
-    "reliability": lambda c, y: calibration.brier_parts(c, y).reliability,
-    "resolution": lambda c, y: calibration.brier_parts(c, y).resolution,
-}
-
-
-def _of_top_1(measure: Callable[[Array, NDArray[np.bool_]], float]) -> Measure:
-    return lambda found: measure(found.confidence(), found.correct())
-
-
-def _auroc(found: Predictions) -> float:
-    import sklearn
-    from sklearn.metrics import roc_auc_score
-
-    right = found.correct()
-    if not 0 < right.sum() < right.size:
-        return np.nan
-    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
-        return float(roc_auc_score(right, found.confidence()))
-
-
-def _aurc(found: Predictions) -> float:
-    return ranking.area_under_risk_coverage(-found.confidence(), ~found.correct())
-
-
-def _correlation(kind: str) -> Measure:
-    def correlation(found: Predictions) -> float:
-        from scipy import stats
-
-        model, people = found.entropy(), found.human_entropy()
-        if not (np.ptp(model) and np.ptp(people)):
-            return np.nan
-        return float((stats.spearmanr if kind == "spearman" else stats.pearsonr)(model, people).statistic)
-
-    return correlation
-
-
-def _mean(of: Callable[[Predictions], NDArray[Any]]) -> Measure:
-    return lambda found: float(of(found).mean())
-
-
-MEASURES: dict[str, Measure] = {
-    "nll": _mean(Predictions.nll),
-    "brier": _mean(Predictions.brier),
-    "accuracy": _mean(Predictions.correct),
-    "confidence": _mean(Predictions.confidence),
-    "entropy": _mean(Predictions.entropy),
-    **{name: _of_top_1(of) for name, of in _CALIBRATION.items()},
-    "auroc": _auroc,
-    "aurc": _aurc,
-    "accuracy_at_80": lambda found: ranking.selective_accuracy(-found.confidence(), ~found.correct(), 0.8),
-    "accuracy_at_50": lambda found: ranking.selective_accuracy(-found.confidence(), ~found.correct(), 0.5),
-}
-"""Of the probabilities and the right options."""
-
-HUMAN_MEASURES: dict[str, Measure] = {
-    "kl": _mean(Predictions.kl),
-    "jsd": _mean(Predictions.jsd),
-    "entropy_pearson": _correlation("pearson"),
-    "entropy_spearman": _correlation("spearman"),
-}
+HUMAN_MEASURES = ("kl", "jsd", "entropy_pearson", "entropy_spearman")
 """Of the probabilities and the shares of human answers."""
 
 
-def measure(
-    predictions: Predictions,
-    *,
-    only: Collection[str] | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Estimate | None]:
-    """Return measures with their 95 % intervals of the bootstrap over questions.
+def measure(predictions: Predictions, *, bins: int = 15, resamples: int = 1000, seed: int = 0) -> Draws:
+    """Return `MEASURES`, and `HUMAN_MEASURES` if there are human answers, with resamples of the questions.
 
     Args:
         predictions: of two questions or more.
-        only: names of measures; None is all, with those of `HUMAN_MEASURES` if there are human answers.
-        resamples: of the bootstrap, at least 2. All measures are computed on the same draws.
+        bins: of calibration errors.
+        resamples: of the bootstrap, at least 2.
         seed: of the draws.
 
     Returns:
-        Measures by name; None where one is not defined, such as AUROC if all answers are right.
+        Figures by name; NaN where one is not defined, such as AUROC if all answers are right.
 
     Raises:
-        ValueError: fewer than two questions, or a name is unknown.
+        ValueError: fewer than two questions.
     """
+    columns = _columns(predictions)
     n = predictions.gold.size
-    if n < 2:
-        raise ValueError(f"measures need two questions or more, got {n}")
-    known = MEASURES | (HUMAN_MEASURES if predictions.human is not None else {})
-    if unknown := set(only or ()) - known.keys():
-        raise ValueError(f"unknown measures: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    return draws(
+        lambda drawn: _figures({name: of[drawn] for name, of in columns.items()}, bins),
+        n,
+        resamples=resamples,
+        seed=seed,
+        centered=calibration.FIGURES,
+    )
 
-    def estimate(name: str) -> Estimate | None:
-        of = known[name]
-        if np.isnan(of(predictions)):
-            return None
-        return bootstrap(
-            lambda drawn: of(predictions.take(drawn)),
-            np.arange(n),
-            resamples=resamples,
-            seed=seed,
-            centered=name in _CALIBRATION,
-        )
 
-    return {name: estimate(name) for name in (known if only is None else only)}
+def _columns(of: Predictions) -> dict[str, Array]:
+    """Return the figures of each question, [n]."""
+    columns = {
+        "nll": of.nll(),
+        "brier": of.brier(),
+        "accuracy": of.correct().astype(np.float64),
+        "confidence": of.confidence(),
+        "entropy": of.entropy(),
+    }
+    if of.human is not None:
+        columns |= {"kl": of.kl(), "jsd": of.jsd(), "human entropy": of.human_entropy()}
+    return columns
+
+
+def _figures(columns: Mapping[str, Array], bins: int) -> dict[str, float]:
+    confidence, right = columns["confidence"], columns["accuracy"]
+    found = {name: float(of.mean()) for name, of in columns.items() if name != "human entropy"}
+    found |= calibration.figures(confidence, right, bins)
+    found["auroc"] = _auroc(confidence, right)
+    accuracies = ranking.accuracies(-confidence, 1 - right)
+    found["aurc"] = float(1 - accuracies.mean())
+    for share in (80, 50):
+        found[f"accuracy_at_{share}"] = float(accuracies[max(1, round(share * right.size / 100)) - 1])
+    if "human entropy" in columns:
+        model, people = columns["entropy"], columns["human entropy"]
+        found["entropy_pearson"] = _correlation(model, people)
+        found["entropy_spearman"] = _correlation(_ranks(model), _ranks(people))
+    order = (*MEASURES, *(HUMAN_MEASURES if "kl" in columns else ()))
+    return {name: found[name] for name in order}
+
+
+def _ranks(values: Array) -> Array:
+    from scipy.stats import rankdata
+
+    ranks: Array = rankdata(values)
+    return ranks
+
+
+def _auroc(confidence: Array, right: Array) -> float:
+    """Return the chance that a right answer has the higher confidence; NaN if all are right, or all wrong.
+
+    It is the Mann-Whitney statistic. A bootstrap needs it a thousand times, and scikit-learn's function takes
+    ten times as long.
+    """
+    positive = right.sum()
+    negative = right.size - positive
+    if not positive or not negative:
+        return np.nan
+    above = _ranks(confidence)[right > 0].sum() - positive * (positive + 1) / 2
+    return float(above / (positive * negative))
+
+
+def _correlation(a: Array, b: Array) -> float:
+    """Pearson's correlation; NaN if one is constant."""
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else np.nan
 
 
 def _table(rows: Sequence[Mapping[str, float]], names: Sequence[Sequence[str]], width: int) -> Array:

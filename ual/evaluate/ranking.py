@@ -78,7 +78,7 @@ def accuracy_by_coverage(
     uncertainty: ArrayLike, wrong: ArrayLike, points: int = 100
 ) -> list[tuple[float, float]]:
     """Return (share kept, accuracy of the kept) as the most uncertain are rejected; ties are even."""
-    accuracy = _accuracies(np.asarray(wrong, dtype=np.float64), np.asarray(uncertainty, dtype=np.float64))
+    accuracy = accuracies(uncertainty, wrong)
     chosen = np.unique(np.linspace(1, accuracy.size, min(points, accuracy.size)).round().astype(int))
     return [(float(n / accuracy.size), float(accuracy[n - 1])) for n in chosen]
 
@@ -89,8 +89,7 @@ def area_under_risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
     >>> round(area_under_risk_coverage([0.1, 0.2, 0.9], [0, 0, 1]), 3)
     0.111
     """
-    e, u = np.asarray(wrong, dtype=np.float64), np.asarray(uncertainty, dtype=np.float64)
-    return float(1 - _accuracies(e, u).mean())
+    return float(1 - accuracies(uncertainty, wrong).mean())
 
 
 def selective_accuracy(uncertainty: ArrayLike, wrong: ArrayLike, coverage: float) -> float:
@@ -101,7 +100,7 @@ def selective_accuracy(uncertainty: ArrayLike, wrong: ArrayLike, coverage: float
     """
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage must be in (0, 1], got {coverage}")
-    accuracy = _accuracies(np.asarray(wrong, dtype=np.float64), np.asarray(uncertainty, dtype=np.float64))
+    accuracy = accuracies(uncertainty, wrong)
     return float(accuracy[max(1, round(coverage * accuracy.size)) - 1])
 
 
@@ -126,8 +125,9 @@ def ties(values: ArrayLike) -> tuple[int, float]:
     return int(counts.size), float(counts.max() / counts.sum()) if counts.size else 0.0
 
 
-def _accuracies(e: NDArray[Any], u: Array) -> Array:
+def accuracies(uncertainty: ArrayLike, wrong: ArrayLike) -> Array:
     """Return the accuracy of the n most certain, n = 1 .. N: the mean over the orders within each level."""
+    u, e = np.asarray(uncertainty, dtype=np.float64), np.asarray(wrong, dtype=np.float64)
     _, level, size = np.unique(u, return_inverse=True, return_counts=True)
     mean = np.bincount(level, weights=e) / size
     accuracy: Array = 1 - np.cumsum(np.repeat(mean, size)) / np.arange(1, u.size + 1)
@@ -136,4 +136,4 @@ def _accuracies(e: NDArray[Any], u: Array) -> Array:
 
 def _prr(e: NDArray[Any], u: Array) -> float:
     random = 1 - e.mean()
-    return float((_accuracies(e, u).mean() - random) / (_accuracies(e, e).mean() - random))
+    return float((accuracies(u, e).mean() - random) / (accuracies(e, e).mean() - random))

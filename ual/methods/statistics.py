@@ -12,7 +12,7 @@ the choice of held-out samples. It does not cover the randomness of training: th
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +75,64 @@ def bootstrap(
             batch=max(1, _DRAWN_AT_ONCE // arrays[0].size),
             rng=np.random.default_rng(seed),
         ).bootstrap_distribution
-    known = drawn[~np.isnan(drawn)]
-    low, high = np.quantile(known, [0.025, 0.975]) if known.size else (value, value)
-    bias = float(known.mean()) - value if centered and known.size else 0.0
-    return Estimate(value, float(low) - bias, float(high) - bias)
+    return _interval(value, drawn, centered)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draws:
+    """Figures of all items, and of resamples of the items.
+
+    Attributes:
+        values: by name; NaN where a figure is not defined.
+        drawn: by name, [resamples].
+        centered: names of figures whose intervals are moved as `bootstrap` says.
+    """
+
+    values: Mapping[str, float]
+    drawn: Mapping[str, NDArray[np.float64]]
+    centered: Collection[str]
+
+    def estimates(self, minus: "Draws | None" = None) -> dict[str, Estimate | None]:
+        """Return figures with intervals, or their differences from others of the same items and seed.
+
+        A figure that is not defined is None.
+        """
+        found: dict[str, Estimate | None] = {}
+        for name, value in self.values.items():
+            drawn = self.drawn[name]
+            if minus is not None:
+                value, drawn = value - minus.values[name], drawn - minus.drawn[name]
+            found[name] = None if np.isnan(value) else _interval(value, drawn, name in self.centered)
+        return found
+
+
+def draws(
+    figures: Callable[[NDArray[np.intp]], Mapping[str, float]],
+    items: int,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    centered: Collection[str] = (),
+) -> Draws:
+    """Return the figures of all items, and of resamples. Many figures share the work of a resample.
+
+    Args:
+        figures: returns the figures of some items, by index, with repetitions. NaN: not defined.
+        items: how many there are, at least 2.
+        resamples: at least 2.
+        seed: of the resamples, which depend on nothing else but the number of items.
+        centered: see `Draws`.
+
+    Raises:
+        ValueError: there are fewer than two items.
+    """
+    if items < 2:
+        raise ValueError(f"an interval needs two items or more, got {items}")
+    rng = np.random.default_rng(seed)
+    values = figures(np.arange(items))
+    found = [figures(rng.integers(0, items, items)) for _ in range(resamples)]
+    drawn = {name: np.array([of[name] for of in found]) for name in values}
+    return Draws(values, drawn, frozenset(centered))
 
 
 def paired_difference(
@@ -161,6 +215,13 @@ def performance_gap_recovered(
     if gap.low <= ROUNDING:
         return None
     return bootstrap(_share_of_gap, a, w, c, resamples=resamples, seed=seed)
+
+
+def _interval(value: float, drawn: NDArray[np.float64], centered: bool) -> Estimate:
+    known = drawn[~np.isnan(drawn)]
+    low, high = np.quantile(known, [0.025, 0.975]) if known.size else (value, value)
+    bias = float(known.mean()) - value if centered and known.size else 0.0
+    return Estimate(value, float(low) - bias, float(high) - bias)
 
 
 def _mean_difference(a: NDArray[np.float64], b: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:

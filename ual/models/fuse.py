@@ -9,8 +9,9 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -201,6 +202,26 @@ def check_logits(model: nn.Module) -> None:
             f"check_logits() takes a fused model, got {type(base).__name__}", remedy="fuse(model)"
         )
     probe.check(base, base.get_output_embeddings(), settings.form)
+
+
+@contextmanager
+def at_temperature(model: nn.Module, temperature: float) -> Iterator[None]:
+    """Within it, the fused loss divides logits by the temperature, after their softcap. Logits are unchanged.
+
+    Args:
+        model: fused.
+        temperature: > 0.
+    """
+    base = _causal_lm(model, "at_temperature")
+    settings: _Settings = base._settings
+    form = settings.form
+    cap = None if form.softcap is None else form.softcap / temperature
+    scaled = replace(form, scale=form.scale / temperature, softcap=cap)
+    base._settings = replace(settings, form=scaled)
+    try:
+        yield
+    finally:
+        base._settings = settings
 
 
 def _causal_lm(model: nn.Module, caller: str = "fuse") -> Any:

@@ -1,6 +1,7 @@
 """Per-token scores of given responses under a fused model, without logits or gradients."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ual.models.fuse import at_temperature
 from ual_kernels import IGNORE_INDEX
 
 
@@ -38,6 +40,7 @@ def score(
     batch_size: int = 8,
     advance: Callable[[int], None] = lambda _: None,
     share: tuple[int, int] = (0, 1),
+    temperature: float = 1.0,
 ) -> Iterator[TokenScores]:
     """Yield the scores of every sample, longest first: batches of like length have the least padding.
 
@@ -49,6 +52,7 @@ def score(
         advance: called with the number of samples done, for a progress bar.
         share: (rank, world size) of processes that divide the batches. Every process makes equally many
             forward passes, because partitioned weights are gathered by all; surplus passes yield nothing.
+        temperature: > 0; divides the logits.
     """
     rank, world_size = share
     device = next(model.parameters()).device
@@ -62,7 +66,8 @@ def score(
             samples = [features[i] for i in batches[min(index, len(batches) - 1)]]
             batch = collate(samples)
             inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "labels")}
-            statistics = model(**inputs, return_statistics=True).statistics
+            with at_temperature(model, temperature) if temperature != 1 else nullcontext():
+                statistics = model(**inputs, return_statistics=True).statistics
             if index >= len(batches):
                 continue
             is_loss_token = (inputs["labels"][:, 1:] != IGNORE_INDEX).cpu()

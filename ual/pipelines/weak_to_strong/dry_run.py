@@ -10,7 +10,7 @@ from ual.data import Renderer
 from ual.errors import UserError
 from ual.pipelines import samples
 from ual.pipelines.estimate import estimate
-from ual.pipelines.weak_to_strong.learner import renderer
+from ual.pipelines.learner import renderer
 from ual.pipelines.weak_to_strong.questions import divide, sources
 from ual.pipelines.weak_to_strong.run import WHO, checked, checked_run
 

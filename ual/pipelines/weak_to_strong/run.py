@@ -29,7 +29,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, get_args
@@ -46,12 +46,12 @@ from ual.evaluate.tasks import Answered, Posed, choose, work_out
 from ual.files import read_jsonl, sha256, write_json, write_jsonl, write_text, writing
 from ual.methods.answers import normalize
 from ual.pipelines import experiment
+from ual.pipelines.learner import Learner, renderer, weights_digest
+from ual.pipelines.stages import Ledger, Step, appending, intact, read_object
 from ual.pipelines.weak_to_strong import figures
 from ual.pipelines.weak_to_strong.arms import Asked, measure, training_samples
-from ual.pipelines.weak_to_strong.learner import Learner, renderer, weights
 from ual.pipelines.weak_to_strong.paraphrase import paraphrase
 from ual.pipelines.weak_to_strong.questions import Split, divide, posed, sources
-from ual.pipelines.weak_to_strong.stages import Ledger, Step, appending, intact, read_object
 from ual.records import Message, Sample
 from ual.report import weak_to_strong as report
 from ual.runs.folder import File, RunFolder
@@ -174,7 +174,7 @@ class Study:
             "questions": self.split.contents("unsupervised"),
             "task": self.task.model_dump(),
             "ask": self.config.ask.model_dump(),
-            "weights": _weights_digest(self.trained(SUPERVISOR + who, seed)),
+            "weights": weights_digest(self.trained(SUPERVISOR + who, seed)),
         }
         path = self.folder / "answers" / f"{who}-seed{seed}.jsonl"
         return Step(f"answers of {who}, seed {seed}", path, inputs)
@@ -204,7 +204,7 @@ class Study:
         inputs: dict[str, Any] = {
             "questions": self.split.contents("test"),
             "task": self.task.model_dump(),
-            "weights": _weights_digest(self.trained(name, seed)),
+            "weights": weights_digest(self.trained(name, seed)),
         }
         if self.task.kind == "number":
             inputs["ask.max_tokens"] = self.config.ask.max_tokens
@@ -297,20 +297,6 @@ def checked_run(config: WeakToStrongConfig, who: Literal["weak", "strong"]) -> R
         base = merged(raw, {"data": own["data"]})
         list(ExperimentConfig(output_dir=config.output_dir, base=base, arms=arms).cells())
     return checked
-
-
-def _weights_digest(config: RunConfig) -> dict[str, str]:
-    """Return the hashes of a run's trained weights, without what depends on the time of day beside them."""
-    return {
-        path.name: _sha256(path, path.stat().st_mtime_ns)
-        for path in sorted(weights(config).glob("*.safetensors"))
-    }
-
-
-@cache
-def _sha256(path: Path, changed: int) -> str:
-    """Return the hash of a file of weights, which may have gigabytes, once for each time of its change."""
-    return sha256(path)
 
 
 # ---- split ----

@@ -1,14 +1,16 @@
 """A model that answers questions: as it was downloaded, or as a run has trained it."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ual.config.run import RunConfig
 from ual.data import Renderer
 from ual.errors import UserError
+from ual.files import sha256
 from ual.models import fuse
 from ual.models.load import attach_lora, load_model
 from ual.pipelines import samples
@@ -45,7 +47,8 @@ class Learner:
                 model = attach_lora(model, config.lora)
             load_weights(model, weights(config))
         fuse(model, verify=False).eval()
-        return cls(model, renderer(config, fitting=False, trust_remote_code=trust_remote_code))
+        made_by = renderer(config, fitting=False, overlong="refuse", trust_remote_code=trust_remote_code)
+        return cls(model, made_by)
 
 
 def weights(config: RunConfig) -> Path:
@@ -57,21 +60,42 @@ def weights(config: RunConfig) -> Path:
     found = RunFolder(config.output_dir).weights
     if found is None:
         raise UserError(
-            "no trained weights", place=config.output_dir, remedy="run the stages before this one first"
+            "no trained weights", place=config.output_dir, remedy="train the run to its end first"
         )
     return found
 
 
-def renderer(config: RunConfig, *, fitting: bool, trust_remote_code: bool = False) -> Renderer:
-    """Return the renderer of a run.
+def weights_digest(config: RunConfig) -> dict[str, str]:
+    """Return the hashes of a run's trained weights, without what depends on the time of day beside them."""
+    return {
+        path.name: _sha256(path, path.stat().st_mtime_ns)
+        for path in sorted(weights(config).glob("*.safetensors"))
+    }
+
+
+@cache
+def _sha256(path: Path, changed: int) -> str:
+    """Return the hash of a file of weights, which may have gigabytes, once for each time of its change."""
+    return sha256(path)
+
+
+def renderer(
+    config: RunConfig,
+    *,
+    fitting: bool,
+    overlong: Literal["drop", "refuse"] = "drop",
+    trust_remote_code: bool = False,
+) -> Renderer:
+    """Return the renderer of a run; wrong samples are dropped.
 
     Args:
         config: of the run.
-        fitting: drop samples beyond `data.max_length`, as training could not use them; else the model's
-            context is the limit, since the options of another wording may have a few tokens more.
+        fitting: samples beyond `data.max_length` are overlong, as training could not use them; else the
+            model's context is the limit, since the options of another wording may have a few tokens more.
+        overlong: what happens to them.
         trust_remote_code: run code from the model's repository.
     """
     limit = config.data.max_length if fitting or (config.data.max_length or 0) > _LENGTH else None
-    changes = {"invalid": "drop", "overlong": "drop" if fitting else "refuse", "max_length": limit}
+    changes = {"invalid": "drop", "overlong": overlong, "max_length": limit}
     data = config.data.model_copy(update=changes)
     return samples.renderer(config.model_copy(update={"data": data}), trust_remote_code=trust_remote_code)[1]

@@ -1,0 +1,1 @@
+"""Models x tasks, from configuration to figures (`ual evaluate`)."""
