@@ -29,13 +29,20 @@ from tests.conftest import ROOT
 from tests.test_prose import commands
 from tests.ual.runs import ENVIRONMENT, configure, write_rows
 from ual.cli.main import app
-from ual.config import base, elicit, experiment, weak_to_strong
+from ual.config import base, elicit, evaluate, experiment, weak_to_strong
 from ual.config import run as configuration
 from ual.data.tasks import Task
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("ual", "make", "pip", "pytest", "python", "torchrun", "deepspeed", "accelerate", "hf")
-PARSED = ("ual quickstart", "ual publish", "ual elicit figures/", "ual w2s sciq/")
+PARSED = (
+    "ual quickstart",
+    "ual publish",
+    "ual elicit figures/",
+    "ual w2s sciq/",
+    "ual evaluate runs/",
+    "ual evaluate base=",
+)
 """Beginnings of `ual` commands that need minutes, the hub, or what a study writes."""
 ROWS = [
     {"prompt": f"What is {i} + {i}?", "completion": f"It is {2 * i}.", "uncertainty": i / 10}
@@ -245,6 +252,9 @@ def place(folder: Path, stories: Path) -> None:
     w2s = {"task": str(folder / "task.yaml"), "data": files, "weak": of, "strong": of, "ask": {"times": 2}}
     w2s |= {"arms": ["naive", "filter"], "seeds": [1]}
     (folder / "study.yaml").write_text(yaml.safe_dump(w2s))
+    tasks = {"odd": {"task": str(folder / "task.yaml"), "data": files["test"]}}
+    asked_of = {"models": {"base": str(stories)}, "chat_template": "plain", "tasks": tasks, "resamples": 100}
+    (folder / "evaluation.yaml").write_text(yaml.safe_dump(asked_of))
     backend = {"kind": "local", "model": str(stories), "chat_template": "plain"}
     asked = {"data": "asked.jsonl", "backend": backend, "estimators": ["p_true"], "output_dir": "runs/asked"}
     (folder / "elicit.yaml").write_text(yaml.safe_dump(asked))
@@ -345,6 +355,8 @@ def test_a_wrong_command_is_noticed(line: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def schema_of(raw: dict[str, Any]) -> type[base.CommandConfig]:
+    if "models" in raw:
+        return evaluate.EvaluateConfig
     if "weak" in raw:
         return weak_to_strong.WeakToStrongConfig
     if "arms" in raw:

@@ -292,3 +292,58 @@ def test_an_archive_writes_nothing_outside(tmp_path: Path) -> None:
 def test_the_names_of_shipped_tasks() -> None:
     assert tasks.SHIPPED == ("arc", "boolq", "chaosnli", "ethics", "gsm8k", "hellaswag", "mmlu", "sciq")
     assert all(load_task(name) for name in tasks.SHIPPED)
+
+
+# ---- answers of people ----
+
+
+@pytest.mark.kills(
+    "ual/data/tasks.py",
+    "counts = dict(zip(options, value, strict=True))",
+    "counts = dict(zip(sorted(options), value, strict=True))",
+)
+@pytest.mark.parametrize("written", [[3, 0, 1], "[3, 0, 1]", {"red": 3, "blue": 1}, '{"red": 3, "blue": 1}'])
+def test_shares_of_human_answers(tmp_path: Path, written: object) -> None:
+    record = {"q": "Which?", "all": ["red", "green", "blue"], "label": 0, "people": written}
+    (tmp_path / "f.jsonl").write_text(json.dumps(record) + "\n")
+    made = Task(
+        kind="choice",
+        question="q",
+        options="all",
+        gold="label",
+        gold_is="index",
+        human="people",
+        shuffle=True,
+    )
+    [item] = read(made, str(tmp_path / "f.jsonl"))
+    assert item.human == {"red": 0.75, "green": 0.0, "blue": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ([1, 2], "expected 3 shares"),
+        ({"red": 1, "pink": 2}, "expected 3 shares"),
+        ([0, 0, 0], "positive sum"),
+        ([1, -1, 2], "0 or more"),
+        (["a", 1, 2], "0 or more"),
+        ("half", "invalid JSON"),
+        (7, "expected 3 shares"),
+    ],
+)
+def test_wrong_shares_of_human_answers(tmp_path: Path, written: object, words: str) -> None:
+    record = {"q": "Which?", "all": ["red", "green", "blue"], "label": 0, "people": written}
+    (tmp_path / "f.jsonl").write_text(json.dumps(record) + "\n")
+    made = Task(kind="choice", question="q", options="all", gold="label", gold_is="index", human="people")
+    with pytest.raises(UserError, match=words):
+        read(made, str(tmp_path / "f.jsonl"))
+
+
+def test_chaosnli_as_it_is_published(shared: Path) -> None:
+    items = read(load_task("chaosnli"), str(shared / "data" / "chaosnli" / "chaosNLI_snli.jsonl"))
+    assert len(items) == 1514
+    first = items[0]
+    assert (first.gold, first.human) == ("neither", {"true": 0.3, "neither": 0.7, "false": 0.0})
+    assert all(
+        max(item.human.values()) == item.human[item.gold] for item in items if item.human and item.gold
+    )

@@ -1,4 +1,4 @@
-"""`ual reliability`, `ual w2s`, `ual compare` and `ual quickstart`."""
+"""`ual evaluate`, `ual reliability`, `ual w2s`, `ual compare` and `ual quickstart`."""
 
 import os
 import sys
@@ -167,6 +167,84 @@ def w2s(
             out.print(tables.study(result.summary))
             assert result.report is not None
             out.print(f"report   {result.report.resolve()}", highlight=False, soft_wrap=True)
+
+
+_EVALUATE_EXAMPLE = """\b
+[bold]An evaluation[/bold]
+  models:                         # runs or models; the first is the baseline
+    base: HuggingFaceTB/SmolLM2-135M-Instruct
+    ual: runs/ual
+  tasks:
+    sciq: {task: sciq, data: test.jsonl, limit: 1000}
+    held_out: held_out.jsonl      # samples: the NLL of their responses
+  fit: 0.2                        # share of the items that fit the temperature
+
+\b
+[bold]Examples[/bold]
+  ual evaluate evaluation.yaml
+  ual evaluate runs/ual --task sciq --data test.jsonl
+  ual evaluate base=models/SmolLM2 ual=runs/ual --data held_out.jsonl -o evaluation
+
+\b
+[bold]Tasks[/bold]  (docs/evaluation.md)
+  arc, boolq, chaosnli, ethics, gsm8k, hellaswag, mmlu, sciq, or a YAML file
+"""
+
+
+@app.command(epilog=_EVALUATE_EXAMPLE)
+def evaluate(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG [KEY=VALUE]... | [NAME=]MODEL...",
+            help="A YAML file, or runs and models to compare.",
+            show_default=False,
+        ),
+    ],
+    task: Annotated[
+        str | None, typer.Option(help="A shipped task, or a YAML file; without it, samples are measured.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="The file of questions or samples; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="How many are used, drawn at random.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="chatml, plain or a Jinja file, for models that are no runs.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The folder of answers and figures.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure models: proper scores, calibration, ranking, accuracy, and agreement with people."""
+    with errors(debug):
+        from ual.config.base import load_as, parse_as
+        from ual.config.evaluate import EvaluateConfig, of_models
+
+        if Path(what[0]).suffix in (".yaml", ".yml"):
+            given = {"--task": task, "--data": data, "--limit": limit, "--chat-template": chat_template}
+            if stray := [name for name, value in given.items() if value is not None]:
+                raise UserError(f"{stray[0]} is for models, and {what[0]} names its own tasks")
+            overrides = what[1:] + ([f"output_dir={output}"] if output else [])
+            resolved = load_as(EvaluateConfig, what[0], overrides)
+        else:
+            raw = of_models(what, task, data or [], limit)
+            raw |= {"chat_template": chat_template, "output_dir": str(output or "runs/evaluation")}
+            resolved = parse_as(EvaluateConfig, raw, place="arguments")
+        settle(Path(resolved.output_dir))
+        from ual.pipelines.evaluation.run import run
+
+        result = run(
+            resolved, command=["ual", *sys.argv[1:]], trust_remote_code=trust_remote_code, console=err
+        )
+        if as_json:
+            print_json(result.summary)
+            return
+        out.print(tables.evaluation(result.summary))
+        for file in ("evaluation.json", "evaluation.csv"):
+            out.print(f"figures  {(result.folder / file).resolve()}", highlight=False, soft_wrap=True)
 
 
 _COMPARE_EXAMPLE = """\b

@@ -90,6 +90,47 @@ def paired(found: list[dict[str, Any]]) -> RenderableType:
     return table
 
 
+def evaluation(summary: dict[str, Any]) -> RenderableType:
+    """The main figures of every model by task, and differences from the first model, with 95 % intervals."""
+    parts: list[RenderableType] = []
+    for name, about in summary["tasks"].items():
+        entries = [entry for entry in summary["figures"] if entry["task"] == name]
+        shown = [(key, title) for key, title in _MEASURES if key in entries[0]["measures"]]
+        fitted = any(entry["version"] == "tempered" for entry in entries)
+        table = _table("model", *["temperature"] * fitted, *(title for _, title in shown))
+        for entry in entries:
+            temperature = [f"{entry['temperature']:.2f}" if entry["version"] == "tempered" else ""] * fitted
+            own, minus = entry["measures"], entry["differences"]
+            table.add_row(escape(entry["model"]), *temperature, *(_estimate(own[key]) for key, _ in shown))
+            if minus:
+                cells = (_estimate(minus[key], "+") for key, _ in shown)
+                table.add_row(escape(f"{entry['model']} - {entry['minus']}"), *temperature, *cells)
+        said = f"{about['measured']:,} items"
+        if about["fit"]:
+            said += f", {about['fit']:,} others fit the temperature"
+        if about["too_long"]:
+            said += f", {about['too_long']:,} too long for a model"
+        parts += [f"[bold]{escape(name)}[/bold]  {said}", table, ""]
+    return Group(*parts)
+
+
+_MEASURES = (
+    ("nll", "NLL"),
+    ("accuracy", "accuracy"),
+    ("ece_debiased", "ECE, debiased"),
+    ("auroc", "AUROC"),
+    ("jsd", "JSD"),
+    ("entropy_spearman", "entropy rho"),
+)
+
+
+def _estimate(of: dict[str, float] | None, sign: str = "") -> str:
+    if of is None:
+        return "-"
+    value, low, high = (f"{of[key]:{sign}.3f}" for key in ("value", "low", "high"))
+    return f"{value} [dim]({low} to {high})[/dim]"
+
+
 def plan(found: "Plan | Start") -> RenderableType:
     """The size of a run, and the first samples of its data; or that it is finished."""
     from ual.train.resume import Start

@@ -1,6 +1,8 @@
 """The configuration of an evaluation: models x tasks (`ual evaluate`)."""
 
 import datetime
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -8,6 +10,7 @@ from pydantic import Field, model_validator
 from ual.config.base import CommandConfig, Fraction, UserPath, from_name
 from ual.config.experiment import Name
 from ual.config.run import Files, ModelConfig, Reading
+from ual.errors import UserError
 
 
 class TaskData(Reading):
@@ -59,3 +62,39 @@ class EvaluateConfig(CommandConfig):
     date: datetime.date | None = Field(
         None, description="the day that templates read; None: that on which the evaluation began"
     )
+
+
+def of_models(
+    models: Sequence[str], task: str | None, data: Sequence[str], limit: int | None
+) -> dict[str, Any]:
+    """Return the configuration that measures models on one task, as a mapping.
+
+    Args:
+        models: paths or hub names, each with ``NAME=`` before it or named by its last part.
+        task: as `TaskData.task`.
+        data: files.
+        limit: as `TaskData.limit`.
+
+    Raises:
+        UserError: no file is named, or two models have one name.
+    """
+    named: dict[str, str] = {}
+    for model in models:
+        before, equals, after = model.partition("=")
+        name, path = (before, after) if equals else (Path(model).name, model)
+        if name in named:
+            raise UserError(
+                f"two models are named {name!r}: {named[name]} and {path}",
+                place="arguments",
+                remedy=f"give one of them a name: {name}2={path}",
+            )
+        named[name] = path
+    if not data:
+        raise UserError(
+            "no data is named",
+            place="arguments",
+            remedy="add --data FILE, or name a YAML file with models and tasks",
+        )
+    files: str | list[str] = data[0] if len(data) == 1 else [*data]
+    measured = Path(task).stem if task else Path(data[0]).name.partition(".")[0]
+    return {"models": named, "tasks": {measured: {"task": task, "data": files, "limit": limit}}}

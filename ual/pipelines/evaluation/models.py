@@ -53,7 +53,14 @@ class Model:
             of_run = parse(raw | {"output_dir": "none"}, place=place)
         assert config.date is not None
         of_run = of_run.on(config.date)
-        made_by = renderer(of_run, fitting=False, trust_remote_code=trust_remote_code)
+        try:
+            made_by = renderer(of_run, fitting=False, trust_remote_code=trust_remote_code)
+        except UserError as error:
+            if trained or "chat_template" not in error.place:
+                raise
+            raise UserError(
+                error.problem, place="configuration, chat_template", remedy=error.remedy
+            ) from error
         return cls(name, of_run, trained, made_by, trust_remote_code)
 
     @property
