@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -104,6 +105,47 @@ class TestMissing:
         assert [s.label_smoothing for s in scores.samples[:12]] == [0.3] * 12
         assert scores.samples[12].label_smoothing == 0.0
         assert scores.samples[23].label_smoothing == pytest.approx(0.2)
+
+
+class TestAssignment:
+    """Controls: the same smoothings for other samples, and smoothings that nothing decides."""
+
+    @staticmethod
+    def scored(tmp_path: Path, tiny: Path, *overrides: str) -> dict[str, training_set.Scored]:
+        some = [{k: v for k, v in row.items() if k != "uncertainty" or i} for i, row in enumerate(ROWS)]
+        config = load_config(configured(tmp_path, tiny, some), [*overrides, "uncertainty.missing=drop"])
+        read = training_set.read(config)
+        values = [training_set.Elicited(s.id, "column", s.uncertainty) for s in read.train]
+        return {scored.sample.id: scored for scored in training_set.score(read.train, values, config).samples}
+
+    @pytest.mark.kills("ual/data/training_set.py", "smoothing.shuffled(values[known], seed)", "values[known]")
+    @pytest.mark.kills(
+        "ual/data/training_set.py",
+        "known = ~np.isnan(values)\n    assigned",
+        "known = values == values\n    known[:] = True\n    assigned",
+    )
+    def test_shuffled_smoothings_are_those_of_other_samples(self, tmp_path: Path, tiny: Path) -> None:
+        own = self.scored(tmp_path, tiny)
+        shuffled = self.scored(tmp_path, tiny, "uncertainty.assignment=shuffled")
+        assert shuffled.keys() == own.keys()  # the sample without an uncertainty is dropped in both
+        assert len(own) == len(ROWS) - 1
+        smoothings = [[s.label_smoothing for s in of.values()] for of in (own, shuffled)]
+        assert sorted(smoothings[0]) == sorted(smoothings[1])
+        assert sum(a == b for a, b in zip(*smoothings, strict=True)) < len(ROWS) / 3
+        for id, scored in shuffled.items():  # reports group samples by their own uncertainty
+            assert scored.uncertainty == own[id].uncertainty
+        again = self.scored(tmp_path, tiny, "uncertainty.assignment=shuffled")
+        assert [s.label_smoothing for s in again.values()] == smoothings[1]
+        other = self.scored(tmp_path, tiny, "uncertainty.assignment=shuffled", "training.seed=7")
+        assert [s.label_smoothing for s in other.values()] != smoothings[1]
+
+    @pytest.mark.kills("ual/data/training_set.py", 'if how == "shuffled" else', "if True else")
+    def test_random_smoothings_depend_on_the_seed_alone(self, tmp_path: Path, tiny: Path) -> None:
+        random = self.scored(
+            tmp_path, tiny, "uncertainty.assignment=random", "smoothing.scale=absolute", "training.seed=3"
+        )
+        drawn = np.random.default_rng(3).random(len(ROWS) - 1)
+        assert [s.scaled_uncertainty for s in random.values()] == pytest.approx(drawn)
 
 
 class TestCogCalib:

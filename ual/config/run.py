@@ -146,6 +146,10 @@ class UncertaintyConfig(Section):
 
     estimator: Literal["column", "white_box"] = "column"
     missing: Literal["median", "drop", "refuse"] = "median"
+    assignment: Literal["own", "shuffled", "random"] = Field(
+        "own",
+        description="own; or a control: shuffled, which is that of another sample, or a random number",
+    )
     batch_size: Annotated[int, Field(ge=1)] = 8
 
 

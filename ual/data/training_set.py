@@ -347,6 +347,7 @@ def _smoothings(
     if config.loss.about.smoothing != "own":
         derived[:] = _uniform(config) if config.loss.about.smoothing == "uniform" else 0.0
         return _Smoothings(keep, scaled, derived)
+    values = _assigned(values, config)
     asked = np.isnan(own)  # whose smoothing depends on the uncertainty
     ranked = asked | ~np.isnan(values)
     missing = 0
@@ -362,6 +363,20 @@ def _smoothings(
         ranked &= keep
         scaled[ranked], derived[ranked] = smoothing.from_config(filled[ranked], config.smoothing)
     return _Smoothings(keep, scaled, np.where(asked, derived, own), missing)
+
+
+def _assigned(values: NDArray[np.float64], config: RunConfig) -> NDArray[np.float64]:
+    """Return the uncertainties [n] that decide smoothing; what is missing stays missing."""
+    how, seed = config.uncertainty.assignment, config.training.get("seed", 42)
+    if how == "own":
+        return values
+    known = ~np.isnan(values)
+    assigned = values.copy()
+    drawn = (
+        smoothing.shuffled(values[known], seed) if how == "shuffled" else smoothing.random(known.sum(), seed)
+    )
+    assigned[known] = drawn
+    return assigned
 
 
 def _check_varied(values: NDArray[np.float64], missing: int, config: RunConfig) -> None:
