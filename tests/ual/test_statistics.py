@@ -6,7 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from ual.methods.statistics import bootstrap, paired_difference, performance_gap_recovered
+from ual.methods.statistics import (
+    bootstrap,
+    effect_size,
+    holm,
+    paired_difference,
+    performance_gap_recovered,
+    permutation_p,
+)
 
 
 @pytest.mark.kills(
@@ -162,3 +169,56 @@ def test_items_are_drawn_together() -> None:
 def test_pgr_of_other_shapes_is_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises(ValueError, match=r"expected three arrays \[seeds, items\] with two items or more"):
         performance_gap_recovered(*(np.ones(shape) for shape in shapes))
+
+
+# ---- tests of differences ----
+
+
+@pytest.mark.kills("ual/methods/statistics.py", "(d * t / t.sum(),)", "(d,)")
+def test_the_p_value_of_few_items_is_that_of_every_pattern() -> None:
+    difference, weights = np.array([0.5, -1.0, 2.0, 1.5, 0.3]), np.array([1.0, 9.0, 2.0, 5.0, 1.0])
+    patterns = np.array(list(itertools.product([1, -1], repeat=5)))
+    means = patterns @ (difference * weights)
+    observed = (difference * weights).sum()
+    one_sided = min((means >= observed - 1e-12).mean(), (means <= observed + 1e-12).mean())
+    assert permutation_p(difference, weights) == pytest.approx(min(1, 2 * one_sided))
+
+
+@pytest.mark.kills("ual/methods/statistics.py", "n_resamples=permutations,", "n_resamples=10,")
+def test_p_values_are_uniform_without_an_effect_and_small_with_one() -> None:
+    rng = np.random.default_rng(0)
+    found = [permutation_p(rng.normal(0, 1, 60), permutations=499, seed=i) for i in range(300)]
+    below = np.mean(np.array(found) <= 0.05)
+    assert 0.05 - 4 * math.sqrt(0.05 * 0.95 / 300) <= below <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / 300)
+    assert permutation_p(rng.normal(1, 1, 60), permutations=999) <= 2 / 1000
+    assert permutation_p(np.zeros(30)) == 1
+
+
+@pytest.mark.kills("ual/methods/statistics.py", "(len(p_values) - rank) * p", "len(p_values) * p")
+@pytest.mark.kills("ual/methods/statistics.py", "highest = max(highest, min(", "highest = max(0.0, min(")
+def test_holm_rejects_as_its_procedure_does() -> None:
+    """Step down: the smallest p against 5 % / m, the next one against 5 % / (m - 1), until one fails."""
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        p = {str(i): float(x) for i, x in enumerate(rng.uniform(size=6) ** 3)}
+        rejected = set()
+        for rank, (name, value) in enumerate(sorted(p.items(), key=lambda of: of[1])):
+            if value > 0.05 / (6 - rank):
+                break
+            rejected.add(name)
+        assert {name for name, value in holm(p).items() if value <= 0.05} == rejected
+    assert holm({}) == {}
+
+
+def test_effect_size_is_that_of_the_t_statistic() -> None:
+    d = np.random.default_rng(2).normal(0.3, 1, 50)
+    from scipy import stats
+
+    assert effect_size(d) == pytest.approx(stats.ttest_1samp(d, 0).statistic / math.sqrt(50))
+    assert math.isnan(effect_size([1.0, 1.0]))
+
+
+def test_refuses_differences_that_are_none() -> None:
+    for difference, weights in (([1.0], None), ([1.0, 2.0], [1.0]), ([1.0, 2.0], [1.0, 0.0])):
+        with pytest.raises(ValueError, match="two items or more"):
+            permutation_p(difference, weights)
