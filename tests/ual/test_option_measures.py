@@ -1,6 +1,7 @@
 """Measures of option probabilities: by hand, against SciPy and scikit-learn, laws, and intervals."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -11,15 +12,15 @@ from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import log_loss, roc_auc_score
 
 from ual.evaluate.calibration import brier_parts
-from ual.evaluate.options import HUMAN_MEASURES, MEASURES, Predictions, measure, temperature
+from ual.evaluate.options import HUMAN_MEASURES, MEASURES, Predictions, table, temperature
 from ual.evaluate.ranking import area_under_risk_coverage, selective_accuracy
-from ual.methods.statistics import Estimate, draws
+from ual.methods.statistics import Estimate, Table, draws, exchange_p
 
 OPTIONS = "abcde"
 
 
 def value(of: Predictions, name: str) -> float:
-    return measure(of, resamples=2).values[name]
+    return draws(table(of), resamples=2).values[name]
 
 
 def drawn(rng: np.random.Generator, n: int, *, sharpness: float = 1.0, human: bool = False) -> Predictions:
@@ -153,31 +154,31 @@ def test_the_interval_of_a_calibration_error_holds_the_truth() -> None:
         confidence = rng.uniform(0.55, 0.95, size=400)
         right = rng.uniform(size=400) < confidence
 
-        def reliability(i: np.ndarray, c: np.ndarray = confidence, y: np.ndarray = right) -> dict[str, float]:
-            return {"reliability": brier_parts(c[i], y[i]).reliability}
-
-        found = draws(reliability, 400, resamples=200, seed=seed, centered=["reliability"])
-        estimate = found.estimates()["reliability"]
+        columns = {"confidence": confidence, "right": right.astype(float)}
+        table = Table(columns, reliability, ["reliability"])
+        estimate = draws(table, resamples=200, seed=seed).estimates()["reliability"]
         assert estimate is not None
         hits += estimate.low <= 0 <= estimate.high
     assert hits >= 53  # 57 of 60 on average; 52 or fewer have a chance of 0.4 %
 
 
-@pytest.mark.kills("ual/evaluate/options.py", "centered=calibration.FIGURES,", "")
+@pytest.mark.kills(
+    "ual/evaluate/options.py", "_figures, bins=bins), calibration.FIGURES)", "_figures, bins=bins))"
+)
 @pytest.mark.kills(
     "ual/methods/statistics.py",
-    "values = figures(np.arange(items))",
-    "values = figures(rng.integers(0, items, items))",
+    "values = table.take(np.arange(table.items))",
+    "values = table.take(rng.integers(0, table.items, table.items))",
 )
 def test_measures_with_intervals() -> None:
     found = drawn(np.random.default_rng(3), 300, human=True)
-    estimates = measure(found, resamples=60, seed=1).estimates()
+    estimates = draws(table(found), resamples=60, seed=1).estimates()
     assert list(estimates) == [*MEASURES, *HUMAN_MEASURES]
     for name, estimate in estimates.items():
         assert estimate is not None
         assert estimate.low < estimate.high, name
         assert estimate.low <= estimate.value <= estimate.high, name
-    again = measure(found, resamples=60, seed=1).estimates()
+    again = draws(table(found), resamples=60, seed=1).estimates()
     assert again == estimates
     assert estimates["nll"] is not None
     assert estimates["nll"].high - estimates["nll"].low == pytest.approx(
@@ -193,7 +194,7 @@ def test_measures_with_intervals() -> None:
 def test_differences_are_paired() -> None:
     found = drawn(np.random.default_rng(4), 200)
     sharper = found.at(0.9)
-    own, other = (measure(of, resamples=50, seed=2) for of in (sharper, found))
+    own, other = (draws(table(of), resamples=50, seed=2) for of in (sharper, found))
     difference = own.estimates(minus=other)
     alone = own.estimates()
     for name in ("nll", "brier"):
@@ -205,13 +206,27 @@ def test_differences_are_paired() -> None:
     assert difference["accuracy"] == Estimate(0.0, 0.0, 0.0)
 
 
+def test_the_exchange_of_two_models() -> None:
+    base = drawn(np.random.default_rng(5), 40)
+    sharper = exchange_p([table(base.at(0.4))], [table(base)], permutations=99)
+    assert sharper["confidence"] == sharper["entropy"] == pytest.approx(0.02)
+    assert sharper["accuracy"] == 1
+    assert sharper.keys() == set(MEASURES)
+    undefined = table(Predictions.of([{"a": 0.6, "b": 0.4}] * 4, ["a"] * 4))
+    assert math.isnan(exchange_p([undefined], [undefined], permutations=5)["auroc"])
+
+
 def test_measures_that_are_not_defined_are_none() -> None:
     right = Predictions.of([{"a": 0.6, "b": 0.4}, {"a": 0.7, "b": 0.3}], ["a", "a"], [{"a": 1, "b": 1}] * 2)
-    found = measure(right, resamples=10).estimates()
+    found = draws(table(right), resamples=10).estimates()
     assert found["auroc"] is None
     assert found["entropy_pearson"] is None
     assert found["accuracy"] is not None
     assert found["accuracy"].value == 1
+
+
+def reliability(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {"reliability": brier_parts(columns["confidence"], columns["right"]).reliability}
 
 
 # ---- refusals ----
@@ -234,6 +249,6 @@ def test_refuses(rows: list, gold: list, human: list | None, words: str) -> None
 
 def test_refuses_too_few() -> None:
     with pytest.raises(ValueError, match="two items"):
-        measure(Predictions.of([{"a": 1, "b": 2}], ["a"]))
+        draws(table(Predictions.of([{"a": 1, "b": 2}], ["a"])))
     with pytest.raises(ValueError, match="no human answers"):
         Predictions.of([{"a": 1, "b": 2}], ["a"]).kl()

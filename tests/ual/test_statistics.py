@@ -2,13 +2,18 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 
 from ual.methods.statistics import (
+    Draws,
+    Table,
     bootstrap,
+    draws,
     effect_size,
+    exchange_p,
     holm,
     paired_difference,
     performance_gap_recovered,
@@ -192,6 +197,50 @@ def test_p_values_are_uniform_without_an_effect_and_small_with_one() -> None:
     assert 0.05 - 4 * math.sqrt(0.05 * 0.95 / 300) <= below <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / 300)
     assert permutation_p(rng.normal(1, 1, 60), permutations=999) <= 2 / 1000
     assert permutation_p(np.zeros(30)) == 1
+
+
+def spread(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Return a figure that is no mean over items."""
+    return {"spread": float(columns["x"].std()), "mean": float(columns["x"].mean())}
+
+
+@pytest.mark.kills(
+    "ual/methods/statistics.py", "(value - other[name]) / len(arm)", "(value - other[name]) * a.items"
+)
+@pytest.mark.kills(
+    "ual/methods/statistics.py",
+    "own, other = a.figures(_mixed(a, b, exchanged)), b.figures(_mixed(b, a, exchanged))",
+    "own, other = a.figures(_mixed(a, b, exchanged)), b.figures(b.columns)",
+)
+@pytest.mark.kills("ual/methods/statistics.py", "2 * min((every >=", "min((every >=")
+def test_exchange_gives_uniform_p_values_without_an_effect_and_finds_one() -> None:
+    rng, found = np.random.default_rng(3), []
+    for seed in range(250):
+        item = rng.normal(0, 1, 40)
+        tables = [Table({"x": item + rng.normal(0, 1, 40)}, spread) for _ in range(4)]
+        p = exchange_p(tables[:2], tables[2:], permutations=79, seed=seed)
+        found += list(p.values())
+    share = np.mean(np.array(found) <= 0.2)
+    assert abs(share - 0.2) <= 4 * math.sqrt(0.2 * 0.8 / 250)  # figures of one draw depend on each other
+    wide = [Table({"x": 1.6 * table.columns["x"] + 1}, spread) for table in tables]
+    assert exchange_p(wide, tables, permutations=99) == {
+        "spread": pytest.approx(0.02),
+        "mean": pytest.approx(0.02),
+    }
+    with pytest.raises(ValueError, match="2 and 1 seeds"):
+        exchange_p(tables[:2], tables[:1])
+    with pytest.raises(ValueError, match="items"):
+        exchange_p(tables[:1], [Table({"x": np.zeros(3)}, spread)])
+
+
+def test_means_over_seeds_are_drawn_together() -> None:
+    rng = np.random.default_rng(4)
+    tables = [Table({"x": rng.normal(i, 1, 60)}, spread) for i in range(3)]
+    mean = Draws.mean([draws(table, resamples=300, seed=1) for table in tables]).estimates()["mean"]
+    every = bootstrap(np.mean, np.mean([table.columns["x"] for table in tables], axis=0), resamples=300)
+    assert mean is not None
+    assert mean.value == pytest.approx(every.value)
+    assert mean.high - mean.low == pytest.approx(every.high - every.low, rel=0.25)
 
 
 @pytest.mark.kills("ual/methods/statistics.py", "(len(p_values) - rank) * p", "len(p_values) * p")

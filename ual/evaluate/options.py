@@ -16,13 +16,14 @@ and figures over the vocabulary are different quantities.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ual.evaluate import calibration, ranking
-from ual.methods.statistics import Draws, draws
+from ual.methods.statistics import Table
 
 Array = NDArray[np.float64]
 
@@ -169,30 +170,17 @@ HUMAN_MEASURES = ("kl", "jsd", "entropy_pearson", "entropy_spearman")
 """Of the probabilities and the shares of human answers."""
 
 
-def measure(predictions: Predictions, *, bins: int = 15, resamples: int = 1000, seed: int = 0) -> Draws:
-    """Return `MEASURES`, and `HUMAN_MEASURES` if there are human answers, with resamples of the questions.
+def table(predictions: Predictions, *, bins: int = 15) -> Table:
+    """Return `MEASURES`, and `HUMAN_MEASURES` if there are human answers, as figures of the questions.
 
     Args:
         predictions: of two questions or more.
         bins: of calibration errors.
-        resamples: of the bootstrap, at least 2.
-        seed: of the draws.
 
     Returns:
-        Figures by name; NaN where one is not defined, such as AUROC if all answers are right.
-
-    Raises:
-        ValueError: fewer than two questions.
+        A table whose figures are NaN where they are not defined, such as AUROC if all answers are right.
     """
-    columns = _columns(predictions)
-    n = predictions.gold.size
-    return draws(
-        lambda drawn: _figures({name: of[drawn] for name, of in columns.items()}, bins),
-        n,
-        resamples=resamples,
-        seed=seed,
-        centered=calibration.FIGURES,
-    )
+    return Table(_columns(predictions), partial(_figures, bins=bins), calibration.FIGURES)
 
 
 def _columns(of: Predictions) -> dict[str, Array]:

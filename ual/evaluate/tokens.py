@@ -5,6 +5,7 @@ of calibration errors are those of all tokens. Each holds many tokens, so noise 
 and they are not debiased. `ual.evaluate.calibration` has the definitions.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ual.evaluate.calibration import Equal, bin_indices
-from ual.methods.statistics import Draws, draws
+from ual.methods.statistics import Table
 
 Array = NDArray[np.float64]
 
@@ -43,49 +44,40 @@ MEASURES = ("nll", "accuracy", "confidence", "brier", *_CALIBRATION)
 """``nll`` in nats; ``brier`` of the top-1 token."""
 
 
-def measure(tokens: Tokens, *, bins: int = 15, resamples: int = 1000, seed: int = 0) -> Draws:
-    """Return `MEASURES` per token, with resamples of the samples.
+def table(tokens: Tokens, *, bins: int = 15) -> Table:
+    """Return `MEASURES` per token, as figures of the samples.
 
     Args:
         tokens: of two samples or more.
         bins: of calibration errors.
-        resamples: of the bootstrap, at least 2.
-        seed: of the draws.
-
-    Raises:
-        ValueError: fewer than two samples.
     """
-    sums = _Sums(tokens, tokens.samples, bins)
-    return draws(sums.figures, tokens.samples, resamples=resamples, seed=seed, centered=_CALIBRATION)
+    n = tokens.samples
+
+    def by_sample(values: NDArray[Any]) -> Array:
+        total: Array = np.bincount(tokens.sample, weights=values, minlength=n).astype(np.float64)
+        return total
+
+    columns = {
+        "tokens": by_sample(np.ones(tokens.sample.size)),
+        "nll": by_sample(tokens.nll),
+        "accuracy": by_sample(tokens.correct),
+        "confidence": by_sample(tokens.confidence),
+        "brier": by_sample((tokens.confidence - tokens.correct) ** 2),
+    }
+    columns["gap"], columns["size"] = _gaps(tokens, n, bins, "mass")
+    columns["gap by width"], _ = _gaps(tokens, n, bins, "width")
+    return Table(columns, _figures, _CALIBRATION)
 
 
-class _Sums:
-    """Sums of each sample, of which every measure is a function."""
-
-    def __init__(self, tokens: Tokens, n: int, bins: int) -> None:
-        def by_sample(values: NDArray[Any]) -> Array:
-            total: Array = np.bincount(tokens.sample, weights=values, minlength=n).astype(np.float64)
-            return total
-
-        self._tokens = by_sample(np.ones(tokens.sample.size))
-        self._plain = {
-            "nll": by_sample(tokens.nll),
-            "accuracy": by_sample(tokens.correct),
-            "confidence": by_sample(tokens.confidence),
-            "brier": by_sample((tokens.confidence - tokens.correct) ** 2),
-        }
-        self._gaps = {equal: _gaps(tokens, n, bins, equal) for equal in ("mass", "width")}
-
-    def figures(self, drawn: NDArray[np.intp]) -> dict[str, float]:
-        """Return the figures of the samples that were drawn."""
-        count = self._tokens[drawn].sum()
-        found = {name: float(of[drawn].sum() / count) for name, of in self._plain.items()}
-        for equal, name in (("mass", "ece"), ("width", "ece_width")):
-            gap, size = (of[drawn].sum(0) for of in self._gaps[equal])
-            found[name] = float(np.abs(gap).sum() / count)
-            if equal == "mass":
-                found["rms_ce"] = float(np.sqrt((gap**2 / np.maximum(size, 1)).sum() / count))
-        return found
+def _figures(columns: Mapping[str, Array]) -> dict[str, float]:
+    """Return figures from the sums of samples."""
+    total = {name: column.sum(0) for name, column in columns.items()}
+    count = total["tokens"]
+    found = {name: float(total[name] / count) for name in MEASURES[:4]}
+    found["ece"] = float(np.abs(total["gap"]).sum() / count)
+    found["ece_width"] = float(np.abs(total["gap by width"]).sum() / count)
+    found["rms_ce"] = float(np.sqrt((total["gap"] ** 2 / np.maximum(total["size"], 1)).sum() / count))
+    return found
 
 
 def _gaps(tokens: Tokens, n: int, bins: int, equal: Equal) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ the choice of held-out samples. It does not cover the randomness of training: th
 """
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,18 +79,50 @@ def bootstrap(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """What is known of n items, and the figures that follow from it.
+
+    Attributes:
+        columns: by name, [n, ...], a number or vector for each item.
+        figures: returns figures by name from the columns of some items, with repetitions. NaN: not defined.
+        centered: names of figures whose intervals are moved as `bootstrap` says.
+    """
+
+    columns: Mapping[str, NDArray[np.float64]]
+    figures: Callable[[Mapping[str, NDArray[np.float64]]], Mapping[str, float]]
+    centered: Collection[str] = ()
+
+    @property
+    def items(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def take(self, drawn: NDArray[np.intp]) -> Mapping[str, float]:
+        """Return the figures of some items, by index."""
+        return self.figures({name: column[drawn] for name, column in self.columns.items()})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Draws:
     """Figures of all items, and of resamples of the items.
 
     Attributes:
         values: by name; NaN where a figure is not defined.
         drawn: by name, [resamples].
-        centered: names of figures whose intervals are moved as `bootstrap` says.
+        centered: as `Table.centered`.
     """
 
     values: Mapping[str, float]
     drawn: Mapping[str, NDArray[np.float64]]
     centered: Collection[str]
+
+    @classmethod
+    def mean(cls, of: Sequence["Draws"]) -> "Draws":
+        """Return means over seeds, which have the same resamples."""
+        return cls(
+            {name: float(np.mean([one.values[name] for one in of])) for name in of[0].values},
+            {name: np.mean([one.drawn[name] for one in of], axis=0) for name in of[0].drawn},
+            of[0].centered,
+        )
 
     def estimates(self, minus: "Draws | None" = None) -> dict[str, Estimate | None]:
         """Return figures with intervals, or their differences from others of the same items and seed.
@@ -106,33 +138,83 @@ class Draws:
         return found
 
 
-def draws(
-    figures: Callable[[NDArray[np.intp]], Mapping[str, float]],
-    items: int,
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-    centered: Collection[str] = (),
-) -> Draws:
+def draws(table: Table, *, resamples: int = 1000, seed: int = 0) -> Draws:
     """Return the figures of all items, and of resamples. Many figures share the work of a resample.
 
     Args:
-        figures: returns the figures of some items, by index, with repetitions. NaN: not defined.
-        items: how many there are, at least 2.
+        table: of two items or more.
         resamples: at least 2.
         seed: of the resamples, which depend on nothing else but the number of items.
-        centered: see `Draws`.
 
     Raises:
         ValueError: there are fewer than two items.
     """
-    if items < 2:
-        raise ValueError(f"an interval needs two items or more, got {items}")
+    if table.items < 2:
+        raise ValueError(f"an interval needs two items or more, got {table.items}")
     rng = np.random.default_rng(seed)
-    values = figures(np.arange(items))
-    found = [figures(rng.integers(0, items, items)) for _ in range(resamples)]
+    values = table.take(np.arange(table.items))
+    found = [table.take(rng.integers(0, table.items, table.items)) for _ in range(resamples)]
     drawn = {name: np.array([of[name] for of in found]) for name in values}
-    return Draws(values, drawn, frozenset(centered))
+    return Draws(values, drawn, frozenset(table.centered))
+
+
+def exchange_p(
+    arm: Sequence[Table], baseline: Sequence[Table], *, permutations: int = 999, seed: int = 0
+) -> dict[str, float]:
+    """Return the two-sided p-value of the difference of every figure, by exchange of items between two arms.
+
+    If two arms do not differ, each item's answers could as well be those of the other arm. So items are
+    exchanged at random, for all seeds of training together. Figures that are no means over items, such as
+    calibration errors, are tested alike. The p-value is twice the smaller share of exchanges with a difference
+    as far out on one side, the observed one among them, and at most 1.
+
+    Args:
+        arm, baseline: one table for each seed of training, of the same items.
+        permutations: random exchanges; the smallest p-value is 2 / (permutations + 1).
+        seed: of the exchanges.
+
+    Returns:
+        By name; NaN where a figure is not defined.
+
+    Raises:
+        ValueError: the arms have other numbers of seeds or items.
+    """
+    sizes = {table.items for table in (*arm, *baseline)}
+    if len(arm) != len(baseline) or len(sizes) != 1:
+        seeds = f"{len(arm)} and {len(baseline)} seeds"
+        raise ValueError(f"two arms need the same seeds and items, got {seeds}, and {sizes} items")
+    [items] = sizes
+    rng = np.random.default_rng(seed)
+
+    def difference(exchanged: NDArray[np.bool_]) -> dict[str, float]:
+        total: dict[str, float] = {}
+        for a, b in zip(arm, baseline, strict=True):
+            own, other = a.figures(_mixed(a, b, exchanged)), b.figures(_mixed(b, a, exchanged))
+            for name, value in own.items():
+                total[name] = total.get(name, 0.0) + (value - other[name]) / len(arm)
+        return total
+
+    observed = difference(np.zeros(items, dtype=bool))
+    found = [difference(rng.random(items) < 0.5) for _ in range(permutations)]
+    return {name: _two_sided(value, [of[name] for of in found]) for name, value in observed.items()}
+
+
+def _two_sided(value: float, drawn: Sequence[float]) -> float:
+    """Return the p-value of an observed value among draws; NaN if it is not defined."""
+    if np.isnan(value):
+        return float("nan")
+    every = np.array([value, *drawn])
+    every = every[~np.isnan(every)]
+    slack = ROUNDING * max(1.0, abs(value))  # equal patterns differ by rounding
+    return float(min(1.0, 2 * min((every >= value - slack).mean(), (every <= value + slack).mean())))
+
+
+def _mixed(a: Table, b: Table, exchanged: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
+    """Return the columns of one table, with the items that are exchanged from the other."""
+    return {
+        name: np.where(exchanged.reshape(-1, *[1] * (column.ndim - 1)), b.columns[name], column)
+        for name, column in a.columns.items()
+    }
 
 
 def paired_difference(

@@ -21,7 +21,7 @@ from ual.errors import UserError
 from ual.evaluate import options, tokens
 from ual.evaluate.tasks import Posed, choose, work_out
 from ual.methods.answers import normalize
-from ual.methods.statistics import Draws, draws
+from ual.methods.statistics import Table
 from ual.models.score import TokenScores, score
 from ual.pipelines.learner import Learner
 from ual.records import Sample
@@ -243,19 +243,13 @@ Items: TypeAlias = Choices | Numbers | Texts
 Evidence: TypeAlias = options.Predictions | NDArray[np.float64] | tokens.Tokens
 
 
-def measure(evidence: Evidence, config: EvaluateConfig) -> Draws:
-    """Return the figures of a model's answers, with resamples of the items.
-
-    Args:
-        evidence: of one kind of items.
-        config: has the number of bins and resamples, and the seed.
-    """
-    drawing: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed}
+def table(evidence: Evidence, bins: int) -> Table:
+    """Return the figures of a model's answers to one kind of items; calibration errors have so many bins."""
     if isinstance(evidence, options.Predictions):
-        return options.measure(evidence, bins=config.bins, **drawing)
+        return options.table(evidence, bins=bins)
     if isinstance(evidence, tokens.Tokens):
-        return tokens.measure(evidence, bins=config.bins, **drawing)
-    return draws(lambda drawn: {"accuracy": float(evidence[drawn].mean())}, evidence.size, **drawing)
+        return tokens.table(evidence, bins=bins)
+    return Table({"accuracy": evidence}, lambda columns: {"accuracy": float(columns["accuracy"].mean())})
 
 
 def read_items(name: str, data: TaskData, config: EvaluateConfig) -> Items:

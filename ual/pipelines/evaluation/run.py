@@ -26,7 +26,7 @@ from rich.console import Console
 from ual.config.base import dump, load_as
 from ual.config.evaluate import EvaluateConfig
 from ual.files import read_jsonl, write_json, write_text, writing
-from ual.methods.statistics import Draws, Estimate
+from ual.methods.statistics import Draws, Estimate, draws
 from ual.pipelines.evaluation.items import (
     Asked,
     Choices,
@@ -34,8 +34,8 @@ from ual.pipelines.evaluation.items import (
     Record,
     Records,
     Texts,
-    measure,
     read_items,
+    table,
     without,
 )
 from ual.pipelines.evaluation.models import Model
@@ -193,7 +193,9 @@ def _summary(
             for version, evidence in (("plain", outcome.plain), ("tempered", outcome.tempered)):
                 if evidence is None:
                     continue
-                drawn, baseline = measure(evidence, config), baselines.get(version)
+                measured = table(evidence, config.bins)
+                drawn = draws(measured, resamples=config.resamples, seed=config.seed)
+                baseline = baselines.get(version)
                 baselines.setdefault(version, drawn)
                 found.append(
                     {
