@@ -165,8 +165,8 @@ def exchange_p(
 
     If two arms do not differ, each item's answers could as well be those of the other arm. So items are
     exchanged at random, for all seeds of training together. Figures that are no means over items, such as
-    calibration errors, are tested alike. The p-value is twice the smaller share of exchanges with a difference
-    as far out on one side, the observed one among them, and at most 1.
+    calibration errors, are tested alike. The p-value is twice the smaller share of exchanges whose difference
+    is as far out on one side, the observed one among them, and at most 1.
 
     Args:
         arm, baseline: one table for each seed of training, of the same items.
