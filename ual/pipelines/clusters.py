@@ -8,6 +8,7 @@ import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,17 +142,11 @@ def run(
         every = _occurrences(rendered)
         limits = {name: getattr(options, name) for name in ("classes", "occurrences", "least", "seed")}
         found = every.at(clusters.choose(every.token, every.document, **limits))
-        kept = {of.name: _states(of, rendered, found, config, trust_remote_code, progress) for of in subjects}
-        compared = clusters.compare(
-            kept,
-            found.token,
-            found.document,
-            neighbors=options.neighbors,
-            resamples=options.resamples,
-            seed=options.seed,
-            advance=progress.task("intervals", options.resamples * len(kept)),
-        )
-    about = {"notes": [*notes, *rendered.notes], "command": list(command), "version": ual.__version__}
+        states_of = partial(_states, rendered, found, config, trust_remote_code, progress)
+        kept = {of.name: states_of(of) for of in subjects}
+        how = {name: getattr(options, name) for name in ("neighbors", "resamples", "seed")}
+        task = progress.task("intervals", options.resamples * len(kept))
+        compared = clusters.compare(kept, found.token, found.document, advance=task, **how)
     summary = {
         "data": origin,
         "models": _described(subjects, compared.measures),
@@ -159,7 +154,9 @@ def run(
         **_tokens(rendered, every, found),
         "projections": _projections(kept, options),
         "options": asdict(options),
-        **about,
+        "notes": [*notes, *rendered.notes],
+        "command": list(command),
+        "version": ual.__version__,
     }
     with writing("the analysis", output, "free some space, or choose another --output"):
         write_json(output / RESULT, summary)
@@ -247,12 +244,12 @@ def _check_tokenizers(subjects: Sequence[Subject], trust_remote_code: bool) -> N
 
 
 def _states(
-    of: Subject,
     rendered: _Rendered,
     found: _Occurrences,
     config: RunConfig,
     trust_remote_code: bool,
     progress: Progress,
+    of: Subject,
 ) -> NDArray[np.float32]:
     """Return the states [N, D] of the chosen tokens under one model, which is then freed."""
     # the template is the first run's: the model's own is not used, and a base model may have none
