@@ -259,6 +259,8 @@ def place(folder: Path, stories: Path) -> None:
     asked = {"data": "asked.jsonl", "backend": backend, "estimators": ["p_true"], "output_dir": "runs/asked"}
     (folder / "elicit.yaml").write_text(yaml.safe_dump(asked))
     write_rows(folder / "asked.jsonl", ROWS[:3])
+    sums = [{"prompt": f"What is {i} + {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
+    write_rows(folder / "test.jsonl", sums)
     write_rows(folder / "answers.jsonl", [{"question": "6 x 7?", "answers": ["42", "42", "41"]}])
 
 

@@ -5,10 +5,10 @@ from typing import Annotated
 import typer
 
 from ual import __version__
-from ual.cli import elicit, study, train
+from ual.cli import analyze, elicit, study, train
 from ual.cli.console import app, out
 
-__all__ = ["app", "elicit", "main", "study", "train"]
+__all__ = ["analyze", "app", "elicit", "main", "study", "train"]
 
 
 @app.callback(invoke_without_command=True)

@@ -1,5 +1,6 @@
 """Tables of the command line. Each function returns what rich prints, and prints nothing."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
@@ -318,6 +319,33 @@ def elicitation_plan(found: "DryRun") -> RenderableType:
         table,
         f"{found.rows:,} samples; prompt tokens {how}; cost at most {found.cost:.4f}. Nothing was sent.",
     )
+
+
+def clusters(summary: dict[str, Any]) -> RenderableType:
+    """The measures of token clusters by model, and the differences of models, with their intervals."""
+    from ual.evaluate.clusters import MEASURES
+
+    def filled(columns: dict[str, dict[str, dict[str, float]]], form: str) -> RenderableType:
+        table = _table("measure", "tighter", *map(escape, columns), left=2)
+        for key, measure in MEASURES.items():
+            cells = [_with_interval(found[key], form) for found in columns.values()]
+            table.add_row(measure.name, measure.tighter, *cells)
+        return table
+
+    count = f"{len(summary['tokens'])} tokens, {summary['occurrences']} occurrences of each"
+    parts = [filled({model["name"]: model["measures"] for model in summary["models"]}, ".3f")]
+    if pairs := summary["differences"]:
+        named = {f"{pair['model']} - {pair['baseline']}": pair["measures"] for pair in pairs}
+        parts += ["", filled(named, "+.3f")]
+    notes = [escape(note) for note in summary["notes"]]
+    return Group(*parts, f"{count}, {summary['documents']} documents; 95 % intervals over documents", *notes)
+
+
+def _with_interval(estimate: dict[str, float], form: str) -> str:
+    if not math.isfinite(estimate["value"]):
+        return ""
+    value, low, high = (f"{estimate[key]:{form}}" for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})" if math.isfinite(estimate["low"]) else value
 
 
 def elicitation(summary: dict[str, Any]) -> RenderableType:

@@ -345,6 +345,69 @@ def entropy_curves(
     return _titled(figure, f"Accuracy of labels: {' and '.join(dict.fromkeys(ends_at))} nats")
 
 
+@_styled
+def scatter(
+    points: ArrayLike,
+    colored: Mapping[str, ArrayLike],
+    *,
+    limits: Sequence[float],
+    title: str,
+    axes: tuple[str, str] = ("", ""),
+) -> Figure:
+    """Draw points in two dimensions: a few groups in color, each with its own marker, the others gray.
+
+    Args:
+        points: [n, 2], finite.
+        colored: name of a group -> [n], bool; at most six groups, named beside the plot.
+        limits: x and y from, x and y to; a margin is added. Figures with equal limits can be compared.
+        title: what the figure shows.
+        axes: labels of the axes.
+
+    Raises:
+        ValueError: nothing to draw, or more groups than colors.
+    """
+    drawn = np.asarray(points, dtype=np.float64)
+    if not len(drawn) or len(colored) > len(PALETTE):
+        raise ValueError(f"scatter needs points and at most {len(PALETTE)} groups, got {len(colored)}")
+    figure = _figure()
+    panel = figure.subplots()
+    groups = {name: np.asarray(of, dtype=np.bool_) for name, of in colored.items()}
+    others = ~np.logical_or.reduce([np.zeros(len(drawn), dtype=np.bool_), *groups.values()])
+    rasterized = len(drawn) > _RASTER_ABOVE
+    panel.scatter(
+        drawn[others, 0], drawn[others, 1], s=7, color=MUTED, alpha=0.25, linewidths=0, rasterized=rasterized
+    )
+    marks = [
+        panel.scatter(
+            drawn[of, 0],
+            drawn[of, 1],
+            s=15,
+            color=color,
+            marker=marker,
+            alpha=0.8,
+            linewidths=0,
+            rasterized=rasterized,
+        )
+        for of, color, marker in zip(groups.values(), PALETTE, "osD^vP", strict=False)
+    ]
+    x_from, y_from, x_to, y_to = limits
+    across, along = (0.04 * max(x_to - x_from, 1e-9), 0.04 * max(y_to - y_from, 1e-9))
+    panel.set(
+        xlim=(x_from - across, x_to + across),
+        ylim=(y_from - along, y_to + along),
+        xlabel=axes[0],
+        ylabel=axes[1],
+    )
+    panel.xaxis.set_major_locator(MaxNLocator(4))
+    panel.yaxis.set_major_locator(MaxNLocator(4))
+    if marks:
+        panel.legend(
+            marks, [label(name) for name in groups], loc="center left", bbox_to_anchor=(1.01, 0.5),
+            title="token", markerscale=1.4, handletextpad=0.2,
+        )  # fmt: skip
+    return _titled(figure, title)
+
+
 def running_mean(values: ArrayLike, window: int) -> NDArray[np.float64]:
     """Return the mean over a centered window, [n] -> [n]; the window is cut off at the ends.
 
