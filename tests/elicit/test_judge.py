@@ -20,11 +20,11 @@ from tests.ual.runs import ENVIRONMENT, ROOT
 from ual.config.judge import JudgeConfig
 from ual.data import Renderer
 from ual.errors import FailedRequestsError, UserError
-from ual.evaluate.preferences import records
+from ual.evaluate.preferences import Preferences, records
 from ual.models import fuse
 from ual.models.generate import Prompt, generate
-from ual.pipelines.judge import judge, verdict
-from ual.pipelines.outputs import pairs, read_outputs, write_outputs
+from ual.pipelines.judge import annotations, judge, verdict
+from ual.pipelines.outputs import Pair, pairs, read_outputs, write_outputs
 from ual.records import Message, Sample
 
 JUDGE, OUTPUTS = "ual/pipelines/judge.py", "ual/pipelines/outputs.py"
@@ -171,6 +171,9 @@ def test_annotations_are_alpaca_eval_s(answers: tuple[Path, Path], server: Serve
         "output_2": "ooooooooo", "generator_2": "ours", "annotator": "ual_pairwise_v1/m", "preference": 2.0,
     }  # fmt: skip
     assert [one["preference"] for one in found] == [2] * 8 + [1.5, 1, 1, 1]
+    pair = Pair("Do.", None, "ours", "theirs")
+    [undecided] = annotations([pair], Preferences.of([math.nan], [1], [4], [6]), "ours", "theirs", "m")
+    assert undecided["preference"] is None
     [record] = records(found).values()
     assert (record.wins, record.ties, record.losses) == (8, 1, 3)
 
