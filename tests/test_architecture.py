@@ -89,6 +89,7 @@ PURE = [
     "ual.data",
     "ual.config.elicit",
     "ual.pipelines.elicit",
+    "ual.pipelines.judge",
     "ual.uncertainty.backends.endpoint",
 ]
 

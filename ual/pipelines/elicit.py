@@ -131,8 +131,7 @@ def run(
         UserError: another process uses the folder, or the user can correct the cause. Replies are in the
             cache; the same command resumes.
     """
-    for name in _QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet()
     job = prepare(config, limit)
     folder = Path(config.output_dir)
     run_id = str(folder.resolve())
@@ -155,6 +154,12 @@ def run(
             summary = asyncio.run(_elicit(job, session, budget, progress))
             write_json(folder / "summary.json", summary)
     return summary
+
+
+def quiet() -> None:
+    """Keep the clients' libraries from logging a line for each request."""
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def check(summary: Mapping[str, Any], config: ElicitConfig) -> None:
