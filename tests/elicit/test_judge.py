@@ -13,19 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.elicit.servers import BEHAVIORS, Asked, Send, Server, completion, response, serving
 from tests.ual.runs import ENVIRONMENT, ROOT
 from ual.config.judge import JudgeConfig
-from ual.data import Renderer
 from ual.errors import FailedRequestsError, UserError
 from ual.evaluate.preferences import Preferences, records
-from ual.models import fuse
-from ual.models.generate import Prompt, generate
 from ual.pipelines.judge import annotations, judge, verdict
-from ual.pipelines.outputs import Pair, pairs, read_outputs, write_outputs
-from ual.records import Message, Sample
+from ual.pipelines.outputs import Pair, pairs, read_outputs
 
 JUDGE, OUTPUTS = "ual/pipelines/judge.py", "ual/pipelines/outputs.py"
 
@@ -359,33 +354,6 @@ def test_the_published_answers(shared: Path) -> None:
     assert names == ("text_davinci_003",) * 2
     assert len(found) == 805
     assert {one.dataset for one in found} == {"helpful_base", "koala", "oasst", "selfinstruct", "vicuna"}
-
-
-@pytest.mark.kills(OUTPUTS, "texts[i] = reply.text", "texts[start] = reply.text")
-def test_a_model_s_answers(stories: Path, shared: Path, tmp_path: Path) -> None:
-    """In batches, in the file's order, each as alone; the file is one that a judge reads."""
-    tokenizer = AutoTokenizer.from_pretrained(stories)
-    model = fuse(AutoModelForCausalLM.from_pretrained(stories)).train()
-    renderer = Renderer(tokenizer, chat_template="plain")
-    questions = read_outputs(shared / "data" / "alpaca_eval" / "text_davinci_003.json")[:5]
-    path = tmp_path / "ours.json"
-    done: list[int] = []
-    cut_off = write_outputs(
-        model, renderer, questions, path, generator="ours", max_tokens=8, batch_size=2, advance=done.append
-    )
-    found = read_outputs(path)
-    assert model.training
-    assert (cut_off, sum(done)) == (5, 5)
-    assert [one["instruction"] for one in found] == [one["instruction"] for one in questions]
-    assert {one["generator"] for one in found} == {"ours"}
-    for one in found:
-        asked = Sample("", (Message("user", one["instruction"]), Message("assistant", "")))
-        ids = tokenizer(renderer.render_prompt(asked), add_special_tokens=False)["input_ids"]
-        [alone] = generate(model, tokenizer, [Prompt(ids)], max_tokens=8)
-        assert one["output"] == alone.text != ""
-    with pytest.raises(UserError, match=r"max_tokens=600 exceed the model's context of 512 tokens: 1 instr"):
-        write_outputs(model, renderer, questions, path, generator="ours", max_tokens=600)
-    assert read_outputs(path) == found
 
 
 def test_a_local_judge(stories: Path, answers: tuple[Path, Path]) -> None:

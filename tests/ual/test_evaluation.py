@@ -13,6 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from tests.elicit.servers import BEHAVIORS, Asked, Send, completion, response, serving
 from tests.ual.runs import configure, gsm8k, write_rows
 from ual.cli.main import app
 from ual.config.base import parse_as
@@ -22,9 +23,12 @@ from ual.data import Renderer
 from ual.data import load as load_samples
 from ual.errors import UserError
 from ual.evaluate import options
+from ual.models.generate import Prompt, generate
 from ual.pipelines.evaluation import run as evaluation
+from ual.pipelines.evaluation.items import fits_temperature
 from ual.pipelines.learner import Learner
 from ual.pipelines.train import run as train
+from ual.records import Message, Sample
 
 pytestmark = pytest.mark.xdist_group("evaluation")
 
@@ -215,7 +219,7 @@ def test_numbers_are_right_or_wrong(raw: dict[str, Any], monkeypatch: pytest.Mon
     path = Path(raw["output_dir"]) / "answers" / "base" / "sums.jsonl"
     records = answers(raw, "base", "sums.jsonl")
     assert all(isinstance(record["text"], str) for record in records)
-    assert figures(summary, "sums", "base")["measures"].keys() == {"accuracy"}
+    assert figures(summary, "sums", "base")["measures"].keys() == {"accuracy", "finished"}
     assert path.exists()
 
 
@@ -327,7 +331,7 @@ def test_the_command(raw: dict[str, Any], tmp_path: Path, stories: Path, trained
             {"tasks": {"x": {"task": "sciq", "data": "f.jsonl", "columns": {"prompt": "a"}}}},
             "columns are for samples",
         ),
-        ({"tasks": {}}, "tasks"),
+        ({"tasks": {}}, "name what is measured"),
         ({"fit": 1.0}, "fit"),
         ({"chat_template": None}, "no chat template"),
     ],
@@ -362,10 +366,137 @@ def test_wrong_models_and_items(raw: dict[str, Any], trained: Path, tmp_path: Pa
 
 def test_wrong_arguments(tmp_path: Path, stories: Path) -> None:
     for words, message in (
-        ([str(stories)], "no data is named"),
+        ([str(stories)], "nothing is measured"),
         ([str(stories), f"x/{stories.name}", "--data", "f.jsonl"], "two models are named"),
-        (["some.yaml", "--task", "sciq"], "names its own tasks"),
+        ([str(stories), "--task", "sciq"], "--task needs --data"),
+        ([str(stories), "--judge", "judge.yaml"], "--judge needs --reference"),
+        ([str(stories), "--lm-eval", "a", "--reference", "b"], "--reference needs --judge"),
+        ([str(stories), "--judge", "none.yaml", "--reference", "b"], "cannot read the judge"),
+        (["some.yaml", "--task", "sciq"], "says what is measured"),
     ):
         done = CliRunner().invoke(app, ["evaluate", *words])
         assert done.exit_code == 2, done.output
         assert message in done.output.replace("\n", " ")
+
+
+# ---- the lm-evaluation-harness, and a judge ----
+
+
+@pytest.mark.kills("ual/pipelines/evaluation/harness.py", "rest.at(temperature)", "rest")
+@pytest.mark.kills(
+    "ual/pipelines/evaluation/harness.py", "options.temperature(found.take(fit))", "options.temperature(rest)"
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_tasks_of_the_harness_are_measured_like_others(
+    raw: dict[str, Any], shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs the lm-evaluation-harness: the extra lm-eval")
+    data = {
+        "data_files": {"test": str(shared / "data" / "sciq" / "test.jsonl.gz")},
+        "cache_dir": str(tmp_path / "c"),
+    }
+    task = {
+        "task": "ual_sciq",
+        "dataset_path": "json",
+        "dataset_kwargs": data,
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{[correct_answer, distractor1, distractor2, distractor3]}}",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "sciq.yaml").write_text(yaml.safe_dump(task))
+    raw["tasks"] = {}
+    raw["lm_eval"] = {"tasks": ["ual_sciq"], "include_path": str(tmp_path / "tasks"), "limit": 40}
+    summary = run(raw)
+    about = summary["tasks"]["lm_eval/ual_sciq"]
+    assert about["measured"] + about["fit"] == 40
+    [harness] = summary["lm_eval"]["run"]["tasks"]["ual_sciq"]["metrics"]
+    stored = json.loads((Path(raw["output_dir"]) / "answers" / "run" / "lm_eval.json").read_text())
+    of = stored["tasks"]["ual_sciq"]
+    right = [
+        max(range(4), key=logs.__getitem__) == gold
+        for logs, gold in zip(*of["predictions"].values(), strict=True)
+    ]
+    assert harness["value"] == pytest.approx(np.mean(right))
+    plain, tempered = (
+        figures(summary, "lm_eval/ual_sciq", "run", version) for version in ("plain", "tempered")
+    )
+    assert plain["minus"] == "base"
+    every = options.Predictions(np.array(of["predictions"]["log_probs"]), np.array(of["predictions"]["gold"]))
+    fit = np.array([fits_temperature(id, parse_as(EvaluateConfig, raw, place="test")) for id in of["ids"]])
+    assert tempered["temperature"] == pytest.approx(options.temperature(every.take(fit)), rel=1e-4)
+    rest = every.take(~fit)
+    assert plain["measures"]["nll"]["value"] == pytest.approx(rest.nll().mean())
+    at = rest.at(tempered["temperature"])
+    assert tempered["measures"]["nll"]["value"] == pytest.approx(at.nll().mean())
+    monkeypatch.setattr(Learner, "load", lambda *_, **__: pytest.fail("a complete evaluation needs no model"))
+    assert run(raw)["figures"] == summary["figures"]
+    with pytest.raises(UserError, match="settings changed"):
+        run(raw | {"lm_eval": raw["lm_eval"] | {"limit": 41}})
+
+
+async def longer(asked: Asked, send: Send) -> None:
+    """A judge that prefers the longer answer."""
+    prompt = asked.body["messages"][-1]["content"]
+    first, second = (len(prompt.split(f"<answer_{x}>\n")[1].split(f"\n</answer_{x}>")[0]) for x in "AB")
+    await send(response(completion("A" if first > second else "B" if second > first else "C")))
+
+
+BEHAVIORS["longest"] = longer
+
+
+@pytest.mark.kills("ual/pipelines/evaluation/judged.py", '"output": record["text"]', '"output": of["output"]')
+@pytest.mark.kills("ual/pipelines/evaluation/judged.py", 'not record["finished"]', 'record["finished"]')
+def test_a_judge_compares_every_model_with_a_reference(
+    raw: dict[str, Any], tmp_path: Path, stories: Path
+) -> None:
+    reference = [
+        {
+            "dataset": "d",
+            "instruction": f"Tell me about {word}.",
+            "output": word * k,
+            "generator": "reference",
+        }
+        for k, word in enumerate(["dogs", "a cat", "the sun", "trees"], start=1)
+    ]
+    (tmp_path / "reference.json").write_text(json.dumps(reference))
+    raw["tasks"] = {}
+    with serving() as server:
+        backend = {"kind": "endpoint", "base_url": server.url("longest"), "model": "judge"}
+        raw["judge"] = {"backend": backend, "reference": str(tmp_path / "reference.json")}
+        raw["judge"] |= {"answer_tokens": 8, "limit": 3, "top_logprobs": 0}
+        summary = run(raw)
+        sent = len(server.asked)
+        again = run(raw)
+        assert (
+            len(server.asked) == sent == 12
+        )  # two models, three instructions, two orders; replies are stored
+    for model in ("base", "run"):
+        records = answers(raw, model, "instructions.jsonl")
+        texts = {record["key"]: record["text"] for record in records}
+        expected = [
+            1.0
+            if len(texts[str(i)]) > len(of["output"])
+            else 0.5
+            if len(texts[str(i)]) == len(of["output"])
+            else 0.0
+            for i, of in enumerate(reference[:3])
+        ]
+        found = summary["judged"][model]
+        assert found["win_rate"]["value"] == pytest.approx(np.mean(expected))
+        assert (found["model"], found["instructions"], found["cut_off"]) == (model, 3, 3)
+        assert again["judged"][model]["win_rate"] == found["win_rate"]
+    renderer = Renderer(AutoTokenizer.from_pretrained(stories), chat_template="plain")
+    posed = Sample("", (Message("user", reference[1]["instruction"]), Message("assistant", "")))
+    ids = renderer.tokenizer(renderer.render_prompt(posed), add_special_tokens=False)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(stories)
+    [alone] = generate(model, renderer.tokenizer, [Prompt(ids)], max_tokens=8)
+    written = json.loads((Path(raw["output_dir"]) / "judge" / "base" / "outputs.json").read_text())
+    assert written[1] == {
+        "dataset": "d", "instruction": reference[1]["instruction"], "output": alone.text, "generator": "base"
+    }  # fmt: skip

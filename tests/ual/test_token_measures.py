@@ -17,7 +17,7 @@ def drawn(rng: np.random.Generator, samples: int) -> Tokens:
     own = rng.normal(0, 1, size=samples)[sample]
     confidence = 1 / (1 + np.exp(-own - rng.normal(0, 0.5, size=sample.size)))
     correct = rng.uniform(size=sample.size) < confidence**1.5
-    return Tokens(sample, 2 + own + rng.exponential(size=sample.size), confidence, correct)
+    return Tokens(sample, 2 + own + rng.exponential(size=sample.size), confidence, correct, samples)
 
 
 @pytest.mark.kills(

@@ -177,6 +177,7 @@ _EVALUATE_EXAMPLE = """\b
   tasks:
     sciq: {task: sciq, data: test.jsonl, limit: 1000}
     held_out: held_out.jsonl      # samples: the NLL of their responses
+  lm_eval: {tasks: \\[gsm8k]}      # tasks of the lm-evaluation-harness
   fit: 0.2                        # share of the items that fit the temperature
 
 \b
@@ -184,6 +185,8 @@ _EVALUATE_EXAMPLE = """\b
   ual evaluate evaluation.yaml
   ual evaluate runs/ual --task sciq --data test.jsonl
   ual evaluate base=models/SmolLM2 ual=runs/ual --data held_out.jsonl -o evaluation
+  ual evaluate runs/ual --lm-eval gsm8k,truthfulqa_mc2
+  ual evaluate runs/ual --judge judge.yaml --reference outputs.json
 
 \b
 [bold]Tasks[/bold]  (docs/evaluation.md)
@@ -207,7 +210,21 @@ def evaluate(
     data: Annotated[
         list[str] | None, typer.Option(help="The file of questions or samples; may be repeated.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=2, help="How many are used, drawn at random.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=2, help="How many items of each task are used; --data: drawn at random.")
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", help="Tasks of the lm-evaluation-harness, with commas.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder of more task files, for --lm-eval.")
+    ] = None,
+    judge: Annotated[
+        Path | None, typer.Option(help="A YAML file with a judge's backend; compares with --reference.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Answers in AlpacaEval's format, for --judge.")
+    ] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="chatml, plain or a Jinja file, for models that are no runs.")
     ] = None,
@@ -221,24 +238,22 @@ def evaluate(
     """Measure models: proper scores, calibration, ranking, accuracy, and agreement with people."""
     with errors(debug):
         from ual.config.base import load_as, parse_as
-        from ual.config.evaluate import EvaluateConfig, of_models
+        from ual.config.evaluate import Asked, EvaluateConfig, of_models
 
+        asked = Asked(task, data or [], limit, lm_eval, include_path, judge, reference, chat_template)
         if Path(what[0]).suffix in (".yaml", ".yml"):
-            given = {"--task": task, "--data": data, "--limit": limit, "--chat-template": chat_template}
-            if stray := [name for name, value in given.items() if value is not None]:
-                raise UserError(f"{stray[0]} is for models, and {what[0]} names its own tasks")
+            if stray := asked.given:
+                raise UserError(f"{stray[0]} is for models, and {what[0]} says what is measured")
             overrides = what[1:] + ([f"output_dir={output}"] if output else [])
             resolved = load_as(EvaluateConfig, what[0], overrides)
         else:
-            raw = of_models(what, task, data or [], limit)
-            raw |= {"chat_template": chat_template, "output_dir": str(output or "runs/evaluation")}
+            raw = of_models(what, asked) | {"output_dir": str(output or "runs/evaluation")}
             resolved = parse_as(EvaluateConfig, raw, place="arguments")
         settle(Path(resolved.output_dir))
         from ual.pipelines.evaluation.run import run
 
-        result = run(
-            resolved, command=["ual", *sys.argv[1:]], trust_remote_code=trust_remote_code, console=err
-        )
+        common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "console": err}
+        result = run(resolved, command=["ual", *sys.argv[1:]], keys=os.environ, **common)
         if as_json:
             print_json(result.summary)
             return

@@ -96,7 +96,8 @@ def evaluation(summary: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = []
     for name, about in summary["tasks"].items():
         entries = [entry for entry in summary["figures"] if entry["task"] == name]
-        shown = [(key, title) for key, title in _MEASURES if key in entries[0]["measures"]]
+        known = entries[0]["measures"]
+        shown = [(key, title) for key, title in _MEASURES if key in known] or [(key, key) for key in known]
         fitted = any(entry["version"] == "tempered" for entry in entries)
         table = _table("model", *["temperature"] * fitted, *(title for _, title in shown))
         for entry in entries:
@@ -112,7 +113,46 @@ def evaluation(summary: dict[str, Any]) -> RenderableType:
         if about["too_long"]:
             said += f", {about['too_long']:,} too long for a model"
         parts += [f"[bold]{escape(name)}[/bold]  {said}", table, ""]
+    if summary["lm_eval"]:
+        parts += [_harness(summary["lm_eval"]), ""]
+    if summary["judged"]:
+        parts += [_judged(summary["judged"]), ""]
     return Group(*parts)
+
+
+def _harness(found: dict[str, Any]) -> RenderableType:
+    """What the lm-evaluation-harness itself computed, and its warnings."""
+    table = _table("harness", "model", "shots", "items", "metric", "value", "error", left=2)
+    notices = []
+    for model, of in found.items():
+        for name, task in of["tasks"].items():
+            for metric in task["metrics"]:
+                error = "" if metric["stderr"] is None else f"{metric['stderr']:.4f}"
+                items = f"{task['items']:,} of {task['available']:,}"
+                label = f"{metric['name']}, {metric['filter']}".removesuffix(", none")
+                shots = str(task["shots"])
+                table.add_row(
+                    escape(name), escape(model), shots, items, label, f"{metric['value']:.4f}", error
+                )
+        notices += [f"{model}: {escape(text)} ({count} times)" for text, count in of["notices"].items()]
+    return Group(table, *notices)
+
+
+def _judged(found: dict[str, Any]) -> RenderableType:
+    """Win rates, and what limits them."""
+    names = "win rate", "decided", "without a verdict", "first answer wins", "answers cut off"
+    table = _table("judged", "reference", *names, left=2)
+    for model, of in found.items():
+        table.add_row(
+            escape(model),
+            escape(of["reference"]),
+            _estimate(of["win_rate"]),
+            f"{of['decided']} of {of['instructions']}",
+            f"{of['missing']} of {2 * of['instructions']}",
+            _estimate(of["first_wins"]),
+            str(of["cut_off"]),
+        )
+    return table
 
 
 _MEASURES = (

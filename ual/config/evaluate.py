@@ -2,13 +2,16 @@
 
 import datetime
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import yaml
 from pydantic import Field, model_validator
 
-from ual.config.base import CommandConfig, Fraction, UserPath, from_name
+from ual.config.base import CommandConfig, Fraction, Section, UserPath, from_name
 from ual.config.experiment import Name
+from ual.config.judge import JudgeConfig
 from ual.config.run import Files, ModelConfig, Reading
 from ual.errors import UserError
 
@@ -35,6 +38,26 @@ class TaskData(Reading):
         return self
 
 
+class HarnessConfig(Section):
+    """Tasks of the lm-evaluation-harness."""
+
+    tasks: Annotated[list[str], Field(min_length=1)] = Field(
+        description="tasks, groups and tags, or YAML files; task files can contain code, which is run"
+    )
+    include_path: UserPath | None = Field(None, description="a folder of more task files")
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="only the first items of each task")
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="null: the task's own number")
+    apply_chat_template: bool | str = False
+
+
+class ComparedConfig(JudgeConfig):
+    """A judge that compares every model's answers with those of a reference."""
+
+    reference: UserPath = Field(description="answers in AlpacaEval's format; its instructions are asked")
+    limit: Annotated[int, Field(ge=2)] | None = Field(None, description="only the first instructions")
+    answer_tokens: Annotated[int, Field(ge=1)] = Field(512, description="of a model's answer")
+
+
 class EvaluateConfig(CommandConfig):
     """Models that answer the same questions; the first one is the baseline."""
 
@@ -45,8 +68,10 @@ class EvaluateConfig(CommandConfig):
         min_length=1, description="name -> the folder of a run, or a model"
     )
     tasks: dict[Name, Annotated[TaskData, from_name("data")]] = Field(
-        min_length=1, description="name -> what is measured"
+        {}, description="name -> what is measured"
     )
+    lm_eval: HarnessConfig | None = None
+    judge: ComparedConfig | None = None
     fit: Annotated[Fraction, Field(lt=1)] = Field(
         0.2, description="share of the items that are not measured, but fit the temperature; 0: none"
     )
@@ -63,20 +88,45 @@ class EvaluateConfig(CommandConfig):
         None, description="the day that templates read; None: that on which the evaluation began"
     )
 
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not (self.tasks or self.lm_eval or self.judge):
+            raise ValueError("name what is measured: tasks, lm_eval or judge")
+        return self
 
-def of_models(
-    models: Sequence[str], task: str | None, data: Sequence[str], limit: int | None
-) -> dict[str, Any]:
-    """Return the configuration that measures models on one task, as a mapping.
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command line says is measured."""
+
+    task: str | None = None
+    data: Sequence[str] = ()
+    limit: int | None = None
+    lm_eval: str | None = None
+    include_path: Path | None = None
+    judge: Path | None = None
+    reference: Path | None = None
+    chat_template: str | None = None
+
+    @property
+    def given(self) -> list[str]:
+        """The options that are given."""
+        return [
+            f"--{of.name.replace('_', '-')}"
+            for of in fields(self)
+            if getattr(self, of.name) not in (None, [], ())
+        ]
+
+
+def of_models(models: Sequence[str], asked: Asked) -> dict[str, Any]:
+    """Return the configuration that measures models, as a mapping.
 
     Args:
         models: paths or hub names, each with ``NAME=`` before it or named by its last part.
-        task: as `TaskData.task`.
-        data: files.
-        limit: as `TaskData.limit`.
+        asked: what is measured.
 
     Raises:
-        UserError: no file is named, or two models have one name.
+        UserError: nothing is measured, two models have one name, or an option lacks another.
     """
     named: dict[str, str] = {}
     for model in models:
@@ -89,12 +139,34 @@ def of_models(
                 remedy=f"give one of them a name: {name}2={path}",
             )
         named[name] = path
-    if not data:
+    for option, needed in (
+        ("--task", "--data"),
+        ("--include-path", "--lm-eval"),
+        ("--judge", "--reference"),
+        ("--reference", "--judge"),
+    ):
+        if option in asked.given and needed not in asked.given:
+            raise UserError(f"{option} needs {needed}", place="arguments")
+    if not {"--data", "--lm-eval", "--judge"} & {*asked.given}:
         raise UserError(
-            "no data is named",
+            "nothing is measured",
             place="arguments",
-            remedy="add --data FILE, or name a YAML file with models and tasks",
+            remedy="add --data, --lm-eval or --judge, or name a YAML file with models and tasks",
         )
-    files: str | list[str] = data[0] if len(data) == 1 else [*data]
-    measured = Path(task).stem if task else Path(data[0]).name.partition(".")[0]
-    return {"models": named, "tasks": {measured: {"task": task, "data": files, "limit": limit}}}
+    raw: dict[str, Any] = {"models": named, "chat_template": asked.chat_template}
+    if asked.data:
+        files: str | list[str] = asked.data[0] if len(asked.data) == 1 else [*asked.data]
+        name = Path(asked.task).stem if asked.task else Path(asked.data[0]).name.partition(".")[0]
+        raw["tasks"] = {name: {"task": asked.task, "data": files, "limit": asked.limit}}
+    if asked.lm_eval:
+        folder = str(asked.include_path) if asked.include_path else None
+        raw["lm_eval"] = {"tasks": asked.lm_eval.split(","), "include_path": folder, "limit": asked.limit}
+    if asked.judge:
+        try:
+            judge = yaml.safe_load(asked.judge.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read the judge: {error}", place=str(asked.judge)) from error
+        if not isinstance(judge, dict):
+            raise UserError("a judge is a mapping with a backend", place=str(asked.judge))
+        raw["judge"] = judge | {"reference": str(asked.reference), "limit": asked.limit}
+    return raw

@@ -44,7 +44,7 @@ class Answered:
 
     `value` is the most probable option, or a normalized number; None if none could be parsed. `text` is the
     reply. `probabilities` are those of the options, renormalized; `mass` is their sum before. Both are empty
-    and NaN for worked answers.
+    and NaN for worked answers. `finished` is False for a worked answer that was cut at the limit of tokens.
     """
 
     key: str
@@ -52,6 +52,7 @@ class Answered:
     value: str | None
     probabilities: dict[str, float]
     mass: float
+    finished: bool = True
 
 
 @torch.no_grad()
@@ -147,7 +148,7 @@ def work_out(
         if any(question.key not in known for _, question in batch):
             replies = generate(model, tokenizer, [prompt for prompt, _ in batch], max_tokens=max_tokens)
             yield [
-                Answered(question.key, reply.text, read(reply.text), {}, float("nan"))
+                Answered(question.key, reply.text, read(reply.text), {}, float("nan"), reply.finished)
                 for (_, question), reply in zip(batch, replies, strict=True)
             ]
         advance(len(batch))

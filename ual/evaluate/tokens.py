@@ -27,16 +27,14 @@ class Tokens:
         nll: [N], -ln p(target), nats.
         confidence: [N], the top-1 probability.
         correct: [N], whether the top-1 token is the target.
+        samples: n; a sample may have no loss token.
     """
 
     sample: NDArray[np.intp]
     nll: Array
     confidence: Array
     correct: NDArray[np.bool_]
-
-    @property
-    def samples(self) -> int:
-        return int(self.sample.max(initial=-1)) + 1
+    samples: int
 
 
 _CALIBRATION = ("ece", "ece_width", "rms_ce")

@@ -1,20 +1,16 @@
-"""Answers of models to instructions, as files in AlpacaEval's format: written, read, and matched in pairs.
+"""Answers of models to instructions, as files in AlpacaEval's format: read, and matched in pairs.
 
 A file is a JSON list of objects with "instruction", "output", "generator" and perhaps "dataset".
 """
 
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ual.data import Renderer
 from ual.errors import UserError
-from ual.files import write_json, writing
-from ual.records import Message, Sample
 
 _SHOWN = 3  # instructions that an error names
 
@@ -108,65 +104,3 @@ def _named(instructions: Sequence[str]) -> str:
     shown = ", ".join(repr(text[:60]) for text in instructions[:_SHOWN])
     more = len(instructions) - _SHOWN
     return f"{len(instructions)} instructions: {shown}" + (f" and {more} more" if more > 0 else "")
-
-
-def write_outputs(
-    model: Any,
-    renderer: Renderer,
-    questions: Sequence[Mapping[str, Any]],
-    path: Path,
-    *,
-    generator: str,
-    max_tokens: int,
-    batch_size: int = 16,
-    advance: Callable[[int], None] = lambda _: None,
-) -> int:
-    """Write a model's answers to instructions as a file of answers; return how many were cut off.
-
-    Answers are decoded greedily. The file appears when all of them are there.
-
-    Args:
-        model: of transformers or PEFT, fused or not, on any device; its mode is restored.
-        renderer: of the model.
-        questions: objects with "instruction" and perhaps "dataset", such as the records of another file.
-        path: of the file.
-        generator: the model's name in it.
-        max_tokens: of an answer, >= 1.
-        batch_size: answers generated at once. It changes results within rounding.
-        advance: called with the number of answers done.
-
-    Raises:
-        UserError: a prompt and `max_tokens` exceed the model's context, or the file cannot be written.
-    """
-    from ual.models.generate import Prompt, generate
-
-    tokenizer: Any = renderer.tokenizer
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    prompts = []
-    for i, question in enumerate(questions):
-        turns = Message("user", question["instruction"]), Message("assistant", "")
-        text = renderer.render_prompt(Sample(str(i), turns))
-        prompts.append((i, Prompt(tokenizer(text, add_special_tokens=False)["input_ids"])))
-    prompts.sort(key=lambda entry: -len(entry[1].input_ids))  # a lack of memory shows at once
-    if prompts and (longest := len(prompts[0][1].input_ids)) + max_tokens > context:
-        raise UserError(
-            f"a prompt of {longest} tokens and max_tokens={max_tokens} exceed the model's context of "
-            f"{context} tokens: {_named([questions[prompts[0][0]]['instruction']])}",
-            remedy="lower max_tokens, or leave out this instruction for both models",
-        )
-    texts, cut_off = [""] * len(questions), 0
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        replies = generate(model, tokenizer, [prompt for _, prompt in batch], max_tokens=max_tokens)
-        for (i, _), reply in zip(batch, replies, strict=True):
-            texts[i] = reply.text
-            cut_off += not reply.finished
-        advance(len(batch))
-    records = [
-        {"dataset": question.get("dataset"), "instruction": question["instruction"], "output": text}
-        | {"generator": generator}
-        for question, text in zip(questions, texts, strict=True)
-    ]
-    with writing("the answers", path):
-        write_json(path, records)
-    return cut_off

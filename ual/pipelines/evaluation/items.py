@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ual.config.evaluate import EvaluateConfig, TaskData
 from ual.data import Collator, Renderer, load
-from ual.data.tasks import Item, Task, load_task, pose, read
+from ual.data.tasks import Item, Task, Wording, load_task, pose, read
 from ual.data.training_set import features
 from ual.errors import UserError
 from ual.evaluate import options, tokens
@@ -128,16 +128,52 @@ class Numbers:
             advance=asked.advance,
         )
         for batch in answered:
-            yield [{"key": a.key, "text": a.text, "value": a.value} for a in batch]
+            yield [{"key": a.key, "text": a.text, "value": a.value, "finished": a.finished} for a in batch]
 
     def too_long(self, renderer: Renderer) -> frozenset[str]:
         """Return the ids of items that are beyond a model's context, with the answer."""
         room = renderer.max_length - self.max_tokens
         return frozenset(item.id for item in self.items if _length(renderer, self.task, item) > room)
 
-    def evidence(self, records: Records) -> NDArray[np.float64]:
-        """Return whether each answer is right, [n]."""
-        return np.array([records[item.id]["value"] == item.gold for item in self.items], dtype=np.float64)
+    def evidence(self, records: Records) -> Mapping[str, NDArray[np.float64]]:
+        """Return whether each answer is right, and whether it was finished, [n]."""
+        found = [records[item.id] for item in self.items]
+        right = [record["value"] == item.gold for record, item in zip(found, self.items, strict=True)]
+        finished = [record["finished"] for record in found]
+        return {"accuracy": np.array(right, dtype=np.float64), "finished": np.array(finished, np.float64)}
+
+
+@dataclass(frozen=True, slots=True)
+class Instructions:
+    """Instructions without a right answer; a judge compares the answers with those of a reference."""
+
+    name: ClassVar = "instructions"
+    texts: Sequence[str]
+    max_tokens: int
+
+    @property
+    def ids(self) -> list[str]:
+        return [str(number) for number in range(len(self.texts))]
+
+    @property
+    def content(self) -> Any:
+        """What models see, and how long they answer, as JSON data."""
+        return [self.max_tokens, [*self.texts]]
+
+    def answers(self, asked: Asked) -> Iterator[list[Record]]:
+        """Yield records of greedy answers, a batch at a time."""
+        answered = work_out(
+            asked.learner.model,
+            asked.learner.renderer,
+            [Posed(id, Wording(text, {})) for id, text in zip(self.ids, self.texts, strict=True)],
+            read=lambda _: None,
+            max_tokens=self.max_tokens,
+            batch_size=asked.batch_size,
+            known=asked.known,
+            advance=asked.advance,
+        )
+        for batch in answered:
+            yield [{"key": a.key, "text": a.text, "finished": a.finished} for a in batch]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,14 +242,13 @@ class Texts:
     def evidence(self, records: Records) -> tokens.Tokens:
         """Return the loss tokens of the samples that are measured."""
         found = [records[s.id] for s in self.items if s.id not in self.fit]
-        found = [record for record in found if record["nll"]]
 
         def column(key: str, dtype: Any) -> NDArray[Any]:
             return np.concatenate([np.asarray(record[key], dtype=dtype) for record in found])
 
         sample = np.repeat(np.arange(len(found)), [len(record["nll"]) for record in found])
         nll, confidence = column("nll", np.float64), column("confidence", np.float64)
-        return tokens.Tokens(sample, nll, np.minimum(confidence, 1), column("correct", bool))
+        return tokens.Tokens(sample, nll, np.minimum(confidence, 1), column("correct", bool), len(found))
 
     def _scores(
         self, samples: Sequence[Sample], asked: Asked, temperature: float
@@ -240,16 +275,19 @@ class Texts:
 _TEMPERATURES = (0.1, 10.0)
 
 Items: TypeAlias = Choices | Numbers | Texts
-Evidence: TypeAlias = options.Predictions | NDArray[np.float64] | tokens.Tokens
+Evidence: TypeAlias = options.Predictions | tokens.Tokens | Mapping[str, NDArray[np.float64]]
 
 
 def table(evidence: Evidence, bins: int) -> Table:
-    """Return the figures of a model's answers to one kind of items; calibration errors have so many bins."""
+    """Return the figures of a model's answers to one kind of items; calibration errors have so many bins.
+
+    Scores by name have their means as figures.
+    """
     if isinstance(evidence, options.Predictions):
         return options.table(evidence, bins=bins)
     if isinstance(evidence, tokens.Tokens):
         return tokens.table(evidence, bins=bins)
-    return Table({"accuracy": evidence}, lambda columns: {"accuracy": float(columns["accuracy"].mean())})
+    return Table(evidence, lambda columns: {name: float(of.mean()) for name, of in columns.items()})
 
 
 def read_items(name: str, data: TaskData, config: EvaluateConfig) -> Items:
@@ -265,7 +303,7 @@ def read_items(name: str, data: TaskData, config: EvaluateConfig) -> Items:
         chosen = random.Random(config.seed).sample(range(len(found)), data.limit)  # noqa: S311
         found = [found[i] for i in sorted(chosen)]
     fits = task is None or task.kind != "number"
-    fit = frozenset(of.id for of in found if fits and _position(of.id, config.seed) < config.fit)
+    fit = frozenset(of.id for of in found if fits and fits_temperature(of.id, config))
     items: Items
     if task is None:
         items = Texts(name, found, fit)
@@ -319,9 +357,10 @@ def _read(task: Task | None, data: TaskData) -> Sequence[Item | Sample]:
     return items
 
 
-def _position(id: str, seed: int) -> float:
-    """Return a number in [0, 1) that does not depend on the other items."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {id}".encode()).digest()[:8]) / 2**64
+def fits_temperature(id: str, config: EvaluateConfig) -> bool:
+    """Return whether an item only fits the temperature; this does not depend on the other items."""
+    digest = hashlib.sha256(f"{config.seed} {id}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64 < config.fit
 
 
 def _check(task: Task, item: Item) -> None:

@@ -1,8 +1,9 @@
-"""An evaluation, as a line: read -> answer -> fit temperatures -> measure.
+"""An evaluation, as a line: read -> answer -> fit temperatures -> measure -> judge.
 
     answers   every model answers the items of every task; answers are stored as they are computed
     fit       a share of the items fits a temperature, and is not measured
     measure   figures with intervals, as they are and at the temperature; differences from the first model
+    judge     a judge compares answers to instructions with those of a reference
 
 The folder of an evaluation:
 
@@ -10,37 +11,31 @@ The folder of an evaluation:
     answers/MODEL/TASK.jsonl            an answer per line
     answers/MODEL/TASK.fitted.json      of samples: the temperature, and
     answers/MODEL/TASK.tempered.jsonl   their answers at it
+    answers/MODEL/lm_eval.json          what the lm-evaluation-harness found
+    judge/MODEL/                        what the judge found, see `ual.pipelines.judge`
     evaluation.json, evaluation.csv     the figures
 """
 
 import csv
 import datetime
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
 
 from ual.config.base import dump, load_as
 from ual.config.evaluate import EvaluateConfig
-from ual.files import read_jsonl, write_json, write_text, writing
+from ual.files import write_json, write_text, writing
 from ual.methods.statistics import Draws, Estimate, draws
-from ual.pipelines.evaluation.items import (
-    Asked,
-    Choices,
-    Items,
-    Record,
-    Records,
-    Texts,
-    read_items,
-    table,
-    without,
-)
+from ual.pipelines.evaluation import harness, judged
+from ual.pipelines.evaluation.answers import Answers, Outcome
+from ual.pipelines.evaluation.items import Items, read_items, table, without
 from ual.pipelines.evaluation.models import Model
-from ual.pipelines.learner import Learner
-from ual.pipelines.stages import Ledger, Step, appending, intact, read_object
+from ual.pipelines.stages import Ledger
 from ual.runs.environment import environment, files
 from ual.runs.lock import holding
 from ual.runs.progress import Progress
@@ -58,6 +53,7 @@ def run(
     config: EvaluateConfig,
     *,
     command: Sequence[str] = (),
+    keys: Mapping[str, str] = MappingProxyType({}),
     trust_remote_code: bool = False,
     console: Console | None = None,
 ) -> Result:
@@ -66,6 +62,7 @@ def run(
     Args:
         config: see `ual.config.evaluate`.
         command: the words of the command line, for the record.
+        keys: environment variables; one of them may hold the key of the judge's server.
         trust_remote_code: run code from the models' repositories.
         console: where progress is drawn; None is silent.
 
@@ -86,10 +83,24 @@ def run(
             items = read_items(name, data, config)
             dropped[name] = frozenset[str]().union(*(items.too_long(model.renderer) for model in models))
             tasks.append(without(items, dropped[name]))
-        work = _Work(config, Ledger(folder / "stages.json"), console)
+        compared = judged.asked(config.judge) if config.judge else None
         write_text(folder / "config.yaml", dump(config))
-        outcomes = {(model.name, task.name): work.outcome(model, task) for model in models for task in tasks}
-        summary = _summary(config, models, tasks, dropped, outcomes, command)
+        answers = Answers(config, Ledger(folder / "stages.json"), console)
+        found = _Found({task.name: _about(task, dropped[task.name]) for task in tasks})
+        instructed = {}
+        for model in models:  # one after the other, because one is in memory at a time
+            for task in tasks:
+                found.add(model.name, task.name, answers.of_task(model, task))
+            if config.lm_eval:
+                found.add_harness(model.name, answers.of_harness(model), config)
+            if compared:
+                instructed[model.name] = answers.to_instructions(model, compared[1])
+        summary = _summary(config, models, found, command)
+        if config.judge and compared:
+            for model in models:
+                with Progress(console) as progress:
+                    of = instructed[model.name], compared[0], config.judge, folder / "judge" / model.name
+                    summary["judged"][model.name] = judged.compare(model, *of, keys, progress)
         write_json(folder / "evaluation.json", summary)
         write_text(folder / "evaluation.csv", _csv(summary))
     return Result(summary, folder)
@@ -102,131 +113,82 @@ def _date(config: EvaluateConfig) -> datetime.date:
     return config.date or began or datetime.date.today()
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A model's answers to the items of a task that are measured, as they are and at the temperature."""
-
-    plain: Any
-    temperature: float | None
-    tempered: Any
-
-
-@dataclass(slots=True)
-class _Work:
-    """Computes answers, with one model in memory at a time."""
-
-    config: EvaluateConfig
-    ledger: Ledger
-    console: Console | None
-    _loaded: tuple[str, Learner] | None = field(default=None)
-
-    def outcome(self, model: Model, task: Items) -> Outcome:
-        """Return the answers of a model to a task; compute what is missing."""
-        inputs = {"model": model.identity, "items": task.content}
-        step = self._step(model, task, "jsonl", inputs)
-        records = self._records(step, model, task, task.answers)
-        plain: Any = task.evidence(records)
-        if isinstance(task, Choices):
-            temperature = task.temperature(records)
-            return Outcome(plain, temperature, None if temperature is None else plain.at(temperature))
-        if isinstance(task, Texts):
-            temperature = self._fitted(model, task, inputs | {"fit": sorted(task.fit)})
-            if temperature is not None:
-                at = float(temperature)
-                step = self._step(model, task, "tempered.jsonl", inputs | {"temperature": at})
-                tempered = self._records(step, model, task, lambda asked: task.answers(asked, at))
-                return Outcome(plain, at, task.evidence(tempered))
-        return Outcome(plain, None, None)
-
-    def _step(self, model: Model, task: Items, ending: str, inputs: dict[str, Any]) -> Step:
-        path = Path(self.config.output_dir) / "answers" / model.name / f"{task.name}.{ending}"
-        return Step(f"{model.name}, {task.name}.{ending}", path, inputs)
-
-    def _records(
-        self, step: Step, model: Model, task: Items, answers: Callable[[Asked], Iterator[list[Record]]]
-    ) -> Records:
-        """Return the records of a file, after those that are missing were computed and appended."""
-        if self.ledger.begin(step):
-            known = {record["key"] for record in intact(step.output)}
-            with Progress(self.console) as progress, appending(step.output) as file:
-                advance = progress.task(f"{model.name}, {task.name}", len(task.ids))
-                for batch in answers(Asked(self._learner(model), self.config.batch_size, known, advance)):
-                    file.add(record for record in batch if record["key"] not in known)
-            self.ledger.finish(step)
-        return {record["key"]: record for _, record in read_jsonl(step.output)}
-
-    def _fitted(self, model: Model, task: Texts, inputs: dict[str, Any]) -> float | None:
-        """Return the temperature of samples, which takes some passes over those of `fit`."""
-        step = self._step(model, task, "fitted.json", inputs)
-        if self.ledger.begin(step):
-            with Progress(self.console) as progress:
-                advance = progress.task(f"{model.name}, {task.name}: temperature", None)
-                found = task.temperature(Asked(self._learner(model), self.config.batch_size, (), advance))
-            write_json(step.output, {"temperature": found})
-            self.ledger.finish(step)
-        temperature: float | None = read_object(step.output)["temperature"]
-        return temperature
-
-    def _learner(self, model: Model) -> Learner:
-        if self._loaded is None or self._loaded[0] != model.name:
-            self._loaded = None  # before the next one is loaded
-            self._loaded = model.name, model.load()
-        return self._loaded[1]
-
-
 # ---- figures ----
 
 
+@dataclass(slots=True)
+class _Found:
+    """Answers by task and model, and what is known of each task."""
+
+    about: dict[str, dict[str, Any]]
+    outcomes: dict[str, dict[str, Outcome]] = field(default_factory=dict)
+    harness: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, model: str, task: str, outcome: Outcome) -> None:
+        self.outcomes.setdefault(task, {})[model] = outcome
+
+    def add_harness(self, model: str, found: dict[str, Any], config: EvaluateConfig) -> None:
+        """Add the tasks of the harness, named as ``lm_eval/TASK``."""
+        self.harness[model] = {name: of for name, of in found.items() if name != "tasks"}
+        self.harness[model]["tasks"] = {
+            name: {
+                key: task[key] for key in ("version", "kind", "shots", "items", "available", "metrics", "why")
+            }
+            for name, task in found["tasks"].items()
+        }
+        for name, task in found["tasks"].items():
+            plain, temperature, tempered, fit = harness.evidence(task, config)
+            about = {"kind": "lm_eval", "measured": task["items"] - fit, "fit": fit, "too_long": 0}
+            self.about.setdefault(f"lm_eval/{name}", about)
+            if plain:  # a task may have no score of single items
+                self.add(model, f"lm_eval/{name}", Outcome(plain, temperature, tempered))
+
+
+def _about(task: Items, too_long: frozenset[str]) -> dict[str, Any]:
+    measured = len(task.ids) - len(task.fit)
+    return {"kind": task.kind, "measured": measured, "fit": len(task.fit), "too_long": len(too_long)}
+
+
 def _summary(
-    config: EvaluateConfig,
-    models: Sequence[Model],
-    tasks: Sequence[Items],
-    dropped: dict[str, frozenset[str]],
-    outcomes: dict[tuple[str, str], Outcome],
-    command: Sequence[str],
+    config: EvaluateConfig, models: Sequence[Model], found: _Found, command: Sequence[str]
 ) -> dict[str, Any]:
-    found = []
-    for task in tasks:
-        baselines: dict[str, Draws] = {}
-        for model in models:
-            outcome = outcomes[model.name, task.name]
-            for version, evidence in (("plain", outcome.plain), ("tempered", outcome.tempered)):
-                if evidence is None:
-                    continue
-                measured = table(evidence, config.bins)
-                drawn = draws(measured, resamples=config.resamples, seed=config.seed)
-                baseline = baselines.get(version)
-                baselines.setdefault(version, drawn)
-                found.append(
-                    {
-                        "task": task.name,
-                        "model": model.name,
-                        "version": version,
-                        "temperature": outcome.temperature if version == "tempered" else 1.0,
-                        "measures": _plain(drawn.estimates()),
-                        "minus": models[0].name if baseline else "",
-                        "differences": _plain(drawn.estimates(baseline)) if baseline else {},
-                    }
-                )
     about = environment(models[0].config, command, files(models[0].config), earlier={}, step=0)
     return {
         "name": Path(config.output_dir).name,
         "models": {model.name: {"source": model.source, "trained": model.trained} for model in models},
-        "tasks": {
-            task.name: {
-                "kind": task.kind,
-                "measured": len(task.ids) - len(task.fit),
-                "fit": len(task.fit),
-                "too_long": len(dropped[task.name]),
-            }
-            for task in tasks
-        },
-        "figures": found,
+        "tasks": {name: of for name, of in found.about.items() if name in found.outcomes},
+        "figures": [
+            entry for task, outcomes in found.outcomes.items() for entry in _figures(task, outcomes, config)
+        ],
+        "lm_eval": found.harness,
+        "judged": {},
         "environment": {
             key: about[key] for key in ("command", "created", "versions", "machine", "git_commit")
         },
         "config": dump(config),
     }
+
+
+def _figures(task: str, outcomes: Mapping[str, Outcome], config: EvaluateConfig) -> Iterator[dict[str, Any]]:
+    """Yield the figures of every model, and their differences from those of the first."""
+    baselines: dict[str, tuple[str, Draws]] = {}
+    for model, outcome in outcomes.items():
+        for version, evidence in (("plain", outcome.plain), ("tempered", outcome.tempered)):
+            if evidence is None:
+                continue
+            measured = table(evidence, config.bins)
+            drawn = draws(measured, resamples=config.resamples, seed=config.seed)
+            minus, baseline = baselines.get(version, ("", None))
+            baselines.setdefault(version, (model, drawn))
+            yield {
+                "task": task,
+                "model": model,
+                "version": version,
+                "temperature": outcome.temperature if version == "tempered" else 1.0,
+                "measures": _plain(drawn.estimates()),
+                "minus": minus,
+                "differences": _plain(drawn.estimates(baseline)) if baseline else {},
+            }
 
 
 def _plain(figures: dict[str, Estimate | None]) -> dict[str, Any]:
