@@ -118,11 +118,18 @@ def test_the_temperature_undoes_a_sharpness(sharpness: float) -> None:
     assert best < min(found.at(t * 1.01).nll().mean(), found.at(t / 1.01).nll().mean())
 
 
-def test_a_temperature_without_a_minimum_ends_at_the_range() -> None:
+@pytest.mark.kills("ual/evaluate/options.py", ".nll().sum() + log_t**2 / 2)", ".nll().sum())")
+def test_a_prior_bounds_the_temperature_of_few_questions() -> None:
     right = Predictions.of([{"a": 0.6, "b": 0.4}] * 3, ["a"] * 3)
     wrong = Predictions.of([{"a": 0.6, "b": 0.4}] * 3, ["b"] * 3)
-    assert 0.01 <= temperature(right) < 0.02  # where all probabilities are 1 in float64
-    assert temperature(wrong) == pytest.approx(100, rel=1e-3)
+    for of in (right, wrong):
+        t = temperature(of)
+        slope = (of.at(t * 1.001).nll().sum() - of.at(t / 1.001).nll().sum()) / (2 * math.log(1.001))
+        assert slope == pytest.approx(-math.log(t), abs=1e-4)
+    assert 0.3 < temperature(right) < 1 < temperature(wrong) < 3
+    many = np.zeros(30_000, dtype=int)
+    assert temperature(right.take(many)) < 0.06
+    assert temperature(wrong.take(many)) > 20
     with pytest.raises(ValueError, match="fitted"):
         temperature(right.take(np.array([], dtype=int)))
 

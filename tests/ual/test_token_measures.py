@@ -39,7 +39,7 @@ def test_figures_are_those_of_all_tokens() -> None:
     assert found["nll"] == pytest.approx(tokens.nll.mean())
     assert found["accuracy"] == pytest.approx(y.mean())
     assert found["confidence"] == pytest.approx(c.mean())
-    assert found["brier"] == pytest.approx(calibration.brier(c, y))
+    assert found["brier_top1"] == pytest.approx(calibration.brier(c, y))
     assert found["ece"] == pytest.approx(calibration.expected_calibration_error(c, y, 7))
     assert found["ece_width"] == pytest.approx(calibration.expected_calibration_error(c, y, 7, equal="width"))
     assert found["rms_ce"] == pytest.approx(calibration.rms_calibration_error(c, y, 7))

@@ -211,7 +211,10 @@ def evaluate(
         list[str] | None, typer.Option(help="The file of questions or samples; may be repeated.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=2, help="How many items of each task are used; --data: drawn at random.")
+        int | None,
+        typer.Option(
+            min=2, help="Items: a random choice of --data, the first ones of --lm-eval and --judge."
+        ),
     ] = None,
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", help="Tasks of the lm-evaluation-harness, with commas.")
@@ -229,7 +232,8 @@ def evaluate(
         str | None, typer.Option(help="chatml, plain or a Jinja file, for models that are no runs.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The folder of answers and figures.")
+        Path | None,
+        typer.Option("--output", "-o", help="The folder; by default output_dir, or runs/evaluate-MODELS."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -247,7 +251,8 @@ def evaluate(
             overrides = what[1:] + ([f"output_dir={output}"] if output else [])
             resolved = load_as(EvaluateConfig, what[0], overrides)
         else:
-            raw = of_models(what, asked) | {"output_dir": str(output or "runs/evaluation")}
+            raw = of_models(what, asked)
+            raw["output_dir"] = str(output or f"runs/evaluate-{'-'.join(raw['models'])[:80]}")
             resolved = parse_as(EvaluateConfig, raw, place="arguments")
         settle(Path(resolved.output_dir))
         from ual.pipelines.evaluation.run import run

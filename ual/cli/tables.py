@@ -97,7 +97,9 @@ def evaluation(summary: dict[str, Any]) -> RenderableType:
     for name, about in summary["tasks"].items():
         entries = [entry for entry in summary["figures"] if entry["task"] == name]
         known = entries[0]["measures"]
-        shown = [(key, title) for key, title in _MEASURES if key in known] or [(key, key) for key in known]
+        hidden = {"ece"} if "ece_debiased" in known else set()
+        shown = [(key, title) for key, title in _MEASURES if key in known and key not in hidden]
+        shown = shown or [(key, key) for key in known]
         fitted = any(entry["version"] == "tempered" for entry in entries)
         table = _table("model", *["temperature"] * fitted, *(title for _, title in shown))
         for entry in entries:
@@ -112,7 +114,9 @@ def evaluation(summary: dict[str, Any]) -> RenderableType:
             said += f", {about['fit']:,} others fit the temperature"
         if about["too_long"]:
             said += f", {about['too_long']:,} too long for a model"
-        parts += [f"[bold]{escape(name)}[/bold]  {said}", table, ""]
+        others = {entry["model"]: entry["not_compared"] for entry in entries if entry["not_compared"]}
+        notes = [f"{escape(model)}: {why}, so there is no difference" for model, why in others.items()]
+        parts += [f"[bold]{escape(name)}[/bold]  {said}", table, *notes, ""]
     if summary["lm_eval"]:
         parts += [_harness(summary["lm_eval"]), ""]
     if summary["judged"]:
@@ -159,6 +163,8 @@ _MEASURES = (
     ("nll", "NLL"),
     ("accuracy", "accuracy"),
     ("ece_debiased", "ECE, debiased"),
+    ("ece", "ECE"),
+    ("reliability", "squared calibration error"),
     ("auroc", "AUROC"),
     ("jsd", "JSD"),
     ("entropy_spearman", "entropy rho"),

@@ -1,6 +1,7 @@
 """The configuration of an evaluation: models x tasks (`ual evaluate`)."""
 
 import datetime
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -45,7 +46,7 @@ class HarnessConfig(Section):
         description="tasks, groups and tags, or YAML files; task files can contain code, which is run"
     )
     include_path: UserPath | None = Field(None, description="a folder of more task files")
-    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="only the first items of each task")
+    limit: Annotated[int, Field(ge=2)] | None = Field(None, description="only the first items of each task")
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="null: the task's own number")
     apply_chat_template: bool | str = False
 
@@ -92,6 +93,15 @@ class EvaluateConfig(CommandConfig):
     def _something(self) -> Self:
         if not (self.tasks or self.lm_eval or self.judge):
             raise ValueError("name what is measured: tasks, lm_eval or judge")
+        for name in (*self.models, *self.tasks):
+            if name.startswith("."):
+                raise ValueError(
+                    f"a name must not begin with a dot: it is the name of a folder, got {name!r}"
+                )
+        if "judge" in self.tasks:
+            raise ValueError(
+                "a task must not be named judge, which is the folder of the judge's instructions"
+            )
         return self
 
 
@@ -131,7 +141,14 @@ def of_models(models: Sequence[str], asked: Asked) -> dict[str, Any]:
     named: dict[str, str] = {}
     for model in models:
         before, equals, after = model.partition("=")
-        name, path = (before, after) if equals else (Path(model).name, model)
+        if before in EvaluateConfig.model_fields:
+            raise UserError(
+                f"{before} is a key of a configuration, and models are named here, got {model!r}",
+                place="arguments",
+                remedy="name a YAML file first, or write its keys there",
+            )
+        alone = not equals or Path(model).exists()
+        name, path = (named_by(Path(model).resolve().name), model) if alone else (before, after)
         if name in named:
             raise UserError(
                 f"two models are named {name!r}: {named[name]} and {path}",
@@ -157,10 +174,11 @@ def of_models(models: Sequence[str], asked: Asked) -> dict[str, Any]:
     if asked.data:
         files: str | list[str] = asked.data[0] if len(asked.data) == 1 else [*asked.data]
         name = Path(asked.task).stem if asked.task else Path(asked.data[0]).name.partition(".")[0]
-        raw["tasks"] = {name: {"task": asked.task, "data": files, "limit": asked.limit}}
+        raw["tasks"] = {named_by(name): {"task": asked.task, "data": files, "limit": asked.limit}}
     if asked.lm_eval:
         folder = str(asked.include_path) if asked.include_path else None
-        raw["lm_eval"] = {"tasks": asked.lm_eval.split(","), "include_path": folder, "limit": asked.limit}
+        names = [name.strip() for name in asked.lm_eval.split(",") if name.strip()]
+        raw["lm_eval"] = {"tasks": names, "include_path": folder, "limit": asked.limit}
     if asked.judge:
         try:
             judge = yaml.safe_load(asked.judge.read_text(encoding="utf-8"))
@@ -168,5 +186,13 @@ def of_models(models: Sequence[str], asked: Asked) -> dict[str, Any]:
             raise UserError(f"cannot read the judge: {error}", place=str(asked.judge)) from error
         if not isinstance(judge, dict):
             raise UserError("a judge is a mapping with a backend", place=str(asked.judge))
-        raw["judge"] = judge | {"reference": str(asked.reference), "limit": asked.limit}
+        if "reference" in judge:
+            raise UserError("`reference` is given twice, here and by --reference", place=str(asked.judge))
+        limit = {} if asked.limit is None else {"limit": asked.limit}
+        raw["judge"] = judge | {"reference": str(asked.reference)} | limit
     return raw
+
+
+def named_by(text: str) -> str:
+    """Return a name that a folder can have."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "model"

@@ -347,9 +347,10 @@ def _human(value: Any, options: Sequence[str], place: str) -> dict[str, float] |
             remedy=f"the options are {', '.join(options)}; a template can rename the keys of a mapping",
         )
     numbers = [counts.get(option, 0) for option in options]
-    if not all(
-        isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < math.inf for n in numbers
-    ) or not sum(numbers):
+    if (
+        not all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < math.inf for n in numbers)
+        or not 0 < sum(numbers) < math.inf
+    ):
         raise UserError(
             f"human: expected numbers of 0 or more, with a positive sum, got {show(value)}", place=place
         )

@@ -145,7 +145,7 @@ def evaluate(
         UserError: the harness is missing or too old, a name is unknown, a task file is wrong, data cannot be
             fetched, or a task needs images, runs generated code, or does not fit the model.
     """
-    version = _check_installed()
+    installed = version()
     _check_arguments(tokenizer, limit, num_fewshot, batch_size, apply_chat_template)
     with _seeded(), _collected_warnings() as notices:
         loaded = _load(tasks, include_path)
@@ -160,7 +160,7 @@ def evaluate(
             notices[said] = 1
     groups = {name: _metrics(name, results) for name in results.get("groups", {})}
     return LmEvaluation(
-        found, groups, limit, num_fewshot, apply_chat_template, lm_eval=version, notices=dict(notices)
+        found, groups, limit, num_fewshot, apply_chat_template, lm_eval=installed, notices=dict(notices)
     )
 
 
@@ -210,6 +210,11 @@ def _run(
 
 
 # ---- before ----
+
+
+def version() -> str:
+    """Return the version of the harness; raise `UserError` if it is missing or too old."""
+    return _check_installed()
 
 
 def _check_installed() -> str:

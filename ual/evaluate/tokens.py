@@ -38,8 +38,8 @@ class Tokens:
 
 
 _CALIBRATION = ("ece", "ece_width", "rms_ce")
-MEASURES = ("nll", "accuracy", "confidence", "brier", *_CALIBRATION)
-"""``nll`` in nats; ``brier`` of the top-1 token."""
+MEASURES = ("nll", "accuracy", "confidence", "brier_top1", *_CALIBRATION)
+"""``nll`` in nats; ``brier_top1`` is that of the most probable token alone."""
 
 
 def table(tokens: Tokens, *, bins: int = 15) -> Table:
@@ -60,7 +60,7 @@ def table(tokens: Tokens, *, bins: int = 15) -> Table:
         "nll": by_sample(tokens.nll),
         "accuracy": by_sample(tokens.correct),
         "confidence": by_sample(tokens.confidence),
-        "brier": by_sample((tokens.confidence - tokens.correct) ** 2),
+        "brier_top1": by_sample((tokens.confidence - tokens.correct) ** 2),
     }
     columns["gap"], columns["size"] = _gaps(tokens, n, bins, "mass")
     columns["gap by width"], _ = _gaps(tokens, n, bins, "width")

@@ -1,12 +1,19 @@
 """Batched generation with a causal model: left-padded, with a cache, one random generator per prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +74,37 @@ def generate(
         ids[i, start:] = torch.tensor(prompt.input_ids)
         mask[i, start:] = 1
     sampler = _Sampler(prompts, top)
+    ends = _end_tokens(model, tokenizer)
     was_training = model.training
     model.eval()  # type: ignore[no-untyped-call]
     try:
-        output: Any = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            use_cache=True,
-            pad_token_id=pad,
-            logits_processor=LogitsProcessorList([sampler]),
-        )
+        with _plain_decoding(model, ends, pad):
+            output: Any = model.generate(  # type: ignore[operator]
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_tokens,
+                use_cache=True,
+                logits_processor=LogitsProcessorList([sampler]),
+            )
     finally:
         model.train(was_training)
-    ends = _end_tokens(model, tokenizer)
     new = output[:, longest:].tolist()
     return [_read(tokens, sampler, i, ends, tokenizer) for i, tokens in enumerate(new)]
+
+
+@contextmanager
+def _plain_decoding(model: Any, ends: set[int], pad: int) -> Iterator[None]:
+    """Decode greedily, whatever generation_config.json asks for, such as a penalty of repetition."""
+    plain = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=pad, do_sample=False, num_beams=1)  # type: ignore[no-untyped-call]
+    models = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    originals = [of.generation_config for of in models]
+    for of in models:
+        of.generation_config = plain
+    try:
+        yield
+    finally:
+        for of, original in zip(models, originals, strict=True):
+            of.generation_config = original
 
 
 class _Sampler(LogitsProcessor):

@@ -72,6 +72,14 @@ class Ledger:
         self._write(step, None)
         return True
 
+    def stale(self, step: Step) -> bool:
+        """Return whether there is an output that was computed from other inputs, or that has changed."""
+        try:
+            self.complete(step)
+        except UserError:
+            return True
+        return False
+
     def finish(self, step: Step) -> None:
         """Record that a step is complete."""
         self._write(step, sha256(step.output))

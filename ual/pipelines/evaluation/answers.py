@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from ual.config.evaluate import EvaluateConfig
+from ual.errors import UserError
 from ual.evaluate import lm_eval
 from ual.files import read_jsonl, write_json
 from ual.pipelines.evaluation import harness
@@ -40,7 +42,7 @@ class Answers:
     def of_task(self, model: Model, task: Items) -> Outcome:
         """Return the answers of a model to a task."""
         inputs = {"model": model.identity, "items": task.content}
-        step = self._step(model, f"{task.name}.jsonl", inputs)
+        step = self._step(model, f"{task.name}/answers.jsonl", inputs)
         records = self._records(step, model, task, task.answers)
         plain: Any = task.evidence(records)
         if isinstance(task, Choices):
@@ -50,7 +52,9 @@ class Answers:
             temperature = self._fitted(model, task, inputs | {"fit": sorted(task.fit)})
             if temperature is not None:
                 at = float(temperature)
-                step = self._step(model, f"{task.name}.tempered.jsonl", inputs | {"temperature": at})
+                step = self._step(model, f"{task.name}/tempered.jsonl", inputs | {"temperature": at})
+                if self.ledger.stale(step):  # another share of the samples has fitted it
+                    step.output.unlink()
                 tempered = self._records(step, model, task, lambda asked: task.answers(asked, at))
                 return Outcome(plain, at, task.evidence(tempered))
         return Outcome(plain)
@@ -59,8 +63,12 @@ class Answers:
         """Return the results of the lm-evaluation-harness, as JSON data."""
         asked = self.config.lm_eval
         assert asked is not None
-        files = digest(asked.include_path) if asked.include_path else None
-        inputs = {"model": model.identity, "settings": asked.model_dump(), "include_path": files}
+        inputs = {
+            "model": model.identity,
+            "settings": asked.model_dump(),
+            "task files": [digest(path) for path in (asked.include_path, *asked.tasks) if path],
+            "lm_eval": lm_eval.version(),
+        }
         step = self._step(model, "lm_eval.json", inputs)
         if self.ledger.begin(step):
             learner = self._learner(model)
@@ -81,7 +89,7 @@ class Answers:
     def to_instructions(self, model: Model, asked: Instructions) -> list[Record]:
         """Return the records of a model's answers, in the order of the instructions."""
         inputs = {"model": model.identity, "items": asked.content}
-        step = self._step(model, "instructions.jsonl", inputs)
+        step = self._step(model, "judge/answers.jsonl", inputs)
         records = self._records(step, model, asked, asked.answers)
         return [dict(records[id]) for id in asked.ids]
 
@@ -108,8 +116,8 @@ class Answers:
 
     def _fitted(self, model: Model, task: Texts, inputs: dict[str, Any]) -> float | None:
         """Return the temperature of samples, which takes some passes over those of `fit`."""
-        step = self._step(model, f"{task.name}.fitted.json", inputs)
-        if self.ledger.begin(step):
+        step = self._step(model, f"{task.name}/fitted.json", inputs)
+        if self.ledger.begin(step, replace=True):
             with Progress(self.console) as progress:
                 advance = progress.task(f"{model.name}, {task.name}: temperature", None)
                 found = task.temperature(Asked(self._learner(model), self.config.batch_size, (), advance))
@@ -118,8 +126,26 @@ class Answers:
         temperature: float | None = read_object(step.output)["temperature"]
         return temperature
 
+    def release(self) -> None:
+        """Free the model that is in memory."""
+        self._loaded = None
+
     def _learner(self, model: Model) -> Learner:
         if self._loaded is None or self._loaded[0] != model.name:
-            self._loaded = None  # before the next one is loaded
-            self._loaded = model.name, model.load()
+            self.release()  # before the next one is loaded
+            self._loaded = model.name, _checked(model.load(), model)
         return self._loaded[1]
+
+
+@torch.no_grad()
+def _checked(learner: Learner, model: Model) -> Learner:
+    """Refuse a model whose logits are not finite, before it answers anything."""
+    tokenizer: Any = learner.renderer.tokenizer
+    ids = torch.tensor([[tokenizer.eos_token_id]], device=learner.model.device)
+    if not learner.model(input_ids=ids).logits.isfinite().all():
+        raise UserError(
+            f"the logits of {model.name} are not finite",
+            place=model.source,
+            remedy="its training diverged, or its dtype overflows: set its dtype to float32",
+        )
+    return learner

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ual.config.evaluate import EvaluateConfig
 from ual.evaluate import options
@@ -48,18 +49,30 @@ def evidence(task: Mapping[str, Any], config: EvaluateConfig) -> tuple[Any, floa
     """Return the answers that are measured, the temperature, the answers at it, and how many items fit it.
 
     A task with one right option is measured by its probabilities. Any other is measured by the harness's
-    scores of each item, without a temperature.
+    scores of each item, without a temperature, if their mean is the harness's figure. The mean of other
+    scores, such as the log-probabilities of a perplexity, would be another quantity of the same name.
     """
     if task["predictions"] is None:
-        return {name: np.array(of, dtype=np.float64) for name, of in task["scores"].items()}, None, None, 0
+        return _scores(task), None, None, 0
     ragged = task["predictions"]["log_probs"]
     logs = np.full((len(ragged), max(map(len, ragged))), -np.inf)
     for i, of in enumerate(ragged):
         logs[i, : len(of)] = of
     found = options.Predictions(logs, np.array(task["predictions"]["gold"], dtype=np.intp))
-    fit = np.array([fits_temperature(id, config) for id in task["ids"]])
-    if fit.sum() < FEWEST_TO_FIT:
+    contents = [id.partition("-")[2] for id in task["ids"]]
+    fit = np.array([fits_temperature(content, config) for content in contents])
+    if fit.sum() < FEWEST_TO_FIT or (~fit).sum() < 2:
         return found, None, None, 0
     temperature = options.temperature(found.take(fit))
     rest = found.take(~fit)
     return rest, temperature, rest.at(temperature), int(fit.sum())
+
+
+def _scores(task: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
+    figures = {f"{metric['name']},{metric['filter']}": metric["value"] for metric in task["metrics"]}
+    found = {name: np.array(of, dtype=np.float64) for name, of in task["scores"].items()}
+    return {
+        name: of
+        for name, of in found.items()
+        if of.size > 1 and name in figures and np.isclose(of.mean(), figures[name], rtol=1e-6, atol=1e-9)
+    }

@@ -5,6 +5,7 @@ tokens are measured.
 """
 
 import hashlib
+import json
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -175,6 +176,14 @@ class Instructions:
         for batch in answered:
             yield [{"key": a.key, "text": a.text, "finished": a.finished} for a in batch]
 
+    def too_long(self, renderer: Renderer) -> frozenset[int]:
+        """Return the numbers of instructions that are beyond a model's context, with the answer."""
+        tokenizer: Any = renderer.tokenizer
+        prompts = [renderer.render_prompt(Posed("", Wording(text, {})).sample("")) for text in self.texts]
+        lengths = map(len, tokenizer(prompts, add_special_tokens=False)["input_ids"])
+        room = renderer.max_length - self.max_tokens
+        return frozenset(number for number, length in enumerate(lengths) if length > room)
+
 
 @dataclass(frozen=True, slots=True)
 class Texts:
@@ -215,8 +224,9 @@ class Texts:
     def temperature(self, asked: Asked) -> float | None:
         """Return the temperature that suits the samples of `fit`; None if they are too few.
 
-        With b = 1/T, the derivative of the NLL by b is (NLL - entropy) / b, and the NLL is convex in b. So
-        the temperature is the root of NLL minus entropy. Each try takes a pass over the samples.
+        As `ual.evaluate.options.temperature`, it minimizes the total NLL plus (ln T)^2 / 2. The derivative of
+        the NLL by ln T is entropy minus NLL, so T is the root of NLL - entropy - ln T, in sums over tokens.
+        Each try takes a pass over the samples.
         """
         from scipy.optimize import brentq
 
@@ -225,12 +235,10 @@ class Texts:
             return None
 
         def excess(log_t: float) -> float:
-            total, count = 0.0, 0
+            total = -log_t
             for scores in self._scores(chosen, asked, float(np.exp(log_t))):
-                for of in scores:
-                    total += float((-of.log_prob - of.entropy).sum())
-                    count += of.log_prob.size
-            return total / max(1, count)
+                total += sum(float((-of.log_prob - of.entropy).sum()) for of in scores)
+            return total
 
         low, high = np.log(_TEMPERATURES)
         if excess(low) < 0:
@@ -290,6 +298,13 @@ def table(evidence: Evidence, bins: int) -> Table:
     return Table(evidence, lambda columns: {name: float(of.mean()) for name, of in columns.items()})
 
 
+def comparable(one: Evidence, other: Evidence) -> bool:
+    """Return whether two models answered in the same terms: loss tokens depend on tokenizer and template."""
+    if isinstance(one, tokens.Tokens) and isinstance(other, tokens.Tokens):
+        return np.array_equal(one.sample, other.sample)
+    return True
+
+
 def read_items(name: str, data: TaskData, config: EvaluateConfig) -> Items:
     """Return the items of a task.
 
@@ -302,8 +317,11 @@ def read_items(name: str, data: TaskData, config: EvaluateConfig) -> Items:
     if data.limit is not None and data.limit < len(found):
         chosen = random.Random(config.seed).sample(range(len(found)), data.limit)  # noqa: S311
         found = [found[i] for i in sorted(chosen)]
-    fits = task is None or task.kind != "number"
-    fit = frozenset(of.id for of in found if fits and fits_temperature(of.id, config))
+    fit = frozenset[str]()
+    if task is None or task.kind != "number":
+        fit = frozenset(of.id for of in found if fits_temperature(_question(of), config))
+    if len(fit) < FEWEST_TO_FIT:
+        fit = frozenset()  # then all items are measured
     items: Items
     if task is None:
         items = Texts(name, found, fit)
@@ -316,35 +334,42 @@ def read_items(name: str, data: TaskData, config: EvaluateConfig) -> Items:
 
 
 def without(items: Items, dropped: Collection[str]) -> Items:
-    """Return the items without some.
+    """Return the items without those that are too long.
 
     Raises:
         UserError: fewer than two are left to measure.
     """
     left: Any = [item for item in items.items if item.id not in dropped]
-    kept = replace(items, items=left, fit=items.fit - {*dropped})
-    _check_number(kept)
+    fit = items.fit - {*dropped}
+    kept = replace(items, items=left, fit=fit if len(fit) >= FEWEST_TO_FIT else frozenset())
+    _check_number(kept, len(dropped))
     return kept
 
 
-def _check_number(items: Items) -> None:
+def _check_number(items: Items, too_long: int = 0) -> None:
     measured = len(items.ids) - len(items.fit)
-    if measured < 2:
-        raise UserError(
-            f"{measured} of {len(items.ids)} items are left to measure, and two are needed",
-            place=f"configuration, tasks.{items.name}",
-            remedy="name a larger file, or lower fit",
-        )
+    if measured >= 2:
+        return
+    problem, remedy = (
+        f"{measured} items are left to measure, and two are needed",
+        "name a larger file, or lower fit",
+    )
+    if too_long:
+        problem += f"; {too_long} are too long for a model"
+        if isinstance(items, Numbers):
+            problem += f" with max_tokens {items.max_tokens}"
+            remedy = "lower max_tokens, or name a model with a longer context"
+    raise UserError(problem, place=f"configuration, tasks.{items.name}", remedy=remedy)
 
 
 def _length(renderer: Renderer, task: Task, item: Item) -> int:
     """Return the tokens of a question with its longest reply, or of a worked question's prompt."""
     wording = pose(task, item)
     text = renderer.render_prompt(Posed(item.id, wording, item.place).sample(""))
-    longest = max(wording.replies, key=len, default="")
     tokenizer: Any = renderer.tokenizer
-    count = len(tokenizer(text + longest, add_special_tokens=False)["input_ids"])
-    return count + bool(longest)  # the end of turn
+    texts = [text + reply for reply in wording.replies] or [text]
+    count = max(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+    return count + bool(wording.replies)  # the end of turn
 
 
 def _read(task: Task | None, data: TaskData) -> Sequence[Item | Sample]:
@@ -354,12 +379,24 @@ def _read(task: Task | None, data: TaskData) -> Sequence[Item | Sample]:
     items = read(task, data.data, split=data.split)
     for item in items:
         _check(task, item)
+    asked = [item for item in items if item.human is None]
+    if task.human is not None and 0 < len(asked) < len(items):
+        raise UserError(
+            f"{len(asked)} of {len(items)} questions have no human answers (`human`)",
+            place=asked[0].place,
+            remedy="remove them from the file, or set human to null",
+        )
     return items
 
 
-def fits_temperature(id: str, config: EvaluateConfig) -> bool:
-    """Return whether an item only fits the temperature; this does not depend on the other items."""
-    digest = hashlib.sha256(f"{config.seed} {id}".encode()).digest()
+def _question(of: Item | Sample) -> str:
+    """Return what two items must not share if one is measured and the other fits the temperature."""
+    return of.question if isinstance(of, Item) else json.dumps([turn.as_dict() for turn in of.prompt])
+
+
+def fits_temperature(question: str, config: EvaluateConfig) -> bool:
+    """Return whether a question only fits the temperature; this does not depend on the other questions."""
+    digest = hashlib.sha256(f"{config.seed} {question}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64 < config.fit
 
 
@@ -376,9 +413,9 @@ def _check(task: Task, item: Item) -> None:
 
 
 def _predictions(items: Sequence[Item], records: Records) -> options.Predictions:
-    human = [item.human for item in items]
+    human = [item.human for item in items if item.human is not None]
     return options.Predictions.of(
         [records[item.id]["probabilities"] for item in items],
         [item.gold or "" for item in items],
-        None if any(shares is None for shares in human) else [shares or {} for shares in human],
+        human or None,
     )

@@ -39,7 +39,7 @@ class Model:
                     place=place,
                     remedy="give its folder alone",
                 )
-            of_run = load(folder / File.CONFIG).model_copy(update={"output_dir": str(folder)})
+            of_run = _run(folder, place)
             weights_digest(of_run)  # raises an error if there are none
         elif (folder / "adapter_config.json").exists():
             raise UserError(
@@ -74,6 +74,7 @@ class Model:
         model = self.config.model
         return {
             "weights": weights_digest(self.config) if self.trained else None,
+            "lora": self.config.lora.model_dump() if self.trained and self.config.lora else None,
             "model": model.model_dump(exclude={"path", "tokenizer"}),
             "base": fingerprint(model.path) or model.path,
             "tokens": self.renderer.fingerprint,
@@ -81,3 +82,14 @@ class Model:
 
     def load(self) -> Learner:
         return Learner.load(self.config, trained=self.trained, trust_remote_code=self.trust_remote_code)
+
+
+def _run(folder: Path, place: str) -> RunConfig:
+    try:
+        return load(folder / File.CONFIG).model_copy(update={"output_dir": str(folder)})
+    except UserError as error:
+        raise UserError(
+            f"{folder} holds a configuration, and not that of a run: {error.problem.splitlines()[0]}",
+            place=place,
+            remedy="name the folder of a run of `ual train`, or of a model",
+        ) from error

@@ -8,9 +8,10 @@
 The folder of an evaluation:
 
     config.yaml, stages.json            the configuration; the inputs of every file of answers
-    answers/MODEL/TASK.jsonl            an answer per line
-    answers/MODEL/TASK.fitted.json      of samples: the temperature, and
-    answers/MODEL/TASK.tempered.jsonl   their answers at it
+    answers/MODEL/TASK/answers.jsonl    an answer per line
+    answers/MODEL/TASK/fitted.json      of samples: the temperature, and
+    answers/MODEL/TASK/tempered.jsonl   their answers at it
+    answers/MODEL/judge/answers.jsonl   answers to the instructions of the judge's reference
     answers/MODEL/lm_eval.json          what the lm-evaluation-harness found
     judge/MODEL/                        what the judge found, see `ual.pipelines.judge`
     evaluation.json, evaluation.csv     the figures
@@ -29,11 +30,12 @@ from rich.console import Console
 
 from ual.config.base import dump, load_as
 from ual.config.evaluate import EvaluateConfig
+from ual.errors import UserError
 from ual.files import write_json, write_text, writing
 from ual.methods.statistics import Draws, Estimate, draws
 from ual.pipelines.evaluation import harness, judged
 from ual.pipelines.evaluation.answers import Answers, Outcome
-from ual.pipelines.evaluation.items import Items, read_items, table, without
+from ual.pipelines.evaluation.items import Items, comparable, read_items, table, without
 from ual.pipelines.evaluation.models import Model
 from ual.pipelines.stages import Ledger
 from ual.runs.environment import environment, files
@@ -83,7 +85,7 @@ def run(
             items = read_items(name, data, config)
             dropped[name] = frozenset[str]().union(*(items.too_long(model.renderer) for model in models))
             tasks.append(without(items, dropped[name]))
-        compared = judged.asked(config.judge) if config.judge else None
+        compared = judged.asked(config.judge, models) if config.judge else None
         write_text(folder / "config.yaml", dump(config))
         answers = Answers(config, Ledger(folder / "stages.json"), console)
         found = _Found({task.name: _about(task, dropped[task.name]) for task in tasks})
@@ -94,22 +96,31 @@ def run(
             if config.lm_eval:
                 found.add_harness(model.name, answers.of_harness(model), config)
             if compared:
-                instructed[model.name] = answers.to_instructions(model, compared[1])
+                instructed[model.name] = answers.to_instructions(model, compared.instructions)
+        answers.release()  # a judge may be a local model
         summary = _summary(config, models, found, command)
+        write_text(folder / "evaluation.csv", _csv(summary))
+        write_json(folder / "evaluation.json", summary)  # before a judge fails
         if config.judge and compared:
             for model in models:
                 with Progress(console) as progress:
-                    of = instructed[model.name], compared[0], config.judge, folder / "judge" / model.name
+                    of = instructed[model.name], compared, config.judge, folder / "judge" / model.name
                     summary["judged"][model.name] = judged.compare(model, *of, keys, progress)
-        write_json(folder / "evaluation.json", summary)
-        write_text(folder / "evaluation.csv", _csv(summary))
+                write_json(folder / "evaluation.json", summary)
     return Result(summary, folder)
 
 
 def _date(config: EvaluateConfig) -> datetime.date:
     """Return the day that chat templates read: that on which the evaluation began."""
     earlier = Path(config.output_dir) / "config.yaml"
-    began = load_as(EvaluateConfig, earlier).date if earlier.exists() else None
+    try:
+        began = load_as(EvaluateConfig, earlier).date if earlier.exists() else None
+    except UserError as error:
+        raise UserError(
+            "the folder holds something else than an evaluation",
+            place=config.output_dir,
+            remedy="choose another output_dir",
+        ) from error
     return config.date or began or datetime.date.today()
 
 
@@ -123,6 +134,7 @@ class _Found:
     about: dict[str, dict[str, Any]]
     outcomes: dict[str, dict[str, Outcome]] = field(default_factory=dict)
     harness: dict[str, Any] = field(default_factory=dict)
+    ids: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, model: str, task: str, outcome: Outcome) -> None:
         self.outcomes.setdefault(task, {})[model] = outcome
@@ -137,6 +149,13 @@ class _Found:
             for name, task in found["tasks"].items()
         }
         for name, task in found["tasks"].items():
+            if (first := self.ids.setdefault(name, task["ids"])) != task["ids"]:
+                raise UserError(
+                    f"{model} answered {len(task['ids'])} items of {name}, and the first model {len(first)} "
+                    "others: the task's data have changed",
+                    place=f"answers/{model}/lm_eval.json",
+                    remedy="choose another output_dir, or remove lm_eval.json of all models",
+                )
             plain, temperature, tempered, fit = harness.evidence(task, config)
             about = {"kind": "lm_eval", "measured": task["items"] - fit, "fit": fit, "too_long": 0}
             self.about.setdefault(f"lm_eval/{name}", about)
@@ -171,23 +190,23 @@ def _summary(
 
 def _figures(task: str, outcomes: Mapping[str, Outcome], config: EvaluateConfig) -> Iterator[dict[str, Any]]:
     """Yield the figures of every model, and their differences from those of the first."""
-    baselines: dict[str, tuple[str, Draws]] = {}
+    baselines: dict[str, tuple[str, Draws, Outcome]] = {}
     for model, outcome in outcomes.items():
         for version, evidence in (("plain", outcome.plain), ("tempered", outcome.tempered)):
             if evidence is None:
                 continue
-            measured = table(evidence, config.bins)
-            drawn = draws(measured, resamples=config.resamples, seed=config.seed)
-            minus, baseline = baselines.get(version, ("", None))
-            baselines.setdefault(version, (model, drawn))
+            drawn = draws(table(evidence, config.bins), resamples=config.resamples, seed=config.seed)
+            minus, baseline, of_baseline = baselines.setdefault(version, (model, drawn, outcome))
+            alike = minus != model and comparable(outcome.plain, of_baseline.plain)
             yield {
                 "task": task,
                 "model": model,
                 "version": version,
                 "temperature": outcome.temperature if version == "tempered" else 1.0,
                 "measures": _plain(drawn.estimates()),
-                "minus": minus,
-                "differences": _plain(drawn.estimates(baseline)) if baseline else {},
+                "minus": minus if alike else "",
+                "differences": _plain(drawn.estimates(baseline)) if alike else {},
+                "not_compared": "" if alike or minus == model else f"other tokens than {minus}",
             }
 
 
