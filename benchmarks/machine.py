@@ -59,8 +59,8 @@ def headline(found: dict[str, Any]) -> str:
     where = f"{found['cpu']['model']}, {found['cpu']['cores']} cores, {found['threads']} threads"
     if found["gpu"]:
         where = f"{found['gpu']['name']}, driver {found['gpu']['driver']}; {where}"
-    load = found["load_before"][0]
-    return f"{where}; load before {load}; {found['date']}; commit {found['commit']}; {versions}"
+    load = f"load before {found['load_before'][0]}; " if found["load_before"] else ""
+    return f"{where}; {load}{found['date']}; commit {found['commit']}; {versions}"
 
 
 def stem(about: dict[str, Any], study: str) -> Path:

@@ -102,6 +102,8 @@ def collect(folder: Path) -> dict[str, Any]:
     if found["status"] != "completed":
         raise ValueError(f"the study in {folder} is {found['status']}: run `ual w2s` to its end first")
     about = machine.describe()
+    commit = found["environment"]["commit"] or about["commit"]
+    about |= {"commit": commit[:12], "load_before": None}  # of the last run
     config = configuration(Path("../shared/data"), Path("FOLDER"), Path("SmolLM2-135M-Instruct"))
     kept = {
         name: value for name, value in found.items() if name not in ("config", "environment", "published")
@@ -135,7 +137,7 @@ def levels_table(found: dict[str, Any]) -> str:
         rows.append(
             (
                 f"{level['low']:.3f}",
-                f"{level['questions']:.0f}",
+                f"{level['questions']:.1f}",
                 f"{level['label_accuracy']:.3f}",
                 *("" if value is None else f"{value:.2f}" for value in beside),
             )
