@@ -300,6 +300,7 @@ def test_all_that_decides_an_answer_is_compared(
     assert [record["text"] for record in answers(again, "base", "sums/answers.jsonl")] == texts
 
 
+@pytest.mark.slow
 def test_a_temperature_is_fitted_anew_if_its_share_changes(raw: dict[str, Any]) -> None:
     raw["tasks"] = {"texts": raw["tasks"]["texts"]}
     run(raw)
@@ -314,7 +315,7 @@ def test_a_temperature_is_fitted_anew_if_its_share_changes(raw: dict[str, Any]) 
 @pytest.mark.kills("ual/pipelines/evaluation/items.py", "np.array_equal(one.sample, other.sample)", "True")
 def test_other_loss_tokens_have_no_difference(raw: dict[str, Any]) -> None:
     raw["tasks"] = {"texts": raw["tasks"]["texts"]}
-    summary = run(raw | {"chat_template": "chatml"})
+    summary = run(raw | {"chat_template": "chatml", "fit": 0.0})
     found = figures(summary, "texts", "run")
     assert (found["minus"], found["differences"], found["not_compared"]) == ("", {}, "other tokens than base")
 
@@ -367,7 +368,7 @@ def test_items_too_long_for_a_model_are_dropped_for_all(raw: dict[str, Any], tmp
         tmp_path / "samples.jsonl",
         [*gsm8k_of(samples), {"question": "Why?", "answer": "so " * 600}],
     )
-    summary = run(raw)
+    summary = run(raw | {"fit": 0.0})
     for task, count in (("colors", len(QUESTIONS)), ("texts", len(samples))):
         assert summary["tasks"][task]["too_long"] == 1
         assert len(answers(raw, "run", f"{task}/answers.jsonl")) == count

@@ -253,6 +253,7 @@ def test_a_killed_conversion_is_not_taken_for_a_complete_one(tiny: Path, tmp_pat
     assert not scratch.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_both_get_a_complete_folder(tiny: Path, tmp_path: Path) -> None:
     site, cache = tiny.parents[1], tmp_path / "cache"
     check = "import json; print(all((folder / n).stat().st_size == s for n, s in json.loads((folder / "
@@ -266,6 +267,7 @@ def test_two_processes_at_once_both_get_a_complete_folder(tiny: Path, tmp_path: 
     assert_complete(cache / model.NAME, tiny)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_user_error(tiny: Path, tmp_path: Path) -> None:
     site, cache = tiny.parents[1], tmp_path / "cache"
     # A limit on file sizes makes the write of the weights fail as on a full disk.

@@ -139,7 +139,7 @@ def temperature(predictions: Predictions) -> float:
 
     >>> sure = Predictions.of([{"a": 0.9, "b": 0.1}] * 400, ["a", "a", "a", "b"] * 100)
     >>> round(temperature(sure), 2), round(float(sure.at(temperature(sure)).probabilities[0, 0]), 2)
-    (1.97, 0.75)
+    (1.99, 0.75)
     """
     from scipy.optimize import minimize_scalar
 
