@@ -100,7 +100,7 @@ _UNTRACED = ("triton", "tests/invariants/", "the_real_model")
 _TOGETHER = (
     "test_launches", "test_sharded", "test_parallel", "test_transformers_serve", "test_local",
     "test_adapters", "test_report", "test_quickstart_model", "test_ahead_of_time", "test_wrapped",
-    "test_gpu_training", "test_weak_to_strong",
+    "test_gpu_training", "test_weak_to_strong", "test_clusters",
 )  # fmt: skip
 
 

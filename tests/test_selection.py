@@ -20,6 +20,7 @@ def collected(*words: str) -> list[str]:
 
 @pytest.mark.kills("tests/conftest.py", "cases[function] % spare > 0", "True")
 @pytest.mark.kills("tests/conftest.py", 'only == "fast" or item.path in due', "True")
+@pytest.mark.slow
 def test_every_test_is_fast_or_slow() -> None:
     everything, fast, slow = collected(), collected("--only", "fast"), collected("--only", "slow")
     assert sorted(fast + slow) == sorted(everything)

@@ -46,6 +46,7 @@ def in_step(monkeypatch: pytest.MonkeyPatch, step: int, happens: Callable[[], ob
 @pytest.mark.kills(TRAINER, "if control.should_save or control.should_training_stop or (", "if (")
 @pytest.mark.kills(TRAINER, "if control.should_save or control", "if control")
 @pytest.mark.kills(PIPELINE, 'logged = [row["seconds"] for', "logged = [0.0 for")
+@pytest.mark.slow
 def test_every_step_is_counted_in_windows_of_any_length_and_over_stops(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +93,7 @@ LONG_AND_SHORT = {
 @pytest.mark.kills(
     TRAINER, '        output.metrics[f"{metric_key_prefix}_loss"] = self._mean_nll(samples)\n', ""
 )
+@pytest.mark.slow
 def test_eval_loss_is_the_mean_over_loss_tokens_for_any_batch(tmp_path: Path, tiny: Path) -> None:
     """Batches of 1, 3 and 12 of 13 samples, whose lengths differ, give the final evaluation's NLL."""
     config = configure(

@@ -188,6 +188,7 @@ def test_batches_of_sequence_parallelism_are_refused(
         trainer.compute_loss(trainer.model.train(), collate(features[:2]))
 
 
+@pytest.mark.slow
 def test_thirty_steps_of_a_run_on_real_samples(shared: Path, stories: Path, tmp_path: Path) -> None:
     config = configure(
         tmp_path, stories, gsm8k(shared, 60), training={"max_steps": 30}, data={"eval_fraction": 0.2}

@@ -327,7 +327,13 @@ def test_an_empty_batch(reduction: str, backend: str, device: torch.device) -> N
 
 @pytest.mark.parametrize(
     ("backend", "flags"),
-    [("torch", "mean"), ("torch", "none"), ("torch", "classes"), ("torch", "all"), ("triton", "all")],
+    [
+        ("torch", "mean"),
+        ("torch", "none"),
+        ("torch", "classes"),
+        ("torch", "all"),
+        pytest.param("triton", "all", marks=pytest.mark.slow),
+    ],
 )
 def test_gradcheck(flags: str, backend: str, device: torch.device) -> None:
     leaves, target = dense_case(3, 4, torch.float64, device)

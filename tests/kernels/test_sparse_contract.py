@@ -152,7 +152,7 @@ def test_opcheck_linear(per_token: bool, tokens: int, dtype: torch.dtype, device
         for loss in (of_logits, of_hidden)
         for case in [(1, "mean"), (4, "mean"), (4, "classes"), (4, "all")]
     ]
-    + [(of_logits, "triton", 4, "all")],
+    + [pytest.param(of_logits, "triton", 4, "all", marks=pytest.mark.slow)],
 )
 def test_gradcheck(
     loss: Callable[..., Tensor], backend: str, count: int, flags: str, device: torch.device

@@ -268,6 +268,7 @@ def test_wrong_limits_are_refused() -> None:
 @pytest.mark.kills(MODULE, "math.sqrt(taken / (documents - taken))", "math.sqrt(1)")
 @pytest.mark.kills(MODULE, "inside & (count > 1)[label]", "inside[rng.permutation(len(inside))]")
 @pytest.mark.untraced
+@pytest.mark.slow
 def test_intervals_contain_the_truth_as_often_as_they_say() -> None:
     """60 samples of 30 documents whose states are dependent; the truth is the mean over 300 samples."""
     rng = np.random.default_rng(0)

@@ -189,6 +189,7 @@ def test_a_second_call_changes_nothing(tiny: Path, tmp_path: Path) -> None:
     assert snapshot(cache) == before
 
 
+@pytest.mark.slow
 def test_the_first_call_is_silent_and_the_second_imports_no_torch(tiny: Path, tmp_path: Path) -> None:
     site, cache = tiny.parents[1], tmp_path / "cache"
     first = subprocess.run(in_process(site, cache), capture_output=True, text=True, check=True)
@@ -239,6 +240,7 @@ def test_a_record_without_hashes_is_accepted(tiny: Path, tmp_path: Path) -> None
     assert_complete(model.prepare(tmp_path), source)
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_is_not_taken_for_a_complete_one(tiny: Path, tmp_path: Path) -> None:
     site, cache = tiny.parents[1], tmp_path / "cache"
     scratch = cache / f".{model.NAME}.partial"
