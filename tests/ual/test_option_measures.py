@@ -13,7 +13,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from ual.evaluate.calibration import brier_parts
 from ual.evaluate.options import HUMAN_MEASURES, MEASURES, Predictions, table, temperature
-from ual.evaluate.ranking import area_under_risk_coverage, selective_accuracy
+from ual.evaluate.ranking import accuracies
 from ual.methods.statistics import Estimate, Table, draws, exchange_p
 
 OPTIONS = "abcde"
@@ -138,16 +138,20 @@ def test_a_prior_bounds_the_temperature_of_few_questions() -> None:
 
 
 @pytest.mark.kills(
-    "ual/evaluate/ranking.py", "round(coverage * accuracy.size)) - 1", "round(coverage * accuracy.size))"
+    "ual/evaluate/options.py", "round(share * right.size / 100)) - 1", "round(share * right.size / 100))"
+)
+@pytest.mark.kills(
+    "ual/evaluate/options.py",
+    "ranking.accuracies(-confidence, 1 - right)",
+    "ranking.accuracies(confidence, 1 - right)",
 )
 def test_risk_and_coverage_by_hand() -> None:
-    uncertainty, wrong = [0.1, 0.2, 0.3, 0.4], [0, 1, 0, 1]
-    assert area_under_risk_coverage(uncertainty, wrong) == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
-    assert selective_accuracy(uncertainty, wrong, 0.5) == 0.5
-    assert selective_accuracy(uncertainty, wrong, 0.25) == 1
-    assert selective_accuracy([0.1] * 4, wrong, 0.25) == 0.5
-    with pytest.raises(ValueError, match="coverage"):
-        selective_accuracy(uncertainty, wrong, 0)
+    sure = [0.9, 0.8, 0.7, 0.6]
+    found = Predictions.of([{"a": p, "b": 1 - p} for p in sure], ["a", "b", "a", "b"])
+    assert value(found, "aurc") == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
+    assert value(found, "accuracy_at_50") == 0.5
+    assert value(found, "accuracy_at_80") == pytest.approx(2 / 3)
+    assert accuracies([0.1] * 4, [0, 1, 0, 1]) == pytest.approx([0.5] * 4)  # equal ones have no order
 
 
 # ---- intervals ----

@@ -7,7 +7,7 @@ With uncertainties u and errors e in {0, 1} (1: the response is wrong):
     PRR    (A(u) - A(random)) / (A(oracle) - A(random)), where A is the mean accuracy of the n most certain
            responses over n = 1 .. N (prediction-rejection ratio): 1 is the best order, 0 a random one
     AURC   1 - A(u), the area under the risk-coverage curve: 0 is best (Geifman and El-Yaniv 2017, arXiv
-           1705.08500)
+           1705.08500), computed from `accuracies`
 
 Equal uncertainties are one level: AUPRC takes it as one threshold, PRR and AURC the mean over the orders
 within it.
@@ -81,27 +81,6 @@ def accuracy_by_coverage(
     accuracy = accuracies(uncertainty, wrong)
     chosen = np.unique(np.linspace(1, accuracy.size, min(points, accuracy.size)).round().astype(int))
     return [(float(n / accuracy.size), float(accuracy[n - 1])) for n in chosen]
-
-
-def area_under_risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
-    """Return AURC, in [0, 1]: the mean share of errors among the n most certain, over n = 1 .. N.
-
-    >>> round(area_under_risk_coverage([0.1, 0.2, 0.9], [0, 0, 1]), 3)
-    0.111
-    """
-    return float(1 - accuracies(uncertainty, wrong).mean())
-
-
-def selective_accuracy(uncertainty: ArrayLike, wrong: ArrayLike, coverage: float) -> float:
-    """Return the accuracy of the most certain share of responses; of the mean over orders if some are equal.
-
-    >>> selective_accuracy([0.1, 0.2, 0.9, 0.8], [0, 0, 1, 0], coverage=0.75)
-    1.0
-    """
-    if not 0 < coverage <= 1:
-        raise ValueError(f"coverage must be in (0, 1], got {coverage}")
-    accuracy = accuracies(uncertainty, wrong)
-    return float(accuracy[max(1, round(coverage * accuracy.size)) - 1])
 
 
 def rank_correlation(a: ArrayLike, b: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> Estimate | None:

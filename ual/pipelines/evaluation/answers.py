@@ -63,10 +63,11 @@ class Answers:
         """Return the results of the lm-evaluation-harness, as JSON data."""
         asked = self.config.lm_eval
         assert asked is not None
+        files = [name for name in asked.tasks if name.endswith((".yaml", ".yml"))]
         inputs = {
             "model": model.identity,
             "settings": asked.model_dump(),
-            "task files": [digest(path) for path in (asked.include_path, *asked.tasks) if path],
+            "task files": [digest(path) for path in (asked.include_path, *files) if path],
             "lm_eval": lm_eval.version(),
         }
         step = self._step(model, "lm_eval.json", inputs)

@@ -55,6 +55,8 @@ def evidence(task: Mapping[str, Any], config: EvaluateConfig) -> tuple[Any, floa
     if task["predictions"] is None:
         return _scores(task), None, None, 0
     ragged = task["predictions"]["log_probs"]
+    if len(ragged) < 2:  # no interval, so the harness's own figure is all
+        return {}, None, None, 0
     logs = np.full((len(ragged), max(map(len, ragged))), -np.inf)
     for i, of in enumerate(ragged):
         logs[i, : len(of)] = of

@@ -266,7 +266,7 @@ class Texts:
         rendered = []
         for sample in samples:
             found = learner.renderer.render(sample)
-            assert found is not None  # overlong samples are refused
+            assert found is not None  # a learner's renderer refuses overlong samples
             rendered.append(features(found))
         rendered.sort(key=lambda of: -len(of["input_ids"]))
         pad: Any = learner.renderer.tokenizer.pad_token_id
@@ -350,10 +350,8 @@ def _check_number(items: Items, too_long: int = 0) -> None:
     measured = len(items.ids) - len(items.fit)
     if measured >= 2:
         return
-    problem, remedy = (
-        f"{measured} items are left to measure, and two are needed",
-        "name a larger file, or lower fit",
-    )
+    problem = f"{measured} items are left to measure, and two are needed"
+    remedy = "name a larger file, or lower fit"
     if too_long:
         problem += f"; {too_long} are too long for a model"
         if isinstance(items, Numbers):

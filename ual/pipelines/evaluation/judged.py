@@ -67,14 +67,7 @@ def compare(
     ]
     write_json(folder / "outputs.json", answers)
     write_json(folder / "reference.json", reference.answers)
-    advance = progress.task(f"{model.name}, comparisons", 2 * len(answers))
-    done = 0
-
-    def counted(completed: int, total: int, counts: Any) -> None:
-        nonlocal done
-        advance(completed - done)
-        done = completed
-
+    task = progress.task(f"{model.name}, comparisons", 2 * len(answers))
     how = JudgeConfig.model_validate(config.model_dump(include=set(JudgeConfig.model_fields)))
     summary = judge(
         folder / "outputs.json",
@@ -83,7 +76,7 @@ def compare(
         folder,
         environment=environment,
         trust_remote_code=model.trust_remote_code,
-        progress=counted,
+        progress=lambda completed, total, _: task.update(completed, total),
         notice=progress.say,
     )
     cut_off = sum(not record["finished"] for record in records)
